@@ -1,0 +1,1 @@
+"""Pre-training of multimodal dense and mixture-of-experts models."""

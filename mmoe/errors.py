@@ -1,0 +1,21 @@
+"""The errors a user is meant to read: one sentence that names the place, the fault and the remedy."""
+
+
+class MmoeError(Exception):
+    """Base of every error whose message is addressed to the user; the CLI prints it without a traceback."""
+
+
+class ConfigError(MmoeError):
+    """A configuration that cannot run: names the key, the reason and the remedy."""
+
+
+class DataError(MmoeError):
+    """A file or sample that cannot be used: names the file, the key inside it and the remedy."""
+
+
+class BackendError(MmoeError):
+    """An optional package that a config asks for and that is not usable here."""
+
+
+class CheckpointError(MmoeError):
+    """A checkpoint that cannot be written or read."""
