@@ -1,0 +1,111 @@
+"""What a recording is before it becomes tokens: modalities, cameras, segments, samples.
+
+A *sample* is an ordered list of *segments*. A segment has one modality and says which bytes of which member
+of the sample hold its payload, with the geometry its token count follows from. So an index of segments is
+enough to plan an epoch, and decoding is "load the payload of these segments".
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+
+class Modality(IntEnum):
+    """What a position holds. STRUCTURE marks the tokens between segments, and padding."""
+
+    STRUCTURE = 0
+    TEXT = 1
+    VISION = 2
+    AUDIO = 3
+    INERTIAL = 4
+    STATE = 5
+    ACTION = 6
+
+
+class Camera(IntEnum):
+    """The six cameras of a rig; a picture without one (a photograph) has camera -1."""
+
+    FRONT = 0
+    FRONT_LEFT = 1
+    FRONT_RIGHT = 2
+    BACK = 3
+    BACK_LEFT = 4
+    BACK_RIGHT = 5
+
+
+NO_CAMERA = -1
+NO_SLICE = -1
+NO_PAIR = -1
+
+# One row per segment; the same fields stand in the shard index. See `Segment` for their meaning.
+SEGMENT_DTYPE = np.dtype(
+    [
+        ("modality", "u1"),
+        ("slice", "i4"),
+        ("camera", "i1"),
+        ("timestamp_ns", "i8"),
+        ("offset_ns", "i8"),
+        ("member", "i2"),
+        ("start", "i8"),
+        ("stop", "i8"),
+        ("height", "i4"),
+        ("width", "i4"),
+        ("rate", "i4"),
+        ("pair", "i4"),
+        ("text_hash", "i8"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece of a sample.
+
+    `member` names the file inside the sample (its WebDataset field, e.g. ``front.mp4``); `start`/`stop` is
+    the half-open range in it, whose unit depends on the modality:
+
+    ========= ================================================================ =======================
+    modality  start, stop                                                      geometry
+    ========= ================================================================ =======================
+    TEXT      unused by readers (the writer sets the range of token ids)       -
+    VISION    frame indices of a video in presentation order; 0, 1 for an image height, width in pixels
+    AUDIO     samples at `rate`                                                rate in Hz
+    INERTIAL  rows of a float ``.npy`` [N, D]; one token a segment: its last row -
+    STATE     as INERTIAL                                                      -
+    ACTION    first row at or after the reference, and the row count: a chunk  -
+              of H steps is rows start..start+H, padding after `stop`
+    ========= ================================================================ =======================
+
+    `timestamp_ns` is the slice's reference time (clip time, signed, nanoseconds), `offset_ns` this member's
+    own time minus the reference. `slice` numbers the time slices of the sample from 0, -1 outside one.
+    Segments that share `pair` >= 0 are the two sides of one contrastive pair (pictures or sound, and text).
+    """
+
+    modality: Modality
+    member: str
+    start: int = 0
+    stop: int = 1
+    height: int = 0
+    width: int = 0
+    rate: int = 0
+    slice: int = NO_SLICE
+    camera: int = NO_CAMERA
+    timestamp_ns: int = 0
+    offset_ns: int = 0
+    pair: int = NO_PAIR
+    text: str = ""
+
+
+@dataclass
+class Sample:
+    """What a reader yields and a shard stores: named members (raw bytes) and the ordered segments over them.
+
+    `key` must not contain a dot (WebDataset cuts a key at its first dot). `recording` is what splits hold
+    out as a whole: a drive, an episode, a speaker's take. Within a time slice all VISION segments come first.
+    """
+
+    key: str
+    recording: str
+    members: dict[str, bytes]
+    segments: list[Segment] = field(default_factory=list)

@@ -1,0 +1,101 @@
+"""One id space for everything the model predicts or reads: structure, placeholders, text, audio, actions."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from mmoe.data.sample import Camera, Modality
+
+
+class Structure(IntEnum):
+    """Structure tokens. Their ids are the first of the vocabulary and never move."""
+
+    PAD = 0
+    BOS = 1
+    EOS = 2
+    IMAGE_START = 3
+    IMAGE_END = 4
+    VIDEO_START = 5
+    VIDEO_END = 6
+    SLICE_START = 7
+    SLICE_END = 8
+    AUDIO_START = 9
+    AUDIO_END = 10
+    CAM_FRONT = 11
+    CAM_FRONT_LEFT = 12
+    CAM_FRONT_RIGHT = 13
+    CAM_BACK = 14
+    CAM_BACK_LEFT = 15
+    CAM_BACK_RIGHT = 16
+    TIMESTAMP = 17
+    STATE = 18
+    ACTION = 19
+    ACTION_END = 20
+
+
+class Placeholder(IntEnum):
+    """Ids that stand where a continuous vector travels beside the ids (`state` and `action` have their own)."""
+
+    VISION = len(Structure)
+    INERTIAL = len(Structure) + 1
+
+
+CAMERA_TOKEN = np.array([Structure[f"CAM_{camera.name}"] for camera in Camera], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Named, adjacent ranges of token ids: ``structure | placeholder | text | audio | action``.
+
+    `audio_codebooks` x `audio_codebook_size` ids belong to the audio codec (codebook major) and
+    `action_bins` to discrete actions; 0 leaves the range empty.
+    """
+
+    text_size: int
+    audio_codebooks: int = 0
+    audio_codebook_size: int = 0
+    action_bins: int = 0
+
+    @property
+    def ranges(self) -> dict[str, range]:
+        sizes = {
+            "structure": len(Structure),
+            "placeholder": len(Placeholder),
+            "text": self.text_size,
+            "audio": self.audio_codebooks * self.audio_codebook_size,
+            "action": self.action_bins,
+        }
+        ranges, start = {}, 0
+        for name, size in sizes.items():
+            ranges[name] = range(start, start + size)
+            start += size
+        return ranges
+
+    @property
+    def size(self) -> int:
+        return self.ranges["action"].stop
+
+    def audio_ids(self, codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+        """Ids of codec `codes` [n] drawn from codebook number `codebook` [n]."""
+        return self.ranges["audio"].start + codebook.astype(np.int64) * self.audio_codebook_size + codes
+
+    def name(self, token: int) -> str:
+        """A readable name of an id, e.g. ``cam_front``, ``text 17``, ``audio 1:205``."""
+        if token in self.ranges["structure"]:
+            return Structure(token).name.lower()
+        if token in self.ranges["placeholder"]:
+            return f"<{Placeholder(token).name.lower()}>"
+        for name in ("text", "audio", "action"):
+            if token in self.ranges[name]:
+                local = token - self.ranges[name].start
+                if name == "audio":
+                    return f"audio {local // self.audio_codebook_size}:{local % self.audio_codebook_size}"
+                return f"{name} {local}"
+        raise ValueError(f"token id {token} is outside the vocabulary of {self.size} ids")
+
+    def modality_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Modality (u8) of predicted ids: TEXT, AUDIO, ACTION by range, STRUCTURE for everything else."""
+        edges = [self.ranges[name].start for name in ("text", "audio", "action")]
+        kinds = np.array([Modality.STRUCTURE, Modality.TEXT, Modality.AUDIO, Modality.ACTION], dtype=np.uint8)
+        return kinds[np.searchsorted(edges, tokens, side="right")]
