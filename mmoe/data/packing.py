@@ -1,0 +1,57 @@
+"""Best-fit packing of one window of documents into sequences under two capacities."""
+
+import numpy as np
+
+
+def best_fit(lengths: np.ndarray, patches: np.ndarray, capacity: int, patch_capacity: int) -> list[list[int]]:
+    """Pack items into bins of `capacity` positions and `patch_capacity` patches: best fit, longest first.
+
+    `lengths`, `patches` are [n] integers; every item must fit an empty bin on its own (ValueError names the first
+    that does not). Returns the item numbers of each bin, in the order in which the bins were opened.
+
+    Open bins are kept in stacks by remaining positions, and an integer's bits mark which stacks are not empty,
+    so that the tightest bin is one shift and one lowest-bit look-up, whatever the number of open bins.
+    """
+    if len(lengths) == 0:
+        return []
+    over = np.flatnonzero((lengths > capacity) | (patches > patch_capacity))
+    if over.size:
+        item = int(over[0])
+        raise ValueError(
+            f"item {item} has {lengths[item]} positions and {patches[item]} patches; "
+            f"a sequence holds {capacity} and {patch_capacity}"
+        )
+    order = np.argsort(-lengths, kind="stable").tolist()
+    sizes, needs = lengths.tolist(), patches.tolist()
+    bins: list[list[int]] = []
+    patch_room: list[int] = []
+    stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
+    occupied = 0
+    for item in order:
+        size, need = sizes[item], needs[item]
+        chosen, room = -1, size
+        candidates = occupied >> size
+        while candidates:
+            step = (candidates & -candidates).bit_length() - 1
+            room += step
+            stack = stacks[room]
+            # Newest first: it is the least full in patches among bins with equal room, as items shrink.
+            at = next((i for i in range(len(stack) - 1, -1, -1) if patch_room[stack[i]] >= need), -1)
+            if at >= 0:
+                chosen = stack.pop(at)
+                if not stack:
+                    occupied &= ~(1 << room)
+                break
+            candidates >>= step + 1
+            room += 1
+        if chosen < 0:
+            chosen, room = len(bins), capacity
+            bins.append([])
+            patch_room.append(patch_capacity)
+        bins[chosen].append(item)
+        patch_room[chosen] -= need
+        left = room - size
+        if left:
+            stacks[left].append(chosen)
+            occupied |= 1 << left
+    return bins
