@@ -1,0 +1,135 @@
+"""What a document will cost, from its index row alone: positions, patches, labels, pairs, action elements.
+
+These closed forms and the layout in `document.py` state the same thing twice, on purpose: planning needs the
+counts of millions of rows without building one. A property test holds them equal.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from mmoe.data.index import ShardIndex
+from mmoe.data.sample import Modality
+from mmoe.tokenizers.bundle import Tokenizers
+
+KINDS = len(Modality)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Counts by row, [n] i64; `labels` is [n, modalities], by the modality of the target."""
+
+    length: np.ndarray  # positions of the document packed in one piece
+    isolated: np.ndarray  # positions when every pair's text is a document of its own
+    patches: np.ndarray
+    labels: np.ndarray
+    isolated_labels: np.ndarray
+    pairs: np.ndarray
+    action_elements: np.ndarray  # steps inside the recording x dimensions
+    slices: np.ndarray
+    text_only: np.ndarray  # bool: nothing but text, so it may be cut at any token
+
+    def take(self, rows: np.ndarray) -> "Measures":
+        return Measures(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    @staticmethod
+    def concatenate(parts: list["Measures"]) -> "Measures":
+        return Measures(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Measures)))
+
+
+def segment_tokens(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> np.ndarray:
+    """Positions each segment's payload takes, without the structure tokens around it: [n] i64."""
+    kind = segments["modality"]
+    span = (segments["stop"] - segments["start"]).astype(np.int64)
+    tokens = np.where(kind == Modality.TEXT, span, 0)
+    vision = kind == Modality.VISION
+    if vision.any():
+        frames = span[vision] // tokenizers.config.vision.tubelet
+        tokens[vision] = frames * tokenizers.vision.num_tokens(segments["height"][vision], segments["width"][vision])
+    audio = kind == Modality.AUDIO
+    if audio.any():
+        frames = tokenizers.audio.num_frames(span[audio], segments["rate"][audio])
+        tokens[audio] = frames * tokenizers.audio.codebooks
+    tokens[(kind == Modality.INERTIAL) | (kind == Modality.STATE)] = 1
+    action = kind == Modality.ACTION
+    if action.any():
+        tokens[action] = tokenizers.actions[source].tokens
+    return tokens
+
+
+def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokenizers, source: str) -> Measures:
+    """Measures of `rows` documents whose segments are `segments` [n], segment i belonging to document `row[i]`."""
+    kind = segments["modality"]
+    tokens = segment_tokens(segments, tokenizers, source)
+    in_slice = segments["slice"] >= 0
+    text, vision = kind == Modality.TEXT, kind == Modality.VISION
+    audio, action = kind == Modality.AUDIO, kind == Modality.ACTION
+
+    before = np.arange(len(segments)) - 1
+    same_row = (before >= 0) & (row[before] == row)
+    same_slice = same_row & (segments["slice"][before] == segments["slice"])
+    opens_slice = in_slice & ~same_slice
+
+    around = np.zeros(len(segments), np.int64)
+    around[vision & in_slice & (segments["camera"] >= 0)] = 1  # cam_*
+    around[vision & ~in_slice] = 2  # image_start, image_end
+    around[audio] = 2  # audio_start, audio_end
+    around[action] = 1  # action_end
+    around[opens_slice] += 3  # slice_start, timestamp, slice_end
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(row, weights=values, minlength=rows).astype(np.int64)
+
+    slices = total(opens_slice)
+    length = total(tokens + around) + 2 + 2 * (slices > 0)  # bos, eos; video_start, video_end
+    pair_text = text & (segments["pair"] >= 0) & (tokens > 0)
+    pairs = total(pair_text)
+
+    # A text that follows a picture of its slice with no structure token between them: its first token is the
+    # target of a VISION position, which carries no label.
+    unlabelled = text & in_slice & same_slice & vision[before] & (tokens > 0)
+    labels = np.zeros((rows, KINDS), np.int64)
+    labels[:, Modality.TEXT] = total(np.where(text, tokens, 0) - unlabelled)
+    labels[:, Modality.AUDIO] = total(np.where(audio, tokens, 0))
+    labels[:, Modality.STRUCTURE] = total((text & (tokens > 0)) | (audio & (tokens > 0)))
+    isolated_labels = labels.copy()
+    isolated_labels[:, Modality.TEXT] += total(unlabelled & pair_text)
+
+    elements = np.zeros(len(segments), np.int64)
+    if action.any():
+        steps = np.clip(segments["stop"] - segments["start"], 0, tokenizers.config.action.chunk)
+        elements = np.where(action, steps * tokenizers.actions[source].dims, 0)
+    if tokenizers.discrete_actions:
+        labels[:, Modality.ACTION] = isolated_labels[:, Modality.ACTION] = total(elements)
+        elements = np.zeros_like(elements)
+    return Measures(
+        length=length,
+        isolated=length + 2 * pairs,
+        patches=total(np.where(vision, tokens, 0)),
+        labels=labels,
+        isolated_labels=isolated_labels,
+        pairs=pairs,
+        action_elements=total(elements),
+        slices=slices,
+        text_only=total(~text) == 0,
+    )
+
+
+def measure_index(index: ShardIndex, tokenizers: Tokenizers, source: str) -> Measures:
+    """Measures of every row of a shard."""
+    row = np.repeat(np.arange(len(index)), np.diff(index.segment_offsets))
+    return measure(index.segments, row, len(index), tokenizers, source)
+
+
+def measure_slices(index: ShardIndex, rows: slice, tokenizers: Tokenizers, source: str) -> Measures:
+    """Measures of every time slice of a range of rows, each as a document of its own.
+
+    Four positions of each (bos, video_start, video_end, eos) belong to the clip and not to the slice.
+    """
+    row = np.repeat(np.arange(len(index)), np.diff(index.segment_offsets))
+    inside = slice(index.segment_offsets[rows.start], index.segment_offsets[rows.stop])
+    segments, row = index.segments[inside], row[inside]
+    segments, row = segments[segments["slice"] >= 0], row[segments["slice"] >= 0]
+    opens = np.ones(len(segments), bool)
+    opens[1:] = (segments["slice"][1:] != segments["slice"][:-1]) | (row[1:] != row[:-1])
+    return measure(segments, np.cumsum(opens) - 1, int(opens.sum()), tokenizers, source)

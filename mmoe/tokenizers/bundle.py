@@ -1,0 +1,107 @@
+"""The tokenizers of a run, built once from the config and the manifests of its sources."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mmoe.config.base import Config
+from mmoe.data.index import SourceManifest
+from mmoe.data.sample import Modality
+from mmoe.errors import ConfigError
+from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
+from mmoe.tokenizers.audio import AudioConfig
+from mmoe.tokenizers.audio_codecs import load_codec
+from mmoe.tokenizers.text import TextConfig, TextTokenizer
+from mmoe.tokenizers.vectors import VectorNormaliser
+from mmoe.tokenizers.vision import VisionConfig, VisionTokenizer
+from mmoe.tokenizers.vocabulary import Vocabulary
+
+VECTOR_MODALITIES = (Modality.ACTION, Modality.STATE, Modality.INERTIAL)
+
+
+class TokenizersConfig(Config):
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
+    audio: AudioConfig | None = None  # null: no source of the run holds sound
+    action: ActionConfig = ActionConfig()
+
+    def build(self, manifests: dict[str, SourceManifest]) -> "Tokenizers":
+        return Tokenizers(self, manifests)
+
+
+@dataclass(frozen=True)
+class VectorDims:
+    """Where the dimensions of one source's vectors stand in the union over sources (by dimension name)."""
+
+    names: tuple[str, ...]  # of the union
+    columns: dict[str, np.ndarray]  # source -> columns of the union its dimensions take
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+
+class Tokenizers:
+    """Pure functions from payloads to ids and vectors; `sources` are numbered in the order of `manifests`.
+
+    Raises ConfigError when a source holds sound and no audio codec is configured.
+    """
+
+    def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest]):
+        self.config = config
+        self.text: TextTokenizer = config.text.build()
+        self.vision = VisionTokenizer(config.vision)
+        self.audio = load_codec(config.audio) if config.audio is not None else None
+        self.dims = {kind: _union(manifests, kind) for kind in VECTOR_MODALITIES}
+        self.value_dims = {
+            Modality.VISION: self.vision.patch_dim if _holds(manifests, Modality.VISION) else 0,
+            Modality.INERTIAL: self.dims[Modality.INERTIAL].size,
+            Modality.STATE: self.dims[Modality.STATE].size,
+        }
+        self.actions: dict[str, ActionTokenizer] = {}
+        self.normalisers: dict[tuple[str, Modality], VectorNormaliser] = {}
+        for name, manifest in manifests.items():
+            if self.audio is None and _holds({name: manifest}, Modality.AUDIO):
+                raise ConfigError(
+                    f"tokenizers.audio is null, but source {name} holds sound; "
+                    "name a codec in tokenizers.audio.path or drop the source"
+                )
+            for kind in VECTOR_MODALITIES:
+                stats = manifest.vectors.get(kind.name)
+                if stats is None:
+                    continue
+                if kind is Modality.ACTION:
+                    self.actions[name] = ActionTokenizer(config.action, stats)
+                else:
+                    self.normalisers[name, kind] = VectorNormaliser(stats)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            text_size=self.text.size,
+            audio_codebooks=self.audio.codebooks if self.audio else 0,
+            audio_codebook_size=self.audio.codebook_size if self.audio else 0,
+            action_bins=self.config.action.bins if self.discrete_actions else 0,
+        )
+
+    @property
+    def discrete_actions(self) -> bool:
+        return self.config.action.mode == "discrete"
+
+
+def _holds(manifests: dict[str, SourceManifest], kind: Modality) -> bool:
+    return any(split.segments.get(kind.name, 0) for m in manifests.values() for split in m.splits.values())
+
+
+def _union(manifests: dict[str, SourceManifest], kind: Modality) -> VectorDims:
+    names: list[str] = []
+    for manifest in manifests.values():
+        stats = manifest.vectors.get(kind.name)
+        names += [n for n in (stats.names if stats else ()) if n not in names]
+    columns = {
+        source: np.array([names.index(n) for n in manifest.vectors[kind.name].names], dtype=np.int64)
+        for source, manifest in manifests.items()
+        if kind.name in manifest.vectors
+    }
+    return VectorDims(tuple(names), columns)
