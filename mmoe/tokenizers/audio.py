@@ -1,0 +1,391 @@
+"""Sound to codes: a residual vector-quantised codec over log-mel frames, and the order codes are written in.
+
+The codec is fitted by k-means, so it needs no training run and no download; `decode` makes a waveform one can
+listen to. Pretrained neural codecs with the same interface stand in `mmoe.tokenizers.audio_codecs`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+import torchaudio.functional as AF
+from einops import rearrange
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from mmoe.config.base import Config
+from mmoe.errors import DataError
+
+Layout = Literal["flat", "delay"]
+
+FORMAT = "mmoe mel codec 1"
+FIT_FRAMES = 100_000  # frames kept for k-means: a seeded uniform sample of all that pass by
+LEVEL_RMS = 0.05  # of full scale; what `normalise_level` scales every wave to
+SILENT_RMS = 1e-5  # below it a wave is silence, and scaling it up would only amplify quantisation noise
+POWER_FLOOR = 1e-5  # added to mel power before the logarithm: about 40 dB below a wave of LEVEL_RMS
+PHASE_ITERATIONS = 32  # of Griffin-Lim
+
+
+class MelConfig(Config):
+    """How the mel codec hears: fixed when it is fitted, and stored with it."""
+
+    sample_rate: int = Field(8000, gt=0)  # Hz; other rates are resampled to it
+    window: int = Field(256, ge=16)  # samples of one analysis window, and of its FFT
+    hop: int = Field(80, gt=0)  # samples between analysis windows
+    mels: int = Field(40, gt=0)  # bands of the mel filter bank (HTK scale, 0 Hz to half the sample rate)
+    stack: int = Field(4, gt=0)  # analysis windows per code: the code rate is sample_rate / (hop * stack)
+    codebook_size: int = Field(64, gt=1)  # codes per level
+    normalise_level: bool = True  # scale every wave to one loudness first: codes then say nothing of the gain
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "MelConfig":
+        if self.hop > self.window // 2:
+            raise ValueError(
+                f"hop {self.hop} is more than half of window {self.window}, so a decoded wave would have "
+                f"gaps; set hop <= {self.window // 2} or a longer window"
+            )
+        empty = int((mel_filters(self).amax(0) == 0).sum())
+        if empty:
+            raise ValueError(
+                f"{empty} of {self.mels} mel bands hold no FFT bin of a window of {self.window} samples; "
+                "set fewer mels or a longer window"
+            )
+        return self
+
+
+class AudioConfig(Config):
+    """Which codec turns sound into ids."""
+
+    kind: Literal["mel", "encodec", "dac", "mimi"] = "mel"
+    path: str | None = None  # mel: the file of the fitted codec; else the local folder of the pretrained model
+    codebooks: int = Field(2, gt=0)  # residual levels; of a codec that has more, the first ones
+    layout: Layout = "flat"  # order of the ids of one piece of sound, see `serialise`
+    mel: MelConfig = Field(default_factory=MelConfig)  # kind mel: how it is fitted, and must have been
+
+
+class AudioCodec(Protocol):
+    """What the data needs of a codec: `codebooks` levels of `codebook_size` codes, `sample_rate` in Hz."""
+
+    sample_rate: int
+    codebooks: int
+    codebook_size: int
+    fingerprint: str
+
+    def num_frames(self, samples, rate):
+        """Code frames of a wave of `samples` samples at `rate` Hz, exactly; elementwise over numpy arrays."""
+
+    def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
+        """Mono f32 `wave` [n] in [-1, 1] at `rate` Hz -> i64 codes [T, Q]."""
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes [T, Q] -> f32 wave at `sample_rate`."""
+
+
+class MelCodec:
+    """Residual vector quantiser of stacked, normalised log-mel frames.
+
+    A frame is `stack` consecutive log-mel vectors, each band less its mean, over its standard deviation.
+    Level 1 is the nearest of `codebook_size` centroids, level q the centroid nearest to what is left over by
+    the levels before it.
+    """
+
+    def __init__(self, config: MelConfig, mean: Tensor, std: Tensor, centroids: Tensor):
+        """`mean`, `std` [mels] of the log-mel bands; `centroids` [Q, K, stack * mels]; all f32."""
+        self.config = config
+        self.mean, self.std, self.centroids = mean, std, centroids
+        self.sample_rate = config.sample_rate
+        self.codebooks, self.codebook_size = centroids.shape[:2]
+        self._samples_per_frame = config.hop * config.stack
+
+    @classmethod
+    def fit(cls, waves: Iterable[np.ndarray], config: AudioConfig, seed: int) -> "MelCodec":
+        """Fit on mono f32 waves [n] at `config.mel.sample_rate`; deterministic in (waves, config, seed).
+
+        Raises `DataError` when the waves hold fewer frames than a codebook has codes.
+        """
+        mel = config.mel
+        frames = _sample_rows((log_mel(wave, mel.sample_rate, mel).numpy() for wave in waves), FIT_FRAMES, seed)
+        if len(frames) < mel.codebook_size:
+            raise DataError(
+                f"the audio codec cannot be fitted: {len(frames)} frames for a codebook of "
+                f"{mel.codebook_size}; give it more audio or set a smaller tokenizers.audio.mel.codebook_size"
+            )
+        frames = torch.from_numpy(frames)
+        bands = rearrange(frames, "t (s m) -> (t s) m", s=mel.stack).double()
+        mean, std = bands.mean(0).float(), bands.std(0).float().clamp_min(1e-3)
+        residual = _standardise(frames, mean, std)
+        generator = torch.Generator().manual_seed(seed)
+        levels = []
+        for _ in range(config.codebooks):
+            levels.append(kmeans(residual, mel.codebook_size, generator))
+            residual = residual - levels[-1][nearest(residual, levels[-1])]
+        return cls(mel, mean, std, torch.stack(levels))
+
+    @classmethod
+    def load(cls, path: str | Path, codebooks: int | None = None) -> "MelCodec":
+        """Read what `save` wrote, with only its first `codebooks` levels where that is given."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} does not exist: tokenizers.audio.path must name a fitted audio codec; prepare a "
+                "source with sound to get one"
+            ) from None
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path} cannot be read as an audio codec ({error}); fit it again") from error
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}; fit the audio codec again")
+        try:
+            config = MelConfig.model_validate_json(metadata["config"])
+        except ValidationError as error:
+            raise DataError(f"{path} holds unknown settings ({error.errors()[0]['msg']}); fit it again") from error
+        available = len(tensors["centroids"])
+        if codebooks is not None and codebooks > available:
+            raise DataError(
+                f"{path} has {available} levels and tokenizers.audio.codebooks asks for {codebooks}; set "
+                f"tokenizers.audio.codebooks <= {available} or fit the codec again"
+            )
+        return cls(config, tensors["mean"], tensors["std"], tensors["centroids"][:codebooks].contiguous())
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file; the settings stand in its metadata."""
+        save_file(self._arrays(), path, metadata={"format": FORMAT, "config": self.config.model_dump_json()})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of settings and tensors: equal codecs give equal codes."""
+        digest = hashlib.sha256(json.dumps(self.config.model_dump(), sort_keys=True).encode())
+        for name, array in sorted(self._arrays().items()):
+            digest.update(f"{name}{array.shape}".encode() + array.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def num_frames(self, samples, rate):
+        """Code frames of a wave of `samples` samples at `rate` Hz: the last, partial frame counts."""
+        return -(-resampled_length(samples, rate, self.sample_rate) // self._samples_per_frame)
+
+    def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
+        """Mono f32 `wave` [n] in [-1, 1] at `rate` Hz -> i64 codes [T, Q], T = num_frames(n, rate)."""
+        residual = self._hear(wave, rate)
+        codes = []
+        for level in self.centroids:
+            codes.append(nearest(residual, level))
+            residual = residual - level[codes[-1]]
+        return torch.stack(codes, dim=1).numpy()
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes [T, q] of the first q <= Q levels -> f32 wave [T * hop * stack]; phases by Griffin-Lim.
+
+        The gain is lost where `normalise_level` took it away: the wave then has the level codes were made at.
+        """
+        codes = torch.as_tensor(codes, dtype=torch.int64)
+        frames, window = len(codes), self.config.window
+        if frames == 0:
+            return np.zeros(0, dtype=np.float32)
+        bands = self._dequantise(codes) * self.std + self.mean  # [T * stack, mels], log power
+        bands = (bands.exp() - POWER_FLOOR).clamp_min(0)
+        power = (bands @ torch.linalg.pinv(mel_filters(self.config))).clamp_min(0).T
+        power = torch.cat([power, power[:, -1:]], dim=1)  # the window centred on the end of the wave
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # griffinlim draws its first phases from the global generator
+            wave = AF.griffinlim(
+                power,
+                torch.hann_window(window),
+                n_fft=window,
+                hop_length=self.config.hop,
+                win_length=window,
+                power=2.0,
+                n_iter=PHASE_ITERATIONS,
+                momentum=0.99,
+                length=frames * self._samples_per_frame,
+                rand_init=True,
+            )
+        return wave.numpy()
+
+    def reconstruction_error(self, waves: Iterable[np.ndarray]) -> dict[int, float]:
+        """Mean squared error of the normalised log-mel bands when the first 1, 2, .. Q levels are kept.
+
+        `waves` as in `fit`. Near 1.0 is what predicting each band's mean would give.
+        """
+        error, count = torch.zeros(self.codebooks, dtype=torch.float64), 0
+        for wave in waves:
+            residual = self._hear(wave, self.sample_rate)
+            count += residual.numel()
+            for level, centroids in enumerate(self.centroids):
+                residual = residual - centroids[nearest(residual, centroids)]
+                error[level] += residual.double().square().sum()
+        return {level + 1: float(total) / max(count, 1) for level, total in enumerate(error)}
+
+    def _hear(self, wave: np.ndarray, rate: int) -> Tensor:
+        """Mono wave [n] at `rate` Hz -> normalised frames [T, stack * mels]."""
+        return _standardise(log_mel(wave, rate, self.config), self.mean, self.std)
+
+    def _dequantise(self, codes: Tensor) -> Tensor:
+        """Codes [T, q] -> normalised log-mel bands [T * stack, mels]."""
+        frames = sum(level[code] for level, code in zip(self.centroids, codes.T))
+        return rearrange(frames, "t (s m) -> (t s) m", s=self.config.stack)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"mean": self.mean.numpy(), "std": self.std.numpy(), "centroids": self.centroids.numpy()}
+
+
+def log_mel(wave: np.ndarray, rate: int, config: MelConfig) -> Tensor:
+    """Mono wave [n] at `rate` Hz -> frames [T, stack * mels] of log power by mel band."""
+    wave = resample(wave, rate, config.sample_rate)
+    samples_per_frame = config.hop * config.stack
+    frames = -(-len(wave) // samples_per_frame)
+    if frames == 0:
+        return torch.zeros(0, config.stack * config.mels)
+    if config.normalise_level:
+        level = float(wave.square().mean().sqrt())
+        wave = wave * (LEVEL_RMS / level) if level > SILENT_RMS else wave
+    wave = torch.nn.functional.pad(wave, (0, frames * samples_per_frame - len(wave)))
+    spectrum = torch.stft(
+        wave,
+        config.window,
+        config.hop,
+        window=torch.hann_window(config.window),
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
+    )
+    power = spectrum[:, :-1].abs().square().T  # without the window centred on the end of the wave
+    bands = (power @ mel_filters(config) + POWER_FLOOR).log()
+    return rearrange(bands, "(t s) m -> t (s m)", s=config.stack)
+
+
+@cache
+def mel_filters(config: MelConfig) -> Tensor:
+    """Triangular HTK mel filters [window // 2 + 1, mels], scaled to the power of one window."""
+    filters = AF.melscale_fbanks(
+        config.window // 2 + 1, 0.0, config.sample_rate / 2, config.mels, config.sample_rate, norm=None
+    )
+    return filters / config.window
+
+
+def _standardise(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Frames [T, stack * mels] with `mean` and `std` [mels] taken out."""
+    stack = frames.shape[1] // len(mean)
+    return (frames - mean.repeat(stack)) / std.repeat(stack)
+
+
+def resampled_length(samples, rate, target: int):
+    """ceil(samples * target / rate) in integers; elementwise over numpy arrays."""
+    return -(-(samples * target) // rate)
+
+
+def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
+    """Mono wave [n] at `rate` Hz -> f32 [resampled_length(n, rate, target)] at `target` Hz.
+
+    Raises `DataError` for a wave that is not one-dimensional or not finite.
+    """
+    if wave.ndim != 1:
+        raise DataError(f"a wave of shape {wave.shape} is not mono; mix its channels down to one before encoding")
+    if not np.isfinite(wave).all():
+        raise DataError("a wave holds NaN or infinite samples; repair or leave out the recording")
+    length = resampled_length(len(wave), rate, target)
+    wave = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
+    if rate != target and length:
+        # torchaudio rounds the length in float32, which is off by samples for minutes of sound.
+        wave = AF.resample(wave, rate, target)
+        wave = torch.nn.functional.pad(wave, (0, length - len(wave)))  # a negative pad crops
+    return wave
+
+
+def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """Centroids [K, D] of points [N, D]: Lloyd's algorithm from a k-means++ start."""
+    return lloyd(points, spread(points, clusters, generator))
+
+
+def spread(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """K of the points [N, D], far from each other by the k-means++ rule (Arthur and Vassilvitskii 2007)."""
+    chosen = torch.randint(len(points), (1,), generator=generator)
+    distance = (points - points[chosen]).square().sum(1)
+    for _ in range(clusters - 1):
+        # Where there are fewer distinct points than clusters, the rest of the clusters repeat a point.
+        weights = distance if distance.max() > 0 else torch.ones_like(distance)
+        chosen = torch.cat([chosen, torch.multinomial(weights.double(), 1, generator=generator)])
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(1))
+    return points[chosen]
+
+
+def lloyd(points: Tensor, centroids: Tensor, iterations: int = 50) -> Tensor:
+    """Centroids [K, D] moved to the mean of their points until no point changes its cluster.
+
+    A cluster that loses all its points moves to the point furthest from its centroid.
+    """
+    assignment = None
+    for _ in range(iterations):
+        previous, assignment = assignment, nearest(points, centroids)
+        if previous is not None and torch.equal(previous, assignment):
+            break
+        sizes = torch.bincount(assignment, minlength=len(centroids))
+        sums = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, assignment, points.double())
+        centroids = (sums / sizes.clamp_min(1)[:, None]).float()
+        empty = (sizes == 0).nonzero().flatten()
+        if len(empty):
+            error = (points - centroids[assignment]).square().sum(1)
+            centroids[empty] = points[error.topk(len(empty)).indices]
+    return centroids
+
+
+def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """Index i64 [N] of the centroid [K, D] nearest to each point [N, D]."""
+    norms = centroids.square().sum(1)
+    chunks = [torch.addmm(norms, part, centroids.T, alpha=-2).argmin(1) for part in points.split(8192)]
+    return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.int64)
+
+
+def _sample_rows(batches: Iterable[np.ndarray], limit: int, seed: int) -> np.ndarray:
+    """A uniform sample of at most `limit` rows of all batches, in their order, in bounded memory."""
+    random = np.random.default_rng(seed)
+    kept, keys = [], []
+    for rows in batches:
+        kept.append(rows)
+        keys.append(random.random(len(rows)))
+        if sum(map(len, keys)) > 2 * limit:
+            kept, keys = _smallest(kept, keys, limit)
+    if not kept:
+        return np.zeros((0, 1), dtype=np.float32)
+    return _smallest(kept, keys, limit)[0][0]
+
+
+def _smallest(rows: list[np.ndarray], keys: list[np.ndarray], limit: int) -> tuple[list, list]:
+    rows, keys = np.concatenate(rows), np.concatenate(keys)
+    order = np.sort(np.argpartition(keys, limit)[:limit]) if len(keys) > limit else np.arange(len(keys))
+    return [rows[order]], [keys[order]]
+
+
+def code_order(frames: int, codebooks: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """The (frame, codebook) [frames * codebooks] of each position of a stream of codes.
+
+    ``flat`` writes frame by frame. ``delay`` writes by (frame + codebook, codebook): level q of a frame comes
+    q frames later, after the coarse levels of the frames between (the delay pattern of Copet et al. 2023,
+    written one code a position).
+    """
+    frame, codebook = (grid.ravel() for grid in np.indices((frames, codebooks)))
+    if layout == "delay":
+        order = np.lexsort((codebook, frame + codebook))
+        frame, codebook = frame[order], codebook[order]
+    return frame, codebook
+
+
+def serialise(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [T, Q] -> (codes [T * Q], their codebook [T * Q]) in the order of the layout."""
+    frame, codebook = code_order(*codes.shape, layout)
+    return codes[frame, codebook], codebook
+
+
+def deserialise(flat: np.ndarray, frames: int, codebooks: int, layout: Layout) -> np.ndarray:
+    """The inverse of `serialise`: codes [T * Q] -> [T, Q]."""
+    codes = np.empty((frames, codebooks), dtype=flat.dtype)
+    codes[code_order(frames, codebooks, layout)] = flat
+    return codes

@@ -1,0 +1,113 @@
+"""Pictures and video to patch vectors: a grid within a patch budget, a resize to it, patches of tubelets."""
+
+import numpy as np
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch.nn.functional import interpolate
+
+from mmoe.config.base import Config
+
+COORDINATES = 14  # features of a patch's place in its picture
+DISTORTION_COST = 4.0  # of a squared log distortion, in squared log losses of area (`VisionTokenizer.grid`)
+
+
+class VisionConfig(Config):
+    patch: int = Field(16, gt=0)  # pixels a side
+    max_patches: int = Field(64, gt=0)  # most patches of one picture
+    tubelet: int = Field(1, gt=0)  # successive frames that share a patch vector
+
+
+class VisionTokenizer:
+    """Patch vectors f32 [patch_dim] in [-1, 1]: tubelet x patch x patch pixels of RGB, in this order."""
+
+    def __init__(self, config: VisionConfig):
+        self.config = config
+        self.patch_dim = config.tubelet * config.patch**2 * 3
+        budget = config.max_patches
+        self._grids = np.array([(r, c) for r in range(1, budget + 1) for c in range(1, budget // r + 1)])
+
+    def grid(self, height, width):
+        """Rows and columns of patches for pictures of height x width pixels; elementwise over numpy arrays.
+
+        Among the grids of at most `max_patches` that exceed neither ceil(height / patch) rows nor
+        ceil(width / patch) columns, the one that minimises 4 d**2 + a**2: d is the log of its aspect ratio
+        over the picture's, a the log of its patches over the most it could have. So a picture of whole
+        patches within the budget keeps its size, a larger one uses the budget, and shape goes before size.
+        """
+        sizes = np.stack(np.broadcast_arrays(height, width), axis=-1).astype(np.int64)
+        if (sizes < 1).any():
+            raise ValueError(f"a picture of {sizes.min()} pixels a side has no patches")
+        unique, inverse = np.unique(sizes.reshape(-1, 2), axis=0, return_inverse=True)
+        # 256 geometries at a time: the table of all candidate grids stays small for any number of pictures.
+        chosen = [self._best(part) for part in np.split(unique, range(256, len(unique), 256))]
+        best = np.concatenate(chosen)[inverse.reshape(-1)].reshape(sizes.shape)
+        rows, columns = best[..., 0], best[..., 1]
+        return (int(rows), int(columns)) if sizes.ndim == 1 else (rows, columns)
+
+    def num_tokens(self, height, width):
+        """Patch vectors of one tubelet (with `tubelet` 1: of a picture); elementwise over numpy arrays."""
+        rows, columns = self.grid(height, width)
+        return rows * columns
+
+    def encode(self, frames: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """Frames uint8 [T, H, W, 3], resized to the grid -> f32 [T / tubelet * rows * columns, patch_dim].
+
+        Time-major, then row, then column. The resize is bilinear with antialiasing. Raises ValueError when
+        `tubelet` does not divide T.
+        """
+        config = self.config
+        if len(frames) % config.tubelet:
+            raise ValueError(f"{len(frames)} frames are not whole tubelets of {config.tubelet}; pass a multiple")
+        size = (rows * config.patch, columns * config.patch)
+        pixels = torch.from_numpy(np.ascontiguousarray(frames))
+        if pixels.shape[1:3] != size:
+            channels_first = rearrange(pixels, "t h w c -> t c h w").float()
+            pixels = rearrange(interpolate(channels_first, size, mode="bilinear", antialias=True), "t c h w -> t h w c")
+        patches = rearrange(
+            pixels,
+            "(t s) (r p) (k q) c -> (t r k) (s p q c)",
+            s=config.tubelet,
+            p=config.patch,
+            q=config.patch,
+        )
+        return (patches.float() / 127.5 - 1.0).numpy()
+
+    def positions(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
+        """(time, row, column) i64 [tubelets * rows * columns, 3] of each vector of `encode`, from 0."""
+        return np.indices((tubelets, rows, columns)).reshape(3, -1).T
+
+    def coordinates(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
+        """Where in its picture each vector of `encode` lies: f32 [n, COORDINATES].
+
+        Row and column as y, x in (-1, 1), with the sines and cosines of their first harmonics. Rotary positions only
+        say how far apart two positions are; with these a patch knows by itself that it shows the road ahead.
+        """
+        _, row, column = self.positions(rows, columns, tubelets).T
+        place = np.stack([(2 * row + 1) / rows - 1, (2 * column + 1) / columns - 1], axis=1)
+        phases = np.concatenate([np.pi * harmonic * place for harmonic in (0.5, 1.0, 2.0)], axis=1)
+        return np.concatenate([place, np.sin(phases), np.cos(phases)], axis=1).astype(np.float32)
+
+    def decode(self, patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """Frames uint8 [T, rows * patch, columns * patch, 3]; exact where `encode` resized nothing."""
+        config = self.config
+        frames = rearrange(
+            patches,
+            "(t r k) (s p q c) -> (t s) (r p) (k q) c",
+            r=rows,
+            k=columns,
+            s=config.tubelet,
+            p=config.patch,
+            q=config.patch,
+        )
+        return np.clip(np.rint((frames + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+    def _best(self, sizes: np.ndarray) -> np.ndarray:
+        """Grids [n, 2] for pictures of `sizes` [n, 2]."""
+        native = -(-sizes // self.config.patch)
+        most = np.minimum(native.prod(1), self.config.max_patches)
+        aspect, area = np.log(self._grids[:, 0] / self._grids[:, 1]), np.log(self._grids.prod(1))
+        distortion = aspect - np.log(sizes[:, 0] / sizes[:, 1])[:, None]
+        cost = DISTORTION_COST * distortion**2 + (area - np.log(most)[:, None]) ** 2
+        cost[(self._grids > native[:, None]).any(2)] = np.inf
+        return self._grids[cost.argmin(1)]
