@@ -51,10 +51,11 @@ class Decoder:
         ablation: Ablation | None = None,
         skip: frozenset[Modality] = frozenset(),
     ):
-        """`skip`: modalities whose payload is not decoded but left zero (an analysis that does not look at it)."""
+        """`skip`: modalities that are left out of the documents (an analysis that does not look at them)."""
         self.sources, self.tokenizers, self.video_backend = sources, tokenizers, video_backend
         self.ablation, self.skip = ablation, skip
         self._index: Callable[[str], ShardIndex] = lru_cache(maxsize=32)(ShardIndex.read)
+        self.grid: Callable[[int, int], tuple[int, int]] = lru_cache(maxsize=1024)(tokenizers.vision.grid)
 
     def __call__(self, ref: DocumentRef, text_ids: np.ndarray | None = None) -> list[Document]:
         """The documents of a part: one, or the part and the isolated texts of its pairs, in pair order.
@@ -78,7 +79,7 @@ class _Row:
         self.segments = self.index.row_segments(ref.row)
         self.text_only = bool((self.segments["modality"] == Modality.TEXT).all())
         self.text_start = self.tokenizers.vocabulary.ranges["text"].start
-        self._videos: dict[str, VideoFrames] = {}
+        self._videos: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # frame numbers, frames
         self._arrays: dict[str, np.ndarray] = {}
 
     def text_part(self) -> list[Document]:
@@ -106,6 +107,8 @@ class _Row:
                 builder.open_slice(number - self.ref.first, int(segment["timestamp_ns"]))
                 open_slice, ends_with_text = number, False
             kind = Modality(segment["modality"])
+            if kind in self.decoder.skip:
+                continue
             pair = int(segment["pair"]) if self.ref.isolated else -1
             if kind is Modality.TEXT:
                 ids = text_ids if text_ids is not None else self._text(segment)
@@ -149,18 +152,21 @@ class _Row:
         return self.text_start + self.index.row_text(self.ref.row)[segment["start"] : segment["stop"]]
 
     def _vision(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Patch vectors [n, patch_dim + COORDINATES], pixels before coordinates, and their positions [n, 3]."""
         vision = self.tokenizers.vision
-        rows, columns = vision.grid(int(segment["height"]), int(segment["width"]))
-        frames = int(segment["stop"] - segment["start"])
-        positions = vision.positions(rows, columns, frames // vision.config.tubelet)
+        rows, columns = self.decoder.grid(int(segment["height"]), int(segment["width"]))
+        tubelets = int(segment["stop"] - segment["start"]) // vision.config.tubelet
+        positions, coordinates = (f(rows, columns, tubelets) for f in (vision.positions, vision.coordinates))
         if self._is_blank(Modality.VISION):
-            return np.zeros((len(positions), vision.patch_dim), np.float32), positions
-        row, segment = self._payload_of(segment, at, chosen)
-        if is_video(row._member_name(segment)):
-            pictures = row._video(segment).frames(np.arange(segment["start"], segment["stop"]))
+            pixels = np.zeros((len(positions), vision.patch_dim), np.float32)
         else:
-            pictures = load_image(row._bytes(segment), row._where(segment))[None]
-        return vision.encode(pictures, rows, columns), positions
+            row, segment = self._payload_of(segment, at, chosen)
+            if is_video(row._member_name(segment)):
+                pictures = row._frames(segment)
+            else:
+                pictures = load_image(row._bytes(segment), row._where(segment))[None]
+            pixels = vision.encode(pictures, rows, columns)
+        return np.concatenate([pixels, coordinates], axis=1), positions
 
     def _audio(self, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
         codec, samples = self.tokenizers.audio, int(segment["stop"] - segment["start"])
@@ -197,9 +203,7 @@ class _Row:
 
     def _is_blank(self, kind: Modality) -> bool:
         ablation = self.decoder.ablation
-        return kind in self.decoder.skip or (
-            ablation is not None and ablation.mode == "blank" and ablation.modality == kind
-        )
+        return ablation is not None and ablation.mode == "blank" and ablation.modality == kind
 
     def _payload_of(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple["_Row", np.void]:
         """This row and segment, or the donor's that stands in: its camera where the donor has it, its place in line."""
@@ -233,13 +237,20 @@ class _Row:
 
     def _bytes(self, segment: np.void) -> bytes:
         _, offset, size = self.index.row_member(self.ref.row, int(segment["member"]))
-        return read_member(self.index.tar, offset, size)
+        return read_member(self.index.tar, offset, size, self._where(segment))
 
-    def _video(self, segment: np.void) -> VideoFrames:
+    def _frames(self, segment: np.void) -> np.ndarray:
+        """Frames of a video segment; a video's frames for all slices of the part are decoded in one pass."""
         name = self._member_name(segment)
         if name not in self._videos:
-            self._videos[name] = VideoFrames(self._bytes(segment), self.decoder.video_backend, self._where(segment))
-        return self._videos[name]
+            segments = self.segments[self.segments["member"] == segment["member"]]
+            if self.ref.last > self.ref.first:
+                segments = segments[(segments["slice"] >= self.ref.first) & (segments["slice"] < self.ref.last)]
+            numbers = np.unique(np.concatenate([np.arange(s["start"], s["stop"]) for s in segments]))
+            video = VideoFrames(self._bytes(segment), self.decoder.video_backend, self._where(segment))
+            self._videos[name] = numbers, video.frames(numbers)
+        numbers, frames = self._videos[name]
+        return frames[np.searchsorted(numbers, np.arange(segment["start"], segment["stop"]))]
 
     def _array(self, segment: np.void) -> np.ndarray:
         name = self._member_name(segment)

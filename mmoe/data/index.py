@@ -35,7 +35,10 @@ INDEX_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("recording", pa.string()),
         ("content_hash", pa.int64()),
-        ("members", pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))),
+        (
+            "members",
+            pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])),
+        ),
         ("text_ids", pa.list_(pa.int32())),
         ("segments", pa.list_(_SEGMENT_STRUCT)),
     ]
@@ -86,7 +89,9 @@ class SourceManifest(Config):
         try:
             manifest = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            raise DataError(f"{path} is not a source manifest ({error.errors()[0]['msg']}); prepare it again") from error
+            raise DataError(
+                f"{path} is not a source manifest ({error.errors()[0]['msg']}); prepare it again"
+            ) from error
         if manifest.format != FORMAT:
             raise DataError(f"{path} has format {manifest.format}, this version reads {FORMAT}; prepare it again")
         return manifest
@@ -120,7 +125,9 @@ class ShardIndex:
         try:
             table = pq.read_table(path, schema=INDEX_SCHEMA).combine_chunks()
         except FileNotFoundError:
-            raise DataError(f"{path} does not exist: the shard {tar.name} has no index; prepare the source again") from None
+            raise DataError(
+                f"{path} does not exist: the shard {tar.name} has no index; prepare the source again"
+            ) from None
         except pa.ArrowInvalid as error:
             raise DataError(f"{path} cannot be read as a shard index ({error}); prepare the source again") from error
         members, text, segments = (_chunk(table, name) for name in ("members", "text_ids", "segments"))

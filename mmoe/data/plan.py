@@ -166,13 +166,20 @@ class Planner:
         self._window.next_sequence += 1
         return sequence
 
-    def once(self) -> list[SequencePlan]:
-        """Every document of every source exactly once, packed as one window and left in packing order."""
+    def once(self, most_documents: int | None = None) -> list[SequencePlan]:
+        """Every document of every source exactly once, packed as one window and left in packing order.
+
+        `most_documents`: of a source that has more, a seeded choice of so many.
+        """
         parts = []
         for source in self.sources:
-            for shard in range(len(source.shards)):
+            chosen = np.arange(source.rows)
+            if most_documents is not None and source.rows > most_documents:
+                chosen = np.sort(_rng(self.settings.seed, source.number).choice(chosen, most_documents, replace=False))
+            ends = np.cumsum(source.shard_rows)
+            for shard, rows in enumerate(np.split(chosen, np.searchsorted(chosen, ends[:-1]))):
                 measures = self._measured(source, shard)
-                for row in range(len(measures.length)):
+                for row in (rows - ends[shard] + source.shard_rows[shard]).tolist():
                     parts += self._parts(source, shard, row, measures, row, counter=row)
         return self._pack(parts)
 

@@ -229,12 +229,16 @@ def heldout_batches(
     only: list[str] | None = None,
     ablation: Ablation | None = None,
     skip: frozenset[Modality] = frozenset(),
+    most_documents: int | None = None,
 ) -> Iterator[PackedBatch]:
-    """Every document of a split once; `isolated` packs every pair as two documents, else none."""
+    """Every document of a split once; `isolated` packs every pair as two documents, else none.
+
+    `most_documents`: of a source that has more, a seeded choice of so many.
+    """
     planned = sources.planned(split, seed, only)
     settings = PlanSettings(seed, config.sequence_length, config.patch_budget, 1, 1.0 if isolated else 0.0)
     planner = Planner(planned, [1.0 / len(planned)] * len(planned), tokenizers, settings)
-    sequences = planner.once()
+    sequences = planner.once(most_documents)
     decoder = Decoder(sources.files(split), tokenizers, config.video_backend, ablation, skip)
     dataset = SequenceDataset(decoder, make_collator(config, tokenizers, label_weights), group=1)
     plans = [(i, sequences[i : i + micro_sequences]) for i in range(0, len(sequences), micro_sequences)]

@@ -73,7 +73,10 @@ def test_merge_does_not_change_its_arguments():
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("optim: {lr: {peek: 1.0, peak: 1.0}}", "optim.lr.peek is not a known key; did you mean optim.lr.peak?"),
+        (
+            "optim: {lr: {peek: 1.0, peak: 1.0}}",
+            "optim.lr.peek is not a known key; did you mean optim.lr.peak?",
+        ),
         ("optim: {lr: {peak: 1.0}}\nextra: {lr: {peak: 1.0, rul: a}}", "did you mean extra.lr.rule?"),
         ("optm: {lr: {peak: 1.0}}", "did you mean optim?"),
         ("optim: {lr: {}}", "optim.lr.peak is missing"),

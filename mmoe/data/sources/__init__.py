@@ -1,0 +1,42 @@
+"""The kinds of raw recordings that can be prepared, by name."""
+
+import difflib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from mmoe.data.sources import audio_text, donkeycar, image_caption, simulated_drive, text
+from mmoe.data.sources.base import Item, Quarantine, Source
+from mmoe.errors import ConfigError
+
+
+def _simulated_items(_: Path, config: simulated_drive.SimulatedDriveConfig, quarantine: Quarantine) -> Iterator[Item]:
+    """Recordings come out of the config alone; there is no input to read and nothing to refuse."""
+    for number in range(config.recordings):
+        key = f"drive-{number:06d}"
+        yield Item(key, key, partial(simulated_drive.make_recording, config, number))
+
+
+SIMULATED_DRIVE = Source(
+    kind=simulated_drive.KIND,
+    clock=simulated_drive.CLOCK,
+    skew_budget_ns=simulated_drive.SKEW_BUDGET_NS,
+    config=simulated_drive.SimulatedDriveConfig,
+    items=_simulated_items,
+    vector_names=simulated_drive.VECTOR_NAMES,
+    action_period_ns=simulated_drive.ACTION_PERIOD_NS,
+    generated=True,
+)
+
+SOURCES: dict[str, Source] = {
+    source.kind: source
+    for source in (text.SOURCE, image_caption.SOURCE, audio_text.SOURCE, donkeycar.SOURCE, SIMULATED_DRIVE)
+}
+
+
+def find_source(kind: str) -> Source:
+    """The source of this kind. Raises ConfigError naming the nearest one."""
+    if kind not in SOURCES:
+        near = difflib.get_close_matches(kind, SOURCES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{kind!r} is not a kind of source; did you mean {near}? Known are {', '.join(SOURCES)}")
+    return SOURCES[kind]

@@ -1,0 +1,144 @@
+"""Donkeycar tubs, version 2: one camera, steering angle and throttle, on an indoor track.
+
+A tub is one recording. Its ``_timestamp_ms`` is when the record was written, which after a conversion says nothing
+of when the picture was taken, so the clock is synthetic: record index / drive rate. The tub is cut into clips of
+a few time slices that share no frame; a slice is the front picture and the action from its record on. Clips begin
+anew after a record that is deleted, missing or refused. Clip time starts at the clip's first slice.
+
+Members of a clip: ``front-<slice>.jpg`` (the file's bytes) and ``actions.npy`` [N, 2] f32, which also holds the
+record before the clip (the action that was last taken) and up to `lookahead` records after it (so that an action
+chunk of the last slice is whole).
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from mmoe.config.base import Config
+from mmoe.data.media import image_size
+from mmoe.data.sample import Camera, Modality, Sample, Segment
+from mmoe.data.sources import jsonl
+from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.errors import DataError
+
+PERIOD_NS = 50_000_000  # a donkeycar drives at 20 Hz
+_FIELDS = ("user/angle", "user/throttle")
+_PICTURE = "cam/image_array"
+
+
+class DonkeycarConfig(Config):
+    slices: int = Field(5, ge=1)  # time slices of a clip
+    lookahead: int = Field(20, ge=0, le=40)  # records after a clip in its action table; within the split's gap
+
+
+def items(path: Path, config: DonkeycarConfig, quarantine: Quarantine) -> Iterator[Item]:
+    """Clips of the tub at `path`, or of every tub under it. Raises DataError where there is none."""
+    tubs = [path] if (path / "manifest.json").is_file() else sorted(m.parent for m in path.rglob("manifest.json"))
+    if not tubs:
+        raise DataError(f"{path} holds no manifest.json, so it is not a donkeycar tub (v2); give the tub's folder")
+    for tub in tubs:
+        name = tub.resolve().name if tub == path else tub.relative_to(path).as_posix()
+        for run in _runs(_records(tub, name, quarantine)):
+            actions = np.array([[record[field] for field in _FIELDS] for record in run], dtype=np.float32)
+            for first in range(0, len(run), config.slices):
+                last = min(first + config.slices, len(run))
+                before = min(first, 1)
+                table = actions[first - before : last + config.lookahead]
+                pictures = tuple(tub / "images" / record[_PICTURE] for record in run[first:last])
+                index = run[first]["_index"]
+                key = f"{name}-{index:06d}"
+                yield Item(
+                    key,
+                    name,
+                    partial(_clip, key, name, pictures, table, before),
+                    start=index * PERIOD_NS,
+                    stop=(run[last - 1]["_index"] + 1) * PERIOD_NS,
+                )
+
+
+def _records(tub: Path, name: str, quarantine: Quarantine) -> Iterator[dict[str, Any]]:
+    """The usable records of a tub in order of their index."""
+    try:
+        lines = [json.loads(line) for line in (tub / "manifest.json").read_text().splitlines()]
+        catalogs, deleted = lines[4]["paths"], set(lines[4]["deleted_indexes"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{tub / 'manifest.json'} is not the manifest of a tub v2 ({error}); convert the tub with "
+            "`donkey tubconvert` or restore the file"
+        ) from error
+    for catalog in catalogs:
+        for where, row in jsonl.rows(tub / catalog, quarantine):
+            if row.get("_index") in deleted:
+                continue
+            try:
+                yield _checked(row, where)
+            except Refused as refusal:
+                quarantine(f"{name}-{row.get('_index', where)}", refusal)
+
+
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    jsonl.text_of(row, _PICTURE, where)
+    if type(row.get("_index")) is not int:
+        raise Refused("malformed row", f"{where}: '_index' is {row.get('_index')!r}, not an integer; repair the line")
+    for field in _FIELDS:
+        value = row.get(field)
+        if type(value) not in (int, float):
+            raise Refused(
+                "malformed row", f"{where}: {field!r} is {value!r}, not a number; repair or delete the record"
+            )
+        if not math.isfinite(value):
+            message = f"{where}: {field!r} is {value}; repair the reading or delete the record from the tub"
+            raise Refused("reading is not finite", message)
+    return row
+
+
+def _runs(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Maximal runs of records with consecutive indices."""
+    run: list[dict[str, Any]] = []
+    for record in records:
+        if run and record["_index"] != run[-1]["_index"] + 1:
+            yield run
+            run = []
+        run.append(record)
+    if run:
+        yield run
+
+
+def _clip(key: str, recording: str, pictures: tuple[Path, ...], table: np.ndarray, before: int) -> Sample:
+    members, segments = {}, []
+    for number, file in enumerate(pictures):
+        try:
+            picture = file.read_bytes()
+        except OSError as error:
+            message = f"{file} cannot be read ({error.strerror}); restore it or delete its record from the tub"
+            raise Refused("missing file", message) from error
+        member = f"front-{number}{file.suffix.lower()}"
+        members[member] = picture
+        height, width = image_size(picture, str(file))
+        time = {"slice": number, "timestamp_ns": number * PERIOD_NS}
+        segments += [
+            Segment(Modality.VISION, member, height=height, width=width, camera=Camera.FRONT, **time),
+            Segment(Modality.ACTION, "actions.npy", start=before + number, stop=len(table), **time),
+        ]
+    buffer = BytesIO()
+    np.save(buffer, table)
+    members["actions.npy"] = buffer.getvalue()
+    return Sample(key, recording, members, segments)
+
+
+SOURCE = Source(
+    kind="donkeycar",
+    clock="synthetic",
+    skew_budget_ns=0,
+    config=DonkeycarConfig,
+    items=items,
+    vector_names={"ACTION": ("steering", "throttle")},
+    action_period_ns=PERIOD_NS,
+)

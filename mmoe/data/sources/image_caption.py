@@ -1,0 +1,55 @@
+"""Pictures with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
+
+A sample is one picture and one caption, its two sides a contrastive pair. A picture is a recording, so all its
+captions fall on one side of the split.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from mmoe.config.base import Config
+from mmoe.data.media import image_size
+from mmoe.data.sample import Modality, Sample, Segment
+from mmoe.data.sources import jsonl
+from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+
+
+class ImageCaptionConfig(Config):
+    captions: tuple[str, ...] = Field(("caption",), min_length=1)  # fields of a row; null or absent after the first
+
+
+def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Iterator[Item]:
+    """One item per picture and caption; the second field's captions have keys ending in ``-1``, and so on."""
+    for where, row in jsonl.rows(path / "captions.jsonl", quarantine):
+        try:
+            picture = jsonl.key_of(row, "image", where)
+        except Refused as refusal:
+            quarantine(where, refusal)
+            continue
+        for number, field in enumerate(config.captions):
+            if number and row.get(field) is None:
+                continue
+            key = f"{picture}-{number}" if number else picture
+            yield Item(key, picture, partial(_sample, path, where, row, field, key, picture))
+
+
+def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:
+    caption, picture = jsonl.text_of(row, field, where), jsonl.read_file(path, row, "image", where)
+    height, width = image_size(picture, str(path / row["image"]))
+    member = f"image{Path(row['image']).suffix.lower()}"
+    return Sample(
+        key,
+        recording,
+        {member: picture, "txt": jsonl.encode_text(caption, where)},
+        [
+            Segment(Modality.VISION, member, height=height, width=width, pair=0),
+            Segment(Modality.TEXT, "txt", pair=0, text=caption),
+        ],
+    )
+
+
+SOURCE = Source(kind="image_caption", clock="none", skew_budget_ns=0, config=ImageCaptionConfig, items=items)

@@ -1,0 +1,128 @@
+"""Time: signed int64 nanoseconds, the choice of each slice's members, and the two checks on that choice.
+
+*Alignment* is bookkeeping: reference + offset must be the reader's raw time, and that must be the file's time
+to 1 ms. *Skew* is |offset| of captured members (frames, sound) against the budget their source declares. Held
+streams (inertial, speed) have a maximum gap instead: a reading older than that is absent, not stale.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from mmoe.config.base import Config
+from mmoe.errors import DataError
+
+ABSENT = -1
+ALIGNMENT_NS = 1_000_000
+SECOND_NS = 1_000_000_000
+
+# float64 seconds beyond this (104 days) are off by more than 2 ns; unix seconds are 238 ns apart.
+_EXACT_SECONDS = 2.0**53 / SECOND_NS
+
+
+def seconds_to_ns(seconds: np.ndarray, stream: str, file: str) -> np.ndarray:
+    """Seconds [N] of a file as int64 nanoseconds [N], rounded once.
+
+    Raises DataError for a value that is not finite, or so large (unix time) that float64 cannot hold it.
+    """
+    seconds = np.asarray(seconds, dtype=np.float64)
+    if not np.isfinite(seconds).all():
+        row = int(np.flatnonzero(~np.isfinite(seconds))[0])
+        raise DataError(f"{file}: stream {stream!r} has no finite time at row {row}; repair or drop that row")
+    if np.abs(seconds).max(initial=0.0) >= _EXACT_SECONDS:
+        raise DataError(
+            f"{file}: stream {stream!r} holds float seconds up to {np.abs(seconds).max():.0f}, too large to keep "
+            "nanoseconds; read the digits as integers, or subtract the recording's start before writing floats"
+        )
+    return np.rint(seconds * SECOND_NS).astype(np.int64)
+
+
+def check_clock(times_ns: np.ndarray, stream: str, file: str) -> np.ndarray:
+    """Return a stream's clock [N] unchanged if it is int64 and strictly increasing; else raise DataError."""
+    if times_ns.dtype != np.int64 or times_ns.ndim != 1:
+        raise DataError(
+            f"{file}: the clock of stream {stream!r} is {times_ns.dtype} with {times_ns.ndim} axes; it must be one "
+            "axis of int64 nanoseconds (convert with `seconds_to_ns`)"
+        )
+    wrong = np.flatnonzero(times_ns[1:] <= times_ns[:-1])
+    if len(wrong):
+        row = int(wrong[0]) + 1
+        fault = "repeats" if times_ns[row] == times_ns[row - 1] else "runs backwards"
+        raise DataError(
+            f"{file}: the clock of stream {stream!r} {fault} at row {row} ({times_ns[row - 1]} ns, then "
+            f"{times_ns[row]} ns; {len(wrong)} such rows); sort the stream and remove double readings"
+        )
+    return times_ns
+
+
+def last_at_or_before(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_ns: int | None = None) -> np.ndarray:
+    """Index [R] of the last reading at or before each reference, ABSENT where none (or none within the gap).
+
+    `stream_ns` [N] must be increasing. This is the causal choice: it never reads the future.
+    """
+    index = np.searchsorted(stream_ns, reference_ns, side="right") - 1
+    return _within_gap(stream_ns, reference_ns, index, max_gap_ns)
+
+
+def first_at_or_after(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_ns: int | None = None) -> np.ndarray:
+    """Index [R] of the first reading at or after each reference, ABSENT where none (or none within the gap)."""
+    index = np.searchsorted(stream_ns, reference_ns, side="left")
+    return _within_gap(stream_ns, reference_ns, np.where(index < len(stream_ns), index, ABSENT), max_gap_ns)
+
+
+def _within_gap(
+    stream_ns: np.ndarray, reference_ns: np.ndarray, index: np.ndarray, max_gap_ns: int | None
+) -> np.ndarray:
+    if max_gap_ns is None or not len(stream_ns):
+        return index
+    return np.where(np.abs(stream_ns[index] - reference_ns) <= max_gap_ns, index, ABSENT)
+
+
+def check_alignment(
+    reference_ns: np.ndarray,
+    offset_ns: np.ndarray,
+    raw_ns: np.ndarray,
+    file_ns: np.ndarray,
+    stream: str,
+    file: str,
+) -> None:
+    """Raise DataError unless reference + offset == raw time exactly, and raw time is the file's to 1 ms ([R] each).
+
+    `raw_ns` is what the reader believes; `file_ns` is what the file itself says after conversion to the same
+    clock (a container's frame times, a log's seconds). This finds ms/us mix-ups and lost float digits.
+    """
+    wrong = np.flatnonzero(reference_ns + offset_ns != raw_ns)
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"{file}: slice {row} of stream {stream!r} has reference {reference_ns[row]} ns + offset "
+            f"{offset_ns[row]} ns, not its raw time {raw_ns[row]} ns; derive the offset from those two in the reader"
+        )
+    error_ns = np.abs(raw_ns - file_ns)
+    if error_ns.max(initial=0) > ALIGNMENT_NS:
+        row = int(error_ns.argmax())
+        raise DataError(
+            f"{file}: slice {row} of stream {stream!r} is {error_ns[row] / 1e6:.3f} ms from the time in the file "
+            f"(limit {ALIGNMENT_NS / 1e6:.0f} ms); check the unit and the start of that clock"
+        )
+
+
+class SkewPolicy(Config):
+    """What happens to captured members further from the reference than the source's budget."""
+
+    budget_ns: int
+    # strict: error; flag: keep and count; drop: leave the member out of its slice and count.
+    policy: Literal["strict", "flag", "drop"] = "strict"
+
+    def apply(self, offset_ns: np.ndarray, stream: str, file: str) -> tuple[np.ndarray, int]:
+        """Which members [R] (bool) stay, and how many exceed the budget; DataError under ``strict``."""
+        beyond = np.abs(offset_ns) > self.budget_ns
+        count = int(beyond.sum())
+        if count and self.policy == "strict":
+            worst = np.abs(offset_ns).max()
+            raise DataError(
+                f"{file}: {count} of {len(offset_ns)} members of stream {stream!r} are up to {worst / 1e6:.1f} ms from "
+                f"their reference, the budget is {self.budget_ns / 1e6:.1f} ms; raise the source's skew budget, or "
+                "choose the policy flag or drop"
+            )
+        return (~beyond if self.policy == "drop" else np.ones_like(beyond)), count

@@ -1,0 +1,369 @@
+"""Preparation from end to end: what is written can be read back, what is bad is counted, nothing half-done is left."""
+
+import io
+import json
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mmoe.config.base import Config
+from mmoe.data import sources
+from mmoe.data.index import SPLITS, ShardIndex, SourceManifest
+from mmoe.data.media import VideoFrames, load_array, load_audio, load_image
+from mmoe.data.prepare import prepare, training_texts
+from mmoe.data.rows import hash64
+from mmoe.data.sample import Modality, Sample, Segment
+from mmoe.data.shards import read_member
+from mmoe.data.sources.base import Item, Source
+from mmoe.errors import ConfigError, DataError
+from mmoe.tokenizers.audio import MelCodec
+from mmoe.tokenizers.text import TextTokenizer
+from tests.data.recordings import (
+    drive_records,
+    npy,
+    pictures,
+    png,
+    video,
+    write_captions,
+    write_jsonl,
+    write_sounds,
+    write_tub,
+)
+
+TOKENIZER = TextTokenizer.bytes()
+SMALL_CODEC = {"audio": {"codebooks": 2, "mel": {"codebook_size": 8}}}
+
+
+def run(kind, path, output, workers=1, **options):
+    console = Console(file=io.StringIO(), width=120)
+    manifest = prepare(kind, path, output, text_tokenizer=TOKENIZER, workers=workers, options=options, console=console)
+    assert SourceManifest.load(output) == manifest
+    return manifest, console.file.getvalue()
+
+
+def rows(folder, manifest, split):
+    """(index, row) of every sample of a split."""
+    for shard in manifest.splits[split].shards:
+        index = ShardIndex.read(folder / shard.path)
+        yield from ((index, row) for row in range(len(index)))
+
+
+def keys(folder, manifest, split):
+    return [index.keys[row] for index, row in rows(folder, manifest, split)]
+
+
+def payload(index, row, segment):
+    name, offset, size = index.row_member(row, int(segment["member"]))
+    return read_member(index.tar, offset, size, f"{index.keys[row]}.{name}"), f"{index.keys[row]}.{name}"
+
+
+def read_everything(folder, manifest):
+    """Decode each segment of each row as training does; counts by split and modality."""
+    counts = Counter()
+    for split in SPLITS:
+        for index, row in rows(folder, manifest, split):
+            for segment in index.row_segments(row):
+                kind, start, stop = Modality(segment["modality"]), int(segment["start"]), int(segment["stop"])
+                data, where = payload(index, row, segment)
+                counts[split, kind.name] += 1
+                if kind is Modality.TEXT:
+                    text = TOKENIZER.decode(index.row_text(row)[start:stop])
+                    assert text in json.dumps(data.decode(), ensure_ascii=False) or text.encode() in data
+                    assert segment["text_hash"] == hash64(text.encode())
+                elif kind is Modality.AUDIO:
+                    wave, rate = load_audio(data, start, stop, where)
+                    assert len(wave) == stop - start and rate == segment["rate"]
+                elif kind is Modality.VISION:
+                    if where.endswith(".mp4"):
+                        shown = VideoFrames(data, "decord", where).frames(np.arange(start, stop))[0]
+                    else:
+                        shown = load_image(data, where)
+                    assert shown.shape[:2] == (segment["height"], segment["width"])
+                else:
+                    table = load_array(data, where)
+                    assert 0 <= start < stop <= len(table)
+                    assert table.shape[1] == len(manifest.vectors[kind.name].names)
+    for split in SPLITS:
+        entry = manifest.splits[split]
+        assert entry.segments == {kind: n for (side, kind), n in sorted(counts.items()) if side == split}
+        assert entry.samples == sum(shard.rows for shard in entry.shards)
+    return counts
+
+
+def quarantine(folder):
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_text_is_stored_beside_its_ids(tmp_path):
+    lines = [f"Zeile {i}: 吾輩は猫である。\r\n" for i in range(300)]
+    (tmp_path / "book.txt").write_bytes("".join(lines).encode())
+    manifest, printed = run("text", tmp_path / "book.txt", tmp_path / "out", max_bytes=500)
+    read_everything(tmp_path / "out", manifest)
+    texts = {
+        split: [TOKENIZER.decode(i.row_text(r)) for i, r in rows(tmp_path / "out", manifest, split)] for split in SPLITS
+    }
+    assert "".join(texts["train"]) + "".join(texts["heldout"]) == "".join(lines)
+    share = len("".join(texts["heldout"]).encode()) / len("".join(lines).encode())
+    assert 0.13 < share <= 0.15
+    assert manifest.clock == "none" and manifest.text_fingerprint == TOKENIZER.fingerprint
+    assert "text tokens" in printed and not manifest.quarantined
+    assert texts["train"] == list(training_texts("text", tmp_path / "book.txt", {"max_bytes": 500}))
+
+
+def test_sounds_hold_out_the_last_take_and_fit_a_codec(tmp_path):
+    write_sounds(tmp_path / "in", takes=4)
+    manifest, printed = run("audio_text", tmp_path / "in", tmp_path / "out", prepare=SMALL_CODEC)
+    assert read_everything(tmp_path / "out", manifest)["heldout", "AUDIO"] == 4
+    assert all(key.endswith("_3") for key in keys(tmp_path / "out", manifest, "heldout"))
+    codec = MelCodec.load(tmp_path / "out" / "audio_codec.safetensors")
+    report = json.loads((tmp_path / "out" / "audio_codec.json").read_text())
+    assert report["fingerprint"] == codec.fingerprint and report["split"] == "heldout"
+    assert (
+        list(report["reconstruction_error"]) == ["1", "2"] and f"{report['reconstruction_error']['2']:.3f}" in printed
+    )
+    (index, row), *_ = rows(tmp_path / "out", manifest, "train")
+    sound, words = index.row_segments(row)
+    wave, rate = load_audio(payload(index, row, sound)[0], 0, int(sound["stop"]), "x")
+    assert len(codec.encode(wave, rate)) == codec.num_frames(int(sound["stop"]), rate)
+    assert sound["pair"] == words["pair"] == 0
+
+
+def test_a_tub_gives_its_tail_after_two_seconds(tmp_path):
+    write_tub(tmp_path / "tub", drive_records(400))
+    manifest, _ = run("donkeycar", tmp_path / "tub", tmp_path / "out")
+    counts = read_everything(tmp_path / "out", manifest)
+    assert counts["train", "VISION"] == 300 and counts["heldout", "VISION"] == 60  # 40 records are 2 s
+    assert manifest.quarantined == {"gap before the held-out tail": 8}
+    assert manifest.clock == "synthetic" and manifest.vectors["ACTION"].period_ns == 50_000_000
+    assert manifest.vectors["ACTION"].names == ("steering", "throttle")
+    # No action of the held-out part is in a training table, and the other way round.
+    held = {float(np.float32(r["user/angle"])) for r in drive_records(400)[340:]}
+    for index, row in rows(tmp_path / "out", manifest, "train"):
+        table = load_array(payload(index, row, index.row_segments(row)[1])[0], "x")
+        assert not held & set(table[:, 0].tolist())
+
+
+def test_simulated_drives_are_whole_and_equal_for_any_number_of_workers(tmp_path):
+    options = {"recordings": 9, "slices": [1, 2], "prepare": SMALL_CODEC | {"shard_rows": 3}}
+    manifest, _ = run("simulated_drive", "unused", tmp_path / "one", **options)
+    counts = read_everything(tmp_path / "one", manifest)
+    slices = counts["train", "STATE"]
+    assert counts["train", "VISION"] == 6 * slices and counts["train", "TEXT"] == slices
+    assert manifest.splits["train"].samples == 8 and len(manifest.splits["train"].shards) == 3
+    assert manifest.skew_budget_ns > 0 and set(manifest.vectors) == {"ACTION", "STATE", "INERTIAL"}
+
+    again, _ = run("simulated_drive", "unused", tmp_path / "two", workers=2, **options)
+    assert again == manifest
+    for split in SPLITS:
+        assert keys(tmp_path / "one", manifest, split) == keys(tmp_path / "two", manifest, split)
+        for file in (tmp_path / "one" / split).glob("*.tar"):
+            assert file.read_bytes() == (tmp_path / "two" / split / file.name).read_bytes()
+    fingerprints = {MelCodec.load(tmp_path / n / "audio_codec.safetensors").fingerprint for n in ("one", "two")}
+    assert len(fingerprints) == 1
+
+
+@pytest.fixture
+def log_source(monkeypatch):
+    """A source of tables and videos whose content the test decides: `files` is (key, member, modality, bytes)."""
+    files = []
+
+    def items(path, config, refuse):
+        for key, member, modality, data in files:
+            geometry = {"height": 48, "width": 64} if modality is Modality.VISION else {}
+            sample = Sample(key, key, {member: data}, [Segment(modality, member, slice=0, **geometry)])
+            yield Item(key, key, partial(lambda s: s, sample))
+
+    source = Source("log", "captured", 0, Config, items, {"STATE": ("speed", "gear")}, generated=True)
+    monkeypatch.setitem(sources.SOURCES, "log", source)
+    return files
+
+
+def test_statistics_are_those_of_the_training_tables(tmp_path, log_source):
+    rng = np.random.default_rng(0)
+    tables = {f"t{i}": (rng.normal(size=(50, 2)) * [1, 100]).astype(np.float32) for i in range(8)}
+    log_source += [(key, "state.npy", Modality.STATE, npy(table)) for key, table in tables.items()]
+    manifest, _ = run("log", "", tmp_path / "out")
+    train = np.concatenate([tables[key] for key in keys(tmp_path / "out", manifest, "train")]).astype(np.float64)
+    assert len(train) == 350
+    stats = manifest.vectors["STATE"]
+    assert stats.names == ("speed", "gear") and stats.period_ns == 0
+    np.testing.assert_allclose(stats.mean, train.mean(0))
+    np.testing.assert_allclose(stats.std, train.std(0))
+    ordered = np.sort(train, axis=0)
+    for given, share in ((stats.q01, 0.01), (stats.q99, 0.99)):
+        at = share * (len(ordered) - 1)
+        low = ordered[int(at)] + (ordered[int(at) + 1] - ordered[int(at)]) * (at - int(at))
+        np.testing.assert_allclose(given, low)
+
+
+def test_bad_recordings_are_counted_and_the_rest_is_prepared(tmp_path, log_source):
+    good = [(f"good{i}", "state.npy", Modality.STATE, npy(np.full((3, 2), i, np.float32))) for i in range(7)]
+    nan = np.zeros((9, 2), np.float32)
+    nan[4, 1] = np.nan
+    clip = video(pictures(4))
+    bad = [
+        ("nan", "state.npy", Modality.STATE, npy(nan)),
+        ("wide", "state.npy", Modality.STATE, npy(np.zeros((3, 3)))),
+        ("none", "state.npy", Modality.STATE, npy(np.zeros((0, 2)))),
+        ("cut", "front.mp4", Modality.VISION, clip[: len(clip) // 2]),
+        ("size", "front.mp4", Modality.VISION, video(pictures(4, 64, 64))),
+        ("clip_1.5s", "state.npy", Modality.STATE, npy(np.zeros((3, 2)))),
+        ("case", "State.npy", Modality.STATE, npy(np.zeros((3, 2)))),
+        ("sound", "a.wav", Modality.AUDIO, b"RIFF"),
+    ]
+    log_source += [*bad, *good, good[3], ("fine", "front.mp4", Modality.VISION, clip)]
+    manifest, printed = run("log", "", tmp_path / "out")
+    found = keys(tmp_path / "out", manifest, "train") + keys(tmp_path / "out", manifest, "heldout")
+    assert sorted(found) == sorted([key for key, *_ in good] + ["fine"])
+    assert manifest.quarantined == {
+        "duplicate key": 1,
+        "malformed sample": 1,
+        "unreadable picture or video": 2,
+        "unreadable sound": 1,
+        "unusable key": 1,
+        "unusable state table": 3,
+    }
+    said = {line["key"]: line["message"] for line in quarantine(tmp_path / "out")}
+    assert "nan.state.npy: row 4, column 1 is nan" in said["nan"]
+    assert "3 dimensions, the source names 2" in said["wide"]
+    assert "none.state.npy holds 0 entries" in said["none"]
+    assert "cut.front.mp4 cannot be read as a video" in said["cut"]
+    assert "64 x 64 pixels, its segment says 48 x 64" in said["size"]
+    assert "contains a dot" in said["clip_1.5s"] and "rename" in said["clip_1.5s"]
+    assert "lower-case" in said["case"]
+    assert "occurs twice" in said["good3"]
+    assert sum(manifest.quarantined.values()) == len(quarantine(tmp_path / "out"))
+    assert "refused: unusable state table" in printed
+
+
+def test_no_content_is_on_both_sides(tmp_path):
+    """A picture that is held out stays out of the training part, whatever its caption or name."""
+    write_captions(tmp_path / "in", 8)
+    same = (tmp_path / "in/images/p2.png").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "in/captions.jsonl").read_text().splitlines()]
+    for i in range(40):
+        name = f"images/copy{i}.png"
+        (tmp_path / "in" / name).write_bytes(same)
+        lines.append({"image": name, "caption": f"again {i}"})
+    write_jsonl(tmp_path / "in/captions.jsonl", lines)
+    manifest, _ = run("image_caption", tmp_path / "in", tmp_path / "out")
+    hashes = {}
+    for split in SPLITS:
+        found = [payload(i, r, i.row_segments(r)[0])[0] for i, r in rows(tmp_path / "out", manifest, split)]
+        hashes[split] = set(found)
+    assert same in hashes["heldout"] and not hashes["train"] & hashes["heldout"]
+    assert manifest.splits["heldout"].samples == 7
+    left_out = manifest.quarantined["duplicate of a held-out sample"]
+    assert left_out + manifest.splits["train"].samples + 7 == 48 and left_out > 30
+
+
+def test_key_with_a_dot_and_a_missing_file_on_disk(tmp_path):
+    write_captions(tmp_path / "in", 5)
+    (tmp_path / "in/images/clip_1.5s.png").write_bytes(png(pictures(9)[8]))
+    lines = (tmp_path / "in/captions.jsonl").read_text()
+    lines += '{"image": "images/clip_1.5s.png", "caption": "x"}\n{"image": "images/gone.png", "caption": "x"}\n'
+    (tmp_path / "in/captions.jsonl").write_text(lines)
+    manifest, _ = run("image_caption", tmp_path / "in", tmp_path / "out")
+    assert manifest.quarantined == {"missing file": 1, "unusable key": 1}
+
+
+def test_when_nothing_is_left_the_first_reason_is_said_and_nothing_is_written(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="no sample for the split train: 3 were refused.*byte 0 .0xff. is not UTF-8"):
+        run("text", tmp_path / "in", tmp_path / "out")
+    for file in (tmp_path / "in").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="no sample for the split train; add recordings"):
+        run("text", tmp_path / "in", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_broken_off_preparation_leaves_nothing_that_looks_finished(tmp_path, log_source, monkeypatch):
+    log_source += [(f"k{i}", "state.npy", Modality.STATE, npy(np.full((3, 2), i, np.float32))) for i in range(9)]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmoe.data.prepare.statistics", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("log", "", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_prepared_is_said_at_once(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist; give the file or folder"):
+        run("text", tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(DataError, match="out already exists; delete it"):
+        run("text", tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "mine").exists()
+    with pytest.raises(ConfigError, match="max_byte is not a known key; did you mean max_bytes"):
+        run("text", tmp_path, tmp_path / "new", max_byte=3)
+    with pytest.raises(ConfigError, match="under prepare: held_share is not a known key; did you mean heldout_share"):
+        run("text", tmp_path, tmp_path / "new", prepare={"held_share": 0.1})
+    with pytest.raises(ConfigError, match="did you mean donkeycar"):
+        run("donkey", tmp_path, tmp_path / "new")
+
+
+# The real recordings.
+
+
+@pytest.mark.real_data
+def test_real_text(shared_data, tmp_path):
+    manifest, _ = run("text", shared_data / "text", tmp_path / "out")
+    read_everything(tmp_path / "out", manifest)
+    joined = {}
+    for split in SPLITS:
+        for index, row in rows(tmp_path / "out", manifest, split):
+            data = payload(index, row, index.row_segments(row)[0])[0]
+            assert len(data) <= 3000
+            joined.setdefault(index.recordings[row], []).append(data)
+    for name, parts in joined.items():
+        assert b"".join(parts) == (shared_data / "text" / name).read_bytes()
+    assert not manifest.quarantined and set(joined) == {"tinyshakespeare.txt", "wagahaiwa_nekodearu.ja.txt"}
+    assert manifest.splits["heldout"].recordings == manifest.splits["train"].recordings == 2
+
+
+@pytest.mark.real_data
+def test_real_captions(shared_data, tmp_path):
+    manifest, _ = run("image_caption", shared_data / "image_caption", tmp_path / "out")
+    read_everything(tmp_path / "out", manifest)
+    assert (manifest.splits["train"].samples, manifest.splits["heldout"].samples) == (14, 2)
+    assert not manifest.quarantined
+
+
+@pytest.mark.real_data
+def test_real_spoken_digits(shared_data, tmp_path):
+    manifest, _ = run("audio_text", shared_data / "audio_text/fsdd", tmp_path / "out")
+    counts = read_everything(tmp_path / "out", manifest)
+    assert (counts["train", "AUDIO"], counts["heldout", "AUDIO"]) == (240, 60)
+    held = keys(tmp_path / "out", manifest, "heldout")
+    assert all(key.endswith("_9") for key in held) and len({key.split("_")[1] for key in held}) == 6
+    assert not manifest.quarantined and (tmp_path / "out" / "audio_codec.safetensors").is_file()
+    error = json.loads((tmp_path / "out" / "audio_codec.json").read_text())["reconstruction_error"]
+    assert error["2"] < error["1"] < 0.3
+
+
+@pytest.mark.real_data
+def test_real_speech(shared_data, tmp_path):
+    manifest, _ = run("audio_text", shared_data / "audio_text/speech", tmp_path / "out")
+    counts = read_everything(tmp_path / "out", manifest)
+    assert counts["train", "AUDIO"] == counts["heldout", "AUDIO"] == 1
+
+
+@pytest.mark.real_data
+def test_real_donkeycar(shared_data, tmp_path):
+    manifest, _ = run("donkeycar", shared_data / "robot/donkeycar_tub", tmp_path / "out")
+    counts = read_everything(tmp_path / "out", manifest)
+    # 700 frames: the last 15 % (105) held out, 2 s (40 frames) of gap, clips of 5.
+    assert (counts["train", "VISION"], counts["heldout", "VISION"]) == (555, 105)
+    assert manifest.quarantined == {"gap before the held-out tail": 8}
+    assert keys(tmp_path / "out", manifest, "heldout")[0] == "donkeycar_tub-000595"
+    stats = manifest.vectors["ACTION"]
+    assert all(-1 <= low < high <= 1 for low, high in zip(stats.q01, stats.q99))
