@@ -1,0 +1,106 @@
+"""The one place that asks for optional packages: available, or not available because ...
+
+Nothing is imported before somebody asks, and the answer is kept for the life of the process.
+"""
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from types import ModuleType
+
+from mmoe.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An optional package: what for, how it is imported, and how it is installed."""
+
+    purpose: str
+    module: str
+    distribution: str  # its name on the package index
+    install: str  # the arguments of `pip install`
+    condition: Callable[[], str | None] | None = None  # what the machine must have: None, or what it lacks
+
+
+@dataclass(frozen=True)
+class Status:
+    """`reason` is empty, or a sentence that begins with "not available because"."""
+
+    name: str
+    available: bool
+    version: str
+    reason: str
+
+
+def _no_cuda() -> str | None:
+    import torch  # only here: importing it takes seconds, and preparation's workers do not need it
+
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA: install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible: run on a machine with an NVIDIA GPU and its driver"
+    return None
+
+
+BACKENDS = {
+    "cuda": Backend("NVIDIA GPUs", "torch.cuda", "torch", "torch", _no_cuda),
+    "decord": Backend("video decoding (Linux x86-64)", "decord", "decord", "decord"),
+    "pyav": Backend("video decoding, everywhere", "av", "av", "av"),
+    "webdataset": Backend("reading shards as others do", "webdataset", "webdataset", "-e '.[dev]'"),
+    "tensorboard": Backend("scalar logs", "tensorboard", "tensorboard", "tensorboard"),
+    "wandb": Backend("scalar logs", "wandb", "wandb", "-e '.[wandb]'"),
+    "transformers": Backend("EnCodec, DAC, Mimi; parity tests", "transformers", "transformers", "-e '.[codecs]'"),
+    "s3fs": Backend("shards on S3", "s3fs", "s3fs", "-e '.[remote]'"),
+    "gcsfs": Backend("shards on Google Cloud Storage", "gcsfs", "gcsfs", "-e '.[remote]'"),
+    "triton": Backend("fused GPU kernels", "triton", "triton", "triton", _no_cuda),
+    "flash-attn": Backend("attention on GPUs", "flash_attn", "flash-attn", "-e '.[gpu]'", _no_cuda),
+    "transformer-engine": Backend("FP8", "transformer_engine", "transformer-engine", "-e '.[gpu]'", _no_cuda),
+    "torchao": Backend("FP8, an option", "torchao", "torchao", "torchao", _no_cuda),
+    "megablocks": Backend("expert GEMM, an option", "megablocks", "megablocks", "megablocks", _no_cuda),
+}
+
+
+@cache
+def status(name: str) -> Status:
+    """Whether the backend can be used here; raises BackendError for a name that is none."""
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0.0)[0]
+        raise BackendError(f"{name!r} is not a backend; did you mean {near}? Known are {', '.join(BACKENDS)}")
+    backend = BACKENDS[name]
+    lacking = _lacking(backend)
+    return Status(name, not lacking, _version(backend), f"not available because {lacking}" if lacking else "")
+
+
+def require(name: str, key: str) -> ModuleType:
+    """The backend's module, for a config whose `key` asks for it; raises BackendError with the reason."""
+    try:
+        found = status(name)
+    except BackendError as error:
+        raise BackendError(f"{key}: {error}") from None
+    if not found.available:
+        raise BackendError(f"{key} asks for {name}, {found.reason}; do that, or give {key} another value")
+    return importlib.import_module(BACKENDS[name].module)
+
+
+def _version(backend: Backend) -> str:
+    try:
+        return metadata.version(backend.distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _lacking(backend: Backend) -> str | None:
+    if importlib.util.find_spec(backend.module) is None:
+        return f"the package {backend.distribution} is not installed: pip install {backend.install}"
+    if backend.condition and (lack := backend.condition()):
+        return lack
+    try:
+        importlib.import_module(backend.module)
+    except Exception as error:  # a broken package may raise anything while it is imported
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"importing {backend.module} fails ({first}): reinstall {backend.distribution} for this torch"
+    return None

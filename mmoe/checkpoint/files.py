@@ -1,0 +1,115 @@
+"""Files that are either whole or known to be broken: checksums on the way out, checks on the way in."""
+
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from mmoe.errors import CheckpointError
+
+BLOCK = 1 << 24
+
+
+class CheckedFile(io.RawIOBase):
+    """A file written front to back and durable once closed, with its size and CRC-32.
+
+    It remembers the first error of the disk (or Ctrl-C) instead of raising it in `write`: torch's zip writer
+    turns an exception of its stream into a RuntimeError about file positions. Whoever closes the file asks
+    `raise_failure` for the true one.
+    """
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._failure: BaseException | None = None
+        self.size = self.crc = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data) -> int:
+        rest = view = memoryview(data).cast("B")
+        self.size += len(view)
+        self.crc = zlib.crc32(view, self.crc)
+        while self._failure is None and len(rest):
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BaseException as failure:
+                self._failure = failure
+        return len(view)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        super().close()
+        try:
+            os.fsync(self._descriptor)
+        except OSError as failure:
+            self._failure = self._failure or failure
+        finally:
+            os.close(self._descriptor)
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+class CheckedFileSystem(FileSystem):
+    """torch's file system over `CheckedFile`; `written`: (size, CRC-32) of every file, by its path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[Path, tuple[int, int]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        """Open `path` in ``wb``; the error of a failed write comes when the context ends."""
+        if mode != "wb":
+            raise ValueError(f"{path}: a checkpoint's files are only written here, not opened as {mode}")
+        with CheckedFile(Path(path)) as stream:
+            try:
+                yield stream
+            finally:
+                stream.close()
+                stream.raise_failure()
+        self.written[Path(path)] = (stream.size, stream.crc)
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self.written[Path(new_path)] = self.written.pop(Path(path))
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a whole file, durably."""
+        with self.create_stream(path, "wb") as stream:
+            stream.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check(path: Path, size: int, crc: int) -> None:
+    """Raises CheckpointError unless the file is there, of that size and CRC-32."""
+    remedy = "resume from an earlier checkpoint, or copy the file again from where it is whole"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing from its checkpoint; {remedy}")
+    found = path.stat().st_size
+    if found != size:
+        raise CheckpointError(f"{path} is truncated: it has {found:,} bytes and was written with {size:,}; {remedy}")
+    actual = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            actual = zlib.crc32(block, actual)
+    if actual != crc:
+        raise CheckpointError(f"{path} is corrupt: its contents are not what was written; {remedy}")

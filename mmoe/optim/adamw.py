@@ -1,0 +1,72 @@
+"""AdamW (Loshchilov and Hutter 2019), which parameters it decays, and the global-norm clip."""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmoe.config.base import Config
+
+SCALAR_EMBEDDINGS = {"camera", "time"}  # modules that embed a camera's number and clip time
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamWConfig(Config):
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    implementation: Literal["fused", "foreach"] = "fused"
+
+
+class ClipConfig(Config):
+    max_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together; null: measured, not clipped
+
+
+def build_adamw(
+    model: nn.Module, config: AdamWConfig, exclude: frozenset[str] | set[str] = frozenset()
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `model` not named in `exclude`, in two groups: decayed and not.
+
+    Its rate is zero until a `Schedule` sets each group's ``lr``.
+    """
+    chosen = {"fused": config.implementation == "fused", "foreach": config.implementation == "foreach"}
+    groups = parameter_groups(model, config.weight_decay, exclude)
+    return torch.optim.AdamW(groups, 0.0, config.betas, config.eps, **chosen)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, exclude: frozenset[str] | set[str] = frozenset()
+) -> list[dict]:
+    """Groups of (name, parameter); a group without parameters is left out.
+
+    Not decayed: norms and biases (every parameter of one dimension or none, and all that is named ``bias``),
+    and embeddings of scalars. Pulling those to zero would change what they scale or shift, not how large the
+    model is.
+    """
+    named = [item for item in model.named_parameters() if item[0] not in exclude]
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    decayed = [item for item in trainable if _decays(*item)]
+    others = [item for item in trainable if not _decays(*item)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    path = name.split(".")
+    return parameter.ndim > 1 and path[-1] != "bias" and SCALAR_EMBEDDINGS.isdisjoint(path)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], config: ClipConfig) -> Tensor:
+    """Scale all gradients so that their L2 norm is at most `max_norm`; returns the norm before, a scalar.
+
+    A norm at or below the bound leaves every bit as it was. A norm that is not finite makes every gradient
+    NaN or zero: the caller reads the returned norm before it steps.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if config.max_norm is not None and gradients:
+        torch._foreach_mul_(gradients, (config.max_norm / norm).clamp(max=1.0))
+    return norm

@@ -1,0 +1,97 @@
+"""Batch arithmetic: from the batch one wants to the accumulation and the number of steps it takes.
+
+``GB_tok = mu_tok * A * D`` and ``steps = budget // GB_tok``; everything counts positions, padding included.
+"""
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from mmoe.errors import ConfigError
+
+
+def data_replicas(processes: int, tensor: int = 1, pipeline: int = 1, context: int = 1) -> int:
+    """D = processes / (TP * PP * CP): how many replicas see different data."""
+    model = tensor * pipeline * context
+    if processes % model:
+        raise ConfigError(
+            f"{processes} processes do not divide into replicas of {model} (tensor {tensor} x pipeline "
+            f"{pipeline} x context {context}); change a degree in parallel.*, or start "
+            f"{processes // model * model or model} processes"
+        )
+    return processes // model
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """One optimizer step is `accumulation` micro-batches of `micro_batch_sequences` on each of `replicas`."""
+
+    sequence_length: int
+    micro_batch_sequences: int
+    accumulation: int  # A
+    replicas: int  # D
+    budget_positions: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        sequence_length: int,
+        micro_batch_sequences: int,
+        global_batch_positions: int,
+        budget_positions: int,
+        replicas: int,
+    ) -> "BatchArithmetic":
+        """Derive A; raises ConfigError when mu_tok * D does not divide GB_tok, or the budget is below it."""
+        unit = sequence_length * micro_batch_sequences * replicas
+        accumulation, rest = divmod(global_batch_positions, unit)
+        if rest:
+            nearest = f"{accumulation * unit} or {(accumulation + 1) * unit}" if accumulation else f"{unit}"
+            raise ConfigError(
+                f"training.global_batch_positions {global_batch_positions} is not a multiple of {unit}, the "
+                f"positions of one micro-batch on every replica ({sequence_length} data.sequence_length x "
+                f"{micro_batch_sequences} training.micro_batch_sequences x {replicas} data replicas); "
+                f"set it to {nearest}, or change training.micro_batch_sequences"
+            )
+        if budget_positions < global_batch_positions:
+            raise ConfigError(
+                f"training.budget_positions {budget_positions} is less than one step (training."
+                f"global_batch_positions {global_batch_positions}); raise the budget or shrink the batch"
+            )
+        return cls(sequence_length, micro_batch_sequences, accumulation, replicas, budget_positions)
+
+    @property
+    def micro_batch_positions(self) -> int:
+        """mu_tok, of one replica."""
+        return self.sequence_length * self.micro_batch_sequences
+
+    @property
+    def global_batch_positions(self) -> int:
+        """GB_tok, of one optimizer step."""
+        return self.micro_batch_positions * self.accumulation * self.replicas
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.micro_batch_sequences * self.accumulation * self.replicas
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps of the budget; what is left over for no whole step is not trained."""
+        return self.budget_positions // self.global_batch_positions
+
+    def table(self) -> Table:
+        """The factors with their formulas, to be printed at the start of a run."""
+        table = Table("batch", "value", "from", title_justify="left")
+        table.columns[1].justify = "right"
+        mu, size = self.micro_batch_positions, self.global_batch_positions
+        rows = {
+            "mu_tok": (mu, f"{self.micro_batch_sequences} sequences x {self.sequence_length} positions"),
+            "A, accumulation": (self.accumulation, "GB_tok / (mu_tok x D)"),
+            "D, data replicas": (self.replicas, "processes / (TP x PP x CP)"),
+            "GB_tok": (size, f"{mu} x {self.accumulation} x {self.replicas}, {self.sequences} sequences"),
+            "steps": (self.iterations, f"{self.budget_positions:,} positions // GB_tok"),
+        }
+        for name, (value, formula) in rows.items():
+            table.add_row(name, f"{value:,}", formula)
+        return table

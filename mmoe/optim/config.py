@@ -1,0 +1,41 @@
+"""How a run optimises: its rate, the shape of the rate, the update, the clip."""
+
+from rich.table import Table
+
+from mmoe.config.base import Config
+from mmoe.optim.adamw import AdamWConfig, ClipConfig
+from mmoe.optim.batch import BatchArithmetic
+from mmoe.optim.lr import LearningRateConfig
+from mmoe.optim.muon import MuonConfig
+from mmoe.optim.schedule import Schedule, ScheduleConfig
+
+
+class OptimConfig(Config):
+    lr: LearningRateConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    adamw: AdamWConfig = AdamWConfig()
+    muon: MuonConfig | None = None  # for the matrices of the blocks; null: AdamW for everything
+    clip: ClipConfig = ClipConfig()
+
+    def build_schedule(self, batch: BatchArithmetic) -> Schedule:
+        """The rate of every step of a run with this batch."""
+        return self.schedule.build(self.lr.scaled_peak(batch.global_batch_positions), batch)
+
+    def describe(self, batch: BatchArithmetic) -> Table:
+        """What is derived, with its formula, to be printed at the start of a run."""
+        schedule, reference = self.build_schedule(batch), self.lr.reference_batch_positions
+        rule = "optim.lr.peak"
+        if reference is not None:
+            ratio = f"{batch.global_batch_positions:,} / {reference:,}"
+            rule = f"{self.lr.peak:g} x ({ratio}) ** {self.lr.exponent:g}, {self.lr.scaling_rule}"
+        table = Table("optimisation", "value", "from", title_justify="left")
+        table.columns[1].justify = "right"
+        table.add_row("peak rate", f"{schedule.peak:.3g}", rule)
+        table.add_row("last rate", f"{schedule(batch.iterations - 1):.3g}", f"{schedule.kind} over the run's steps")
+        for name in ("warmup", "cooldown", "decay"):
+            span, steps = getattr(self.schedule, name), getattr(schedule, name)
+            if span is not None:
+                positions = steps * batch.global_batch_positions
+                share = f"{positions:,} positions, {steps / batch.iterations:.2%} of the run"
+                table.add_row(f"{name} steps", f"{steps:,}", share)
+        return table
