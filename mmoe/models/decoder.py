@@ -1,0 +1,185 @@
+"""The model: embeddings, a pre-norm decoder of dense or mixture-of-experts blocks, and its heads.
+
+Shape suffixes: B sequences, L positions, D model width, V ids, n chosen positions.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmoe.config.base import Config
+from mmoe.data.batch import PackedBatch, Pairs
+from mmoe.models.attention import BACKENDS, Attention, AttentionPlan
+from mmoe.models.embeddings import Embeddings, ModelInputs
+from mmoe.models.heads import ActionHead, ContrastHead
+from mmoe.models.init import initialise
+from mmoe.models.layers import RMSNorm, SwiGLU
+from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
+from mmoe.models.moe.layer import LayerRouting, MoEConfig, MoELayer
+from mmoe.models.moe.statistics import RoutingStatistics
+from mmoe.models.moe.tokens import Tokens
+from mmoe.models.rotary import RotaryTables
+
+
+class ModelConfig(Config):
+    d_model: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int | None = Field(default=None, gt=0)  # null: d_model / heads
+    hidden: int = Field(gt=0)  # SwiGLU width of dense layers
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    qk_norm: bool = False
+    norm_eps: float = Field(default=1e-6, gt=0)
+    bidirectional_slices: bool = False  # the VISION positions of a slice see one another
+    attention: Literal["sdpa_documents", "dense"] = "sdpa_documents"
+    tie_embeddings: bool = True  # the token table is the unembedding too
+    init_std: float = Field(default=0.02, gt=0)  # of token and camera tables; see mmoe.models.init
+    contrast_dim: int = Field(default=128, gt=0)
+    moe: MoEConfig | None = None  # null: every layer is dense
+
+    @model_validator(mode="after")
+    def _shape(self) -> "ModelConfig":
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads is {self.heads}, not a multiple of kv_heads {self.kv_heads}; every key/value head serves the "
+                "same number of query heads: change one of them"
+            )
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(
+                f"d_model {self.d_model} is not a multiple of heads {self.heads}; change one of them or set head_dim"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim is {self.head_width}, but rotary positions turn pairs; make it even")
+        if self.moe is not None and not any(map(self.moe.in_layer, range(self.layers))):
+            raise ValueError(
+                f"moe.every {self.moe.every} and moe.dense_first {self.moe.dense_first} leave none of the "
+                f"{self.layers} layers with experts; lower them or set moe to null"
+            )
+        if self.moe is not None and self.moe.engine == "grouped_mm" and self.d_model % GROUPED_MM_MULTIPLE:
+            raise ValueError(
+                f"d_model is {self.d_model}, but moe.engine grouped_mm needs a multiple of {GROUPED_MM_MULTIPLE}; "
+                "round it or set moe.engine to loop"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.heads
+
+    def build(self, inputs: ModelInputs, seed: int) -> "MultimodalModel":
+        """The model with its initial weights, float32 on the CPU."""
+        model = MultimodalModel(self, inputs)
+        initialise(model, seed, self.init_std, self.layers)
+        return model
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then + network(norm(x)); the network of layer `number` is dense or has experts."""
+
+    def __init__(self, config: ModelConfig, number: int):
+        super().__init__()
+        size, eps = config.d_model, config.norm_eps
+        self.attention_norm = RMSNorm(size, eps)
+        self.attention = Attention(size, config.heads, config.kv_heads, config.head_width, config.qk_norm, eps)
+        self.network_norm = RMSNorm(size, eps)
+        self.network: nn.Module = (
+            MoELayer(size, config.moe)
+            if config.moe is not None and config.moe.in_layer(number)
+            else SwiGLU(size, config.hidden)
+        )
+
+    def forward(
+        self, x_BLD: Tensor, rotary: RotaryTables, plan: AttentionPlan, tokens: Tokens
+    ) -> tuple[Tensor, LayerRouting | None]:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, plan)
+        normed = self.network_norm(x_BLD)
+        if isinstance(self.network, MoELayer):
+            out, routing = self.network(normed, tokens)
+        else:
+            out, routing = self.network(normed), None
+        return x_BLD + out, routing
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """The router losses: scalars with gradient, means over the batch's sequences and the layers of experts."""
+
+    balance_loss: Tensor
+    z_loss: Tensor
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """`hidden` [B, L, D] after the last norm; at padding finite and without meaning.
+
+    `auxiliary` is None without experts, `routing` (a layer of experts each) also in evaluation.
+    """
+
+    hidden: Tensor
+    auxiliary: Auxiliary | None
+    routing: RoutingStatistics | None
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList([Block(config, number) for number in range(config.layers)])
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, x_BLD: Tensor, batch: PackedBatch) -> ModelOutput:
+        """The embedded batch through all blocks."""
+        config = self.config
+        rotary = RotaryTables.of(batch.position, config.head_width, config.rope_theta, x_BLD.dtype)
+        plan = BACKENDS[config.attention].of(batch, config.bidirectional_slices)
+        tokens = Tokens.of(batch)
+        routed: list[LayerRouting] = []
+        for block in self.blocks:
+            x_BLD, routing = block(x_BLD, rotary, plan, tokens)
+            if routing is not None:
+                routed.append(routing)
+        return _output(self.norm(x_BLD), routed)
+
+
+def _output(hidden: Tensor, routed: list[LayerRouting]) -> ModelOutput:
+    if not routed:
+        return ModelOutput(hidden, None, None)
+    auxiliary = Auxiliary(
+        balance_loss=sum(layer.balance_loss for layer in routed) / len(routed),
+        z_loss=sum(layer.z_loss for layer in routed) / len(routed),
+    )
+    statistics = [layer.statistics for layer in routed if layer.statistics is not None]
+    return ModelOutput(hidden, auxiliary, RoutingStatistics.stack(statistics) if statistics else None)
+
+
+class MultimodalModel(nn.Module):
+    """PackedBatch -> hidden states; the heads are called on those of them that a loss or a user wants."""
+
+    def __init__(self, config: ModelConfig, inputs: ModelInputs):
+        super().__init__()
+        size = config.d_model
+        self.embeddings = Embeddings(inputs, size)
+        self.decoder = Decoder(config)
+        self.unembedding = None if config.tie_embeddings else nn.Linear(size, inputs.vocabulary_size, bias=False)
+        self.action = ActionHead(size, inputs.action_chunk, inputs.action_dim) if inputs.action_dim else None
+        self.contrastive = ContrastHead(size, config.contrast_dim)
+
+    def forward(self, batch: PackedBatch) -> ModelOutput:
+        return self.decoder(self.embeddings(batch), batch)
+
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """[n, V]: scores of the id that follows each chosen position."""
+        table = self.embeddings.token if self.unembedding is None else self.unembedding
+        return F.linear(hidden_nD, table.weight)
+
+    def actions(self, hidden_MD: Tensor) -> Tensor:
+        """[M, H, A]: the continuous action chunk read at each `action` token, normalised units."""
+        return self.action(hidden_MD)
+
+    def contrast(self, hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """[P, contrast_dim] of the two sides of each pair, each of length 1."""
+        return self.contrastive(hidden_BLD, pairs, modality_BL)

@@ -1,0 +1,60 @@
+"""What reads the backbone's hidden states beside the vocabulary: action chunks and contrastive pairs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmoe.data.batch import Pairs
+from mmoe.data.sample import Modality
+from mmoe.precision.widen import widen
+
+CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
+
+
+class ActionHead(nn.Module):
+    """[M, size] -> [M, chunk, dim] continuous actions, in float32 or wider."""
+
+    def __init__(self, size: int, chunk: int, dim: int):
+        super().__init__()
+        self.hidden = nn.Linear(size, size)
+        self.output = nn.Linear(size, chunk * dim)
+        self.shape = (chunk, dim)
+
+    def forward(self, hidden_MD: Tensor) -> Tensor:
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            hidden = self.hidden(hidden_MD.to(self.hidden.weight.dtype))
+            return widen(self.output(F.silu(hidden))).unflatten(1, self.shape)
+
+
+class ContrastHead(nn.Module):
+    """Pools the spans of pairs and projects them to a common space of `width`, a projection per modality."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.projections = nn.ModuleDict({kind.name.lower(): nn.Linear(size, width, bias=False) for kind in CONTRASTED})
+
+    def forward(self, hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """[P, width] of either side, of length 1, in float32 or wider; a span without own tokens gives zeros."""
+        with torch.autocast(hidden_BLD.device.type, enabled=False):
+            pooled, kind = self._pool(hidden_BLD, pairs, modality_BL), pairs.modality.flatten()
+            projected = sum(
+                F.linear(torch.where((kind == modality)[:, None], pooled, 0), widen(self._weight(modality)))
+                for modality in CONTRASTED
+            )
+            return F.normalize(projected, dim=1).unflatten(0, pairs.modality.shape).unbind(1)
+
+    def _weight(self, modality: Modality) -> Tensor:
+        return self.projections[modality.name.lower()].weight
+
+    @staticmethod
+    def _pool(hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> Tensor:
+        """[2 P, D]: the mean of each span over the tokens of its own modality."""
+        start, stop = pairs.span.flatten(0, 1).unbind(1)
+        size = stop - start
+        side = torch.repeat_interleave(size)
+        position = torch.arange(len(side), device=side.device) - (size.cumsum(0) - size)[side] + start[side]
+        own = modality_BL.flatten()[position] == pairs.modality.flatten()[side]
+        side, position = side[own], position[own]
+        hidden = widen(hidden_BLD.flatten(0, 1)[position])
+        sums = hidden.new_zeros(len(size), hidden.shape[1]).index_add(0, side, hidden)
+        return sums / side.bincount(minlength=len(size)).clamp(min=1)[:, None]

@@ -1,0 +1,39 @@
+"""The two building blocks that blocks, experts and heads share: RMS normalisation and the SwiGLU network."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmoe.models.dtypes import compute_dtype
+from mmoe.precision.widen import widen
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019).
+
+    Computed in float32 or wider and returned in the dtype of the products that follow.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(widen(x), self.weight.shape, widen(self.weight), self.eps).to(compute_dtype(x))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020): [..., size] -> [..., size].
+
+    `gate` and `up` are two matrices: one fused matrix is not faster here, and two can be sharded by columns.
+    """
+
+    def __init__(self, size: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(size, hidden, bias=False)
+        self.up = nn.Linear(size, hidden, bias=False)
+        self.down = nn.Linear(hidden, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,57 @@
+"""What the layers of experts need to know of a batch's tokens beside their hidden states."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmoe.data.batch import PackedBatch
+from mmoe.models.moe.rows import copy_rows
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The T valid positions of a batch, found once a forward pass. Padding is not among them.
+
+    `position_T` is ascending over the N = B L flattened positions, `number_N` the number of the token at each, T
+    at padding. `sequences` is B, `length` L, `sources` the number of sources that a table by source has to have.
+    """
+
+    position_T: Tensor
+    number_N: Tensor
+    sequence_T: Tensor
+    modality_T: Tensor
+    source_T: Tensor
+    sequences: int
+    length: int
+    sources: int
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> "Tokens":
+        sequences, length = batch.shape
+        valid = batch.valid.flatten()
+        position = valid.nonzero().squeeze(1)
+        return cls(
+            position_T=position,
+            number_N=torch.where(valid, valid.cumsum(0) - 1, len(position)),
+            sequence_T=position // length,
+            modality_T=batch.modality.flatten()[position].long(),
+            source_T=batch.source.flatten()[position].long(),
+            sequences=sequences,
+            length=length,
+            sources=1 + max((origin[0] for documents in batch.documents for origin in documents), default=0),
+        )
+
+    def take(self, x_BLD: Tensor) -> Tensor:
+        """[T, D]: the tokens' rows."""
+        x_ND = x_BLD.flatten(0, 1)
+        return x_ND if self._unpadded else copy_rows(x_ND, self.position_T, self.number_N)
+
+    def put(self, y_TD: Tensor) -> Tensor:
+        """[B, L, D]: each token at its position, zeros at padding."""
+        y_ND = y_TD if self._unpadded else copy_rows(y_TD, self.number_N, self.position_T)
+        return y_ND.unflatten(0, (self.sequences, self.length))
+
+    @property
+    def _unpadded(self) -> bool:
+        return len(self.position_T) == len(self.number_N)

@@ -1,0 +1,129 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe.models.moe.dispatch import CapacityDispatcher, DroplessDispatcher
+from mmoe.models.moe.router import Routing
+from mmoe.models.moe.rows import copy_rows
+from mmoe.models.moe.tokens import Tokens
+from tests.models.random_batch import random_batch
+
+
+def random_routing(tokens: int, experts: int, top_k: int, seed: int, levels: int = 1000) -> Routing:
+    """Few `levels` of score make many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(1, levels, (tokens, experts), generator=generator).double() / levels
+    expert = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    score = scores.gather(1, expert)
+    return Routing(scores.log(), scores, expert, score, score / score.sum(1, keepdim=True))
+
+
+def kept_by_brute_force(routing: Routing, tokens: Tokens, capacity: int) -> set[tuple[int, int]]:
+    """(token, k): for each sequence and expert the best-scored, earlier tokens first among equals."""
+    kept = set()
+    experts = routing.scores_TE.shape[1]
+    for b in range(tokens.sequences):
+        for e in range(experts):
+            wanted = [
+                (-routing.score_TK[t, k].item(), t, k)
+                for t, k in (routing.expert_TK == e).nonzero().tolist()
+                if tokens.sequence_T[t] == b
+            ]
+            kept |= {(t, k) for _, t, k in sorted(wanted)[:capacity]}
+    return kept
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    experts=st.sampled_from([3, 5, 8]),
+    top_k=st.integers(1, 3),
+    factor=st.floats(0.3, 2.5),
+    levels=st.sampled_from([3, 1000]),
+)
+def test_capacity_drops_the_lowest_scores_of_each_sequence(seed, experts, top_k, factor, levels):
+    tokens = Tokens.of(random_batch(seed % 50, sequences=3, documents=2))
+    routing = random_routing(len(tokens.position_T), experts, top_k, seed, levels)
+    dispatcher = CapacityDispatcher(experts, factor)
+    capacity = dispatcher.capacity(tokens.length, top_k)
+    assert capacity == math.ceil(factor * tokens.length * top_k / experts)
+    placement = dispatcher.plan(routing, tokens)
+    kept = {tuple(at) for at in (~placement.dropped_TK).nonzero().tolist()}
+    assert kept == kept_by_brute_force(routing, tokens, capacity)
+    assert len(placement.choice_R) == experts * tokens.sequences * capacity  # whatever was routed
+    check_rows(placement, routing, experts)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), experts=st.sampled_from([2, 8]), top_k=st.integers(1, 2))
+def test_dropless_gives_every_choice_a_row(seed, experts, top_k):
+    tokens = Tokens.of(random_batch(seed % 50))
+    routing = random_routing(len(tokens.position_T), experts, top_k, seed)
+    placement = DroplessDispatcher(experts).plan(routing, tokens)
+    assert not placement.dropped_TK.any()
+    assert placement.choice_R.sort().values.tolist() == list(range(routing.expert_TK.numel()))
+    check_rows(placement, routing, experts)
+
+
+def check_rows(placement, routing, experts):
+    """Rows and choices are each other's inverse, and every row is in the group of its expert."""
+    top_k = routing.expert_TK.shape[1]
+    starts = [0, *placement.ends_E[:-1].tolist()]
+    assert placement.ends_E[-1] == len(placement.choice_R)
+    filled = (placement.choice_R < routing.expert_TK.numel()).nonzero().flatten().tolist()
+    for row in filled:
+        t, k = divmod(placement.choice_R[row].item(), top_k)
+        assert placement.row_TK[t, k] == row
+        e = routing.expert_TK[t, k]
+        assert starts[e] <= row < placement.ends_E[e]
+    assert len(filled) == (~placement.dropped_TK).sum()
+
+
+@pytest.mark.parametrize(
+    "dispatcher", [DroplessDispatcher(4), CapacityDispatcher(4, 0.5)], ids=["dropless", "capacity"]
+)
+def test_dispatch_and_combine_copy_rows_and_their_gradients(dispatcher):
+    tokens = Tokens.of(random_batch(0))
+    routing = random_routing(len(tokens.position_T), 4, 2, 0)
+    placement = dispatcher.plan(routing, tokens)
+    x = torch.randn(len(tokens.position_T), 6, dtype=torch.float64, requires_grad=True)
+    rows = dispatcher.dispatch(x, placement)
+    for row, choice in enumerate(placement.choice_R.tolist()):
+        expected = x[choice // 2] if choice < routing.expert_TK.numel() else torch.zeros(6)
+        assert torch.equal(rows[row], expected.double())
+    combined = dispatcher.combine(rows, routing.weight_TK, placement)
+    kept = torch.where(placement.dropped_TK, 0, routing.weight_TK).sum(1, keepdim=True)
+    torch.testing.assert_close(combined, x * kept)
+    weights = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad((combined * weights).sum(), x)
+    torch.testing.assert_close(gradient, weights * kept)
+
+
+def test_copying_has_the_gradient_of_indexing():
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([4, 6, 0, 1, 5])  # choice 6 is past the end; choices 2 and 3 (of row 1) go nowhere
+    inverse = torch.tensor([2, 3, 5, 5, 0, 4])
+    assert torch.autograd.gradcheck(lambda x: copy_rows(x, index, inverse, share=2), x)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_are_taken_from_their_positions_and_put_back(padded):
+    batch = random_batch(1)
+    if not padded:
+        length = int(batch.valid.sum(1).min())
+        names = ("token_ids", "document", "modality", "source")
+        batch = replace(batch, **{name: getattr(batch, name)[:, :length] for name in names})
+    tokens = Tokens.of(batch)
+    x = torch.randn(*batch.shape, 3, dtype=torch.float64, requires_grad=True)
+    taken = tokens.take(x)
+    assert torch.equal(taken, x[batch.valid])
+    back = tokens.put(taken)
+    assert torch.equal(back, torch.where(batch.valid[..., None], x, 0))
+    (gradient,) = torch.autograd.grad(back.square().sum(), x)
+    torch.testing.assert_close(gradient, 2 * torch.where(batch.valid[..., None], x, 0))
+    assert tokens.modality_T.tolist() == batch.modality[batch.valid].tolist()
+    assert tokens.source_T.tolist() == batch.source[batch.valid].tolist()
