@@ -1,4 +1,4 @@
-"""YAML files, one parent each, and dotted overrides -> the validated tree; and a sentence for every fault on the way."""
+"""YAML with one parent and dotted overrides -> the validated tree, and a sentence for every fault on the way."""
 
 import difflib
 import json

@@ -1,0 +1,157 @@
+"""The command line: `mmoe <command>`, or `python -m mmoe <command>`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mmoe.errors import MmoeError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
+
+
+@app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(help="reader: text, image_caption, audio_text, donkeycar, simulated_drive")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="folder or file of raw recordings")],
+    output: Annotated[Path, typer.Argument(help="folder of the prepared source")],
+    options: Annotated[list[str] | None, typer.Argument(help="reader options, e.g. recordings=100")] = None,
+    text_tokenizer: Annotated[str | None, typer.Option(help="tokenizer JSON; without it, plain bytes")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes; the output is the same for any number")] = 1,
+) -> None:
+    """Raw recordings -> indexed WebDataset shards with held-out recordings."""
+    from mmoe.config.load import parse_overrides
+    from mmoe.data.prepare import prepare as run
+    from mmoe.tokenizers.text import TextConfig
+
+    tokenizer = TextConfig(path=text_tokenizer).build()
+    run(
+        kind,
+        source,
+        output,
+        text_tokenizer=tokenizer,
+        workers=workers,
+        options=parse_overrides(options or []),
+    )
+
+
+@app.command()
+def fit_tokenizer(
+    kind: Annotated[str, typer.Argument(help="reader, as in prepare")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="folder or file of raw recordings")],
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="the tokenizer's JSON")],
+    options: Annotated[list[str] | None, typer.Argument(help="reader options, e.g. recordings=100")] = None,
+    vocabulary_size: Annotated[int, typer.Option(min=257, help="ids, the 256 bytes among them")] = 4096,
+) -> None:
+    """Train a byte-level BPE on the training texts of a source."""
+    from mmoe.config.load import parse_overrides
+    from mmoe.data.prepare import training_texts
+    from mmoe.tokenizers.text import TextTokenizer
+
+    tokenizer = TextTokenizer.train(
+        training_texts(kind, source, parse_overrides(options or [])), vocabulary_size
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(output)
+    console.print(f"{output}: {tokenizer.size} ids, fingerprint {tokenizer.fingerprint[:12]}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/demo.yaml")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
+    stop_after: Annotated[int | None, typer.Option(help="end this session after that many steps in all")] = None,
+    from_step: Annotated[int | None, typer.Option(help="resume from the checkpoint of this step")] = None,
+) -> None:
+    """Train a run, or resume it where its folder already holds checkpoints."""
+    from mmoe.config.load import load
+    from mmoe.config.tree import RunConfig
+    from mmoe.training.session import train as run
+
+    run(load(RunConfig, config, overrides), console, fresh=fresh, stop_after=stop_after, from_step=from_step)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    shards: Annotated[str | None, typer.Option(help="another prepared source instead of the run's own")] = None,
+    blank: Annotated[str | None, typer.Option(help="modality whose payload is zeroed: vision, audio, ...")] = None,
+    shuffle: Annotated[str | None, typer.Option(help="modality taken from another held-out recording")] = None,
+) -> None:
+    """Measure a run on its held-out recordings."""
+    from mmoe.data.sample import Modality
+    from mmoe.evaluation.evaluate import evaluate as run
+    from mmoe.evaluation.evaluate import show
+    from mmoe.training.run import Run
+
+    def modality(name: str | None) -> Modality | None:
+        if name is None:
+            return None
+        if name.upper() not in Modality.__members__:
+            raise MmoeError(f"{name!r} is not a modality; choose from {', '.join(m.name.lower() for m in Modality)}")
+        return Modality[name.upper()]
+
+    show(run(Run.load(folder), shards=shards, blank=modality(blank), shuffle=modality(shuffle)), console)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    prompt: Annotated[str, typer.Option(help="text to continue, or context of the sound")] = "",
+    image: Annotated[Path | None, typer.Option(help="a picture that stands before the text")] = None,
+    audio: Annotated[Path | None, typer.Option(help="a sound that stands before the text")] = None,
+    speak: Annotated[Path | None, typer.Option(help="write a sampled sound to this wav instead of text")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seconds: Annotated[float, typer.Option(help="longest sound")] = 2.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all")] = 0,
+    top_p: Annotated[float, typer.Option(help="share of probability to draw from")] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Sample text, or a sound, from a trained run."""
+    from mmoe.evaluation.generate import Sampling
+    from mmoe.evaluation.generate import generate as text
+    from mmoe.evaluation.generate import speak as sound
+    from mmoe.training.run import Run
+
+    run = Run.load(folder)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if speak is not None:
+        length = sound(run, speak, prompt=prompt, seconds=seconds, sampling=sampling)
+        console.print(f"wrote {length:.2f} s of sound to {speak}")
+        return
+    answer = text(run, prompt, image=image, audio=audio, max_tokens=max_tokens, sampling=sampling)
+    console.print(prompt + answer, highlight=False, markup=False)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Write summary.json and report.html of a run from what its folder holds."""
+    from mmoe.monitoring.report import write_report
+    from mmoe.training.run import Run
+
+    write_report(Run.load(folder))
+    console.print(f"wrote {folder / 'report.html'}")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has: versions, cores, memory, GPU, and every optional backend."""
+    from mmoe.doctor import report as show
+
+    show(console)
+
+
+def main() -> None:
+    """Run the command line; errors meant for the user are printed as one sentence."""
+    try:
+        app()
+    except MmoeError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, markup=True)
+        sys.exit(1)

@@ -1,0 +1,56 @@
+"""The whole run as one printable tree; each node is declared by the component it configures."""
+
+from pydantic import model_validator
+
+from mmoe.checkpoint.manager import CheckpointConfig
+from mmoe.config.base import Config
+from mmoe.data.stream import DataConfig
+from mmoe.losses.total import LossConfig
+from mmoe.models.decoder import ModelConfig
+from mmoe.monitoring.config import MonitoringConfig
+from mmoe.optim.batch import BatchArithmetic
+from mmoe.optim.config import OptimConfig
+from mmoe.parallel.config import ParallelConfig
+from mmoe.precision.config import PrecisionConfig
+from mmoe.tokenizers.bundle import TokenizersConfig
+from mmoe.training.config import TrainingConfig
+
+
+class RunConfig(Config):
+    data: DataConfig
+    tokenizers: TokenizersConfig = TokenizersConfig()
+    model: ModelConfig
+    losses: LossConfig = LossConfig()
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @property
+    def batch(self) -> BatchArithmetic:
+        """mu_tok, D, A, GB_tok and the number of steps."""
+        return BatchArithmetic.of(
+            sequence_length=self.data.sequence_length,
+            micro_batch_sequences=self.training.micro_batch_sequences,
+            global_batch_positions=self.training.global_batch_positions,
+            budget_positions=self.training.budget_positions,
+            replicas=1,
+        )
+
+    @property
+    def contrastive_group(self) -> int:
+        """Sequences of one contrastive group: the configured number, or the whole global batch."""
+        return self.losses.contrastive.group_sequences or self.batch.sequences
+
+    @model_validator(mode="after")
+    def _batch(self) -> "RunConfig":
+        micro, group = self.training.micro_batch_sequences, self.contrastive_group
+        if self.losses.contrastive.weight > 0 and micro % group:
+            raise ValueError(
+                f"losses.contrastive.group_sequences is {group} (null: the whole global batch), but a micro-batch has "
+                f"{micro} sequences (training.micro_batch_sequences): negatives must be in the same forward pass; "
+                "set group_sequences to a divisor of the micro-batch"
+            )
+        return self

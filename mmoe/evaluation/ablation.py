@@ -1,0 +1,116 @@
+"""What an evaluation takes away, and whose pictures or sounds stand in for it."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmoe.data.decode import Ablation
+from mmoe.data.index import ShardIndex
+from mmoe.data.sample import Modality
+from mmoe.data.stream import Sources
+from mmoe.errors import ConfigError
+
+POSSIBLE = (Modality.VISION, Modality.AUDIO, Modality.INERTIAL, Modality.STATE)
+
+
+@dataclass(frozen=True)
+class _Row:
+    shard: int
+    row: int
+    recording: str
+    cameras: frozenset[int]  # of its segments of the modality
+
+
+@dataclass(frozen=True)
+class Donors:
+    """`ablation` for the decoder, `left_out` sources in which some row has no donor (with the reason), and the
+    number of rows of each other source that got one."""
+
+    ablation: Ablation
+    left_out: dict[str, str]
+    rows: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "mode": self.ablation.mode,
+            "modality": self.ablation.modality.name.lower(),
+            "rows": self.rows,
+            "left_out": self.left_out,
+        }
+
+
+def blank(modality: Modality) -> Donors:
+    """Zeros (or silence) for every payload of `modality`."""
+    _check("blank", modality)
+    return Donors(Ablation("blank", modality, {}), {}, {})
+
+
+def shuffle(sources: Sources, split: str, modality: Modality, seed: int) -> Donors:
+    """Every row of a split shows what another recording of the same source and split saw (or heard)."""
+    _check("shuffle", modality)
+    donors: dict[tuple[int, int, int], tuple[int, int]] = {}
+    left_out: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for number, files in enumerate(sources.files(split)):
+        rows = [row for shard, tar in enumerate(files.tars) for row in _rows(ShardIndex.read(tar), shard, modality)]
+        if not rows:
+            continue
+        chosen = derange(rows, np.random.default_rng((seed, number)))
+        if chosen is None:
+            recordings = len({row.recording for row in rows})
+            reason = f"{len(rows)} rows of {recordings} recordings: some row has no donor in another recording"
+            left_out[files.name] = reason
+            continue
+        counts[files.name] = len(rows)
+        for row, donor in zip(rows, chosen):
+            donors[number, row.shard, row.row] = (donor.shard, donor.row)
+    return Donors(Ablation("shuffle", modality, donors), left_out, counts)
+
+
+def derange(rows: list[_Row], rng: np.random.Generator) -> list[_Row] | None:
+    """For each row a donor of another recording that has (at least) its cameras; None where there is none.
+
+    Among rows with the same cameras the donors are a permutation, unless one recording holds more than half of
+    them: then donors are drawn at random from all rows that may serve.
+    """
+    groups: dict[frozenset[int], list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        groups[row.cameras].append(number)
+    donors: list[_Row | None] = [None] * len(rows)
+    for cameras, members in groups.items():
+        by_recording: dict[str, list[int]] = defaultdict(list)
+        for number in rng.permutation(members).tolist():
+            by_recording[rows[number].recording].append(number)
+        largest = max(len(numbers) for numbers in by_recording.values())
+        line = [number for numbers in by_recording.values() for number in numbers]
+        if 2 * largest <= len(line):
+            # Recordings stand in one piece, so a shift by the largest leads out of every one of them.
+            for at, number in enumerate(line):
+                donors[number] = rows[line[(at + largest) % len(line)]]
+            continue
+        for recording, numbers in by_recording.items():
+            others = [row for row in rows if row.recording != recording and row.cameras >= cameras]
+            if not others:
+                return None
+            for number in numbers:
+                donors[number] = others[int(rng.integers(len(others)))]
+    return donors
+
+
+def _rows(index: ShardIndex, shard: int, modality: Modality) -> list[_Row]:
+    """The rows of a shard that hold the modality."""
+    rows = []
+    for number, recording in enumerate(index.recordings):
+        segments = index.row_segments(number)
+        cameras = segments["camera"][segments["modality"] == modality]
+        if len(cameras):
+            rows.append(_Row(shard, number, recording, frozenset(cameras.tolist())))
+    return rows
+
+
+def _check(option: str, modality: Modality) -> None:
+    if modality not in POSSIBLE:
+        names = ", ".join(kind.name.lower() for kind in POSSIBLE)
+        raise ConfigError(f"--{option} {modality.name.lower()} is not possible; choose from {names}")

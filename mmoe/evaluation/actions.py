@@ -1,0 +1,161 @@
+"""Action errors beside baselines that do not look: every chunk of a split, with its targets and predictions.
+
+Shape suffixes: M chunks, H steps of a chunk, A action dimensions (the union over sources).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmoe.data.batch import PackedBatch
+from mmoe.data.index import ShardIndex
+from mmoe.data.media import load_array
+from mmoe.data.sample import Modality
+from mmoe.data.shards import read_member
+from mmoe.data.stream import Sources
+from mmoe.tokenizers.bundle import Tokenizers
+
+Key = tuple[int, int, int, int]  # source, shard, row, and number of the chunk in its row
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The action chunks of a split as they were logged, in normalised units, ordered by key.
+
+    `target`, `mask` [M, H, A]; `last` [M, A] the action logged last before the reference, where `has_last` [M];
+    `source` [M] numbers; `time_ns` [M] of the first step in clip time; `recording` names by chunk.
+    """
+
+    keys: list[Key]
+    target: np.ndarray
+    mask: np.ndarray
+    last: np.ndarray
+    has_last: np.ndarray
+    source: np.ndarray
+    time_ns: np.ndarray
+    recording: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, at: np.ndarray) -> "Chunks":
+        arrays = (self.target, self.mask, self.last, self.has_last, self.source, self.time_ns)
+        return Chunks([self.keys[i] for i in at], *(a[at] for a in arrays), [self.recording[i] for i in at])
+
+
+def read_chunks(sources: Sources, tokenizers: Tokenizers, split: str) -> Chunks:
+    """Every chunk of a split from the action tables alone; no picture or sound is opened."""
+    dims, chunk = tokenizers.dims[Modality.ACTION], tokenizers.config.action.chunk
+    keys, recording, parts = [], [], []
+    for number, files in enumerate(sources.files(split)):
+        if files.name not in tokenizers.actions:
+            continue
+        tokenizer, columns = tokenizers.actions[files.name], dims.columns[files.name]
+        for shard, tar in enumerate(files.tars):
+            index = ShardIndex.read(tar)
+            for row in range(len(index)):
+                segments = index.row_segments(row)
+                actions = segments[segments["modality"] == Modality.ACTION]
+                tables = {member: _table(index, row, member) for member in set(actions["member"].tolist())}
+                for count, segment in enumerate(actions):
+                    table, start = tables[int(segment["member"])], int(segment["start"])
+                    rows, inside = tokenizer.chunk_of(table, start, int(segment["stop"]))
+                    target, mask = np.zeros((chunk, dims.size)), np.zeros((chunk, dims.size), bool)
+                    target[:, columns], mask[:, columns] = tokenizer.normalise(rows), inside
+                    last = np.zeros(dims.size)
+                    if start > 0:
+                        last[columns] = tokenizer.normalise(table[start - 1 : start])[0]
+                    keys.append((number, shard, row, count))
+                    recording.append(index.recordings[row])
+                    time_ns = int(segment["timestamp_ns"] + segment["offset_ns"])
+                    parts.append((np.where(mask, target, 0.0), mask, last, start > 0, number, time_ns))
+    shape = (0, chunk, dims.size)
+    if not parts:
+        empty = np.zeros(0, np.int64)
+        return Chunks([], np.zeros(shape), np.zeros(shape, bool), np.zeros(shape[::2]), empty > 0, empty, empty, [])
+    return Chunks(keys, *(np.array(column) for column in zip(*parts)), recording)
+
+
+def chunk_starts(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Flat position [m] of the first `action` token of each chunk, and its document part [m, 4]."""
+    length = batch.shape[1]
+    action = (batch.modality == Modality.ACTION).flatten().cpu().numpy()
+    starts = np.flatnonzero(action & ~np.r_[False, action[:-1]])  # `action_end` parts one chunk from the next
+    documents = batch.document.flatten().cpu().numpy()[starts]
+    parts = [batch.documents[at // length][number] for at, number in zip(starts.tolist(), documents.tolist())]
+    return starts, np.array(parts, np.int64).reshape(-1, 4)
+
+
+def align(parts: np.ndarray, values: np.ndarray, chunks: Chunks) -> np.ndarray:
+    """`values` [m, ...] of chunks whose document parts are `parts` [m, 4] (in order within each part), rearranged
+    to [M, ...] as `chunks` are; NaN for a chunk that no part held (its row was too long and was left out)."""
+    whole = np.full((len(chunks), *values.shape[1:]), np.nan)
+    whole[places(parts, chunks)] = values
+    return whole
+
+
+def places(parts: np.ndarray, chunks: Chunks) -> np.ndarray:
+    """The number in `chunks` of each chunk [m] of document parts [m, 4]."""
+    at = {key: number for number, key in enumerate(chunks.keys)}
+    found = np.zeros(len(parts), np.int64)
+    count, previous = 0, None
+    for number in np.lexsort(parts.T[::-1]).tolist():  # stable: chunks of one part keep their order
+        row = tuple(parts[number, :3].tolist())
+        count = count + 1 if row == previous else 0
+        previous = row
+        found[number] = at[(*row, count)]
+    return found
+
+
+def training_means(chunks: Chunks) -> np.ndarray:
+    """Mean target by source, chunk step and dimension: [sources, H, A]; 0 where nothing was logged."""
+    means = np.zeros((int(chunks.source.max(initial=-1)) + 1, *chunks.target.shape[1:]))
+    for number in np.unique(chunks.source):
+        mine = chunks.source == number
+        count = chunks.mask[mine].sum(0)
+        means[number] = chunks.target[mine].sum(0) / np.maximum(count, 1)
+    return means
+
+
+def hold_last(chunks: Chunks, means: np.ndarray) -> np.ndarray:
+    """The last logged action held over all steps [M, H, A]; the training mean where none was logged."""
+    held = np.broadcast_to(chunks.last[:, None], chunks.target.shape)
+    return np.where(chunks.has_last[:, None, None], held, means[chunks.source])
+
+
+def error_tables(
+    predictions: dict[str, np.ndarray], chunks: Chunks, names: tuple[str, ...], sources: list[str]
+) -> dict[str, Any]:
+    """Mean squared error per element in normalised units for each of `predictions` {who: [M, H, A]}.
+
+    Keys: `all`, `by_source`, `by_dimension`, `by_source_and_dimension`, `by_step`; each leaf is {who: error}.
+    Masked elements (padding, dimensions a source does not have) count nowhere.
+    """
+    squares = {who: np.where(chunks.mask, (p - chunks.target) ** 2, 0.0) for who, p in predictions.items()}
+
+    def means(rows: Any = slice(None), steps: Any = slice(None), dims: Any = slice(None)) -> dict[str, float] | None:
+        count = chunks.mask[rows][:, steps][:, :, dims].sum()
+        if not count:
+            return None
+        table = {who: float(s[rows][:, steps][:, :, dims].sum() / count) for who, s in squares.items()}
+        return table | {"elements": int(count)}
+
+    by_source = {name: chunks.source == number for number, name in enumerate(sources)}
+    by_source = {name: rows for name, rows in by_source.items() if rows.any()}
+    return {
+        "all": means(),
+        "by_source": {name: means(rows) for name, rows in by_source.items()},
+        "by_dimension": {name: means(dims=[a]) for a, name in enumerate(names) if chunks.mask[:, :, a].any()},
+        "by_source_and_dimension": {
+            source: {name: means(rows, dims=[a]) for a, name in enumerate(names) if chunks.mask[rows][:, :, a].any()}
+            for source, rows in by_source.items()
+        },
+        "by_step": [means(steps=[h]) for h in range(chunks.target.shape[1])],
+    }
+
+
+def _table(index: ShardIndex, row: int, member: int) -> np.ndarray:
+    name, offset, size = index.row_member(row, member)
+    where = f"{index.keys[row]}.{name}"
+    return load_array(read_member(index.tar, offset, size, where), f"{index.tar}: {where}")

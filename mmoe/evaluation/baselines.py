@@ -1,0 +1,126 @@
+"""The three predictors an action error stands beside, none of which sees a picture; fitted on the training split."""
+
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmoe.data.sample import Modality
+from mmoe.evaluation.actions import Chunks, align, hold_last, places, read_chunks, training_means
+from mmoe.evaluation.features import FeatureRows
+from mmoe.evaluation.ridge import Ridge, fit_ridge
+from mmoe.training.run import Run
+
+MOST_DOCUMENTS = 20_000  # training documents of a source that the ridge is fitted on: a seeded choice if there are more
+MOST_FEATURES = 1024  # the most frequent ones are kept
+FILE = "baselines.npz"  # in the run's folder: they follow from the data alone, so one fit serves every evaluation
+
+_VERSION = 1  # of the features and of the fit
+_ARRAYS = ("mean", "std", "weights", "intercept")
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """By source: `means` [H, A], and `ridges` with the feature keys [F] they read. `record` says what was fitted."""
+
+    means: dict[str, np.ndarray]
+    ridges: dict[str, tuple[np.ndarray, Ridge]]
+    record: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Run) -> "Baselines":
+        """Those that an earlier evaluation left in the run's folder, if its data is the same; else fitted now."""
+        path, key = run.folder / FILE, _key(run)
+        if path.is_file():
+            try:
+                stored, baselines = _load(path)
+                if stored == key:
+                    return baselines
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                pass  # cut off while it was written: it is fitted again below
+        baselines = cls.fit(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        baselines.save(path, key)
+        return baselines
+
+    @classmethod
+    def fit(cls, run: Run) -> "Baselines":
+        chunks = read_chunks(run.sources, run.tokenizers, "train")
+        seed = run.config.training.seed
+        means = training_means(chunks)
+        ridges, record = {}, {}
+        for number in np.unique(chunks.source).tolist():
+            name = run.sources.names[number]
+            rows = read_features(run, [name], split="train", most_documents=MOST_DOCUMENTS)
+            mine = chunks.take(places(rows.parts, chunks))
+            columns, features = rows.frequent(MOST_FEATURES)
+            documents = np.unique(rows.parts[:, :3], axis=0, return_inverse=True)[1].reshape(-1)
+            ridge = fit_ridge(rows.dense(columns), mine.target, mine.mask, documents, seed)
+            ridges[name] = (columns, ridge)
+            record[name] = {
+                "penalty": ridge.penalty,
+                "features": len(columns),
+                "features_left_out": features - len(columns),
+                "chunks": len(mine),
+                "documents": int(documents.max()) + 1,
+            }
+        return cls({run.sources.names[n]: means[n] for n in np.unique(chunks.source).tolist()}, ridges, record)
+
+    def predict(self, sources: list[str], features: FeatureRows, chunks: Chunks) -> dict[str, np.ndarray]:
+        """``mean``, ``hold_last`` and ``ridge`` [M, H, A] for `chunks`, whose sources are numbered as `sources`."""
+        means = np.zeros((len(sources), *chunks.target.shape[1:]))
+        ridge = np.full(chunks.target.shape, np.nan)
+        for number, name in enumerate(sources):
+            if name not in self.ridges:
+                continue
+            means[number] = self.means[name]
+            columns, model = self.ridges[name]
+            mine = chunks.source == number
+            ridge[mine] = align(features.parts, model.predict(features.dense(columns)), chunks)[mine]
+        return {"mean": means[chunks.source], "hold_last": hold_last(chunks, means), "ridge": ridge}
+
+    def save(self, path: Path, key: str) -> None:
+        arrays: dict[str, np.ndarray] = {}
+        for number, (name, (columns, ridge)) in enumerate(self.ridges.items()):
+            arrays |= {f"means.{number}": self.means[name], f"columns.{number}": columns}
+            arrays |= {f"{item}.{number}": getattr(ridge, item) for item in _ARRAYS}
+        header = json.dumps({"key": key, "record": self.record})
+        np.savez(path, header=np.array(header), **arrays)
+
+
+def read_features(run: Run, only: list[str], **choices: Any) -> FeatureRows:
+    """Features of every chunk of the sources `only`, read without opening a picture; see `Run.heldout`."""
+    rows = FeatureRows()
+    for batch in run.heldout(isolated=False, only=only, skip=frozenset({Modality.VISION}), **choices):
+        rows.add(batch)
+    return rows
+
+
+def _load(path: Path) -> tuple[str, Baselines]:
+    with np.load(path, allow_pickle=False) as file:
+        header = json.loads(str(file["header"]))
+        means, ridges = {}, {}
+        for number, (name, record) in enumerate(header["record"].items()):
+            means[name] = file[f"means.{number}"]
+            ridge = Ridge(*(file[f"{item}.{number}"] for item in _ARRAYS), record["penalty"])
+            ridges[name] = (file[f"columns.{number}"], ridge)
+    return header["key"], Baselines(means, ridges, header["record"])
+
+
+def _key(run: Run) -> str:
+    """A digest of all that the fit depends on: data, tokenizers, seed and the definition of the features."""
+    config, tokenizers = run.config, run.tokenizers
+    parts = [
+        _VERSION,
+        config.data.model_dump(mode="json", exclude={"workers", "prefetch"}),
+        config.tokenizers.model_dump(mode="json"),
+        config.training.seed,
+        tokenizers.text.fingerprint,
+        tokenizers.audio.fingerprint if tokenizers.audio else None,
+        {name: manifest.model_dump(mode="json") for name, manifest in run.sources.manifests.items()},
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

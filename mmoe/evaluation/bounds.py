@@ -1,0 +1,24 @@
+"""Bounds on what a finite number of trials shows."""
+
+import math
+
+import numpy as np
+
+Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
+
+
+def wilson_low(share: float, trials: float) -> float:
+    """Lower end of the two-sided 95 % interval of a proportion `share` seen in `trials` trials (Wilson 1927)."""
+    if trials <= 0:
+        return 0.0
+    square = Z95 * Z95
+    centre = share + square / (2 * trials)
+    spread = Z95 * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
+    return max(0.0, (centre - spread) / (1 + square / trials))
+
+
+def mean_low(values: np.ndarray) -> float:
+    """Lower end of the two-sided 95 % interval of the mean of `values` [n], n >= 2, by Student's t."""
+    t = _T95.get(len(values) - 1, 2.262)  # with more than ten values this errs on the wide side
+    return float(values.mean() - t * values.std(ddof=1) / math.sqrt(len(values)))

@@ -1,0 +1,238 @@
+"""`mmoe evaluate`: what a run can do on recordings it has never seen, and what is left of that without sight."""
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mmoe.data.batch import PackedBatch
+from mmoe.data.index import ShardIndex, SourceManifest
+from mmoe.data.sample import Modality
+from mmoe.data.stream import DataConfig, Sources
+from mmoe.errors import ConfigError, DataError
+from mmoe.evaluation import ablation
+from mmoe.evaluation.actions import align, chunk_starts, error_tables, read_chunks
+from mmoe.evaluation.baselines import Baselines, read_features
+from mmoe.evaluation.cross_entropy import TokenScores
+from mmoe.evaluation.examples import examples
+from mmoe.evaluation.features import FeatureRows
+from mmoe.evaluation.inference import inference, label_log_probabilities
+from mmoe.evaluation.ranking import rank_candidates
+from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings
+from mmoe.models.decoder import MultimodalModel
+from mmoe.training.run import Run
+
+
+def evaluate(
+    run: Run, *, shards: str | None = None, blank: Modality | None = None, shuffle: Modality | None = None
+) -> dict[str, Any]:
+    """Measure `run` on its held-out split, or on that of the prepared folder `shards`; returns what it writes.
+
+    `blank` zeroes a modality, `shuffle` takes it from another held-out recording. Writes ``evaluation.json`` into
+    the run's folder, ``evaluation-blank-vision.json`` and the like under an ablation, and
+    ``evaluation-on-<folder>...json`` for other shards. Errors of actions are in normalised units, CE in nats.
+    Raises ConfigError for choices that exclude each other, DataError where nothing is held out.
+    """
+    if blank is not None and shuffle is not None:
+        raise ConfigError("--blank and --shuffle exclude each other; evaluate twice to see both")
+    started = time.perf_counter()
+    view = run if shards is None else _other_shards(run, shards)
+    not_evaluated = {
+        name: "no held-out samples"
+        for name, manifest in view.sources.manifests.items()
+        if "heldout" not in manifest.splits or not manifest.splits["heldout"].samples
+    }
+    donors = None
+    if blank is not None:
+        donors = ablation.blank(blank)
+    if shuffle is not None:
+        donors = ablation.shuffle(view.sources, "heldout", shuffle, run.config.training.seed)
+        not_evaluated |= donors.left_out
+    only = [name for name in view.sources.names if name not in not_evaluated]
+    if not only:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in not_evaluated.items())
+        raise DataError(f"{run.folder}: nothing can be evaluated ({reasons}); prepare a source with a held-out split")
+    taken = donors.ablation if donors else None
+
+    tokens = TokenScores(view.tokenizers.vocabulary, view.sources.names)
+    pairs = PairEmbeddings(view.sources.names)
+    parts, predictions, documents = [], [], set()
+    # The baselines are those of the whole data, whatever the model may see of it.
+    features = FeatureRows() if taken is None or taken.modality is Modality.VISION else None
+    with inference(view) as model:
+        for batch in view.heldout(isolated=False, only=only, ablation=taken):
+            hidden = model(batch).hidden
+            tokens.add(batch, *label_log_probabilities(model, hidden, batch, run.config.losses.ce.chunk))
+            starts, of = chunk_starts(batch)
+            if len(starts):
+                parts.append(of)
+                predictions.append(predict_actions(view, model, hidden, batch, starts, of))
+                if features is not None:
+                    features.add(batch)
+            documents.update(document[:3] for sequence in batch.documents for document in sequence)
+        for name, most in _enough_pairs(view.sources, only).items():
+            for batch in view.heldout(isolated=True, only=[name], ablation=taken, most_documents=most):
+                pairs.add(batch, *model.contrast(model(batch).hidden, batch.pairs, batch.modality))
+        ranking = rank_candidates(view, model, only, taken)
+
+    result: dict[str, Any] = {
+        "run": str(run.folder),
+        "shards": shards,
+        "ablation": donors.record() if donors else None,
+        "samples": _counted(view.sources, documents),
+        "not_evaluated": not_evaluated,
+        **tokens.report(),
+        **_actions(run, view, parts, predictions, features),
+        "retrieval": pairs.report(run.config.training.seed),
+        "ranking": ranking,
+    }
+    result["seconds"] = time.perf_counter() - started
+    path = run.folder / file_name(shards, blank, shuffle)
+    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def file_name(shards: str | None = None, blank: Modality | None = None, shuffle: Modality | None = None) -> str:
+    """Where `evaluate` writes, in the run's folder."""
+    name = "evaluation" if shards is None else f"evaluation-on-{Path(shards).name}"
+    for mode, modality in (("blank", blank), ("shuffle", shuffle)):
+        name += f"-{mode}-{modality.name.lower()}" if modality is not None else ""
+    return f"{name}.json"
+
+
+def predict_actions(
+    run: Run, model: MultimodalModel, hidden: Tensor, batch: PackedBatch, starts: np.ndarray, parts: np.ndarray
+) -> np.ndarray:
+    """The model's chunks [m, H, A] in normalised units, at the `action` tokens `starts` [m] of the parts [m, 4].
+
+    A discrete action is the likeliest bin of each element.
+    """
+    states = hidden.flatten(0, 1)
+    if not run.tokenizers.discrete_actions:
+        return model.actions(states[batch.action_index]).double().cpu().numpy()
+    dims, chunk = run.tokenizers.dims[Modality.ACTION], run.tokenizers.config.action.chunk
+    bins = run.tokenizers.vocabulary.ranges["action"]
+    predicted = np.zeros((len(starts), chunk, dims.size))
+    for number, (start, part) in enumerate(zip(starts.tolist(), parts.tolist())):
+        name = run.sources.names[part[0]]
+        tokenizer = run.tokenizers.actions[name]
+        logits = model.logits(states[start : start + tokenizer.tokens])[:, bins.start : bins.stop]
+        rows = tokenizer.decode(logits.argmax(1).cpu().numpy().reshape(chunk, tokenizer.dims))
+        predicted[number][:, dims.columns[name]] = tokenizer.normalise(rows)
+    return predicted
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The figures of an evaluation as a table."""
+    ablated = result["ablation"]
+    title = f"{result['run']}, held out" + (f", {ablated['mode']} {ablated['modality']}" if ablated else "")
+    table = Table("figure", "model", "beside", title=title, title_justify="left")
+    for source, entries in result["ce_by_source"].items():
+        for kind, entry in entries.items():
+            gain = f" ({entry['ce'] / entry['unigram'] - 1:+.0%})" if entry["unigram"] > 0 else ""
+            table.add_row(f"CE of {kind}, {source}", f"{entry['ce']:.3f}", f"unigram {entry['unigram']:.3f}{gain}")
+    for source, errors in result["actions"].get("by_source", {}).items():
+        beside = ", ".join(f"{who} {errors[who]:.4f}" for who in ("mean", "hold_last", "ridge"))
+        table.add_row(f"action error, {source}", f"{errors['model']:.4f}", beside)
+    for name, entry in result["retrieval"]["by"].items():
+        pool = entry if entry["r1"] is not None else entry["smaller_pool"]
+        if pool is None:
+            table.add_row(f"retrieval, {name}", "-", entry["reason"])
+            continue
+        beside = f"low {pool['r1_low']:.3f}, recall@5 {pool['r5']:.3f}, chance {pool['chance']:.3f}"
+        table.add_row(f"recall@1 of {pool['pool']}, {name}", f"{pool['r1']:.3f}", beside)
+    for source, entry in result["ranking"].items():
+        for score, share in entry.get("accuracy", {}).items():
+            beside = f"low {entry['low'][score]:.3f}, chance {entry['chance']:.3f}, {entry['rows']} rows"
+            table.add_row(f"ranking by {score}, {source}", f"{share:.3f}", beside)
+    for name, reason in result["not_evaluated"].items():
+        table.add_row(name, "-", reason)
+    console.print(table)
+
+
+def _actions(
+    run: Run,
+    view: Run,
+    parts: list[np.ndarray],
+    predictions: list[np.ndarray],
+    features: FeatureRows | None,
+) -> dict[str, Any]:
+    """`action_mse`, `action_mse_baselines` and the tables behind them; null where the sources log no actions."""
+    if not parts:
+        return {"action_mse": None, "action_mse_baselines": None, "actions": {}, "examples": {}}
+    chunks = read_chunks(view.sources, view.tokenizers, "heldout")
+    predicted = align(np.concatenate(parts), np.concatenate(predictions), chunks)
+    seen = np.flatnonzero(~np.isnan(predicted).any((1, 2)))
+    chunks, predicted = chunks.take(seen), predicted[seen]
+    baselines = Baselines.of(run)
+    if features is None:
+        acting = [view.sources.names[number] for number in np.unique(chunks.source)]
+        features = read_features(view, acting)
+    beside = baselines.predict(view.sources.names, features, chunks)
+    names = view.tokenizers.dims[Modality.ACTION].names
+    tables = error_tables({"model": predicted, **beside}, chunks, names, view.sources.names)
+    overall = tables["all"]
+    return {
+        "action_mse": overall["model"],
+        "action_mse_baselines": {who: overall[who] for who in beside},
+        "actions": tables
+        | {
+            "chunks": len(chunks),
+            "hold_last_without_history": int((~chunks.has_last).sum()),
+            "ridge": baselines.record,
+        },
+        "examples": examples(view, chunks, predicted),
+    }
+
+
+def _other_shards(run: Run, shards: str) -> Run:
+    """The run with one source: the prepared folder `shards`, read as the run's source of the same kind is."""
+    manifest = SourceManifest.load(shards)
+    names = [
+        name
+        for name, known in run.sources.manifests.items()
+        if known.kind == manifest.kind
+        and {k: v.names for k, v in known.vectors.items()} == {k: v.names for k, v in manifest.vectors.items()}
+    ]
+    if not names:
+        kinds = sorted({f"{name} ({known.kind})" for name, known in run.sources.manifests.items()})
+        raise DataError(
+            f"{shards}/source.json is of kind {manifest.kind} and no source of {run.folder} has that kind and the "
+            f"same dimension names, so its vectors cannot be normalised; the run knows {', '.join(kinds)}"
+        )
+    source = run.config.data.sources[names[0]].model_copy(update={"shards": shards})
+    data: DataConfig = run.config.data.model_copy(update={"sources": {names[0]: source}})
+    sources = Sources(data)
+    sources.check(run.tokenizers)
+    return replace(run, config=run.config.model_copy(update={"data": data}), sources=sources)
+
+
+def _enough_pairs(sources: Sources, only: list[str]) -> dict[str, int]:
+    """By source with pairs: how many of its held-out documents fill all pools of retrieval without repeating a pair."""
+    documents = {}
+    for files in sources.files("heldout"):
+        if files.name not in only:
+            continue
+        indices = [ShardIndex.read(tar) for tar in files.tars]
+        texts = [index.segments[index.segments["modality"] == Modality.TEXT] for index in indices]
+        pairs = sum(int((text["pair"] >= 0).sum()) for text in texts)
+        if pairs:
+            documents[files.name] = math.ceil(POOL * POOLS * sum(map(len, indices)) / pairs)
+    return documents
+
+
+def _counted(sources: Sources, documents: set[tuple[int, int, int]]) -> dict[str, dict[str, int]]:
+    """By source: samples held out, and those that a sequence could hold."""
+    seen = [document[0] for document in documents]
+    return {
+        name: {"held_out": manifest.splits["heldout"].samples, "evaluated": seen.count(number)}
+        for number, (name, manifest) in enumerate(sources.manifests.items())
+        if "heldout" in manifest.splits
+    }

@@ -1,0 +1,69 @@
+"""What the report shows of the actions: traces over whole recordings, a scatter, and single slices."""
+
+from typing import Any
+
+import numpy as np
+
+from mmoe.data.sample import Modality
+from mmoe.evaluation.actions import Chunks
+from mmoe.training.run import Run
+
+TRACES, POINTS, SLICES = 3, 600, 4  # by source
+
+
+def examples(run: Run, chunks: Chunks, predicted: np.ndarray) -> dict[str, dict[str, Any]]:
+    """By source, in its own units: `names` of its action dimensions A, and
+
+    - `traces` of its longest held-out recordings: `time_s` [n] with the first step of every chunk, `true` and
+      `predicted` [n, A];
+    - `scatter`: `true` and `predicted` [n, A] of the first steps of a seeded choice of chunks;
+    - `slices`: a few chunks of different recordings, `true` and `predicted` [H, A], with their place in the shards.
+    """
+    found = {}
+    for number in np.unique(chunks.source).tolist():
+        name = run.sources.names[number]
+        mine = np.flatnonzero(chunks.source == number)
+        columns, tokenizer = run.tokenizers.dims[Modality.ACTION].columns[name], run.tokenizers.actions[name]
+        true, guess = (tokenizer.denormalise(x[mine][:, :, columns]) for x in (chunks.target, predicted))
+        inside = chunks.mask[mine][:, 0, columns].all(1)  # the first step was logged
+        recordings: dict[str, list[int]] = {}
+        for at, item in enumerate(mine.tolist()):
+            if inside[at]:
+                recordings.setdefault(chunks.recording[item], []).append(at)
+        rng = np.random.default_rng((run.config.training.seed, number))
+        some = np.sort(rng.permutation(np.flatnonzero(inside))[:POINTS])
+        longest = sorted(recordings, key=lambda name: (-len(recordings[name]), name))
+        chosen = [recordings[name] for name in rng.permutation(list(recordings))[:SLICES].tolist()]
+        found[name] = {
+            "names": list(tokenizer.names),
+            "traces": [_trace(name, recordings[name], chunks, mine, true, guess) for name in longest[:TRACES]],
+            "scatter": {"true": true[some, 0].tolist(), "predicted": guess[some, 0].tolist()},
+            "slices": [_slice(items[len(items) // 2], chunks, mine, true, guess) for items in chosen],
+        }
+    return found
+
+
+def _trace(
+    recording: str, items: list[int], chunks: Chunks, mine: np.ndarray, true: np.ndarray, guess: np.ndarray
+) -> dict[str, Any]:
+    time = chunks.time_ns[mine[items]]
+    order = np.array(items)[np.argsort(time, kind="stable")]
+    seconds = (chunks.time_ns[mine[order]] - time.min()) / 1e9
+    return {
+        "recording": recording,
+        "time_s": seconds.tolist(),
+        "true": true[order, 0].tolist(),
+        "predicted": guess[order, 0].tolist(),
+    }
+
+
+def _slice(at: int, chunks: Chunks, mine: np.ndarray, true: np.ndarray, guess: np.ndarray) -> dict[str, Any]:
+    _, shard, row, chunk = chunks.keys[mine[at]]
+    return {
+        "recording": chunks.recording[mine[at]],
+        "shard": shard,
+        "row": row,
+        "chunk": chunk,
+        "true": true[at].tolist(),
+        "predicted": guess[at].tolist(),
+    }

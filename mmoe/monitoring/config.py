@@ -1,0 +1,11 @@
+"""What a run records about itself."""
+
+from pydantic import Field
+
+from mmoe.config.base import Config
+
+
+class MonitoringConfig(Config):
+    log_every_steps: int = Field(default=10, gt=0)  # metrics.jsonl and TensorBoard
+    tensorboard: bool = True
+    digest_steps: tuple[int, ...] = ()  # steps after which a digest of weights and optimizer states is logged

@@ -1,0 +1,44 @@
+"""Peak memory of a process tree."""
+
+import threading
+
+import psutil
+
+
+def process_tree_pss() -> int:
+    """Summed proportional set size in bytes of this process and its descendants (shared pages counted once)."""
+    total = 0
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue  # it ended while we looked; the next sample sees what is left
+    return total
+
+
+class PeakMemory:
+    """Samples the process tree in a thread; `peak` is the largest sum seen, in bytes."""
+
+    def __init__(self, interval_s: float = 1.0):
+        self.peak = 0
+        self._interval = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.sample()
+
+    def sample(self) -> int:
+        self.peak = max(self.peak, process_tree_pss())
+        return self.peak
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.sample()

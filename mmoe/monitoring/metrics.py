@@ -1,0 +1,106 @@
+"""What each logged step leaves behind: one JSON line in `metrics.jsonl`, and the same scalars for TensorBoard."""
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from mmoe.monitoring.memory import PeakMemory
+from mmoe.monitoring.routing import RoutingWindow
+from mmoe.training.callback import Callback
+from mmoe.training.trainer import StepResult, Trainer
+
+
+class MetricsWriter(Callback):
+    """Writes a record every `log_every_steps` steps, at the last step, and where a digest is asked for.
+
+    Loss terms are those of the step; rates and expert loads are over the steps since the last record.
+    """
+
+    name = "metrics"
+
+    def __init__(self, memory: PeakMemory):
+        self.memory = memory
+        self.wall_seconds = 0.0  # of all sessions
+
+    def on_start(self, trainer: Trainer) -> None:
+        config = trainer.run.config.monitoring
+        self._every, self._digests = config.log_every_steps, set(config.digest_steps)
+        self._file = (trainer.run.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(trainer.run.folder / "tensorboard") if config.tensorboard else None
+        self._since = self._began = time.perf_counter()
+        self._before = self.wall_seconds
+        self._clear()
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._steps += 1
+        self._positions += result.positions
+        self._useful += result.useful_positions
+        self._routing.merge(result.routing)
+        digest = result.step in self._digests
+        if digest or result.step % self._every == 0 or result.step == trainer.stop_at or trainer.interrupted:
+            self._write(trainer, result, digest)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_seconds": self.wall_seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.wall_seconds = state.get("wall_seconds", 0.0)
+
+    def _write(self, trainer: Trainer, result: StepResult, digest: bool) -> None:
+        now = time.perf_counter()
+        self.wall_seconds = self._before + now - self._began
+        seconds = now - self._since
+        record: dict[str, Any] = {
+            "step": result.step,
+            "session": trainer.session,
+            "positions": result.step * result.positions,
+            "useful_positions": self._useful,
+            "loss": float(result.losses.total),
+            **{f"loss_{name}": float(value) for name, value in result.losses.terms.items()},
+            **result.losses.details(trainer.run.sources.names),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "fill": self._useful / self._positions,
+            "tokens_per_second": self._positions / seconds,
+            "seconds": seconds / self._steps,
+            "wall_seconds": self.wall_seconds,
+            **self._routing.record(),
+            "lost": {" / ".join(key): n for key, n in trainer.stream.planner.counts_lost.items()},
+            "peak_memory_bytes": self.memory.sample(),
+        }
+        if digest:
+            record["digest"] = state_digest(trainer)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board:
+            for key, value in record.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(key, value, result.step)
+        self._since = now
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps = self._positions = self._useful = 0
+        self._routing = RoutingWindow()
+
+
+def state_digest(trainer: Trainer) -> str:
+    """A digest of every weight and optimizer state: equal digests mean equal bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    names = {id(p): name for name, p in trainer.run.model.named_parameters()}
+    for parameter, name in ((p, names[id(p)]) for p in trainer.run.model.parameters()):
+        tensors = {"weight": parameter, **trainer.optimizer.state.get(parameter, {})}
+        for key in sorted(tensors):
+            value = torch.as_tensor(tensors[key]).detach().cpu().contiguous()
+            digest.update(f"{name}.{key}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""The training loop: next batch, forward, losses, backward, clip, step, schedule, callbacks."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmoe.checkpoint.manager import CheckpointManager
+from mmoe.checkpoint.rng import capture_rng, restore_rng
+from mmoe.data.stream import StepData, Stream
+from mmoe.losses.total import LossReport, PlannedCounts, compute
+from mmoe.monitoring.routing import RoutingWindow
+from mmoe.optim.adamw import clip_gradients
+from mmoe.optim.muon import build_optimizer
+from mmoe.training.callback import Callback
+from mmoe.training.run import Run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; `losses` are sums over items divided by the planned counts."""
+
+    step: int  # 1-based: the number of steps done
+    losses: LossReport
+    lr: float
+    grad_norm: float  # before clipping
+    positions: int
+    useful_positions: int
+    seconds: float
+    routing: RoutingWindow
+
+
+class Trainer:
+    """Trains a run from where its state stands to its last step, or to `stop_at`."""
+
+    def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None):
+        config = run.config
+        self.run, self.callbacks, self.batch = run, callbacks, config.batch
+        self.last_step = self.batch.iterations
+        self.stop_at = min(stop_at or self.last_step, self.last_step)
+        self.schedule = config.optim.build_schedule(self.batch)
+        self.optimizer = build_optimizer(run.model, config.optim.adamw, config.optim.muon)
+        self.stream = Stream(
+            config.data,
+            run.sources,
+            run.tokenizers,
+            seed=config.training.seed,
+            micro_sequences=config.training.micro_batch_sequences,
+            accumulation=self.batch.accumulation,
+            group_sequences=config.contrastive_group,
+            label_weights=config.losses.label_weights(),
+        )
+        self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
+        self.step = 0
+        self.session = 0
+        self.stream_state = self.stream.planner.state.as_dict()
+        self.interrupted = False
+        torch.manual_seed(config.training.seed)
+
+    def train(self) -> None:
+        for callback in self.callbacks:
+            callback.on_start(self)
+        with _stop_on_interrupt(self):
+            steps = self.stream.steps()
+            while self.step < self.stop_at and not self.interrupted:
+                result = self.train_step(next(steps))
+                for callback in self.callbacks:
+                    callback.on_step(self, result)
+                if self.checkpoints.config.due(self.step, self.last_step):
+                    self.save()
+        if self.step and self.step != self.checkpoints.latest_step():
+            self.save()
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def train_step(self, data: StepData) -> StepResult:
+        started = time.perf_counter()
+        model, config = self.run.model, self.run.config
+        model.train()
+        counts = PlannedCounts.of(data.counts, config.losses, sequences=self.batch.sequences)
+        report, routing = LossReport.zero(), RoutingWindow()
+        for batch in data.batches:
+            batch = batch.to(self.run.device)
+            with config.precision.autocast(self.run.device):
+                output = model(batch)
+                losses = compute(model, output, batch, counts, config.losses, self.run.tokenizers.vocabulary)
+            losses.total.backward()
+            report = report + losses.detach()
+            routing.add(output.routing)
+        grad_norm = clip_gradients(model.parameters(), config.optim.clip)
+        lr = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.stream_state = data.state
+        return StepResult(
+            step=self.step,
+            losses=report,
+            lr=lr,
+            grad_norm=float(grad_norm),
+            positions=self.batch.global_batch_positions,
+            useful_positions=data.counts.positions,
+            seconds=time.perf_counter() - started,
+            routing=routing,
+        )
+
+    def save(self) -> None:
+        self.checkpoints.save(self.step, self._state())
+
+    def resume(self, step: int | None = None) -> None:
+        """Continue from the latest checkpoint, or from the one after `step`."""
+        state = self._state()
+        self.checkpoints.load(state, step)
+        self.run.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        trainer = state["trainer"]
+        self.step, self.session, self.stream_state = (
+            trainer["step"],
+            trainer["session"] + 1,
+            trainer["stream"],
+        )
+        self.stream.restore(self.stream_state)
+        restore_rng(state["rng"])
+        for callback in self.callbacks:
+            callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.run.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "trainer": {"step": self.step, "session": self.session, "stream": self.stream_state},
+            "rng": capture_rng(),
+            "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
+        }
+
+
+@contextmanager
+def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) ends the run after the current step, saved; the second one kills it."""
+
+    def handler(number: int, frame: Any) -> None:
+        trainer.interrupted = True
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

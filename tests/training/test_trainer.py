@@ -1,0 +1,223 @@
+"""The loop on small packed multimodal batches: exact resume, accumulation, and the sentences of a run."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mmoe.config.load import dump, load, validate
+from mmoe.config.tree import RunConfig
+from mmoe.data.batch import Values
+from mmoe.data.sample import Modality
+from mmoe.errors import CheckpointError, ConfigError
+from mmoe.monitoring.memory import PeakMemory
+from mmoe.monitoring.metrics import MetricsWriter, state_digest
+from mmoe.training import session
+from mmoe.training.callback import Callback
+from mmoe.training.run import Run
+from mmoe.training.trainer import Trainer
+from tests.data.synthetic import MAKERS, MEL, fit_codec, write_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    for number, (name, make) in enumerate(MAKERS.items()):
+        rng = np.random.default_rng(number)
+        samples = {s: [make(rng, f"{name}-{s[0]}{i}") for i in range(n)] for s, n in (("train", 24), ("heldout", 6))}
+        write_source(root / name, samples)
+    fit_codec(root / "codec.safetensors")
+    return root
+
+
+def config(folder, run, **changes) -> RunConfig:
+    tree = {
+        "data": {
+            "sources": {name: {"kind": "text", "shards": str(folder / name)} for name in MAKERS},
+            "sequence_length": 160,
+            "window_documents": 40,
+        },
+        "tokenizers": {
+            "vision": {"patch": 8, "max_patches": 12},
+            "audio": {"path": str(folder / "codec.safetensors"), "mel": MEL.model_dump()},
+            "action": {"chunk": 4},
+        },
+        "model": {
+            "d_model": 32,
+            "layers": 2,
+            "heads": 2,
+            "kv_heads": 1,
+            "hidden": 48,
+            "moe": {"experts": 4, "top_k": 2, "hidden": 16, "every": 2},
+        },
+        "losses": {"contrastive": {"group_sequences": 1}},
+        "optim": {"lr": {"peak": 3e-3}, "muon": {}},
+        "training": {
+            "run": str(run),
+            "micro_batch_sequences": 2,
+            "global_batch_positions": 640,
+            "budget_positions": 640 * 8,
+            "evaluate_at_end": False,
+        },
+        "checkpoint": {"every_steps": 3},
+        "monitoring": {"log_every_steps": 1, "tensorboard": False},
+    }
+    for key, value in changes.items():
+        node = tree
+        *path, last = key.split("__")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return validate(RunConfig, tree, "test")
+
+
+def trainer(configuration, *callbacks, stop_at=None) -> Trainer:
+    run = Run.build(configuration)
+    run.save_config()
+    return Trainer(run, list(callbacks), stop_at)
+
+
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, tmp_path):
+    whole = trainer(config(folder, tmp_path / "whole"))
+    whole.train()
+    stopped = trainer(config(folder, tmp_path / "cut"), stop_at=5)
+    stopped.train()
+    torch.manual_seed(123)  # what a new process would start from
+    resumed = trainer(config(folder, tmp_path / "cut"))
+    resumed.resume()
+    assert resumed.step == 5 and resumed.session == 1
+    resumed.train()
+    assert state_digest(resumed) == state_digest(whole)
+    assert resumed.stream_state == whole.stream_state
+
+
+def test_resuming_from_an_older_checkpoint_replays_the_same_steps(folder, tmp_path):
+    configuration = config(folder, tmp_path / "run", monitoring__digest_steps=[5])
+    with PeakMemory() as memory:
+        trainer(configuration, MetricsWriter(memory), stop_at=5).train()
+        again = trainer(configuration, MetricsWriter(memory))
+        again.resume(step=3)
+        again.train()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = {r["step"]: r for r in records if r["session"] == 0}
+    second = {r["step"]: r for r in records if r["session"] == 1}
+    for step in (4, 5):
+        assert first[step]["loss"] == second[step]["loss"] and first[step]["grad_norm"] == second[step]["grad_norm"]
+    assert first[5]["digest"] == second[5]["digest"]
+
+
+def test_cutting_a_step_into_micro_batches_changes_no_gradient(folder, tmp_path):
+    """Capacity, InfoNCE and the auxiliary loss live inside a sequence here, so only the order of sums differs."""
+    reports = []
+    for micro in (1, 2, 4):
+        one = trainer(
+            config(
+                folder,
+                tmp_path / f"micro{micro}",
+                training__micro_batch_sequences=micro,
+                precision__compute="float64",
+                model__moe__engine="loop",
+            )
+        )
+        gradients = {}
+
+        model = one.run.model
+        handles = [
+            p.register_post_accumulate_grad_hook(lambda q, n=n, g=gradients: g.__setitem__(n, q.grad.clone()))
+            for n, p in model.named_parameters()
+        ]
+        result = one.train_step(next(one.stream.steps()))
+        for handle in handles:
+            handle.remove()
+        reports.append((float(result.losses.total), result.grad_norm, gradients))
+    loss, norm, gradients = reports[-1]
+    for other_loss, other_norm, other in reports[:-1]:
+        assert other_loss == pytest.approx(loss, rel=1e-12) and other_norm == pytest.approx(norm, rel=1e-11)
+        assert other.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, other[name], rtol=1e-9, atol=1e-13), name
+
+
+def test_the_loss_falls(folder, tmp_path):
+    run = trainer(config(folder, tmp_path / "run", training__budget_positions=640 * 40))
+    steps = run.stream.steps()
+    losses = [float(run.train_step(next(steps)).losses.total) for _ in range(40)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_discrete_actions_train_through_the_vocabulary(folder, tmp_path):
+    run = trainer(
+        config(folder, tmp_path / "run", tokenizers__action={"mode": "discrete", "chunk": 4, "bins": 8})
+    )
+    steps = run.stream.steps()
+    record = {}
+    for _ in range(4):
+        record |= run.train_step(next(steps)).losses.details(run.run.sources.names)
+    assert record["ce_action"] > 0 and "action_from_clip" not in record
+
+
+def test_ctrl_c_saves_and_leaves_and_the_next_session_resumes(folder, tmp_path):
+    class Interrupt(Callback):
+        name = "interrupt"
+
+        def on_step(self, trainer, result):
+            if result.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    run = trainer(config(folder, tmp_path / "run"), Interrupt())
+    run.train()
+    assert run.interrupted and run.step == 2 and run.checkpoints.latest_step() == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    run = trainer(config(folder, tmp_path / "run"), stop_at=3)
+    run.train()
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    with pytest.raises(CheckpointError, match="checkpoints"):
+        run.save()
+    assert run.checkpoints.latest_step() == 3
+
+
+def test_a_changed_config_is_refused_by_naming_the_keys(folder, tmp_path):
+    console = Console(quiet=True)
+    options = {"fresh": False, "stop_after": 3, "from_step": None}
+    session.train(config(folder, tmp_path / "run"), console, **options)
+    with pytest.raises(ConfigError, match="optim.lr.peak .0.003 -> 0.1."):
+        session.train(config(folder, tmp_path / "run", optim__lr__peak=0.1), console, **options)
+
+
+def test_a_group_larger_than_a_micro_batch_is_refused_with_the_remedy(folder, tmp_path):
+    with pytest.raises(ConfigError, match="set group_sequences to a divisor of the micro-batch"):
+        config(folder, tmp_path / "run", losses__contrastive={"group_sequences": 4})
+
+
+def test_the_resolved_tree_reloads_to_the_same_tree(folder, tmp_path):
+    tree = config(folder, tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(dump(tree))
+    assert load(RunConfig, tmp_path / "config.yaml") == tree
+
+
+def test_blinding_a_caption_leaves_its_hidden_states_alone(folder, tmp_path):
+    """Isolated pairs: with a dense model, other pixels change nothing at all of the caption's states."""
+    run = Run.build(config(folder, tmp_path / "run", model__moe=None, data__isolated_pair_share=1.0))
+    batch = next(iter(Trainer(run, []).stream.steps())).batches.__next__()
+    vision = batch.values[Modality.VISION]
+    changed = replace(
+        batch, values={**batch.values, Modality.VISION: Values(torch.randn_like(vision.values), vision.index)}
+    )
+    run.model.eval()
+    with torch.no_grad():
+        before, after = run.model(batch).hidden.flatten(0, 1), run.model(changed).hidden.flatten(0, 1)
+    kinds = batch.pairs.modality[:, 1] == Modality.TEXT
+    assert kinds.all() and len(kinds) > 0
+    for span in batch.pairs.span[:, 1]:
+        assert torch.equal(before[span[0] : span[1]], after[span[0] : span[1]])
+    assert not torch.equal(before, after)
