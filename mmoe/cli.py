@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mmoe.errors import MmoeError
 
@@ -18,7 +19,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e
 @app.command()
 def prepare(
     kind: Annotated[str, typer.Argument(help="reader: text, image_caption, audio_text, donkeycar, simulated_drive")],
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="folder or file of raw recordings")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="file or folder of raw recordings; - for a simulation")
+    ],
     output: Annotated[Path, typer.Argument(help="folder of the prepared source")],
     options: Annotated[list[str] | None, typer.Argument(help="reader options, e.g. recordings=100")] = None,
     text_tokenizer: Annotated[str | None, typer.Option(help="tokenizer JSON; without it, plain bytes")] = None,
@@ -53,9 +56,7 @@ def fit_tokenizer(
     from mmoe.data.prepare import training_texts
     from mmoe.tokenizers.text import TextTokenizer
 
-    tokenizer = TextTokenizer.train(
-        training_texts(kind, source, parse_overrides(options or [])), vocabulary_size
-    )
+    tokenizer = TextTokenizer.train(training_texts(kind, source, parse_overrides(options or [])), vocabulary_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)
     console.print(f"{output}: {tokenizer.size} ids, fingerprint {tokenizer.fingerprint[:12]}")
@@ -153,5 +154,5 @@ def main() -> None:
     try:
         app()
     except MmoeError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, markup=True)
+        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

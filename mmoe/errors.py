@@ -19,3 +19,7 @@ class BackendError(MmoeError):
 
 class CheckpointError(MmoeError):
     """A checkpoint that cannot be written or read."""
+
+
+class DivergenceError(MmoeError):
+    """A training step whose gradients are not finite; nothing was updated."""

@@ -31,6 +31,7 @@ from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.splits import GAP_NS, Split, split
 from mmoe.data.tally import QuarantineLog, Tally, summary
 from mmoe.errors import DataError
+from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
 from mmoe.tokenizers.text import TextTokenizer
 
@@ -97,6 +98,9 @@ def prepare(
             quarantined=dict(sorted(quarantine.counts.items())),
         )
         console.print(summary(kind, tallies, quarantine.counts))
+        for modality, tables in vectors:
+            if modality is Modality.ACTION:
+                console.print(_round_trip(manifest.vectors[modality.name], np.concatenate(tables)))
         if tallies["train"].segments["AUDIO"] and config.audio.kind == "mel":
             _fit_audio_codec(unfinished, manifest, config, console)
         manifest.save(unfinished)
@@ -129,6 +133,12 @@ def statistics(source: Source, modality: Modality, tables: list[np.ndarray]) -> 
         q99=tuple(q99.tolist()),
         period_ns=source.action_period_ns if modality is Modality.ACTION else 0,
     )
+
+
+def _round_trip(stats: VectorStats, rows: np.ndarray) -> str:
+    tokenizer = ActionTokenizer(ActionConfig(mode="discrete"), stats)
+    errors = ", ".join(f"{name} {error:.2g}" for name, error in tokenizer.round_trip_error(rows).items())
+    return f"actions: root mean square error of {tokenizer.config.bins} uniform bins: {errors}"
 
 
 def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config, PrepareConfig]:

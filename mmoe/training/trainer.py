@@ -12,6 +12,7 @@ import torch
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.data.stream import StepData, Stream
+from mmoe.errors import DivergenceError
 from mmoe.losses.total import LossReport, PlannedCounts, compute
 from mmoe.monitoring.routing import RoutingWindow
 from mmoe.optim.adamw import clip_gradients
@@ -92,6 +93,12 @@ class Trainer:
             report = report + losses.detach()
             routing.add(output.routing)
         grad_norm = clip_gradients(model.parameters(), config.optim.clip)
+        if not grad_norm.isfinite():
+            terms = ", ".join(f"{name} {float(value):.4g}" for name, value in report.terms.items())
+            raise DivergenceError(
+                f"{self.run.folder}: the gradient norm of step {self.step + 1} is {float(grad_norm)} ({terms}); no weight "
+                f"was changed: resume from {self.checkpoints.folder} with a lower optim.lr.peak, or a longer warmup"
+            )
         lr = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -17,8 +17,9 @@ from mmoe.data import sync
 from mmoe.data.sample import Camera, Modality
 from mmoe.data.sources import simulated_drive
 from mmoe.data.sources.drive import render, sensors
+from mmoe.data.sources.drive.captions import captions
 from mmoe.data.sources.drive.driver import FASTEST, drive
-from mmoe.data.sources.drive.world import LANE, RGB, SKY_RGB, Landmark, World
+from mmoe.data.sources.drive.world import LANE, RGB, SKY_RGB, Car, Landmark, World
 from mmoe.data.sources.simulated_drive import SimulatedDriveConfig, make_recording, video_name
 
 CONFIG = SimulatedDriveConfig(recordings=8, seed=3, slices=(3, 5))
@@ -45,18 +46,14 @@ def frames(data):
 
 
 def test_same_seed_same_bytes_and_no_two_recordings_alike(recordings):
-    again = make_recording(replace_config(recordings=1), 2)
+    again = make_recording(CONFIG.model_copy(update={"recordings": 1}), 2)
     assert again.segments == recordings[2].segments
     for name, data in again.members.items():
         if not name.endswith(CODEC):
             assert data == recordings[2].members[name], name
     assert len({sample.members["actions.npy"] for sample in recordings}) == len(recordings)
-    other = make_recording(replace_config(seed=4), 2)
+    other = make_recording(CONFIG.model_copy(update={"seed": 4}), 2)
     assert other.members["imu.npy"] != again.members["imu.npy"]
-
-
-def replace_config(**changes):
-    return CONFIG.model_copy(update=changes)
 
 
 def test_keys_are_recordings_and_have_no_dot(recordings):
@@ -285,9 +282,9 @@ def test_captions_name_what_is_there_and_nothing_that_steers(recordings):
     assert len(set(texts)) > len(texts) / 2
     for sample in recordings:
         clip = json.loads(sample.members["clip.json"])
-        captions = [s.text for s in of(sample, Modality.TEXT)]
-        assert captions == clip["captions"]
-        assert all(text.startswith(f"{clip['world']['sky']} sky, {clip['world']['ground']}") for text in captions)
+        named = [s.text for s in of(sample, Modality.TEXT)]
+        assert named == clip["captions"]
+        assert all(text.startswith(f"{clip['world']['sky']} sky, {clip['world']['ground']}") for text in named)
 
 
 def test_the_sky_of_the_caption_is_the_sky_of_the_pictures(recordings):
@@ -297,6 +294,40 @@ def test_the_sky_of_the_caption_is_the_sky_of_the_pictures(recordings):
         seen = np.median(top, axis=0)
         nearest = min(SKY_RGB, key=lambda sky: np.abs(seen - SKY_RGB[sky]).sum())
         assert nearest == name
+
+
+@pytest.mark.parametrize("side, camera", [("left", Camera.FRONT_LEFT), ("right", Camera.FRONT_RIGHT)])
+def test_a_landmark_is_named_on_the_side_whose_camera_sees_it(side, camera):
+    world, trajectory = straight()
+    house = Landmark("house", "purple", 12.0, 12.0 if side == "left" else -12.0)
+    world = replace(world, landmarks=(house,))
+    time = np.array([0])
+    assert captions(world, trajectory, time)[0].endswith(f", purple house {side}")
+    seen = {c: purple(render.Scene(world, trajectory, 48, 80).photograph(c, time)) for c in Camera}
+    assert seen[camera] > 0.1 and max(seen.values()) == seen[camera]
+
+
+@pytest.mark.parametrize(
+    "role, x, phrase, camera",
+    [
+        ("lead", 14.0, "purple car ahead", Camera.FRONT),
+        ("oncoming", 14.0, "purple car oncoming", Camera.FRONT),
+        ("follower", 8.0, "purple car behind", Camera.BACK),
+        ("oncoming", -9.0, "purple car passed", Camera.BACK),
+    ],
+)
+def test_a_car_is_named_where_the_camera_sees_it(role, x, phrase, camera):
+    world, _ = straight()
+    world = replace(world, cars=(Car(role, "purple", x, 0.0),))
+    trajectory, time = drive(world, np.random.default_rng(0), 0.0, 1.0), np.array([0])
+    assert captions(world, trajectory, time)[0].endswith(f", {phrase}")
+    seen = {c: purple(render.Scene(world, trajectory, 48, 80).photograph(c, time)) for c in Camera}
+    assert seen[camera] > 0.005 and max(seen.values()) == seen[camera]
+
+
+def purple(pictures):
+    """Share of purple pixels."""
+    return (np.abs(pictures.astype(int) - RGB["purple"]).max(-1) < 50).mean()
 
 
 @pytest.mark.parametrize(

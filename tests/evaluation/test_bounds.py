@@ -16,7 +16,7 @@ def test_wilson_agrees_with_known_intervals(hits, trials, low):
 
 def test_wilson_covers_the_truth_as_often_as_it_says():
     hits = np.random.default_rng(0).binomial(60, 0.3, 4000)
-    assert np.mean([wilson_low(h / 60, 60) <= 0.3 for h in hits]) > 0.965
+    assert np.mean([wilson_low(h / 60, 60) <= 0.3 for h in hits]) == pytest.approx(0.975, abs=0.02)
 
 
 def test_the_bound_of_a_mean_covers_it_as_often_as_it_says():

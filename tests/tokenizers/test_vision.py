@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmoe.tokenizers.vision import VisionConfig, VisionTokenizer
+from mmoe.tokenizers.vision import COORDINATES, VisionConfig, VisionTokenizer
 
 sides = st.integers(1, 3000)
 tokenizers = st.builds(
@@ -102,3 +102,12 @@ def test_frames_must_fill_tubelets():
     tokenizer = VisionTokenizer(VisionConfig(patch=4, tubelet=2))
     with pytest.raises(ValueError, match="3 frames are not whole tubelets of 2"):
         tokenizer.encode(np.zeros((3, 8, 8, 3), np.uint8), 2, 2)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
+def test_coordinates_tell_every_place_apart_and_repeat_over_time(rows, columns, tubelets):
+    places = VisionTokenizer(VisionConfig()).coordinates(rows, columns, tubelets)
+    assert places.shape == (tubelets * rows * columns, COORDINATES) and np.abs(places).max() <= 1
+    assert len(np.unique(places, axis=0)) == rows * columns
+    assert np.array_equal(places[: rows * columns], places[-rows * columns :])
+    assert places[0, 0] == pytest.approx(-places[-1, 0]) and places[0, 1] == pytest.approx(-places[-1, 1])

@@ -15,7 +15,7 @@ from mmoe.config.load import dump, load, validate
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import Values
 from mmoe.data.sample import Modality
-from mmoe.errors import CheckpointError, ConfigError
+from mmoe.errors import CheckpointError, ConfigError, DivergenceError
 from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.metrics import MetricsWriter, state_digest
 from mmoe.training import session
@@ -152,9 +152,7 @@ def test_the_loss_falls(folder, tmp_path):
 
 
 def test_discrete_actions_train_through_the_vocabulary(folder, tmp_path):
-    run = trainer(
-        config(folder, tmp_path / "run", tokenizers__action={"mode": "discrete", "chunk": 4, "bins": 8})
-    )
+    run = trainer(config(folder, tmp_path / "run", tokenizers__action={"mode": "discrete", "chunk": 4, "bins": 8}))
     steps = run.stream.steps()
     record = {}
     for _ in range(4):
@@ -184,6 +182,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="checkpoints"):
         run.save()
     assert run.checkpoints.latest_step() == 3
+
+
+def test_a_step_that_diverges_changes_no_weight_and_says_so(folder, tmp_path):
+    run = trainer(config(folder, tmp_path / "run"))
+    with torch.no_grad():
+        run.run.model.decoder.norm.weight.fill_(float("nan"))
+    before = state_digest(run)
+    with pytest.raises(DivergenceError, match="step 1 is nan .ce nan.* no weight was changed"):
+        run.train_step(next(run.stream.steps()))
+    assert state_digest(run) == before
 
 
 def test_a_changed_config_is_refused_by_naming_the_keys(folder, tmp_path):

@@ -67,8 +67,8 @@ class SimulatedDriveConfig(Config):
     seed: int = Field(0, ge=0)
     slices: tuple[int, int] = (2, 8)  # fewest and most time slices of a recording
     slice_period_ns: int = 500 * MS
-    height: int = 48  # of a picture, pixels
-    width: int = 80
+    height: int = 32  # of a picture, pixels
+    width: int = 64
     camera_fps: int = Field(4, ge=1, le=20)
 
     @model_validator(mode="after")

@@ -1,0 +1,130 @@
+"""The whole evaluation on a small run: what it writes, and that what is taken away is what changes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mmoe.data.sample import Modality
+from mmoe.errors import ConfigError, DataError
+from mmoe.evaluation.evaluate import evaluate, file_name, show
+from tests.data.synthetic import clip_sample, text_sample, write_source
+
+
+@pytest.fixture(scope="module")
+def trained(build_run):
+    """A run whose action head, which begins at zero, has some weights."""
+    run = build_run(names=("text", "audio", "clip"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(trained):
+    return evaluate(trained)
+
+
+def test_it_writes_what_it_returns_with_the_keys_of_the_summary(trained, plain):
+    assert json.loads((trained.folder / "evaluation.json").read_text()) == json.loads(json.dumps(plain))
+    assert set(plain["action_mse_baselines"]) == {"mean", "hold_last", "ridge"}
+    assert {"r1", "r1_low", "r5", "pool"} <= set(plain["retrieval"])
+    assert set(plain["val_ce"]) == set(plain["unigram_ce"]) == {"text", "audio", "structure"}
+    assert plain["samples"]["clip"] == {"held_out": 10, "evaluated": 10}
+    assert plain["retrieval"]["r1"] is None and "no source has 64" in plain["retrieval"]["reason"]
+    assert set(plain["retrieval"]["by"]) == {"audio/audio-text", "clip/vision-text"}
+    assert plain["ablation"] is None and plain["not_evaluated"] == {}
+
+
+def test_the_overall_error_is_the_mean_over_elements(plain):
+    actions = plain["actions"]
+    for table in (actions["by_dimension"].values(), actions["by_source"].values(), actions["by_step"]):
+        total = sum(entry["model"] * entry["elements"] for entry in table)
+        count = sum(entry["elements"] for entry in table)
+        assert total / count == pytest.approx(plain["action_mse"])
+    assert plain["action_mse"] == actions["all"]["model"]
+
+
+@pytest.mark.parametrize("modality", [Modality.VISION, Modality.AUDIO])
+def test_only_what_is_taken_away_changes(trained, plain, modality):
+    shuffled, blank = evaluate(trained, shuffle=modality), evaluate(trained, blank=modality)
+    for result in (shuffled, blank):
+        assert result["action_mse"] != plain["action_mse"]
+        assert result["action_mse_baselines"] == pytest.approx(plain["action_mse_baselines"])
+        assert result["ce_by_source"]["text"] == plain["ce_by_source"]["text"]
+        same_sound = result["unigram_ce"]["audio"] == plain["unigram_ce"]["audio"]
+        assert same_sound == (modality is Modality.VISION or result is shuffled)
+    name = modality.name.lower()
+    assert (trained.folder / f"evaluation-shuffle-{name}.json").is_file()
+    assert (trained.folder / f"evaluation-blank-{name}.json").is_file()
+    assert shuffled["ablation"]["rows"]["clip"] == (10 if modality is Modality.VISION else 8)
+    assert blank["ablation"]["mode"] == "blank"
+
+
+def test_an_untouched_model_is_no_better_than_what_it_is_compared_with(plain):
+    examples = plain["examples"]["clip"]
+    assert examples["names"] == ["steer", "gas"]
+    trace = examples["traces"][0]
+    assert len(trace["time_s"]) == len(trace["true"]) == len(trace["predicted"])
+    assert np.all(np.diff(trace["time_s"]) > 0)
+    assert len({item["recording"] for item in examples["slices"]}) == len(examples["slices"])
+
+
+def test_other_shards_are_read_as_the_run_reads_its_own(trained, plain, prepared):
+    other = evaluate(trained, shards=str(prepared / "clip"))
+    assert other["action_mse"] == pytest.approx(plain["action_mse"], rel=1e-4)
+    assert other["action_mse_baselines"] == pytest.approx(plain["action_mse_baselines"])
+    assert list(other["ce_by_source"]) == ["clip"]
+    assert json.loads((trained.folder / "evaluation.json").read_text())["shards"] is None
+    assert (trained.folder / "evaluation-on-clip.json").is_file()
+
+
+def test_a_source_that_cannot_be_shuffled_is_left_out_with_the_reason(build_run, tmp_path):
+    rng = np.random.default_rng(0)
+    heldout = [clip_sample(rng, f"h{i}", 2) for i in range(3)]
+    for sample in heldout:
+        sample.recording = "one"
+    train = [clip_sample(rng, f"t{i}", 2) for i in range(6)]
+    write_source(tmp_path / "single", {"train": train, "heldout": heldout})
+    write_source(tmp_path / "text", {"train": [text_sample(rng, "t")], "heldout": [text_sample(rng, "h")]})
+    sources = {name: {"kind": "text", "shards": str(tmp_path / name)} for name in ("single", "text")}
+    run = build_run(names=("text", "clip"), data__sources=sources)
+    result = evaluate(run, shuffle=Modality.VISION)
+    assert list(result["ce_by_source"]) == ["text"]
+    assert "3 rows of 1 recordings" in result["not_evaluated"]["single"]
+    assert result["action_mse"] is None
+
+
+def test_discrete_actions_are_measured_in_the_same_units(build_run):
+    action = {"mode": "discrete", "chunk": 4, "bins": 64}
+    result = evaluate(build_run(names=("clip",), tokenizers__action=action))
+    assert 0 < result["action_mse"] < 10
+    assert "action" in result["val_ce"]
+
+
+def test_choices_that_make_no_sense_are_refused(trained, prepared):
+    with pytest.raises(ConfigError, match="exclude each other"):
+        evaluate(trained, blank=Modality.VISION, shuffle=Modality.AUDIO)
+    with pytest.raises(DataError, match="source.json does not exist"):
+        evaluate(trained, shards=str(prepared / "nothing"))
+    with pytest.raises(DataError, match="no source of .* has that kind"):
+        evaluate(trained, shards=str(prepared / "image"))
+
+
+def test_names_of_the_files():
+    assert file_name() == "evaluation.json"
+    assert file_name(blank=Modality.VISION) == "evaluation-blank-vision.json"
+    assert file_name(shuffle=Modality.AUDIO) == "evaluation-shuffle-audio.json"
+    assert file_name("out/other", shuffle=Modality.AUDIO) == "evaluation-on-other-shuffle-audio.json"
+
+
+def test_the_table_names_every_figure(plain):
+    console = Console(record=True, width=200)
+    show(plain, console)
+    text = console.export_text()
+    for said in ("CE of text, text", "action error, clip", "hold_last", "recall@1 of 19, clip/vision-text", "by pmi"):
+        assert said in text
