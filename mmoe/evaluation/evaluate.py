@@ -195,23 +195,24 @@ def _actions(
 def _other_shards(run: Run, shards: str) -> Run:
     """The run with one source: the prepared folder `shards`, read as the run's source of the same kind is."""
     manifest = SourceManifest.load(shards)
-    names = [
-        name
-        for name, known in run.sources.manifests.items()
-        if known.kind == manifest.kind
-        and {k: v.names for k, v in known.vectors.items()} == {k: v.names for k, v in manifest.vectors.items()}
-    ]
+    names = [name for name, known in run.sources.manifests.items() if _content(manifest) == _content(known)]
     if not names:
-        kinds = sorted({f"{name} ({known.kind})" for name, known in run.sources.manifests.items()})
+        known = ", ".join(f"{name} ({manifest.kind})" for name, manifest in run.sources.manifests.items())
         raise DataError(
-            f"{shards}/source.json is of kind {manifest.kind} and no source of {run.folder} has that kind and the "
-            f"same dimension names, so its vectors cannot be normalised; the run knows {', '.join(kinds)}"
+            f"{shards}/source.json: no source of {run.folder} is of kind {manifest.kind} with the same modalities and "
+            f"dimension names, so nothing says how to normalise it; the run knows {known}"
         )
     source = run.config.data.sources[names[0]].model_copy(update={"shards": shards})
     data: DataConfig = run.config.data.model_copy(update={"sources": {names[0]: source}})
     sources = Sources(data)
     sources.check(run.tokenizers)
     return replace(run, config=run.config.model_copy(update={"data": data}), sources=sources)
+
+
+def _content(manifest: SourceManifest) -> tuple[str, set[str], dict[str, tuple[str, ...]]]:
+    """What two prepared folders must share to be read alike: kind, modalities, and dimension names by modality."""
+    modalities = {name for split in manifest.splits.values() for name in split.segments}
+    return manifest.kind, modalities, {name: stats.names for name, stats in manifest.vectors.items()}
 
 
 def _enough_pairs(sources: Sources, only: list[str]) -> dict[str, int]:

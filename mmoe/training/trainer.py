@@ -96,8 +96,9 @@ class Trainer:
         if not grad_norm.isfinite():
             terms = ", ".join(f"{name} {float(value):.4g}" for name, value in report.terms.items())
             raise DivergenceError(
-                f"{self.run.folder}: the gradient norm of step {self.step + 1} is {float(grad_norm)} ({terms}); no weight "
-                f"was changed: resume from {self.checkpoints.folder} with a lower optim.lr.peak, or a longer warmup"
+                f"{self.run.folder}: the gradient norm of step {self.step + 1} is {float(grad_norm)} ({terms}); "
+                f"no weight was changed: resume from {self.checkpoints.folder} with a lower optim.lr.peak, "
+                "or train again with a longer warmup"
             )
         lr = self.schedule(self.step)
         for group in self.optimizer.param_groups:

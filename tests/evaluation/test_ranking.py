@@ -11,6 +11,7 @@ from mmoe.data.batch import PackedBatch
 from mmoe.data.decode import Decoder
 from mmoe.data.plan import DocumentRef
 from mmoe.data.sample import Modality
+from mmoe.data.stream import make_collator
 from mmoe.evaluation.inference import inference
 from mmoe.evaluation.ranking import _micro_batches, accuracies, rank_candidates, score_texts
 from mmoe.tokenizers.vocabulary import Structure
@@ -105,14 +106,12 @@ def test_scores_are_those_of_each_document_alone(run):
 
 
 def make_single(run, length: int):
-    from mmoe.data.stream import make_collator
-
     data = run.config.data.model_copy(update={"sequence_length": length})
     return make_collator(data, run.tokenizers, run.config.losses.label_weights())
 
 
 def test_rows_that_fit_no_sequence_are_counted(run):
-    longest = {"sequence_length": 60}
+    longest = {"sequence_length": 40}
     view = replace(run, config=run.config.model_copy(update={"data": run.config.data.model_copy(update=longest)}))
     report = rank_candidates(view, Oracle(view, right=True), ["audio"])["audio"]
     assert report["left_out"] > 0
