@@ -1,5 +1,7 @@
 """The base class of every configuration node."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -11,3 +13,8 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    @classmethod
+    def check_layer(cls, below: dict[str, Any], above: dict[str, Any]) -> None:
+        """Raise ValueError where a change that `above` (a child file, overrides) makes to `below` leaves something
+        unsaid; both are plain mappings, not yet validated."""

@@ -28,7 +28,26 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file with its parent (`extends`, relative to the file) merged under it."""
-    path = Path(path)
+    parent, own = _layers(Path(path))
+    return merge(parent, own)
+
+
+def _layers(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mapping of the file's parent (empty without one), and the file's own."""
+    own = _read(path)
+    parent = own.pop("extends", None)
+    if parent is None:
+        return {}, own
+    base = path.parent / parent
+    if not base.is_file():
+        raise ConfigError(f"{path}: extends names {parent}, but {base} does not exist")
+    below = _read(base)
+    if "extends" in below:
+        raise ConfigError(f"{path}: extends names {parent}, which extends another file; only one parent is allowed")
+    return below, own
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -37,15 +56,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of keys such as `data:` and `model:`, not {type(data).__name__}")
-    parent = data.pop("extends", None)
-    if parent is None:
-        return data
-    base = path.parent / parent
-    if not base.is_file():
-        raise ConfigError(f"{path}: extends names {parent}, but {base} does not exist")
-    if "extends" in yaml.load(base.read_text(encoding="utf-8"), Loader=_Loader):
-        raise ConfigError(f"{path}: extends names {parent}, which extends another file; only one parent is allowed")
-    return merge(read_yaml(base), data)
+    return data
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +84,15 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """The tree of `kind` in a YAML file with `overrides` applied; raises `ConfigError` naming every bad key."""
-    tree = merge(read_yaml(path), parse_overrides(overrides or []))
-    return validate(kind, tree, str(path))
+    parent, own = _layers(Path(path))
+    tree = merge(parent, own)
+    given = parse_overrides(overrides or [])
+    for below, above in ((parent, own), (tree, given)):
+        try:
+            kind.check_layer(below, above)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    return validate(kind, merge(tree, given), str(path))
 
 
 def validate(kind: type[C], tree: dict[str, Any], where: str) -> C:

@@ -1,5 +1,7 @@
 """The whole run as one printable tree; each node is declared by the component it configures."""
 
+from typing import Any
+
 from pydantic import model_validator
 
 from mmoe.checkpoint.manager import CheckpointConfig
@@ -44,6 +46,19 @@ class RunConfig(Config):
         """Sequences of one contrastive group: the configured number, or the whole global batch."""
         return self.losses.contrastive.group_sequences or self.batch.sequences
 
+    @classmethod
+    def check_layer(cls, below: dict[str, Any], above: dict[str, Any]) -> None:
+        """A changed batch must say what the learning rate does (recipes.md, 1)."""
+        old, new = (_at(tree, "training", "global_batch_positions") for tree in (below, above))
+        if old is None or new is None or old == new or _at(above, "optim", "lr", "peak") is not None:
+            return
+        if not any(_at(tree, "optim", "lr", "scaling_rule") for tree in (below, above)):
+            raise ValueError(
+                f"training.global_batch_positions changes from {old} to {new}, but nothing says what the learning rate "
+                f"does: set optim.lr.reference_batch_positions={old} and optim.lr.scaling_rule=sqrt, or a new "
+                "optim.lr.peak"
+            )
+
     @model_validator(mode="after")
     def _batch(self) -> "RunConfig":
         micro, group = self.training.micro_batch_sequences, self.contrastive_group
@@ -54,3 +69,10 @@ class RunConfig(Config):
                 "set group_sequences to a divisor of the micro-batch"
             )
         return self
+
+
+def _at(tree: Any, *path: str) -> Any:
+    """The value under a path of keys; None where there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree

@@ -1,0 +1,42 @@
+"""The run's tree: the recipes load, derive what they say, and refuse what cannot run."""
+
+import pytest
+
+from mmoe.config.load import load
+from mmoe.config.tree import RunConfig
+from mmoe.errors import ConfigError
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_derives_its_steps(path):
+    config = load(RunConfig, path)
+    assert config.batch.iterations == config.training.budget_positions // config.training.global_batch_positions
+
+
+def test_a_changed_batch_must_say_what_the_rate_does():
+    path = REPOSITORY / "configs" / "demo.yaml"
+    with pytest.raises(ConfigError, match="changes from 2048 to 4096, .* set optim.lr.reference_batch_positions=2048"):
+        load(RunConfig, path, ["training.global_batch_positions=4096"])
+    rule = ["optim.lr.reference_batch_positions=2048", "optim.lr.scaling_rule=sqrt"]
+    wider = ["training.global_batch_positions=8192", "training.micro_batch_sequences=4"]
+    config = load(RunConfig, path, [*wider, *rule])
+    assert config.optim.lr.scaled_peak(8192) == pytest.approx(2 * config.optim.lr.peak)
+    assert load(RunConfig, path, [*wider, "optim.lr.peak=1e-3"]).optim.lr.scaled_peak(8192) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("model.kv_heads=3", "model: heads is 5, not a multiple of kv_heads 3"),
+        ("model.moe.top_k=9", "model.moe: top_k is 9, but there are 8 experts"),
+        ("data.sequence_length=1000", "not a multiple of 1000"),
+        ("training.budget_positions=10", "less than one step"),
+        ("data.video_backend=opencv", "data.video_backend"),
+    ],
+)
+def test_impossible_shapes_name_the_key_and_the_remedy(override, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load(RunConfig, REPOSITORY / "configs" / "demo.yaml", [override])
