@@ -98,7 +98,8 @@ def evaluate(
             raise MmoeError(f"{name!r} is not a modality; choose from {', '.join(m.name.lower() for m in Modality)}")
         return Modality[name.upper()]
 
-    show(run(Run.load(folder), shards=shards, blank=modality(blank), shuffle=modality(shuffle)), console)
+    blanked, shuffled = modality(blank), modality(shuffle)
+    show(run(Run.load(folder), shards=shards, blank=blanked, shuffle=shuffled), console)
 
 
 @app.command()
