@@ -189,11 +189,16 @@ class Stream:
             yield StepData(micro(), counts, state)
 
 
-def make_collator(config: DataConfig, tokenizers: Tokenizers, label_weights: np.ndarray) -> Collator:
+def make_collator(
+    config: DataConfig,
+    tokenizers: Tokenizers,
+    label_weights: np.ndarray,
+    skip: frozenset[Modality] = frozenset(),
+) -> Collator:
     return Collator(
         length=config.sequence_length,
         patches=config.patch_budget,
-        dims=tokenizers.value_dims,
+        dims={kind: 0 if kind in skip else size for kind, size in tokenizers.value_dims.items()},
         action_shape=(tokenizers.config.action.chunk, tokenizers.dims[Modality.ACTION].size),
         vocabulary=tokenizers.vocabulary,
         weights=label_weights,
@@ -240,6 +245,6 @@ def heldout_batches(
     planner = Planner(planned, [1.0 / len(planned)] * len(planned), tokenizers, settings)
     sequences = planner.once(most_documents)
     decoder = Decoder(sources.files(split), tokenizers, config.video_backend, ablation, skip)
-    dataset = SequenceDataset(decoder, make_collator(config, tokenizers, label_weights), group=1)
+    dataset = SequenceDataset(decoder, make_collator(config, tokenizers, label_weights, skip), group=1)
     plans = [(i, sequences[i : i + micro_sequences]) for i in range(0, len(sequences), micro_sequences)]
     yield from make_loader(dataset, plans, config)

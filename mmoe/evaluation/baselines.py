@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ class Baselines:
 
 def read_features(run: Run, only: list[str], **choices: Any) -> FeatureRows:
     """Features of every chunk of the sources `only`, read without opening a picture; see `Run.heldout`."""
-    rows = FeatureRows()
+    rows, data = FeatureRows(), run.config.data
+    if data.workers:  # nothing but decoding to do: every core may
+        data = data.model_copy(update={"workers": len(os.sched_getaffinity(0))})
+        run = replace(run, config=run.config.model_copy(update={"data": data}))
     for batch in run.heldout(isolated=False, only=only, skip=frozenset({Modality.VISION}), **choices):
         rows.add(batch)
     return rows

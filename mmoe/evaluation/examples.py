@@ -14,10 +14,10 @@ TRACES, POINTS, SLICES = 3, 600, 4  # by source
 def examples(run: Run, chunks: Chunks, predicted: np.ndarray) -> dict[str, dict[str, Any]]:
     """By source, in its own units: `names` of its action dimensions A, and
 
-    - `traces` of its longest held-out recordings: `time_s` [n] with the first step of every chunk, `true` and
-      `predicted` [n, A];
+    - `traces` of its longest held-out recordings: `true` and `predicted` [n, A], the first step of every chunk, over
+      `x` [n] in the unit `axis`: clip time, or where a recording was cut into samples the number of the chunk;
     - `scatter`: `true` and `predicted` [n, A] of the first steps of a seeded choice of chunks;
-    - `slices`: a few chunks of different recordings, `true` and `predicted` [H, A], with their place in the shards.
+    - `slices`: a few chunks of different samples, `true` and `predicted` [H, A], with their place in the shards.
     """
     found = {}
     for number in np.unique(chunks.source).tolist():
@@ -27,13 +27,15 @@ def examples(run: Run, chunks: Chunks, predicted: np.ndarray) -> dict[str, dict[
         true, guess = (tokenizer.denormalise(x[mine][:, :, columns]) for x in (chunks.target, predicted))
         inside = chunks.mask[mine][:, 0, columns].all(1)  # the first step was logged
         recordings: dict[str, list[int]] = {}
+        samples: dict[tuple[int, ...], list[int]] = {}
         for at, item in enumerate(mine.tolist()):
             if inside[at]:
                 recordings.setdefault(chunks.recording[item], []).append(at)
+                samples.setdefault(chunks.keys[item][:3], []).append(at)
         rng = np.random.default_rng((run.config.training.seed, number))
         some = np.sort(rng.permutation(np.flatnonzero(inside))[:POINTS])
         longest = sorted(recordings, key=lambda name: (-len(recordings[name]), name))
-        chosen = [recordings[name] for name in rng.permutation(list(recordings))[:SLICES].tolist()]
+        chosen = [list(samples.values())[number] for number in rng.permutation(len(samples))[:SLICES]]
         found[name] = {
             "names": list(tokenizer.names),
             "traces": [_trace(name, recordings[name], chunks, mine, true, guess) for name in longest[:TRACES]],
@@ -46,14 +48,15 @@ def examples(run: Run, chunks: Chunks, predicted: np.ndarray) -> dict[str, dict[
 def _trace(
     recording: str, items: list[int], chunks: Chunks, mine: np.ndarray, true: np.ndarray, guess: np.ndarray
 ) -> dict[str, Any]:
-    time = chunks.time_ns[mine[items]]
-    order = np.array(items)[np.argsort(time, kind="stable")]
-    seconds = (chunks.time_ns[mine[order]] - time.min()) / 1e9
+    chosen = mine[items]
+    whole = len({chunks.keys[item][:3] for item in chosen}) == 1
+    seconds = (chunks.time_ns[chosen] - chunks.time_ns[chosen[0]]) / 1e9
     return {
         "recording": recording,
-        "time_s": seconds.tolist(),
-        "true": true[order, 0].tolist(),
-        "predicted": guess[order, 0].tolist(),
+        "axis": "clip time, s" if whole else "chunk",
+        "x": seconds.tolist() if whole else list(range(len(items))),
+        "true": true[items, 0].tolist(),
+        "predicted": guess[items, 0].tolist(),
     }
 
 

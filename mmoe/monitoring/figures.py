@@ -144,17 +144,17 @@ def trace(examples: dict[str, Any], ablated: dict[str, dict[str, Any]], dimensio
             lines += [(f"predicted, {name.replace('-', ' ')}", o, "predicted", ABLATED, "dot") for o in same]
         for name, of, key, colour, dash in lines:
             line = go.Scatter(
-                x=of["time_s"],
+                x=of["x"],
                 y=[row[dimension] for row in of[key]],
                 name=name,
                 legendgroup=name,
                 showlegend=column == 1,
-                mode="lines+markers" if len(of["time_s"]) < 60 else "lines",
+                mode="lines+markers" if len(of["x"]) < 60 else "lines",
                 line={"color": colour, "width": 2, "dash": dash},
                 marker={"size": 5},
             )
             figure.add_trace(line, 1, column)
-        figure.update_xaxes(title="clip time, s", row=1, col=column)
+        figure.update_xaxes(title=item["axis"], row=1, col=column)
     figure.update_yaxes(title=examples["names"][dimension], row=1, col=1)
     return style(figure, 340, margin={"l": 56, "r": 16, "t": 60, "b": 44}, legend_y=1.1)
 

@@ -49,12 +49,12 @@ def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> Slice
 
 def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> str:
     """HTML of one slice: its pictures as the rig sees them, its caption, and its action as logged and predicted."""
-    cameras = [camera for line in RIG for camera in line]
-    if set(found.pictures) & set(cameras):
-        figures = "".join(_figure(found.pictures.get(camera), camera.name.lower()) for camera in cameras)
+    if len(found.pictures) > 1:
+        pictures = [(camera.name.lower(), found.pictures.get(camera)) for line in RIG for camera in line]
     else:
-        figures = "".join(_figure(picture, "") for picture in found.pictures.values())
-    kind = "rig" if set(found.pictures) & set(cameras) else "single"
+        pictures = [("", picture) for picture in found.pictures.values()]
+    kind = "rig" if len(found.pictures) > 1 else "single"
+    figures = "".join(_figure(picture, name.replace("_", " ")) for name, picture in pictures)
     rows = "".join(
         f"<tr><th>{escape(name)}</th>{_cells(item['true'], a)}{_cells(item['predicted'], a, 'predicted')}</tr>"
         for a, name in enumerate(names)
@@ -92,7 +92,7 @@ def _picture(index: ShardIndex, row: int, segment: np.void, backend: Backend) ->
 def _figure(picture: np.ndarray | None, name: str) -> str:
     if picture is None:
         return f'<figure class="absent"><figcaption>{name}: absent</figcaption></figure>'
-    label = f"<figcaption>{name.replace('_', ' ')}</figcaption>" if name else ""
+    label = f"<figcaption>{name}</figcaption>" if name else ""
     return f'<figure><img src="{data_uri(picture)}" alt="{name}">{label}</figure>'
 
 

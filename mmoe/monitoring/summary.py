@@ -36,11 +36,11 @@ class RunRecords:
                     raise DataError(f"{path}: line {number} is not JSON ({error}); remove that line") from error
         if not lines:
             raise DataError(f"{path} is empty: {folder} has no step to report; train it first")
-        evaluations = {}
-        for file in sorted(folder.glob("evaluation*.json")):
-            name = file.stem.removeprefix("evaluation").removeprefix("-")
-            evaluations[name] = json.loads(file.read_text(encoding="utf-8"))
-        return cls(lines, evaluations)
+        evaluations = {
+            file.stem.removeprefix("evaluation").removeprefix("-"): json.loads(file.read_text(encoding="utf-8"))
+            for file in folder.glob("evaluation*.json")
+        }
+        return cls(lines, dict(sorted(evaluations.items())))
 
     @property
     def steps(self) -> list[dict[str, Any]]:

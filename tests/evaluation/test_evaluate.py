@@ -1,6 +1,7 @@
 """The whole evaluation on a small run: what it writes, and that what is taken away is what changes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from rich.console import Console
 
 from mmoe.data.sample import Modality
 from mmoe.errors import ConfigError, DataError
+from mmoe.evaluation.actions import read_chunks
 from mmoe.evaluation.evaluate import evaluate, file_name, show
+from mmoe.evaluation.examples import examples
 from tests.data.synthetic import clip_sample, text_sample, write_source
 
 
@@ -65,13 +68,31 @@ def test_only_what_is_taken_away_changes(trained, plain, modality):
     assert blank["ablation"]["mode"] == "blank"
 
 
-def test_examples_are_traces_in_time_and_slices_of_different_recordings(plain):
-    examples = plain["examples"]["clip"]
-    assert examples["names"] == ["steer", "gas"]
-    trace = examples["traces"][0]
-    assert len(trace["time_s"]) == len(trace["true"]) == len(trace["predicted"])
-    assert np.all(np.diff(trace["time_s"]) > 0)
-    assert len({item["recording"] for item in examples["slices"]}) == len(examples["slices"])
+def test_examples_are_traces_in_time_and_slices_of_different_samples(plain):
+    found = plain["examples"]["clip"]
+    assert found["names"] == ["steer", "gas"]
+    trace = found["traces"][0]
+    assert len(trace["x"]) == len(trace["true"]) == len(trace["predicted"])
+    assert np.all(np.diff(trace["x"]) > 0) and trace["axis"] == "clip time, s"
+    assert len({(item["shard"], item["row"]) for item in found["slices"]}) == len(found["slices"])
+
+
+def test_a_recording_of_several_samples_is_one_trace_in_their_order(trained):
+    chunks = read_chunks(trained.sources, trained.tokenizers, "heldout")
+    chunks = replace(chunks, recording=["one"] * len(chunks))
+    found = examples(trained, chunks, chunks.target)["clip"]
+    (trace,) = found["traces"]
+    assert trace["axis"] == "chunk" and trace["x"] == list(range(len(chunks)))
+    assert trace["true"] == trace["predicted"]
+    assert len(found["slices"]) == 4
+
+
+def test_examples_are_in_logged_units(trained, plain):
+    tokenizer = trained.tokenizers.actions["clip"]
+    chunks = read_chunks(trained.sources, trained.tokenizers, "heldout")
+    for item in plain["examples"]["clip"]["slices"]:
+        at = next(n for n, key in enumerate(chunks.keys) if key[1:] == (item["shard"], item["row"], item["chunk"]))
+        np.testing.assert_allclose(item["true"], tokenizer.denormalise(chunks.target[at]), atol=1e-6)
 
 
 def test_other_shards_are_read_as_the_run_reads_its_own(trained, plain, prepared):

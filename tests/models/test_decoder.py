@@ -72,15 +72,15 @@ def test_what_must_stay_wide_is_wide_under_autocast():
     assert {"aten::mm", "aten::_grouped_mm"} <= dtypes.seen[torch.bfloat16]
     assert narrow["logits"].dtype is torch.bfloat16
     wide = everything(model, batch)
-    for name in ("hidden", "actions", "left", "balance"):
-        assert (narrow[name].float() - wide[name]).abs().max() < 0.1, name
+    for name in ("hidden", "actions", "left", "balance"):  # in the mean: a near tie may go to another expert
+        assert (narrow[name].float() - wide[name]).abs().mean() < 0.05, name
 
 
 def test_bfloat16_gradients_follow_float32():
     batch = random_batch(4, documents=6)
     gradients = []
     for enabled in (False, True):
-        model = build()
+        model = build(moe=None)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             results = everything(model, batch)
             loss = sum(x.float().square().mean() for x in results.values())
@@ -134,6 +134,21 @@ def test_experts_stand_in_the_layers_that_the_config_says():
     layers = {int(name.split(".")[2]) for name in names if "experts" in name}
     assert layers == {3, 5}
     assert build(moe=None)(random_batch(0)).routing is None
+
+
+def test_router_losses_are_means_over_the_layers_of_experts():
+    model = build(layers=3, moe=MoEConfig(**MOE, dense_first=1))
+    layers = [block.network for block in model.decoder.blocks[1:]]
+    routed = []
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, args, out: routed.append(out[1]))
+    output = model(random_batch(1))
+    assert len(routed) == 2 and routed[0].z_loss != routed[1].z_loss
+    for name in ("balance_loss", "z_loss"):
+        mean = (getattr(routed[0], name) + getattr(routed[1], name)) / 2
+        torch.testing.assert_close(getattr(output.auxiliary, name), mean)
+    for number, layer in enumerate(routed):
+        assert torch.equal(output.routing.load_NMSE[number], layer.statistics.load_NMSE[0])
 
 
 def test_statistics_are_those_of_training_and_counted_once_under_recomputation():

@@ -6,7 +6,7 @@ from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
 from tests.models.random_batch import INPUTS, random_batch
 
-MOE = MoEConfig(experts=4, top_k=2, hidden=64, every=2, shared_experts=1)
+MOE = MoEConfig(experts=4, top_k=2, hidden=32, every=2, shared_experts=1)
 CONFIG = ModelConfig(d_model=64, layers=2, heads=4, kv_heads=2, hidden=128, moe=MOE, tie_embeddings=False, qk_norm=True)
 
 
@@ -50,8 +50,8 @@ def test_an_expert_does_not_depend_on_how_many_others_there_are():
         ("decoder.blocks.0.network.down.weight", 128**-0.5 / 2),
         ("decoder.blocks.1.network.router.weight", 64**-0.5),
         ("decoder.blocks.1.network.experts.up", 64**-0.5),
-        ("decoder.blocks.1.network.experts.down", 64**-0.5 / 2),
-        ("decoder.blocks.1.network.shared.down.weight", 64**-0.5 / 2),
+        ("decoder.blocks.1.network.experts.down", 32**-0.5 / 2),
+        ("decoder.blocks.1.network.shared.down.weight", 32**-0.5 / 2),
         ("embeddings.time.output.weight", 0),
         ("action.output.weight", 0),
         ("action.hidden.weight", 64**-0.5),

@@ -1,0 +1,134 @@
+"""What `summary.json` says of a run, from its lines alone."""
+
+import json
+import math
+
+import pytest
+
+from mmoe.errors import DataError
+from mmoe.monitoring.summary import RunRecords, drop_rate, resume_exact, summarise, write_summary
+
+
+def line(step: int, session: int = 0, **changes) -> dict:
+    return {
+        "step": step,
+        "session": session,
+        "positions": 100 * step,
+        "useful_positions": 950,
+        "loss": 1.0 / step,
+        "grad_norm": 0.5,
+        "fill": 0.95,
+        "tokens_per_second": 200.0,
+        "wall_seconds": 2.0 * step,
+        "peak_memory_bytes": 10**9 + step,
+    } | changes
+
+
+def evaluation(mse: float, mode: str | None = None, shards: str | None = None) -> dict:
+    return {
+        "shards": shards,
+        "ablation": {"mode": mode, "modality": "vision", "rows": {}, "left_out": {}} if mode else None,
+        "samples": {"drive": {"held_out": 9, "evaluated": 9}},
+        "not_evaluated": {},
+        "action_mse": mse,
+        "action_mse_baselines": {"mean": 0.5, "hold_last": 0.2, "ridge": 0.4},
+        "actions": {},
+        "examples": {},
+        "retrieval": {"of": "drive/vision-text", "r1": 0.3, "r1_low": 0.2, "r5": 0.7, "pool": 64, "by": {}},
+        "ranking": {},
+        "val_ce": {"text": 1.0, "structure": 0.1},
+        "unigram_ce": {"text": 2.0, "structure": 0.7},
+        "ce_by_source": {},
+    }
+
+
+def write(folder, lines, **evaluations) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
+    for name, content in evaluations.items():
+        (folder / f"evaluation{name.replace('_', '-')}.json").write_text(json.dumps(content))
+
+
+def test_it_holds_every_figure_and_is_what_is_written(tmp_path):
+    plain, shuffled = evaluation(0.1), evaluation(0.6, "shuffle")
+    write(
+        tmp_path, [line(10), line(20)], **{"": plain, "_shuffle_vision": shuffled, "_on_x": evaluation(9.0, shards="x")}
+    )
+    summary = write_summary(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["packing_efficiency"] == pytest.approx(0.95)
+    assert summary["action_mse"] == 0.1 and summary["action_mse_shuffle_vision"] == 0.6
+    assert summary["action_mse_baselines"] == {"mean": 0.5, "hold_last": 0.2, "ridge": 0.4}
+    assert {summary["retrieval"][key] for key in ("r1", "r1_low", "r5", "pool")} == {0.3, 0.2, 0.7, 64}
+    assert summary["val_ce"]["text"] == 1.0 and summary["unigram_ce"]["text"] == 2.0
+    assert summary["drop_rate"] is None and summary["resume_exact"] is None
+    assert summary["tokens_per_second"] == pytest.approx(200.0)
+    assert summary["peak_memory_bytes"] == 10**9 + 20
+    assert summary["wall_seconds"] == 40.0
+    assert not any("on_x" in key for key in summary)
+
+
+def test_what_was_not_measured_is_null():
+    summary = summarise(RunRecords([line(1)], {}))
+    assert summary["action_mse"] is None and summary["val_ce"] is None
+    assert summary["retrieval"] == {"r1": None, "r1_low": None, "r5": None, "pool": None}
+
+
+def test_efficiency_and_speed_weigh_by_what_passed_between_two_records():
+    """900 of 1000 positions in 10 s, then 100 of 100 in 1 s."""
+    records = [
+        line(10, useful_positions=900, fill=0.9, tokens_per_second=100.0),
+        line(11, useful_positions=100, fill=1.0, tokens_per_second=100.0),
+    ]
+    assert summarise(RunRecords(records, {}))["packing_efficiency"] == pytest.approx(1000 / 1100)
+    records[1]["tokens_per_second"] = 10.0
+    assert summarise(RunRecords(records, {}))["tokens_per_second"] == pytest.approx(1100 / 20)
+
+
+def test_a_step_that_was_done_again_counts_once_as_it_was_done_last():
+    records = RunRecords([line(10), line(20, loss=5.0), line(30), line(20, 1, loss=4.0)], {})
+    assert [(step["step"], step["loss"]) for step in records.steps][1] == (20, 4.0)
+    assert len(records.steps) == 3
+
+
+def test_drops_are_a_share_of_all_choices():
+    steps = [
+        line(1, expert_load={"0": [10, 30], "1": [20, 20]}, expert_drops={"0": [0, 2], "1": [0, 0]}),
+        line(2, expert_load={"0": [10, 10], "1": [0, 0]}, expert_drops={"0": [0, 0], "1": [0, 0]}),
+    ]
+    assert drop_rate(steps) == pytest.approx(2 / 100)
+    assert drop_rate([line(1)]) is None
+
+
+@pytest.mark.parametrize(
+    ("again", "exact"),
+    [
+        ([], None),
+        ([line(20, 1)], None),  # equal, but nothing says that the weights are
+        ([line(20, 1, digest="a")], True),
+        ([line(20, 1, digest="b")], False),
+        ([line(20, 1, digest="a", loss=math.nextafter(0.05, 1))], False),
+        ([line(20, 1, digest="a", grad_norm=0.6)], False),
+        ([line(20, 1, digest="a"), line(10, 1, loss=0.2)], False),
+        ([line(20, 1, digest="a"), line(30, 1, digest="c"), line(30, 2, digest="d")], False),
+        ([line(30, 1, digest="c")], None),
+    ],
+)
+def test_a_resume_is_exact_when_steps_done_twice_are_the_same_to_the_bit(again, exact):
+    first = [line(10), line(20, digest="a")]
+    assert resume_exact([*first, *again]) is exact
+
+
+def test_a_last_line_that_was_cut_off_is_left_out_and_another_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n" + '{"step": 2, "lo')
+    assert len(RunRecords.read(tmp_path).lines) == 1
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "lo\n' + json.dumps(line(1)) + "\n")
+    with pytest.raises(DataError, match="line 1 is not JSON"):
+        RunRecords.read(tmp_path)
+
+
+def test_a_folder_without_steps_says_so(tmp_path):
+    with pytest.raises(DataError, match="train it first"):
+        write_summary(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match="is empty"):
+        write_summary(tmp_path)
