@@ -48,7 +48,7 @@ class Run:
             inertial_dim=tokenizers.value_dims[Modality.INERTIAL],
             state_dim=tokenizers.value_dims[Modality.STATE],
             action_chunk=tokenizers.config.action.chunk,
-            action_dim=tokenizers.dims[Modality.ACTION].size,
+            action_dim=0 if tokenizers.discrete_actions else tokenizers.dims[Modality.ACTION].size,
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = config.model.build(inputs, seed=config.training.seed)

@@ -63,3 +63,13 @@ def test_too_few_captions_are_reported_with_the_pool_there_is():
 def test_pools_are_seeded():
     first = [recall(embeddings(200, 1), embeddings(200, 2), np.arange(200), seed) for seed in (0, 0, 1)]
     assert first[0] == first[1] != first[2]
+
+
+def test_both_directions_are_asked():
+    """A text that is close to everything is found by its own picture, and keeps the other pictures from theirs."""
+    other = unit(np.eye(8) + 0.5)
+    text = np.eye(8)
+    text[0] = 10 * other[0]
+    found = hits(text, other)
+    assert found[0, 0].all()  # text to other
+    assert found[1, 0].tolist() == [True] + [False] * 7
