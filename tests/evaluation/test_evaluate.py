@@ -1,5 +1,6 @@
 """The whole evaluation on a small run: what it writes, and that what is taken away is what changes."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.actions import read_chunks
 from mmoe.evaluation.evaluate import evaluate, file_name, show
 from mmoe.evaluation.examples import examples
+from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from tests.data.synthetic import clip_sample, text_sample, write_source
 
 
@@ -87,12 +89,16 @@ def test_a_recording_of_several_samples_is_one_trace_in_their_order(trained):
     assert len(found["slices"]) == 4
 
 
-def test_examples_are_in_logged_units(trained, plain):
-    tokenizer = trained.tokenizers.actions["clip"]
+def test_examples_are_in_logged_units(trained):
+    stats = trained.sources.manifests["clip"].vectors["ACTION"]
+    wide = stats.model_copy(update={"q01": (-30.0, 0.0), "q99": (10.0, 8.0), "std": (9.0, 2.0)})
+    tokenizers = copy.copy(trained.tokenizers)
+    tokenizers.actions = {"clip": ActionTokenizer(ActionConfig(), wide)}
     chunks = read_chunks(trained.sources, trained.tokenizers, "heldout")
-    for item in plain["examples"]["clip"]["slices"]:
+    found = examples(replace(trained, tokenizers=tokenizers), chunks, chunks.target)["clip"]
+    for item in found["slices"]:
         at = next(n for n, key in enumerate(chunks.keys) if key[1:] == (item["shard"], item["row"], item["chunk"]))
-        np.testing.assert_allclose(item["true"], tokenizer.denormalise(chunks.target[at]), atol=1e-6)
+        np.testing.assert_allclose(item["true"], chunks.target[at] * [20, 4] + [-10, 4], rtol=1e-5)
 
 
 def test_other_shards_are_read_as_the_run_reads_its_own(trained, plain, prepared):
