@@ -26,14 +26,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file with its parent (`extends`, relative to the file) merged under it."""
-    parent, own = _layers(Path(path))
-    return merge(parent, own)
-
-
-def _layers(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The mapping of the file's parent (empty without one), and the file's own."""
+def read_layers(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mapping of a YAML file's parent (`extends`, relative to it; empty without one), and the file's own."""
+    path = Path(path)
     own = _read(path)
     parent = own.pop("extends", None)
     if parent is None:
@@ -84,7 +79,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """The tree of `kind` in a YAML file with `overrides` applied; raises `ConfigError` naming every bad key."""
-    parent, own = _layers(Path(path))
+    parent, own = read_layers(path)
     tree = merge(parent, own)
     given = parse_overrides(overrides or [])
     for below, above in ((parent, own), (tree, given)):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmoe.errors import DataError
 
-METRICS, EVALUATION, SUMMARY = "metrics.jsonl", "evaluation.json", "summary.json"
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The parts of a run, built from its config or loaded from its folder; train, evaluate and generate share them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Run:
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"{folder}/config.yaml does not exist: {folder} is not a run; train it first")
         config = load(RunConfig, folder / "config.yaml")
-        run = cls.build(config)
+        run = replace(cls.build(config), folder=folder)  # it may have been moved since its config was written
         manager = CheckpointManager(folder / "checkpoints", config.checkpoint)
         state: dict[str, Any] = {"model": run.model.state_dict()}
         manager.load(state, step)

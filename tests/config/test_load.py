@@ -4,7 +4,7 @@ import pytest
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
-from mmoe.config.load import dump, load, merge, parse_overrides, read_yaml
+from mmoe.config.load import dump, load, merge, parse_overrides, read_layers
 from mmoe.errors import ConfigError
 
 
@@ -45,14 +45,14 @@ def test_a_resolved_tree_reloads_to_an_equal_tree(tmp_path):
 def test_a_child_lays_over_its_parent_key_by_key(tmp_path):
     write(tmp_path / "base.yaml", "optim: {lr: {peak: 1.0, rule: linear}}\nsteps: 3\n")
     child = write(tmp_path / "child.yaml", "extends: base.yaml\noptim: {lr: {peak: 2.0}}\n")
-    assert read_yaml(child) == {"optim": {"lr": {"peak": 2.0, "rule": "linear"}}, "steps": 3}
+    assert merge(*read_layers(child)) == {"optim": {"lr": {"peak": 2.0, "rule": "linear"}}, "steps": 3}
 
 
 def test_a_grandparent_is_refused(tmp_path):
     write(tmp_path / "a.yaml", "steps: 1\n")
     write(tmp_path / "b.yaml", "extends: a.yaml\n")
     with pytest.raises(ConfigError, match="only one parent"):
-        read_yaml(write(tmp_path / "c.yaml", "extends: b.yaml\n"))
+        read_layers(write(tmp_path / "c.yaml", "extends: b.yaml\n"))
 
 
 def test_overrides_are_dotted_and_typed_as_yaml():

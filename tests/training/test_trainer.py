@@ -160,6 +160,17 @@ def test_discrete_actions_train_through_the_vocabulary(folder, tmp_path):
     assert record["ce_action"] > 0 and "action_from_clip" not in record
 
 
+def test_a_run_that_was_moved_is_loaded_where_it_lies(folder, tmp_path):
+    """Else an evaluation of a copy would overwrite that of the original."""
+    one = trainer(config(folder, tmp_path / "before"), stop_at=1)
+    one.train()
+    (tmp_path / "before").rename(tmp_path / "after")
+    loaded = Run.load(tmp_path / "after")
+    assert loaded.folder == tmp_path / "after"
+    for name, weight in one.run.model.state_dict().items():
+        assert torch.equal(weight, loaded.model.state_dict()[name])
+
+
 def test_ctrl_c_saves_and_leaves_and_the_next_session_resumes(folder, tmp_path):
     class Interrupt(Callback):
         name = "interrupt"
