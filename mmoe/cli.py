@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -13,33 +13,49 @@ from mmoe.errors import MmoeError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
+Engine = Literal["processes", "ray"]  # as `mmoe.data.engines.Engine`, which would be slow to import here
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
 
 
 @app.command()
 def prepare(
-    kind: Annotated[str, typer.Argument(help="reader: text, image_caption, audio_text, donkeycar, simulated_drive")],
+    kind: Annotated[str, typer.Argument(help="reader, e.g. text, donkeycar, nuscenes; see docs/guide.md")],
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="file or folder of raw recordings; - for a simulation")
     ],
     output: Annotated[Path, typer.Argument(help="folder of the prepared source")],
     options: Annotated[list[str] | None, typer.Argument(help="reader options, e.g. recordings=100")] = None,
     text_tokenizer: Annotated[str | None, typer.Option(help="tokenizer JSON; without it, plain bytes")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes; the output is the same for any number")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes; the output is the same for any number; default: what pays")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="ray: on a Ray cluster (RAY_ADDRESS), or a local one")] = "processes",
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what a broken-off call did")] = False,
+    dedup: Annotated[bool, typer.Option("--dedup", help="leave out near duplicates too; equal ones always")] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(help="a prepared source whose samples are not to occur again; repeatable")
+    ] = None,
 ) -> None:
-    """Raw recordings -> indexed WebDataset shards with held-out recordings."""
-    from mmoe.config.load import parse_overrides
+    """Raw recordings -> indexed WebDataset shards with held-out recordings.
+
+    An interrupted call keeps what it has finished; the same command goes on from there.
+    """
+    from mmoe.config.load import merge, parse_overrides
     from mmoe.data.prepare import prepare as run
     from mmoe.tokenizers.text import TextConfig
 
     tokenizer = TextConfig(path=text_tokenizer).build()
+    duplicates = {"near": True} if dedup else {}
+    duplicates |= {"against": against} if against else {}
     run(
         kind,
         source,
         output,
         text_tokenizer=tokenizer,
         workers=workers,
-        options=parse_overrides(options or []),
+        engine=engine,
+        fresh=fresh,
+        options=merge(parse_overrides(options or []), {"prepare": {"dedup": duplicates}} if duplicates else {}),
     )
 
 
@@ -140,6 +156,55 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
 
     write_report(Run.load(folder))
     console.print(f"wrote {folder / 'report.html'}")
+
+
+@app.command()
+def stages(config: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
+    """What each stage will take from each source: shares, positions, epochs, before anything runs."""
+    from mmoe.config.load import load
+    from mmoe.config.tree import RunConfig
+    from mmoe.planning.data import show_stages
+
+    show_stages(load(RunConfig, config, overrides), console)
+
+
+@app.command()
+def inspect(
+    config: Annotated[Path, typer.Argument(help="a YAML file, its sources prepared")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps to plan")] = 20,
+    replicas: Annotated[int, typer.Option(min=1, help="data replicas to deal to")] = 1,
+) -> None:
+    """Plan a run's first steps without decoding: shares, fill, everything cut or dropped, balance of work."""
+    from mmoe.config.load import load
+    from mmoe.config.tree import RunConfig
+    from mmoe.planning.data import inspect as run
+
+    run(load(RunConfig, config, overrides), steps, replicas, console)
+
+
+@app.command()
+def sync_report(
+    path: Annotated[Path, typer.Argument(help="prepared source, or raw recordings with --kind")],
+    options: Annotated[list[str] | None, typer.Argument(help="reader options, with --kind")] = None,
+    kind: Annotated[str | None, typer.Option(help="reader of raw recordings, as in prepare")] = None,
+    html: Annotated[Path, typer.Option(help="page with the histograms")] = Path("sync-report.html"),
+) -> None:
+    """Rates, jitter, gaps and offsets of every stream's clock, as a table and an HTML page."""
+    from mmoe.config.load import parse_overrides
+    from mmoe.data import sync_report as clocks
+    from mmoe.errors import ConfigError
+    from mmoe.monitoring.sync_page import render
+
+    if kind is None and options:
+        raise ConfigError(f"options {' '.join(options)} are for a reader of raw recordings; add --kind, or drop them")
+    report = clocks.report_raw(kind, path, parse_overrides(options or [])) if kind else clocks.report_prepared(path)
+    if report.kind == "synthetic":
+        console.print(clocks.SYNTHETIC, style="bold")
+    console.print(clocks.table(report))
+    html.parent.mkdir(parents=True, exist_ok=True)
+    html.write_text(render(report), encoding="utf-8")
+    console.print(f"wrote {html}", soft_wrap=True)
 
 
 @app.command()

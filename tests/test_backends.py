@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -85,8 +86,8 @@ def test_every_extra_that_is_advised_exists() -> None:
         assert backend.module and backend.purpose, name
         if backend.install.startswith("-e"):
             extra = backend.install.split("[")[1].split("]")[0]
-            line = next(line for line in text.splitlines() if line.startswith(f"{extra} = ["))
-            assert f'"{backend.distribution}' in line, name
+            packages = re.search(rf"^{extra} = \[(.*?)\]\n", text, re.DOTALL | re.MULTILINE)[1]
+            assert f'"{backend.distribution}' in packages, name
 
 
 @pytest.mark.parametrize("name", BACKENDS)

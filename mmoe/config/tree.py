@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from mmoe.checkpoint.manager import CheckpointConfig
 from mmoe.config.base import Config
-from mmoe.data.stream import DataConfig
+from mmoe.data.config import DataConfig
 from mmoe.losses.total import LossConfig
 from mmoe.models.decoder import ModelConfig
 from mmoe.monitoring.config import MonitoringConfig

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from mmoe.data.quarantine import Quarantined
 from mmoe.data.sample import Modality
 
 IGNORE = -100
@@ -47,7 +48,7 @@ class PackedBatch:
     `values` by continuous modality (VISION, INERTIAL, STATE). `action_target`, `action_mask` [M, H, A] f32 and
     bool with `action_index` [M] i64, the flat position of each `action` token. `cu_seqlens` i32: borders of the
     documents over the flattened B*L, padding tails as segments of their own. `documents[b][d]` is
-    (source, shard, row, part).
+    (source, shard, row, part). `quarantined` are the parts that could not be decoded; their places are padding.
     """
 
     token_ids: Tensor
@@ -67,6 +68,7 @@ class PackedBatch:
     pairs: Pairs
     cu_seqlens: Tensor
     documents: list[list[tuple[int, int, int, int]]]
+    quarantined: tuple[Quarantined, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

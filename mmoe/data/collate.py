@@ -6,6 +6,7 @@ import torch
 from mmoe.data.batch import IGNORE, PackedBatch, Pairs, Values
 from mmoe.data.document import Document
 from mmoe.data.plan import DocumentRef
+from mmoe.data.quarantine import Quarantined
 from mmoe.data.sample import NO_CAMERA, NO_SLICE, Modality
 from mmoe.tokenizers.vocabulary import Structure, Vocabulary
 
@@ -32,9 +33,13 @@ class Collator:
         self.vocabulary, self.weights = vocabulary, weights.astype(np.float32)
 
     def __call__(
-        self, sequences: list[list[tuple[DocumentRef, list[Document]]]], group: int, first_sequence: int = 0
+        self,
+        sequences: list[list[tuple[DocumentRef, list[Document] | int]]],
+        groups: list[int],
+        quarantined: tuple[Quarantined, ...] = (),
     ) -> PackedBatch:
-        """`group` consecutive sequences make one contrastive group; numbering starts at `first_sequence`."""
+        """Sequence b is of contrastive group ``groups[b]``. In place of a part's documents, a number is the positions
+        that stay padding."""
         B, L = len(sequences), self.length
         token_ids = np.full((B, L), Structure.PAD, np.int64)
         modality = np.zeros((B, L), np.uint8)
@@ -52,6 +57,10 @@ class Collator:
         for b, sequence in enumerate(sequences):
             at, number, origin = 0, 0, []
             for ref, documents in sequence:
+                if isinstance(documents, int):
+                    at += documents
+                    borders.append(b * L + at)
+                    continue
                 sides: dict[int, list[tuple[int, int, int, int]]] = {}
                 for item in documents:
                     n, flat = len(item), b * L + at
@@ -77,8 +86,7 @@ class Collator:
                 for spans in sides.values():
                     if len(spans) == 2:
                         digest = next(s[3] for s in spans if s[2] == Modality.TEXT)
-                        in_group = (first_sequence + b) // group
-                        pairs.append(([s[:2] for s in spans], [s[2] for s in spans], digest, in_group))
+                        pairs.append(([s[:2] for s in spans], [s[2] for s in spans], digest, groups[b]))
             if at < L:
                 borders.append((b + 1) * L)
             provenance.append(origin)
@@ -107,16 +115,19 @@ class Collator:
             ),
             cu_seqlens=torch.tensor(borders, dtype=torch.int32),
             documents=provenance,
+            quarantined=quarantined,
         )
 
     def _values(self, kind: Modality, parts: list[tuple[np.ndarray, np.ndarray]], sequences: int) -> Values:
         count = sum(len(index) for _, index in parts)
         rows = max(count, self.patches * sequences) if kind is Modality.VISION else count
-        vectors = np.zeros((rows, self.dims[kind]), np.float32)
+        vectors = np.empty((rows, self.dims[kind]), np.float32)  # tens of megabytes: every byte is written once
         index = np.full(rows, -1, np.int64)
-        if parts:
-            vectors[:count] = np.concatenate([v for v, _ in parts])
-            index[:count] = np.concatenate([i for _, i in parts])
+        at = 0
+        for values, where in parts:
+            vectors[at : at + len(where)], index[at : at + len(where)] = values, where
+            at += len(where)
+        vectors[count:] = 0
         return Values(torch.from_numpy(vectors), torch.from_numpy(index))
 
 

@@ -1,6 +1,6 @@
 """From a planned document part to a laid-out document: read the members, decode, tokenise, lay out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -13,7 +13,8 @@ from mmoe.data.index import ShardIndex
 from mmoe.data.media import VideoFrames, is_video, load_array, load_audio, load_image
 from mmoe.data.plan import DocumentRef
 from mmoe.data.sample import Modality
-from mmoe.data.shards import read_member
+from mmoe.data.shards import GAP, Span, read_member, spans
+from mmoe.data.storage import DEFAULT, Reading, Storage, StorageError, local_path
 from mmoe.errors import DataError
 from mmoe.tokenizers.audio import serialise
 from mmoe.tokenizers.bundle import Tokenizers
@@ -40,6 +41,9 @@ class SourceFiles:
     tars: tuple[str, ...]
 
 
+_INDICES_A_SOURCE = 20  # in memory: those of the block of shards that documents are drawn from, and some of the next
+
+
 class Decoder:
     """Decodes document parts; holds no state but caches, so any worker gives the same document."""
 
@@ -50,11 +54,13 @@ class Decoder:
         video_backend: Literal["decord", "pyav"],
         ablation: Ablation | None = None,
         skip: frozenset[Modality] = frozenset(),
+        storage: Storage = DEFAULT,
     ):
         """`skip`: modalities that are left out of the documents (an analysis that does not look at them)."""
         self.sources, self.tokenizers, self.video_backend = sources, tokenizers, video_backend
-        self.ablation, self.skip = ablation, skip
-        self._index: Callable[[str], ShardIndex] = lru_cache(maxsize=32)(ShardIndex.read)
+        self.ablation, self.skip, self.storage = ablation, skip, storage
+        self._index: Callable[[str], ShardIndex] = lru_cache(_INDICES_A_SOURCE * len(sources))(self._load)
+        self._begun: dict[tuple, _Row] = {}
         self.grid: Callable[[int, int], tuple[int, int]] = lru_cache(maxsize=1024)(tokenizers.vision.grid)
 
     def __call__(self, ref: DocumentRef, text_ids: np.ndarray | None = None) -> list[Document]:
@@ -62,11 +68,46 @@ class Decoder:
 
         `text_ids` replaces the row's text (candidate ranking); it needs a row with one TEXT segment.
         """
-        row = _Row(self, ref)
+        row = self._begun.pop(_key(ref), None) or _Row(self, ref).begin()
         return row.text_part() if row.text_only else row.document(text_ids)
+
+    def __reduce__(self) -> tuple:
+        settings = (self.sources, self.tokenizers, self.video_backend, self.ablation, self.skip, self.storage)
+        return Decoder, settings
+
+    def prefetch(self, refs: Iterable[DocumentRef]) -> None:
+        """Begin to read what these parts need of remote shards, all at once; decoding one then waits for its own.
+
+        What cannot be read is said when the part is decoded. Raises StorageError for a store that does not answer.
+        """
+        self._begun.clear()
+        remote = [ref for ref in refs if local_path(self.sources[ref.source].tars[ref.shard]) is None]
+        shards = list({(int(ref.source), int(ref.shard)) for ref in remote})
+        usable = dict(zip(shards, self.storage.map(self._is_usable, shards), strict=True)) if shards else {}
+        for ref in remote:
+            if usable[ref.source, ref.shard] and _key(ref) not in self._begun:
+                self._begun[_key(ref)] = _Row(self, ref).begin()
 
     def index(self, source: int, shard: int) -> ShardIndex:
         return self._index(self.sources[source].tars[shard])
+
+    def _load(self, tar: str) -> ShardIndex:
+        index = ShardIndex.read(tar, self.storage)
+        index.check_tar(self.storage)
+        return index
+
+    def _is_usable(self, shard: tuple[int, int]) -> bool:
+        try:
+            self.index(*shard)
+        except StorageError:
+            raise
+        except DataError:
+            return False
+        return True
+
+
+def _key(ref: DocumentRef) -> tuple:
+    return ref.source, ref.shard, ref.row, ref.first, ref.last, ref.isolated
 
 
 class _Row:
@@ -81,6 +122,29 @@ class _Row:
         self.text_start = self.tokenizers.vocabulary.ranges["text"].start
         self._videos: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # frame numbers, frames
         self._arrays: dict[str, np.ndarray] = {}
+        self._members: dict[str, bytes] = {}
+        self._coming: dict[str, tuple[Span, Reading]] = {}
+
+    def begin(self) -> "_Row":
+        """Begin to read the members that the part is made of: far away, few ranges of many members each."""
+        tar, chosen = self.index.tar, self._chosen()
+        wanted = np.ones(len(chosen), bool)
+        for kind in Modality:
+            if kind is Modality.TEXT or kind in self.decoder.skip or self._is_taken_away(kind):
+                wanted &= chosen["modality"] != kind
+        members = [self._member(int(number)) for number in np.unique(chosen["member"][wanted])]
+        for span in spans(members, GAP if local_path(tar) is None else 0):
+            what = span.members[0][0] + (f" to {span.members[-1][0]}" if len(span.members) > 1 else "")
+            reading = self.decoder.storage.begin(tar, span.start, span.stop, what)
+            self._coming |= {name: (span, reading) for name, _, _ in span.members}
+        return self
+
+    def _chosen(self) -> np.ndarray:
+        """The part's segments."""
+        numbers = self.segments["slice"]
+        if not (numbers >= 0).any():
+            return self.segments
+        return self.segments[(numbers >= self.ref.first) & (numbers < self.ref.last)]
 
     def text_part(self) -> list[Document]:
         builder = self._builder()
@@ -91,9 +155,8 @@ class _Row:
         return [builder.finish()]
 
     def document(self, text_ids: np.ndarray | None) -> list[Document]:
-        numbers = self.segments["slice"]
-        has_slices = bool((numbers >= 0).any())
-        chosen = self.segments[(numbers >= self.ref.first) & (numbers < self.ref.last)] if has_slices else self.segments
+        chosen = self._chosen()
+        has_slices = bool((self.segments["slice"] >= 0).any())
         builder, isolated = self._builder(), []
         builder.structure(Structure.BOS)
         if has_slices:
@@ -164,7 +227,8 @@ class _Row:
             if is_video(row._member_name(segment)):
                 pictures = row._frames(segment)
             else:
-                pictures = load_image(row._bytes(segment), row._where(segment))[None]
+                least = rows * vision.config.patch, columns * vision.config.patch
+                pictures = load_image(row._bytes(segment), row._where(segment), least)[None]
             pixels = vision.encode(pictures, rows, columns)
         return np.concatenate([pixels, coordinates], axis=1), positions
 
@@ -201,9 +265,11 @@ class _Row:
         target[:, columns], present[:, columns] = tokenizer.normalise(rows), mask
         builder.action(np.where(present, target, 0.0), present, int(segment["offset_ns"]))
 
+    def _is_taken_away(self, kind: Modality) -> bool:
+        return self.decoder.ablation is not None and self.decoder.ablation.modality == kind
+
     def _is_blank(self, kind: Modality) -> bool:
-        ablation = self.decoder.ablation
-        return ablation is not None and ablation.mode == "blank" and ablation.modality == kind
+        return self._is_taken_away(kind) and self.decoder.ablation.mode == "blank"
 
     def _payload_of(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple["_Row", np.void]:
         """This row and segment, or the donor's that stands in: its camera where the donor has it, its place in line."""
@@ -233,11 +299,22 @@ class _Row:
         return self.index.row_member(self.ref.row, int(segment["member"]))[0]
 
     def _where(self, segment: np.void) -> str:
-        return f"{self.index.tar}: {self.index.keys[self.ref.row]}.{self._member_name(segment)}"
+        return f"{self.index.tar}: {self._member(int(segment['member']))[0]}"
+
+    def _member(self, number: int) -> tuple[str, int, int]:
+        """A member's full name, and its offset and size in the tar."""
+        name, offset, size = self.index.row_member(self.ref.row, number)
+        return f"{self.index.keys[self.ref.row]}.{name}", offset, size
 
     def _bytes(self, segment: np.void) -> bytes:
-        _, offset, size = self.index.row_member(self.ref.row, int(segment["member"]))
-        return read_member(self.index.tar, offset, size, self._where(segment))
+        name, offset, size = self._member(int(segment["member"]))
+        if name not in self._members and name in self._coming:
+            span, reading = self._coming[name]
+            names = [name for name, _, _ in span.members]
+            self._members |= zip(names, span.cut(reading.result(), self.index.tar))
+        elif name not in self._members:  # a donor's: which of its members stand in is known only now
+            self._members[name] = read_member(self.index.tar, offset, size, name, self.decoder.storage)
+        return self._members[name]
 
     def _frames(self, segment: np.void) -> np.ndarray:
         """Frames of a video segment; a video's frames for all slices of the part are decoded in one pass."""

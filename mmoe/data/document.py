@@ -211,7 +211,7 @@ def _between_vision(modality: np.ndarray, slices: np.ndarray) -> np.ndarray:
         number = slices[at]
         order = np.argsort(number, kind="stable")
         numbers, first = np.unique(number[order], return_index=True)
-        last = np.r_[first[1:], at.size] - 1
+        last = np.append(first[1:], at.size) - 1
         for a, b in zip(at[order][first], at[order][last]):
             inside[a : b + 1] = True
     return inside

@@ -7,11 +7,15 @@ A prepared source is a folder::
     train/shard-000000.parquet      its index: one row a sample
     heldout/...                     the same for the held-out recordings
     quarantine.jsonl                what was refused at preparation, with the reason
+    removed.jsonl                   what can be read and was left out: filtered, or a duplicate
 
 The parquet row holds the key, the recording, the byte range of every member in the tar (so that one member
 is one range read), the token ids of the sample's text, and its segments (`SEGMENT_DTYPE`).
 """
 
+import io
+import os
+import tarfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +26,19 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from mmoe.config.base import Config
+from mmoe.data.extent import SegmentGroup
 from mmoe.data.sample import SEGMENT_DTYPE
+from mmoe.data.storage import DEFAULT, Storage, join, local_path, with_suffix
 from mmoe.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "source.json"
 SPLITS = ("train", "heldout")
 
+# Of a segment, what its token count follows from.
+PLANNED = ("modality", "slice", "camera", "start", "stop", "height", "width", "rate", "pair")
+_PLANNED_DTYPE = np.dtype([(name, SEGMENT_DTYPE[name]) for name in PLANNED])
+_ONE_REQUEST = 1 << 20  # bytes of a remote index below which picking columns would cost more than it saves
 _SEGMENT_STRUCT = pa.struct([(name, pa.from_numpy_dtype(SEGMENT_DTYPE[name])) for name in SEGMENT_DTYPE.names])
 INDEX_SCHEMA = pa.schema(
     [
@@ -54,6 +64,7 @@ class VectorStats(Config):
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     period_ns: int = 0  # of the rows of an action table; 0 where rows have no fixed period
+    quantiles: tuple[tuple[float, ...], ...] = ()  # by dimension, evenly spaced from the minimum to the maximum
 
 
 class ShardEntry(Config):
@@ -66,7 +77,14 @@ class SplitEntry(Config):
     samples: int
     recordings: int
     shards: tuple[ShardEntry, ...]
-    segments: dict[str, int]  # count by modality name
+    clips: int  # samples made of time slices
+    slices: int
+    groups: tuple[SegmentGroup, ...]
+    flagged: dict[str, int] = {}  # "<stream>: <what>" -> members of slices; see `mmoe.data.slices`
+
+    def segments(self, modality: str) -> int:
+        """Number of segments of the modality of this name."""
+        return sum(group.count for group in self.groups if group.modality == modality)
 
 
 class SourceManifest(Config):
@@ -80,14 +98,15 @@ class SourceManifest(Config):
     vectors: dict[str, VectorStats]  # by modality name: "ACTION", "STATE", "INERTIAL"
     splits: dict[str, SplitEntry]
     quarantined: dict[str, int]  # reason -> samples refused
+    removed: dict[str, int] = {}  # reason -> readable samples left out: filters, duplicates
 
     @classmethod
-    def load(cls, folder: str | Path) -> "SourceManifest":
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
+    def load(cls, folder: str | Path, storage: Storage = DEFAULT) -> "SourceManifest":
+        path = join(folder, MANIFEST)
+        if local_path(path) and not Path(local_path(path)).is_file():
             raise DataError(f"{path} does not exist: {folder} is not a prepared source; run `mmoe prepare` to write it")
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            manifest = cls.model_validate_json(storage.read(path, "the source"))
         except ValidationError as error:
             raise DataError(
                 f"{path} is not a source manifest ({error.errors()[0]['msg']}); prepare it again"
@@ -101,56 +120,93 @@ class SourceManifest(Config):
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """The index of one shard in memory: flat arrays and the offsets that cut them into rows.
+class SegmentTable:
+    """The segments of one shard in memory: row r owns ``segments[segment_offsets[r]:segment_offsets[r + 1]]``.
 
-    Row r owns ``segments[segment_offsets[r]:segment_offsets[r + 1]]``, likewise `text_ids` (i32) and members.
+    Read alone, the fields are those in `PLANNED`: all that planning needs, at a fraction of the index's bytes.
     """
 
     tar: str
+    segments: np.ndarray
+    segment_offsets: np.ndarray
+
+    @classmethod
+    def read(cls, tar: str | Path, storage: Storage = DEFAULT) -> "SegmentTable":
+        path = with_suffix(tar, ".parquet")
+        try:
+            with pq.ParquetFile(_source(path, storage), pre_buffer=True) as file:
+                if not file.schema_arrow.equals(INDEX_SCHEMA):
+                    raise pa.ArrowInvalid("its columns are others")
+                table = file.read([f"segments.list.element.{name}" for name in PLANNED]).combine_chunks()
+        except pa.ArrowInvalid as error:
+            raise _unreadable(path, error) from error
+        segments = _chunk(table, "segments")
+        return cls(os.fspath(tar), _records(segments.flatten(), _PLANNED_DTYPE), _offsets(segments))
+
+    def __len__(self) -> int:
+        return len(self.segment_offsets) - 1
+
+
+@dataclass(frozen=True)
+class ShardIndex(SegmentTable):
+    """The whole index of one shard in memory: flat arrays and the offsets that cut them into rows.
+
+    Row r owns its range of `text_ids` (i32) and of the members as it does of the segments (`SEGMENT_DTYPE`).
+    """
+
     keys: list[str]
     recordings: list[str]
-    member_names: list[str]
+    member_names: pa.StringArray  # there are many, and few are asked for
     member_ranges: np.ndarray  # [members, 2] byte offset and size in the tar
     member_offsets: np.ndarray
     text_ids: np.ndarray
     text_offsets: np.ndarray
-    segments: np.ndarray  # SEGMENT_DTYPE
-    segment_offsets: np.ndarray
 
     @classmethod
-    def read(cls, tar: str | Path) -> "ShardIndex":
-        tar = Path(tar)
-        path = tar.with_suffix(".parquet")
+    def read(cls, tar: str | Path, storage: Storage = DEFAULT) -> "ShardIndex":
+        path = with_suffix(tar, ".parquet")
+        content = storage.read(path, f"the index of the shard {os.fspath(tar).rpartition('/')[2]}")
         try:
-            table = pq.read_table(path, schema=INDEX_SCHEMA).combine_chunks()
-        except FileNotFoundError:
-            raise DataError(
-                f"{path} does not exist: the shard {tar.name} has no index; prepare the source again"
-            ) from None
+            table = pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA).combine_chunks()
         except pa.ArrowInvalid as error:
-            raise DataError(f"{path} cannot be read as a shard index ({error}); prepare the source again") from error
+            raise _unreadable(path, error) from error
         members, text, segments = (_chunk(table, name) for name in ("members", "text_ids", "segments"))
-        flat_members, flat_segments = members.flatten(), segments.flatten()
-        rows = np.empty(len(flat_segments), dtype=SEGMENT_DTYPE)
-        for name in SEGMENT_DTYPE.names:
-            rows[name] = flat_segments.field(name).to_numpy(zero_copy_only=False)
+        flat_members = members.flatten()
         ranges = [flat_members.field(name).to_numpy(zero_copy_only=False) for name in ("offset", "size")]
         return cls(
-            tar=str(tar),
+            tar=os.fspath(tar),
+            segments=_records(segments.flatten(), SEGMENT_DTYPE),
+            segment_offsets=_offsets(segments),
             keys=table["key"].to_pylist(),
             recordings=table["recording"].to_pylist(),
-            member_names=flat_members.field("name").to_pylist(),
+            member_names=flat_members.field("name"),
             member_ranges=np.stack(ranges, axis=1) if len(flat_members) else np.zeros((0, 2), np.int64),
             member_offsets=_offsets(members),
             text_ids=text.flatten().to_numpy(zero_copy_only=False),
             text_offsets=_offsets(text),
-            segments=rows,
-            segment_offsets=_offsets(segments),
         )
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def check_tar(self, storage: Storage = DEFAULT) -> None:
+        """Raises DataError where the tar is missing, or not as long as the one that was indexed."""
+        size = storage.size(self.tar)
+        if size is None or size == self.tar_bytes:
+            return
+        if size < self.tar_bytes:
+            raise DataError(
+                f"{self.tar} is truncated: it has {size} bytes, the tar of its index {self.tar_bytes}; copy it again "
+                "or prepare the source again"
+            )
+        raise DataError(
+            f"{self.tar} is not the tar its index describes: it has {size} bytes, that one {self.tar_bytes}; one of "
+            "the two is older: copy both again or prepare the source again"
+        )
+
+    @property
+    def tar_bytes(self) -> int:
+        """Bytes of the tar that was indexed: up to its last member, two blocks of zeros, rounded up to a record."""
+        offset, size = self.member_ranges[self.member_ranges[:, 0].argmax()].tolist()
+        end = offset + size + -size % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
+        return end + -end % tarfile.RECORDSIZE
 
     @cached_property
     def rows(self) -> list[slice]:
@@ -166,7 +222,7 @@ class ShardIndex:
         """Name, byte offset and size in the tar of a row's member."""
         at = self.member_offsets[row] + member
         offset, size = self.member_ranges[at]
-        return self.member_names[at], int(offset), int(size)
+        return self.member_names[at].as_py(), int(offset), int(size)
 
 
 def write_index(tar: str | Path, rows: list[dict]) -> None:
@@ -187,6 +243,53 @@ def write_index(tar: str | Path, rows: list[dict]) -> None:
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     columns["segments"] = pa.ListArray.from_arrays(offsets, struct)
     pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), Path(tar).with_suffix(".parquet"), compression="zstd")
+
+
+class _RangeFile(io.RawIOBase):
+    """A remote file as pyarrow wants it, read by ranges."""
+
+    def __init__(self, url: str, size: int, storage: Storage):
+        self._url, self._size, self._storage, self._at = url, size, storage, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._at + size, self._size)
+        content = self._storage.read_range(self._url, self._at, stop, "a shard index") if stop > self._at else b""
+        self._at += len(content)
+        return content
+
+
+def _source(path: str, storage: Storage) -> str | pa.NativeFile:
+    """The index file as pyarrow opens it: by path, or far away in one request or by ranges."""
+    size = storage.size(path)
+    if (local := local_path(path)) is not None:
+        return local
+    if size is None or size <= _ONE_REQUEST:
+        return pa.BufferReader(storage.read(path))
+    return pa.PythonFile(_RangeFile(path, size, storage), mode="r")
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read as a shard index ({error}); prepare the source again")
+
+
+def _records(flat: pa.StructArray, dtype: np.dtype) -> np.ndarray:
+    rows = np.empty(len(flat), dtype)
+    for name in dtype.names:
+        rows[name] = flat.field(name).to_numpy(zero_copy_only=False)
+    return rows
 
 
 def _chunk(table: pa.Table, name: str) -> pa.ListArray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from mmoe.data.index import ShardIndex
+from mmoe.data.index import SegmentTable, SplitEntry
 from mmoe.data.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 
@@ -26,6 +26,7 @@ class Measures:
     isolated_labels: np.ndarray
     pairs: np.ndarray
     action_elements: np.ndarray  # steps inside the recording x dimensions
+    isolated_cost: np.ndarray  # sum of squared document lengths (attention work) when pairs' texts stand alone
     slices: np.ndarray
     text_only: np.ndarray  # bool: nothing but text, so it may be cut at any token
 
@@ -84,6 +85,8 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
     length = total(tokens + around) + 2 + 2 * (slices > 0)  # bos, eos; video_start, video_end
     pair_text = text & (segments["pair"] >= 0) & (tokens > 0)
     pairs = total(pair_text)
+    isolated_tokens = np.where(pair_text, tokens, 0)
+    rest = length - total(isolated_tokens)
 
     # A text that follows a picture of its slice with no structure token between them: its first token is the
     # target of a VISION position, which carries no label.
@@ -91,9 +94,13 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
     labels = np.zeros((rows, KINDS), np.int64)
     labels[:, Modality.TEXT] = total(np.where(text, tokens, 0) - unlabelled)
     labels[:, Modality.AUDIO] = total(np.where(audio, tokens, 0))
-    labels[:, Modality.STRUCTURE] = total((text & (tokens > 0)) | (audio & (tokens > 0)))
+    # A text predicts the structure token behind it where it ends its slice or document: not before an action.
+    ends = np.ones(len(segments), bool)
+    ends[:-1] = ~same_slice[1:]
+    labels[:, Modality.STRUCTURE] = total((text & ends & (tokens > 0)) | (audio & (tokens > 0)))
     isolated_labels = labels.copy()
     isolated_labels[:, Modality.TEXT] += total(unlabelled & pair_text)
+    isolated_labels[:, Modality.STRUCTURE] += total(pair_text & ~ends)
 
     elements = np.zeros(len(segments), np.int64)
     if action.any():
@@ -110,26 +117,55 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
         isolated_labels=isolated_labels,
         pairs=pairs,
         action_elements=total(elements),
+        isolated_cost=rest**2 + total(np.where(pair_text, (isolated_tokens + 2) ** 2, 0)),
         slices=slices,
         text_only=total(~text) == 0,
     )
 
 
-def measure_index(index: ShardIndex, tokenizers: Tokenizers, source: str) -> Measures:
+def measure_index(table: SegmentTable, tokenizers: Tokenizers, source: str) -> Measures:
     """Measures of every row of a shard."""
-    row = np.repeat(np.arange(len(index)), np.diff(index.segment_offsets))
-    return measure(index.segments, row, len(index), tokenizers, source)
+    row = np.repeat(np.arange(len(table)), np.diff(table.segment_offsets))
+    return measure(table.segments, row, len(table), tokenizers, source)
 
 
-def measure_slices(index: ShardIndex, rows: slice, tokenizers: Tokenizers, source: str) -> Measures:
-    """Measures of every time slice of a range of rows, each as a document of its own.
+def measure_slices(
+    table: SegmentTable, rows: np.ndarray, tokenizers: Tokenizers, source: str
+) -> tuple[Measures, np.ndarray]:
+    """Measures of every time slice of the rows [n] (increasing), each as a document of its own; and slices by row.
 
     Four positions of each (bos, video_start, video_end, eos) belong to the clip and not to the slice.
     """
-    row = np.repeat(np.arange(len(index)), np.diff(index.segment_offsets))
-    inside = slice(index.segment_offsets[rows.start], index.segment_offsets[rows.stop])
-    segments, row = index.segments[inside], row[inside]
-    segments, row = segments[segments["slice"] >= 0], row[segments["slice"] >= 0]
+    chosen = np.zeros(len(table), bool)
+    chosen[rows] = True
+    row = np.repeat(np.arange(len(table)), np.diff(table.segment_offsets))
+    inside = chosen[row] & (table.segments["slice"] >= 0)
+    segments, row = table.segments[inside], row[inside]
     opens = np.ones(len(segments), bool)
     opens[1:] = (segments["slice"][1:] != segments["slice"][:-1]) | (row[1:] != row[:-1])
-    return measure(segments, np.cumsum(opens) - 1, int(opens.sum()), tokenizers, source)
+    each = measure(segments, np.cumsum(opens) - 1, int(opens.sum()), tokenizers, source)
+    return each, np.bincount(row[opens], minlength=len(table))[rows]
+
+
+def epoch_positions(split: SplitEntry, tokenizers: Tokenizers, source: str) -> int:
+    """Positions of every document of a split in one piece, from the manifest's groups of segments alone.
+
+    Exact but for lengths that differ inside a group: the last code frame of a sound, and rounded picture sizes.
+    """
+    # bos, eos; video_start, video_end; slice_start, timestamp, slice_end
+    total = 2 * split.samples + 2 * split.clips + 3 * split.slices
+    for group in split.groups:
+        if group.modality == "TEXT":
+            total += group.span
+        elif group.modality == "VISION":
+            tokens = int(tokenizers.vision.num_tokens(np.array(group.height), np.array(group.width)))
+            total += group.span // tokenizers.config.vision.tubelet * tokens
+            total += group.count * (int(group.camera) if group.sliced else 2)
+        elif group.modality == "AUDIO":
+            frames = tokenizers.audio.num_frames(round(group.span / group.count), group.rate)
+            total += group.count * (int(frames) * tokenizers.audio.codebooks + 2)
+        elif group.modality == "ACTION":
+            total += group.count * (tokenizers.actions[source].tokens + 1)
+        else:
+            total += group.count
+    return total

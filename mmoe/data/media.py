@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import av
@@ -25,6 +26,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the picture by a quarter
 _DECORD_LONGEST_NS = 2**13 * 10**9  # decord gives float32 seconds, 1 ms apart beyond this
+_SPARE = 2  # a picture is decoded at no less than twice the size it is then resized to: a filter needs neighbours
 _CHEAPER_THAN_SEEKING = 16  # frames ahead that are decoded on the way
 
 
@@ -33,12 +35,20 @@ def is_video(name: str) -> bool:
     return name.lower().endswith(VIDEO_SUFFIXES)
 
 
-def load_image(data: bytes, where: str) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], upright (EXIF orientation), transparent parts over white, 16 bits scaled to 8."""
+def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], upright (EXIF orientation), transparent parts over white, 16 bits scaled to 8.
+
+    `least` (height, width): a JPEG more than `_SPARE` times as large may come out at a half, a quarter or an eighth of
+    its size, which its decoder gives at a fraction of the cost.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if least is not None and image.format == "JPEG":
+                height, width = least[::-1] if image.getexif().get(_ORIENTATION, 1) >= 5 else least
+                image.draft(image.mode, (_SPARE * width, _SPARE * height))
             image.load()
-            return _rgb(ImageOps.exif_transpose(image), where)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image, where)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable("picture", where, error, "replace it with a readable PNG or JPEG, or leave it out") from error
 
@@ -55,16 +65,17 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
 
 
 class VideoFrames:
-    """Random access to the frames of a video file's best video stream (the one FFmpeg ranks first).
+    """Random access to the frames of one video stream: number `stream` of the file, else the best by FFmpeg's rank.
 
-    `times_ns` i64 [N] is each frame's presentation time after the stream's start, strictly increasing; `size` is
-    (height, width) upright. Both backends apply a rotation tag of quarter turns. `backend` is "decord", or
-    "pyav" for what decord cannot read (AV1, files without a duration, AVI with B-frames).
+    `data` is the file's bytes, or its path, where it need not fit into memory. `times_ns` i64 [N] is each frame's
+    presentation time after the stream's start, strictly increasing; `size` is (height, width) upright. Both backends
+    apply a rotation tag of quarter turns. `backend` is "decord", or "pyav" for what decord cannot read (AV1, files
+    without a duration, AVI with B-frames, a stream that is not the best).
     """
 
-    def __init__(self, data: bytes, backend: Backend, where: str):
+    def __init__(self, data: bytes | Path, backend: Backend, where: str, stream: int | None = None):
         self.where, self.backend = where, backend
-        self._reader = (_DecordReader if backend == "decord" else _PyAVReader)(data, where)
+        self._reader = (_DecordReader if backend == "decord" else _PyAVReader)(data, where, stream)
         self.times_ns = _checked_times(self._reader.times_ns, backend, where)
 
     def __len__(self) -> int:
@@ -86,12 +97,14 @@ class VideoFrames:
 
 
 class _DecordReader:
-    def __init__(self, data: bytes, where: str):
+    def __init__(self, data: bytes | Path, where: str, stream: int | None):
+        if stream is not None:
+            raise DataError(f"{where}: decord reads the best video stream only; {_try_pyav('decord')}")
         decord = require("decord", "data.video_backend")  # only here: it exists for Linux on x86-64 alone
         self._where, self._decord = where, decord
         decord.logging.set_level(self._decord.logging.QUIET)  # it prints what it then raises
         try:
-            self._video = decord.VideoReader(io.BytesIO(data), num_threads=1)
+            self._video = decord.VideoReader(_file(data), num_threads=1)
             self._seconds = self._video.get_frame_timestamp(np.arange(len(self._video)))[:, 0]
         except (RuntimeError, decord.DECORDError, IndexError) as error:
             raise _unreadable("video", where, error, _try_pyav("decord")) from error
@@ -114,11 +127,12 @@ class _DecordReader:
 
 
 class _PyAVReader:
-    def __init__(self, data: bytes, where: str):
+    def __init__(self, data: bytes | Path, where: str, stream: int | None):
         self._where = where
         try:
-            self._container = av.open(io.BytesIO(data))
-            self._stream = self._container.streams.best("video")
+            self._container = av.open(_file(data))
+            streams = self._container.streams
+            self._stream = streams.best("video") if stream is None else streams[stream]
             if self._stream is None:
                 raise DataError(f"{where} has no video stream; give a video file or leave it out")
             self._start = self._stream.start_time or 0
@@ -127,6 +141,9 @@ class _PyAVReader:
             shown = [p.pts for p in packets if p.pts is not None and not p.is_discard]
         except (av.error.FFmpegError, OSError) as error:
             raise _unreadable("video", where, error, _try_pyav("pyav")) from error
+        # AVI has no presentation times: what FFmpeg gives its frames is out of order where there are B-frames. The
+        # decoder's order is right, so its frames are counted from the first on, and take the times in that order.
+        self._counted = self._container.format.name == "avi"
         self._pts = np.sort(np.array(shown, dtype=np.int64))
         self._index = {pts: index for index, pts in enumerate(self._pts.tolist())}
         self._decoding: Iterator[av.VideoFrame] = iter(())
@@ -143,10 +160,13 @@ class _PyAVReader:
         wanted = set(indices.tolist())
         found: dict[int, np.ndarray] = {}
         try:
-            if not 0 < min(wanted) - self._at <= _CHEAPER_THAN_SEEKING:
+            if self._counted:
+                if self._at < 0 or min(wanted) <= self._at:
+                    self._seek(self._start)
+            elif not 0 < min(wanted) - self._at <= _CHEAPER_THAN_SEEKING:
                 self._seek(int(self._pts[min(wanted)]))
             self._decode(wanted, found)
-            if len(found) < len(wanted):  # AVI indices may lead behind the frame that was sought
+            if len(found) < len(wanted):  # an index may lead behind the frame that was sought
                 self._seek(self._start)
                 self._decode(wanted, found)
         except (av.error.FFmpegError, OSError) as error:
@@ -167,9 +187,10 @@ class _PyAVReader:
 
     def _decode(self, wanted: set[int], found: dict[int, np.ndarray]) -> None:
         for frame in self._decoding:
-            if frame.pts not in self._index:
+            index = self._at + 1 if self._counted else self._index.get(frame.pts, len(self._pts))
+            if index >= len(self._pts):
                 continue  # a picture that the container has no time for is not one of its frames
-            self._at = self._index[frame.pts]
+            self._at = index
             if self._at in wanted and self._at not in found:
                 found[self._at] = np.rot90(self._convert(frame).to_ndarray(), frame.rotation // 90)
             if len(found) == len(wanted):
@@ -235,7 +256,7 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _sound(data: bytes, where: str) -> soundfile.SoundFile:
@@ -243,6 +264,10 @@ def _sound(data: bytes, where: str) -> soundfile.SoundFile:
         return soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise _unreadable("sound", where, error, "give a WAV, FLAC, OGG or MP3 file, or leave it out") from error
+
+
+def _file(data: bytes | Path) -> io.BytesIO | str:
+    return io.BytesIO(data) if isinstance(data, bytes) else str(data)
 
 
 def _checked_times(times_ns: np.ndarray, backend: Backend, where: str) -> np.ndarray:
@@ -266,6 +291,7 @@ def _try_pyav(backend: Backend) -> str:
 
 def _unreadable(what: str, where: str, error: Exception, remedy: str) -> DataError:
     # decord's messages may quote the whole file; the sentence keeps the readable end of the first line.
-    reason = re.sub(r"[^\x20-\x7e]+", " ", str(error)).strip().removeprefix("Error: ")
+    reason = re.sub(r"Error opening <.*?>: ", "", re.sub(r"[^\x20-\x7e]+", " ", str(error)))
+    reason = reason.strip().removeprefix("Error: ")
     reason = reason if len(reason) <= 160 else f"...{reason[-160:]}"
     return DataError(f"{where} cannot be read as a {what} ({reason or type(error).__name__}); {remedy}")

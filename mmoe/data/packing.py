@@ -25,33 +25,38 @@ def best_fit(lengths: np.ndarray, patches: np.ndarray, capacity: int, patch_capa
     sizes, needs = lengths.tolist(), patches.tolist()
     bins: list[list[int]] = []
     patch_room: list[int] = []
-    stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
+    stacks: dict[int, list[int]] = {}
     occupied = 0
     for item in order:
         size, need = sizes[item], needs[item]
-        chosen, room = -1, size
+        room = size
         candidates = occupied >> size
         while candidates:
             step = (candidates & -candidates).bit_length() - 1
             room += step
             stack = stacks[room]
             # Newest first: it is the least full in patches among bins with equal room, as items shrink.
-            at = next((i for i in range(len(stack) - 1, -1, -1) if patch_room[stack[i]] >= need), -1)
+            at = len(stack) - 1
+            while at >= 0 and patch_room[stack[at]] < need:
+                at -= 1
             if at >= 0:
                 chosen = stack.pop(at)
                 if not stack:
-                    occupied &= ~(1 << room)
+                    occupied ^= 1 << room
                 break
             candidates >>= step + 1
             room += 1
-        if chosen < 0:
+        else:
             chosen, room = len(bins), capacity
             bins.append([])
             patch_room.append(patch_capacity)
         bins[chosen].append(item)
         patch_room[chosen] -= need
-        left = room - size
-        if left:
-            stacks[left].append(chosen)
-            occupied |= 1 << left
+        room -= size
+        if room:
+            if room in stacks:
+                stacks[room].append(chosen)
+            else:
+                stacks[room] = [chosen]
+            occupied |= 1 << room
     return bins

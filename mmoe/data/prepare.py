@@ -1,16 +1,22 @@
-"""Preparation: raw recordings -> indexed WebDataset shards with held-out recordings, a manifest, a quarantine list.
+"""Preparation: raw recordings -> indexed WebDataset shards with held-out recordings, a manifest, and lists of the rest.
 
-`Source.items` lists what there is, `split` decides by recording, workers make and check the samples (`rows.py`),
-and this process writes them in order, the held-out ones first, so that their duplicates can be left out of the
-training part. Everything is written into a folder beside the output that takes its name when all is done.
+`Source.items` lists what there is, and `split` decides by recording. Runs of items (`chunks.py`) are then made,
+checked, filtered and written by whatever engine runs them (`engines.py`). From the hashes they leave behind, this
+process decides in order what is a duplicate (`dedup.py`); the chunks that hold one are written again without it. At
+last the shards are numbered and the counts added up. All this happens in a folder beside the output (`job.py`) that
+keeps what is finished when the process dies, and becomes the output when all is done.
 """
 
+import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -20,35 +26,49 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmoe.config.base import Config
 from mmoe.config.load import validate
-from mmoe.data.index import FORMAT, SPLITS, ShardIndex, SourceManifest, VectorStats
-from mmoe.data.media import Backend, load_audio
-from mmoe.data.pool import ordered_map
-from mmoe.data.rows import Row, make_row
+from mmoe.data.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
+from mmoe.data.dedup import Duplicates
+from mmoe.data.engines import Engine, run
+from mmoe.data.index import FORMAT, SPLITS, ShardEntry, ShardIndex, SourceManifest, VectorStats
+from mmoe.data.job import JOB_FORMAT, Job, listing_digest
+from mmoe.data.media import load_audio
+from mmoe.data.references import Reference, Sign, find_references, is_signed, load_signatures
+from mmoe.data.rows import Row
 from mmoe.data.sample import Modality
-from mmoe.data.shards import ShardWriter, read_member
+from mmoe.data.shards import read_member
 from mmoe.data.sources import find_source
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.splits import GAP_NS, Split, split
-from mmoe.data.tally import QuarantineLog, Tally, summary
+from mmoe.data.statistics import KNOTS
+from mmoe.data.tally import ItemLog, Tally, summary
 from mmoe.errors import DataError
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
 from mmoe.tokenizers.text import TextTokenizer
 
-QUARANTINE = "quarantine.jsonl"
+QUARANTINE = "quarantine.jsonl"  # what could not be read
+REMOVED = "removed.jsonl"  # what could be read and was left out
 AUDIO_CODEC = "audio_codec.safetensors"
 AUDIO_REPORT = "audio_codec.json"
 
+_PROBES = 8  # items made to learn how large and how slow they are
+_CHUNKS, _SMALLEST_CHUNK = 16, 32  # a small source has as many chunks as give that many items each
+_FILL = 0.8  # of `shard_bytes` that a chunk is meant to fill: where items vary, few chunks then need a second shard
+_WORTH_SECONDS = 4.0  # of work, for which a process more is started
 
-class PrepareConfig(Config):
+# (item, reason, message, key of what it duplicates or "") of samples left out of a chunk
+_Removed = list[tuple[int, str, str, str]]
+
+
+class PrepareConfig(ChunkConfig):
     """What preparation decides for any source; given as ``prepare.<key>`` among the reader's options."""
 
     heldout_share: float = Field(0.15, ge=0, lt=1)  # of recordings, or of the length of each; 0: hold out nothing
-    shard_bytes: int = Field(256 << 20, gt=0)
-    shard_rows: int = Field(10_000, gt=0)
-    video_backend: Backend = "decord"  # that checks the videos
     audio: AudioConfig = AudioConfig()  # the codec fitted to a source with sound, where its kind is mel
     audio_seed: int = Field(0, ge=0)
+
+    def chunks(self) -> ChunkConfig:
+        return ChunkConfig(**{name: getattr(self, name) for name in ChunkConfig.model_fields})
 
 
 def prepare(
@@ -57,56 +77,84 @@ def prepare(
     output: str | Path,
     *,
     text_tokenizer: TextTokenizer,
-    workers: int = 1,
+    workers: int | None = 1,
+    engine: Engine = "processes",
+    fresh: bool = False,
     options: dict[str, Any] | None = None,
     console: Console | None = None,
 ) -> SourceManifest:
     """Prepare the recordings in `input` (of a kind in `SOURCES`) as the folder `output`.
 
     `options` are keys of the reader's config, and under ``prepare`` keys of `PrepareConfig`. The output is the same
-    for any number of `workers`. Raises DataError when `output` exists, `input` does not, or a split is left without
-    a sample; ConfigError for an unknown kind or option.
+    for any number of `workers` (None: as many as the work is worth) and on any `engine`. What an interrupted call has
+    finished is kept for the same call again; `fresh` deletes it instead. Raises DataError when `output` exists,
+    `input` does not, another preparation of `output` is unfinished, or a split is left without a sample; ConfigError
+    for an unknown kind or option.
     """
     source, reader, config = _settings(kind, options)
+    config.filters.check()
+    config.dedup.check()
     output, console = Path(output), console or Console()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        quarantine = QuarantineLog(unfinished / QUARANTINE)
-        sides = _split_items(source, Path(input), reader, config, quarantine)
-        work = partial(
-            make_row,
-            tokenizer=text_tokenizer,
-            video_backend=config.video_backend,
-            vector_names=source.vector_names,
-        )
-        with closing(ordered_map(work, sides.heldout + sides.train, workers)) as rows:
-            tallies = _write_splits(unfinished, sides, rows, config, quarantine, _progress(console))
-        _check_filled(tallies, config, quarantine, input)
-        vectors = sorted(tallies["train"].vectors.items())
+    listed: list[tuple[str, Refused]] = []
+    sides = _split_items(source, Path(input), reader, config, lambda key, refusal: listed.append((key, refusal)))
+    items = sides.heldout + sides.train
+    source = source.of(Path(input), reader)
+    references = find_references(config.dedup, text_tokenizer)
+    with Job(output) as job:
+        if fresh:
+            job.restart()
+        pins = {
+            "format": JOB_FORMAT,
+            "kind": kind,
+            "options": reader.model_dump(mode="json") | {"prepare": config.model_dump(mode="json")},
+            "text tokenizer": text_tokenizer.fingerprint,
+            "input": listing_digest(items, None if source.generated else Path(input), (job.folder, output)),
+            "against": {source: _digest(source) for source in config.dedup.against},
+        }
+        resumed = job.pin(pins)
+        make = Make(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names)
+        plan = job.remember("plan", lambda: _plan(make, items))
+        chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
+        if workers is None:
+            workers = max(1, min(len(os.sched_getaffinity(0)), int(plan["seconds"] / _WORTH_SECONDS)))
+
+        def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
+            _work(task, todo, workers, engine, _progress(console), said, done, total)
+
+        _make_chunks(job, make, chunks, work, console if resumed else None)
+        _sign_references(job, Sign(job.folder / "references", config.dedup, text_tokenizer), references, work)
+        removed = _find_duplicates(job, chunks, references, config)
+        folders = _thin_chunks(job, Thin(make.folder, job.folder / "thinned", make.config), chunks, removed, work)
+        tallies, shards = _assemble(job, folders)
+        quarantined, left_out, first = _write_lists(job.result, listed, folders, removed)
+        try:
+            _check_filled(tallies, config, sum(quarantined.values()) + sum(left_out.values()), first, input)
+        except DataError:
+            job.discard()  # what is repaired is to be read again
+            raise
         manifest = SourceManifest(
             format=FORMAT,
             kind=source.kind,
             text_fingerprint=text_tokenizer.fingerprint,
             clock=source.clock,
-            skew_budget_ns=source.skew_budget_ns,
-            vectors={modality.name: statistics(source, modality, tables) for modality, tables in vectors},
-            splits={name: tallies[name].entry() for name in SPLITS},
-            quarantined=dict(sorted(quarantine.counts.items())),
+            skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
+            vectors=vector_stats(source, tallies["train"]),
+            splits={name: tallies[name].entry(shards[name]) for name in SPLITS},
+            quarantined=dict(sorted(quarantined.items())),
+            removed=dict(sorted(left_out.items())),
         )
-        console.print(summary(kind, tallies, quarantine.counts))
-        for modality, tables in vectors:
-            if modality is Modality.ACTION:
-                console.print(_round_trip(manifest.vectors[modality.name], np.concatenate(tables)))
-        if tallies["train"].segments["AUDIO"] and config.audio.kind == "mel":
-            _fit_audio_codec(unfinished, manifest, config, console)
-        manifest.save(unfinished)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        console.print(summary(kind, tallies, quarantined, left_out))
+        if source.clock == "synthetic":
+            console.print("clock: synthetic, made from a row's number and a rate; it cannot show skew between sensors")
+        if Modality.ACTION in tallies["train"].vectors:
+            rows = tallies["train"].vectors[Modality.ACTION].sample()
+            console.print(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
+        if tallies["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
+            _fit_audio_codec(job.result, manifest, config, console)
+        manifest.save(job.result)
+        job.finish()
     return manifest
 
 
@@ -121,18 +169,14 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
         yield from (segment.text for segment in sample.segments if segment.modality is Modality.TEXT)
 
 
-def statistics(source: Source, modality: Modality, tables: list[np.ndarray]) -> VectorStats:
-    """Per dimension over all rows of the tables [N, D], in float64."""
-    rows = np.concatenate(tables).astype(np.float64)
-    q01, q99 = np.quantile(rows, (0.01, 0.99), axis=0)
-    return VectorStats(
-        names=source.vector_names[modality.name],
-        mean=tuple(rows.mean(axis=0).tolist()),
-        std=tuple(rows.std(axis=0).tolist()),
-        q01=tuple(q01.tolist()),
-        q99=tuple(q99.tolist()),
-        period_ns=source.action_period_ns if modality is Modality.ACTION else 0,
-    )
+def vector_stats(source: Source, train: Tally) -> dict[str, VectorStats]:
+    """By modality name, over all rows of the training tables; actions with the quantiles that bins are cut at."""
+    stats = {}
+    for modality, rows in sorted(train.vectors.items()):
+        action = modality is Modality.ACTION
+        names, period = source.vector_names[modality.name], source.action_period_ns if action else 0
+        stats[modality.name] = rows.stats(names, period, KNOTS if action else 0)
+    return stats
 
 
 def _round_trip(stats: VectorStats, rows: np.ndarray) -> str:
@@ -165,51 +209,132 @@ def _split_items(source: Source, input: Path, reader: Config, config: PrepareCon
     return sides
 
 
-def _write_splits(
-    folder: Path,
-    sides: Split,
-    rows: Iterator[Row | Refused],
-    config: PrepareConfig,
-    quarantine: Quarantine,
-    progress: Progress,
-) -> dict[str, Tally]:
-    """Write `rows`, those of the held-out items first, and tell what each split then holds."""
-    tallies = {name: Tally() for name in SPLITS}
-    heldout = tallies["heldout"]
-    with progress:
-        task = progress.add_task("preparing", total=len(sides.heldout) + len(sides.train))
-        for name, items in (("heldout", sides.heldout), ("train", sides.train)):
-            with ShardWriter(folder / name, config.shard_bytes, config.shard_rows) as writer:
-                for item, row in zip(items, rows):
-                    if name == "train" and isinstance(row, Row) and row.content_hash in heldout.hashes:
-                        message = f"sample {item.key} has the content of a held-out sample and was left out of train"
-                        row = Refused("duplicate of a held-out sample", message)
-                    if isinstance(row, Refused):
-                        quarantine(item.key, row)
-                    else:
-                        row.write(writer)
-                        tallies[name].add(row)
-                    progress.advance(task)
-            tallies[name].shards = writer.shards
-    return tallies
+def _digest(prepared: str) -> str:
+    return hashlib.sha256(SourceManifest.load(prepared).model_dump_json().encode()).hexdigest()
+
+
+def _plan(make: Make, items: Sequence[Item]) -> dict[str, Any]:
+    """Items a chunk, and about how many seconds one process needs for all, from a few items all over the source."""
+    rows, seconds = [], []
+    for item in items[:: max(1, len(items) // _PROBES)][:_PROBES]:
+        begun = time.perf_counter()
+        row = make.row(item)
+        seconds.append(time.perf_counter() - begun)
+        rows += [row] if isinstance(row, Row) else []
+    chunk = min(make.config.shard_rows, max(_SMALLEST_CHUNK, math.ceil(len(items) / _CHUNKS)))
+    size = fmean(sum(map(len, row.sample.members.values())) for row in rows) if rows else 0
+    if chunk * size > make.config.shard_bytes:
+        chunk = max(1, int(_FILL * make.config.shard_bytes / size))
+    return {"chunk": chunk, "seconds": round(median(seconds) * len(items), 1) if items else 0.0}
+
+
+def _work(
+    task: Callable, todo: Sequence, workers: int, engine: Engine, progress: Progress, said: str, done: int, total: int
+) -> None:
+    if not todo:
+        return
+    with progress, closing(run(task, todo, workers, engine)) as counts:
+        bar = progress.add_task(said, total=total, completed=done)
+        for count in counts:
+            progress.advance(bar, count)
+
+
+def _make_chunks(job: Job, make: Make, chunks: list[Chunk], work: Callable, resumed: Console | None) -> None:
+    make.folder.mkdir(exist_ok=True)
+    todo = [] if job.assembling else [chunk for chunk in chunks if not Stored(make.folder / chunk.name).whole()]
+    total = sum(len(chunk.items) for chunk in chunks)
+    done = total - sum(len(chunk.items) for chunk in todo)
+    if resumed:
+        resumed.print(f"going on: {done:,} of {total:,} items are done (--fresh starts over)")
+    work(make, todo, done, total, "preparing")
+
+
+def _sign_references(job: Job, sign: Sign, references: list[Reference], work: Callable) -> None:
+    sign.folder.mkdir(exist_ok=True)
+    todo = [reference for reference in references if not is_signed(sign.folder, reference)]
+    work(sign, todo, 0, None, "reading other sources")
+
+
+def _find_duplicates(
+    job: Job, chunks: list[Chunk], references: list[Reference], config: PrepareConfig
+) -> dict[str, _Removed]:
+    """By name of the chunk, what is to be left out of it."""
+    duplicates, removed = Duplicates(config.dedup), {}
+    for reference in references:
+        duplicates.reference(reference.side, *load_signatures(job.folder / "references", reference))
+    for chunk in chunks:
+        signatures = Stored(job.folder / "chunks" / chunk.name).signatures()
+        items = [chunk.items[number] for number in signatures.item.tolist()]
+        keys, recordings = [item.key for item in items], [item.recording for item in items]
+        for found in duplicates.judge(chunk.side, signatures, keys, recordings):
+            message = f"sample {keys[found.row]} is a {found.reason}, {found.of}"
+            line = int(signatures.item[found.row]), found.reason, message, found.of
+            removed.setdefault(chunk.name, []).append(line)
+    return removed
+
+
+def _thin_chunks(
+    job: Job, thin: Thin, chunks: list[Chunk], removed: dict[str, _Removed], work: Callable
+) -> dict[Chunk, Path]:
+    """Write the chunks with duplicates again; returns where each chunk now is."""
+    thin.folder.mkdir(exist_ok=True)
+    thinnings = [Thinning(name, frozenset(line[0] for line in lines)) for name, lines in removed.items()]
+    todo = [] if job.assembling else [t for t in thinnings if not Stored(thin.folder / t.name).whole()]
+    work(thin, todo, 0, sum(len(thinning.items) for thinning in todo), "leaving out duplicates")
+    return {c: (thin.folder if c.name in removed else thin.source) / c.name for c in chunks}
+
+
+def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], dict[str, list[ShardEntry]]]:
+    """Number the shards through and add up the counts; can be broken off anywhere and done again."""
+    job.begin_assembly()
+    tallies, shards = {name: Tally() for name in SPLITS}, {name: [] for name in SPLITS}
+    for name in SPLITS:
+        (job.result / name).mkdir(parents=True, exist_ok=True)
+    for chunk, folder in folders.items():
+        stored, entries = Stored(folder), shards[chunk.side]
+        tallies[chunk.side].merge(stored.tally())
+        for shard in stored.shards:
+            path = f"{chunk.side}/shard-{len(entries):06d}.tar"
+            for suffix in (".parquet", ".tar"):
+                here, there = (folder / shard.path).with_suffix(suffix), (job.result / path).with_suffix(suffix)
+                if not there.exists():
+                    here.rename(there)
+            entries.append(shard.model_copy(update={"path": path}))
+    return tallies, shards
+
+
+def _write_lists(
+    folder: Path, listed: list[tuple[str, Refused]], folders: dict[Chunk, Path], removed: dict[str, _Removed]
+) -> tuple[Counter[str], Counter[str], str]:
+    """Write what is not in the shards; returns the counts of what was refused and removed, and the first message."""
+    with ItemLog(folder / QUARANTINE) as refused, ItemLog(folder / REMOVED) as left_out:
+        for key, refusal in listed:
+            refused.write(key, refusal.reason, str(refusal))
+        for chunk, place in folders.items():
+            stored = Stored(place)
+            for number, reason, message in stored.refused:
+                refused.write(chunk.items[number].key, reason, message)
+            lines = [(*line, "") for line in stored.removed] + removed.get(chunk.name, [])
+            for number, reason, message, of in sorted(lines):
+                left_out.write(chunk.items[number].key, reason, message, **({"duplicate_of": of} if of else {}))
+    return refused.counts, left_out.counts, refused.first or left_out.first
 
 
 def _check_filled(
-    tallies: dict[str, Tally], config: PrepareConfig, quarantine: QuarantineLog, input: str | Path
+    tallies: dict[str, Tally], config: PrepareConfig, refused: int, first: str, input: str | Path
 ) -> None:
     taken = {name: tally.samples for name, tally in tallies.items()}
     empty = "train" if not taken["train"] else "heldout" if config.heldout_share and not taken["heldout"] else None
     if empty is None:
         return
-    refused = sum(quarantine.counts.values())
     if not refused:
         raise DataError(
             f"{input} gives no sample for the split {empty}; add recordings"
             + (", or set prepare.heldout_share=0" if empty == "heldout" else "")
         )
     raise DataError(
-        f"{input} leaves no sample for the split {empty}: {refused} were refused, {sum(taken.values())} taken; "
-        f"repair or add recordings. The first refusal: {quarantine.first}"
+        f"{input} leaves no sample for the split {empty}: {refused} were refused or removed, {sum(taken.values())} "
+        f"taken; repair or add recordings. The first of them: {first}"
     )
 
 
@@ -218,7 +343,7 @@ def _fit_audio_codec(folder: Path, manifest: SourceManifest, config: PrepareConf
     rate = config.audio.mel.sample_rate
     codec = MelCodec.fit(_waves(folder, manifest, "train", rate), config.audio, config.audio_seed)
     codec.save(folder / AUDIO_CODEC)
-    measured = "heldout" if manifest.splits["heldout"].segments.get("AUDIO") else "train"
+    measured = "heldout" if manifest.splits["heldout"].segments("AUDIO") else "train"
     errors = codec.reconstruction_error(_waves(folder, manifest, measured, rate))
     report = {"fingerprint": codec.fingerprint, "split": measured, "reconstruction_error": errors}
     (folder / AUDIO_REPORT).write_text(json.dumps(report, indent=1))

@@ -1,13 +1,12 @@
 """Preparing what a config names and the disk does not hold yet."""
 
-import os
 from itertools import chain, islice
 from pathlib import Path
 
 from rich.console import Console
 
+from mmoe.data.config import SourceConfig
 from mmoe.data.prepare import prepare, training_texts
-from mmoe.data.stream import SourceConfig
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
 
 FIT_TEXTS = 500  # of each source, for the text tokenizer: making a sample may mean rendering it
@@ -34,7 +33,7 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console:
             source.input,
             source.shards,
             text_tokenizer=tokenizer,
-            workers=len(os.sched_getaffinity(0)),
+            workers=None,  # as many as the work is worth
             options=source.options,
             console=console,
         )

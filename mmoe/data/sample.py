@@ -5,6 +5,7 @@ of the sample hold its payload, with the geometry its token count follows from. 
 enough to plan an epoch, and decoding is "load the payload of these segments".
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -103,9 +104,11 @@ class Sample:
 
     `key` must not contain a dot (WebDataset cuts a key at its first dot). `recording` is what splits hold
     out as a whole: a drive, an episode, a speaker's take. Within a time slice all VISION segments come first.
+    `flags` counts what was kept or left out although it is not as it should be; preparation adds them up.
     """
 
     key: str
     recording: str
     members: dict[str, bytes]
     segments: list[Segment] = field(default_factory=list)
+    flags: Counter[str] = field(default_factory=Counter)

@@ -6,16 +6,17 @@ path component and lower-cases the field, so names for which that would lose or 
 
 import re
 import tarfile
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 
 from mmoe.data.index import ShardEntry, write_index
+from mmoe.data.storage import DEFAULT, Storage
 from mmoe.errors import DataError
 
+GAP = 128 << 10  # bytes: reading them costs a remote store less than another request
 _BLOCK = tarfile.BLOCKSIZE
 _KEY = re.compile(r"(?!__)[^./\x00-\x1f]+(/[^./\x00-\x1f]+)*")
 _FIELD = re.compile(r"(?!__)[^./\x00-\x1f]+(\.[^./\x00-\x1f]+)*")
@@ -140,35 +141,53 @@ class ShardWriter:
         self._rows, self._file = [], None
 
 
-def read_member(tar: str | Path, offset: int, size: int, name: str = "member") -> bytes:
-    """The `size` bytes at `offset` of a local or remote tar (any fsspec URL), as one range read.
+def read_member(tar: str | Path, offset: int, size: int, name: str = "", storage: Storage = DEFAULT) -> bytes:
+    """The `size` bytes at `offset` of a local or remote tar, as one range read.
 
-    `name` (``<key>.<field>``) only serves the message. The tar header in front of the content is read along, to
-    notice an index that belongs to another tar. Raises DataError when the tar is missing, shorter than its index
+    `name` is ``<key>.<field>``; without one any name will do. The tar header in front of the content is read along,
+    to notice an index that belongs to another tar. Raises DataError when the tar is missing, shorter than its index
     says, or not the tar that was indexed.
     """
-    file_system, path = _file_system(str(tar))
-    try:
-        content = file_system.cat_file(path, start=offset - _BLOCK, end=offset + size)
-    except FileNotFoundError:
+    content = storage.read_range(tar, offset - _BLOCK, offset + size, name or "member")
+    return _content(content, _BLOCK, size, tar, offset, name)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes `start`..`stop` of a tar that hold several members, with their headers, and what else lies between."""
+
+    start: int
+    stop: int
+    members: tuple[tuple[str, int, int], ...]  # name, offset, size
+
+    def cut(self, content: bytes, tar: str | Path) -> Iterator[bytes]:
+        """Each member's bytes, out of those of the span. Raises DataError for a tar that is not the one indexed."""
+        for name, offset, size in self.members:
+            yield _content(content, offset - self.start, size, tar, offset, name)
+
+
+def spans(members: Iterable[tuple[str, int, int]], gap: int = GAP) -> list[Span]:
+    """The ranges to read for members (``<key>.<field>``, offset, size): one for those less than `gap` bytes apart."""
+    found: list[list[tuple[str, int, int]]] = []
+    end = None
+    for member in sorted(members, key=lambda m: m[1]):
+        _, offset, size = member
+        if end is None or offset - _BLOCK - end >= gap:
+            found.append([])
+        found[-1].append(member)
+        end = offset + size
+    return [Span(run[0][1] - _BLOCK, run[-1][1] + run[-1][2], tuple(run)) for run in found]
+
+
+def _content(span: bytes, at: int, size: int, tar: str | Path, offset: int, name: str) -> bytes:
+    """The member whose content begins at `at` of the span, after its header has been checked."""
+    header = span[at - _BLOCK : at]
+    if _stated_size(header) != size or name and _stated_name(header) != name.encode()[: tarfile.LENGTH_NAME]:
         raise DataError(
-            f"{tar} does not exist, so {name} cannot be read; restore it or prepare the source again"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{tar} cannot be read ({error}); {name} is in it; restore it or prepare the source again"
-        ) from error
-    if len(content) != _BLOCK + size:
-        raise DataError(
-            f"{tar} is truncated: {name} ends at byte {offset + size}, which the file does not reach; copy it again "
-            "or prepare the source again"
+            f"{tar} is not the tar its index describes: there is no {name or 'member'} of {size} bytes at byte "
+            f"{offset}; one of the two is older: copy both again or prepare the source again"
         )
-    if _stated_size(content[:_BLOCK]) != size:
-        raise DataError(
-            f"{tar} is not the tar its index describes: there is no {name} of {size} bytes at byte {offset}; "
-            "prepare the source again"
-        )
-    return content[_BLOCK:]
+    return span[at : at + size]
 
 
 def _stated_size(header: bytes) -> int | None:
@@ -178,9 +197,9 @@ def _stated_size(header: bytes) -> int | None:
         return None
 
 
-@lru_cache(maxsize=64)
-def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    return fsspec.core.url_to_fs(url)
+def _stated_name(header: bytes) -> bytes:
+    """The first bytes of the name: a longer one stands whole in a block before."""
+    return header[: tarfile.LENGTH_NAME].rstrip(b"\0")
 
 
 def _padded(size: int) -> int:

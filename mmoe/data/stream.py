@@ -1,133 +1,101 @@
 """The stream: prepared sources -> optimizer steps of `PackedBatch`es, planned here and decoded by workers."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from pydantic import Field, model_validator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mmoe.backends import require
-from mmoe.config.base import Config
 from mmoe.data.batch import PackedBatch
 from mmoe.data.collate import Collator
-from mmoe.data.decode import Ablation, Decoder, SourceFiles
-from mmoe.data.index import SourceManifest
-from mmoe.data.mixture import explicit_shares, temperature_shares
-from mmoe.data.plan import Counts, PlannedSource, Planner, PlanSettings, SequencePlan
+from mmoe.data.config import DataConfig
+from mmoe.data.deal import deal
+from mmoe.data.decode import Ablation, Decoder
+from mmoe.data.document import Document
+from mmoe.data.plan import Counts, DocumentRef, Planner, SequencePlan, plan_once
+from mmoe.data.prepared import Sources
+from mmoe.data.quarantine import Quarantine, Quarantined
 from mmoe.data.sample import Modality
+from mmoe.data.storage import StorageError
+from mmoe.data.workers import Activity, batches
+from mmoe.errors import ConfigError, DataError
 from mmoe.tokenizers.bundle import Tokenizers
-from mmoe.tokenizers.text import check_fingerprint
-
-
-class SourceConfig(Config):
-    """One source of the mixture.
-
-    `shards` is the prepared folder. `kind` and `input` say how to prepare it where it does not exist yet
-    (`mmoe prepare kind input shards`); `options` go to the reader.
-    """
-
-    shards: str
-    kind: str
-    input: str = ""
-    options: dict[str, Any] = {}
-    weight: float | None = Field(default=None, ge=0)  # share of positions; null: by size and temperature
-
-
-class DataConfig(Config):
-    sources: dict[str, SourceConfig] = Field(min_length=1)
-    sequence_length: int = Field(gt=8)
-    patches_per_sequence: int = Field(default=0, ge=0)  # 0: as many as a sequence has positions
-    window_documents: int = Field(default=1024, gt=0)
-    temperature: float = Field(default=1.0, gt=0)
-    isolated_pair_share: float = Field(default=0.5, ge=0, le=1)
-    workers: int = Field(default=0, ge=0)  # decoding processes; 0 decodes in the training process
-    prefetch: int = Field(default=4, gt=0)  # micro-batches a worker holds ready
-    video_backend: Literal["decord", "pyav"] = "decord"
-
-    @model_validator(mode="after")
-    def _weights(self) -> "DataConfig":
-        given = [name for name, source in self.sources.items() if source.weight is not None]
-        if given and len(given) < len(self.sources):
-            missing = sorted(set(self.sources) - set(given))
-            raise ValueError(
-                f"sources {given} have a weight and {missing} have none; give every source a weight, or none "
-                "(then data.temperature decides)"
-            )
-        return self
-
-    @property
-    def patch_budget(self) -> int:
-        return self.patches_per_sequence or self.sequence_length
 
 
 @dataclass(frozen=True)
 class StepData:
-    """One optimizer step: its micro-batches, its planned counts, and the stream state after it."""
+    """One optimizer step of this replica: its micro-batches, the planned counts of the whole global batch, and where
+    the plan stands after it; `lost` counts the documents cut or dropped so far, by "source / reason"."""
 
     batches: Iterator[PackedBatch]
     counts: Counts
-    state: dict[str, Any]
+    plan: dict[str, Any]
+    lost: dict[str, int]
 
 
 class SequenceDataset(Dataset):
-    """Map-style over *plans*: the sampler hands a worker a list of sequences, the worker returns the batch."""
+    """Map-style over *plans*: the sampler hands a worker a list of sequences, the worker returns the batch.
 
-    def __init__(self, decoder: Decoder, collator: Collator, group: int):
+    A part that cannot be decoded becomes padding and is named in the batch; with `strict` it raises. A store that
+    does not answer raises in any case: that is no fault of the sample.
+    """
+
+    def __init__(self, decoder: Decoder, collator: Collator, group: int, activity: Activity, strict: bool):
         self.decoder, self.collator, self.group = decoder, collator, group
+        self.activity, self.strict = activity, strict
 
-    def __getitem__(self, plan: tuple[int, list[SequencePlan]]) -> PackedBatch:
-        first, sequences = plan
-        decoded = [[(ref, self.decoder(ref)) for ref in sequence.documents] for sequence in sequences]
-        return self.collator(decoded, self.group, first)
-
-
-class Sources:
-    """The prepared sources of a run with their manifests, in config order; the order numbers them."""
-
-    def __init__(self, config: DataConfig):
-        self.config = config
-        self.names = list(config.sources)
-        self.folders = [Path(source.shards) for source in config.sources.values()]
-        self.manifests = {
-            name: SourceManifest.load(folder) for name, folder in zip(self.names, self.folders, strict=True)
-        }
-
-    def check(self, tokenizers: Tokenizers) -> None:
-        """Raises DataError where an index was written with another text tokenizer."""
-        for folder, manifest in zip(self.folders, self.manifests.values(), strict=True):
-            check_fingerprint(tokenizers.text, manifest.text_fingerprint, folder)
-
-    def planned(self, split: str, seed: int, only: list[str] | None = None) -> list[PlannedSource]:
-        return [
-            PlannedSource(number, name, folder, self.manifests[name], split, seed)
-            for number, (name, folder) in enumerate(zip(self.names, self.folders, strict=True))
-            if only is None or name in only
+    def __getitem__(self, sequences: list[SequencePlan]) -> PackedBatch:
+        lost: list[Quarantined] = []
+        self.activity.say("reading")
+        self.decoder.prefetch(ref for sequence in sequences for ref in sequence.documents)
+        decoded = [
+            [
+                (ref, self._documents(ref, length, lost))
+                for ref, length in zip(sequence.documents, sequence.parts["length"].tolist(), strict=True)
+            ]
+            for sequence in sequences
         ]
+        self.activity.say("collating")
+        batch = self.collator(decoded, [sequence.number // self.group for sequence in sequences], tuple(lost))
+        self.activity.say("waiting for the next plan")
+        return batch
 
-    def files(self, split: str) -> list[SourceFiles]:
-        return [
-            SourceFiles(name, tuple(str(folder / s.path) for s in self.manifests[name].splits[split].shards))
-            if split in self.manifests[name].splits
-            else SourceFiles(name, ())
-            for name, folder in zip(self.names, self.folders, strict=True)
-        ]
-
-    def shares(self, planned: list[PlannedSource], tokenizers: Tokenizers) -> list[float]:
-        """Share of positions by source: the configured weights, or sizes flattened by the temperature."""
-        weights = {name: source.weight for name, source in self.config.sources.items()}
-        if None not in weights.values():
-            return list(explicit_shares(weights).values())
-        sizes = {source.name: source.positions(tokenizers) for source in planned}
-        return list(temperature_shares(sizes, self.config.temperature).values())
+    def _documents(self, ref: DocumentRef, length: int, lost: list[Quarantined]) -> list[Document] | int:
+        source = self.decoder.sources[ref.source]
+        self.activity.say(f"decoding row {ref.row} of {source.tars[ref.shard]}")
+        try:
+            documents = self.decoder(ref)
+            found = sum(map(len, documents))
+            if found != length:
+                raise DataError(
+                    f"{source.tars[ref.shard]}: row {ref.row} decodes to {found} positions, its index says {length}; "
+                    "prepare the source again"
+                )
+            return documents
+        except StorageError:
+            raise
+        except DataError as error:
+            if self.strict:
+                raise
+            reason, key = str(error), ""
+            try:
+                key = self.decoder.index(ref.source, ref.shard).keys[ref.row]
+            except DataError:
+                pass  # the index itself cannot be read: the reason says so
+            lost.append(Quarantined(ref.source, source.tars[ref.shard], ref.row, key, reason, length))
+            return length
 
 
 class Stream:
-    """Endless training steps; `restore` continues exactly where a step's `state` was taken."""
+    """Endless training steps of one data replica; `restore` continues exactly where a step's state was taken.
+
+    A global batch is `sequences` consecutive sequences of the plan, the same for any number of `replicas`; they are
+    dealt to the replicas in whole contrastive groups by attention cost. `end` is the run's length in positions.
+    """
 
     def __init__(
         self,
@@ -136,57 +104,86 @@ class Stream:
         tokenizers: Tokenizers,
         *,
         seed: int,
+        end: int,
+        sequences: int,
         micro_sequences: int,
-        accumulation: int,
         group_sequences: int,
         label_weights: np.ndarray,
+        replica: int = 0,
+        replicas: int = 1,
+        quarantine: Path | None = None,
     ):
         require(config.video_backend, "data.video_backend")
-        self.config, self.micro_sequences, self.accumulation = config, micro_sequences, accumulation
-        planned = sources.planned("train", seed)
-        settings = PlanSettings(
-            seed=seed,
-            sequence_length=config.sequence_length,
-            patches_per_sequence=config.patch_budget,
-            window_documents=config.window_documents,
-            isolated_pair_share=config.isolated_pair_share,
+        if sequences % (group_sequences * replicas) or sequences % (micro_sequences * replicas):
+            raise ConfigError(
+                f"a global batch of {sequences} sequences cannot be dealt to {replicas} data replicas in contrastive "
+                f"groups of {group_sequences} and micro-batches of {micro_sequences}; change "
+                "training.global_batch_positions, training.micro_batch_sequences or the number of replicas"
+            )
+        self.config, self.sequences, self.micro_sequences, self.group = (
+            config,
+            sequences,
+            micro_sequences,
+            group_sequences,
         )
-        self.shares = sources.shares(planned, tokenizers)
-        self.planner = Planner(planned, self.shares, tokenizers, settings)
+        self.replica, self.replicas = replica, replicas
+        limits = config.limits(seed)
+        self.mixture = sources.mixture(tokenizers, end)
+        planned = sources.planned("train", limits, tokenizers)
+        self.planner = Planner(planned, self.mixture, limits, config.window_documents)
+        self.quarantine = Quarantine(sources.names, config.error_budget, quarantine)
         self.collator = make_collator(config, tokenizers, label_weights)
-        decoder = Decoder(sources.files("train"), tokenizers, config.video_backend)
-        self.dataset = SequenceDataset(decoder, self.collator, group_sequences)
+        decoder = Decoder(sources.files("train"), tokenizers, config.video_backend, storage=sources.storage)
+        self.activity = Activity(config.workers)
+        self.dataset = SequenceDataset(decoder, self.collator, group_sequences, self.activity, strict=False)
+
+    def state(self, data: StepData | None = None) -> dict[str, Any]:
+        """What to resume from, after step `data` (its batches taken), or before the first."""
+        return {
+            "plan": self.planner.state if data is None else data.plan,
+            "quarantine": self.quarantine.state_dict(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.planner.restore(state)
+        self.planner.restore(state["plan"])
+        self.quarantine.load_state_dict(state["quarantine"])
 
     def steps(self) -> Iterator[StepData]:
         """Plan ahead of the workers, and hand out each step with the state that belongs to its end."""
-        ahead: deque[tuple[Counts, dict[str, Any]]] = deque()
+        ahead: deque[tuple[Counts, dict[str, Any], dict[str, int]]] = deque()
 
-        def plans() -> Iterator[tuple[int, list[SequencePlan]]]:
+        def plans() -> Iterator[list[SequencePlan]]:
             while True:
-                step = [
-                    [self.planner.next_sequence() for _ in range(self.micro_sequences)]
-                    for _ in range(self.accumulation)
-                ]
-                counts = sum((s.counts for micro in step for s in micro), Counts.zero())
-                ahead.append((counts, self.planner.state.as_dict()))
-                for number, micro in enumerate(step):
-                    yield number * self.micro_sequences, micro
+                step = [self.planner.next_sequence() for _ in range(self.sequences)]
+                ahead.append((Counts.total(s.counts for s in step), self.planner.state, self.planner.lost))
+                mine = deal(np.array([s.counts.cost for s in step]), self.group, self.replicas)[self.replica].tolist()
+                for first in range(0, len(mine), self.micro_sequences):
+                    yield [step[i] for i in mine[first : first + self.micro_sequences]]
 
-        batches = iter(make_loader(self.dataset, plans(), self.config))
+        arriving = self._taken(self._load(plans()))
+        micro_batches = self.sequences // (self.replicas * self.micro_sequences)
         while True:
             # The first micro-batch is fetched before the counts are read: fetching is what makes the plan advance.
-            first = next(batches)
-            counts, state = ahead.popleft()
+            first = next(arriving)
+            counts, plan, lost = ahead.popleft()
 
             def micro(first: PackedBatch = first) -> Iterator[PackedBatch]:
                 yield first
-                for _ in range(self.accumulation - 1):
-                    yield next(batches)
+                for _ in range(micro_batches - 1):
+                    yield next(arriving)
 
-            yield StepData(micro(), counts, state)
+            yield StepData(micro(), counts, plan, lost)
+
+    def _load(self, plans: Iterator[list[SequencePlan]]) -> Iterator[PackedBatch]:
+        return _load(self.dataset, plans, self.config, self.activity)
+
+    def _taken(self, arriving: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches, with what they met and lost counted."""
+        for batch in arriving:
+            parts = {tuple(origin) for sequence in batch.documents for origin in sequence}
+            met = Counter(source for source, *_ in parts) + Counter(item.source for item in batch.quarantined)
+            self.quarantine.add(met, batch.quarantined)
+            yield batch
 
 
 def make_collator(
@@ -203,22 +200,6 @@ def make_collator(
         vocabulary=tokenizers.vocabulary,
         weights=label_weights,
     )
-
-
-def make_loader(dataset: Dataset, plans: Any, config: DataConfig) -> DataLoader:
-    """A loader that keeps the order of `plans` and hands batches through as they are."""
-    return DataLoader(
-        dataset,
-        sampler=plans,
-        batch_size=None,
-        num_workers=config.workers,
-        prefetch_factor=config.prefetch if config.workers else None,
-        worker_init_fn=_one_thread,
-    )
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def heldout_batches(
@@ -238,13 +219,25 @@ def heldout_batches(
 ) -> Iterator[PackedBatch]:
     """Every document of a split once; `isolated` packs every pair as two documents, else none.
 
-    `most_documents`: of a source that has more, a seeded choice of so many.
+    `most_documents`: of a source that has more, a seeded choice of so many. A sample that cannot be decoded raises:
+    a measure of fewer samples would be another measure.
     """
-    planned = sources.planned(split, seed, only)
-    settings = PlanSettings(seed, config.sequence_length, config.patch_budget, 1, 1.0 if isolated else 0.0)
-    planner = Planner(planned, [1.0 / len(planned)] * len(planned), tokenizers, settings)
-    sequences = planner.once(most_documents)
-    decoder = Decoder(sources.files(split), tokenizers, config.video_backend, ablation, skip)
-    dataset = SequenceDataset(decoder, make_collator(config, tokenizers, label_weights, skip), group=1)
-    plans = [(i, sequences[i : i + micro_sequences]) for i in range(0, len(sequences), micro_sequences)]
-    yield from make_loader(dataset, plans, config)
+    limits = config.limits(seed, 1.0 if isolated else 0.0)
+    sequences = plan_once(sources.planned(split, limits, tokenizers, only), limits, most_documents)
+    decoder = Decoder(sources.files(split), tokenizers, config.video_backend, ablation, skip, sources.storage)
+    activity = Activity(config.workers)
+    collator = make_collator(config, tokenizers, label_weights, skip)
+    dataset = SequenceDataset(decoder, collator, 1, activity, strict=True)
+    plans = [sequences[i : i + micro_sequences] for i in range(0, len(sequences), micro_sequences)]
+    yield from _load(dataset, plans, config, activity)
+
+
+def _load(dataset: SequenceDataset, plans: Any, config: DataConfig, activity: Activity) -> Iterator[PackedBatch]:
+    return batches(
+        dataset,
+        plans,
+        workers=config.workers,
+        prefetch=config.prefetch,
+        activity=activity,
+        watchdog_seconds=config.watchdog_seconds,
+    )

@@ -55,6 +55,17 @@ def check_clock(times_ns: np.ndarray, stream: str, file: str) -> np.ndarray:
     return times_ns
 
 
+def exact_repeats(times_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which rows [N] (bool) equal the row before them in time [N] and in every value [N, D].
+
+    These may be dropped without loss. What repeats in time alone is for `check_clock` to refuse: one of the two
+    readings is wrong, and nothing says which.
+    """
+    same = np.zeros(len(times_ns), dtype=bool)
+    same[1:] = (times_ns[1:] == times_ns[:-1]) & (values[1:] == values[:-1]).all(axis=1)
+    return same
+
+
 def last_at_or_before(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_ns: int | None = None) -> np.ndarray:
     """Index [R] of the last reading at or before each reference, ABSENT where none (or none within the gap).
 
@@ -68,6 +79,19 @@ def first_at_or_after(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_n
     """Index [R] of the first reading at or after each reference, ABSENT where none (or none within the gap)."""
     index = np.searchsorted(stream_ns, reference_ns, side="left")
     return _within_gap(stream_ns, reference_ns, np.where(index < len(stream_ns), index, ABSENT), max_gap_ns)
+
+
+def nearest(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_ns: int | None = None) -> np.ndarray:
+    """Index [R] of the reading nearest to each reference (of two as near, the earlier), ABSENT as above.
+
+    It may lie in the future of the reference: not for what an action is predicted from.
+    """
+    after = np.searchsorted(stream_ns, reference_ns, side="left")
+    if not len(stream_ns):
+        return np.full(len(reference_ns), ABSENT)
+    before, after = np.maximum(after - 1, 0), np.minimum(after, len(stream_ns) - 1)
+    later = np.abs(stream_ns[after] - reference_ns) < np.abs(reference_ns - stream_ns[before])
+    return _within_gap(stream_ns, reference_ns, np.where(later, after, before), max_gap_ns)
 
 
 def _within_gap(

@@ -1,78 +1,137 @@
-"""What preparation counts: the content of each split, what was refused and why, and the summary of both."""
+"""What preparation counts: the content of each split, what was refused or removed and why, and the summary of both."""
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from mmoe.data.extent import Extent
 from mmoe.data.index import ShardEntry, SplitEntry
-from mmoe.data.rows import Row
+from mmoe.data.rows import Row, hash64
 from mmoe.data.sample import Modality
-from mmoe.data.sources.base import Refused
+from mmoe.data.statistics import VectorSummary
 
 
 @dataclass
 class Tally:
-    """What one split holds; `vectors` are the tables [N, D] its samples refer to, `hashes` their contents."""
+    """What a split, or a part of one, holds. Parts are stored, and merged in the order of their samples."""
 
-    shards: list[ShardEntry] = field(default_factory=list)
     samples: int = 0
     recordings: set[str] = field(default_factory=set)
-    segments: Counter[str] = field(default_factory=Counter)
-    hashes: set[int] = field(default_factory=set)
-    vectors: dict[Modality, list[np.ndarray]] = field(default_factory=dict)
+    extent: Extent = field(default_factory=Extent)
+    vectors: dict[Modality, VectorSummary] = field(default_factory=dict)  # of the tables its samples refer to
     text_tokens: int = 0
     text_bytes: int = 0
     pictures: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    flags: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
         kind, span = row.segments["modality"], row.segments["stop"] - row.segments["start"]
         sound = kind == Modality.AUDIO
         self.samples += 1
         self.recordings.add(row.sample.recording)
-        self.segments.update(Modality(k).name for k in kind.tolist())
-        self.hashes.add(row.content_hash)
+        self.extent.add(row.segments)
         for modality, tables in row.vectors.items():
-            self.vectors.setdefault(modality, []).extend(tables)
+            for number, table in enumerate(tables):
+                seed = hash64(row.sample.key.encode(), modality.name.encode(), b"%d" % number)
+                self.vectors.setdefault(modality, VectorSummary(table.shape[1])).add(table, seed)
         self.text_tokens += len(row.text_ids)
         self.text_bytes += row.text_bytes
         self.pictures += int(span[kind == Modality.VISION].sum())
         self.seconds += float((span[sound] / row.segments["rate"][sound]).sum())
         self.bytes += sum(map(len, row.sample.members.values()))
+        self.flags += row.sample.flags
 
-    def entry(self) -> SplitEntry:
+    def merge(self, other: "Tally") -> None:
+        for name in _PLAIN:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.recordings |= other.recordings
+        self.extent.merge(other.extent)
+        self.flags += other.flags
+        for modality, summary in other.vectors.items():
+            self.vectors.setdefault(modality, VectorSummary(len(summary.mean))).merge(summary)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but `vectors`, as JSON holds it."""
+        extent = self.extent
+        return {name: getattr(self, name) for name in _PLAIN} | {
+            "recordings": sorted(self.recordings),
+            "extent": {
+                "groups": [[*map(int, g), n, extent.spans[g]] for g, n in sorted(extent.counts.items())],
+                "clips": extent.clips,
+                "slices": extent.slices,
+            },
+            "flags": dict(sorted(self.flags.items())),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`vectors` under names ``<modality>.<array>``."""
+        return {
+            f"{modality.name}.{name}": array
+            for modality, summary in self.vectors.items()
+            for name, array in summary.arrays().items()
+        }
+
+    @classmethod
+    def load(cls, stored: dict[str, Any], arrays: dict[str, np.ndarray]) -> "Tally":
+        """What `as_dict` and `arrays` gave; other arrays are left alone."""
+        tally = cls(**{name: stored[name] for name in _PLAIN})
+        tally.recordings, tally.flags = set(stored["recordings"]), Counter(stored["flags"])
+        tally.extent.clips, tally.extent.slices = stored["extent"]["clips"], stored["extent"]["slices"]
+        for kind, sliced, camera, height, width, rate, count, span in stored["extent"]["groups"]:
+            group = (kind, bool(sliced), bool(camera), height, width, rate)
+            tally.extent.counts[group], tally.extent.spans[group] = count, span
+        for modality in Modality:
+            prefix = f"{modality.name}."
+            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            if own:
+                tally.vectors[modality] = VectorSummary.from_arrays(own)
+        return tally
+
+    def entry(self, shards: list[ShardEntry]) -> SplitEntry:
         return SplitEntry(
             samples=self.samples,
             recordings=len(self.recordings),
-            shards=tuple(self.shards),
-            segments=dict(sorted(self.segments.items())),
+            shards=tuple(shards),
+            clips=self.extent.clips,
+            slices=self.extent.slices,
+            groups=self.extent.groups(),
+            flagged=dict(sorted(self.flags.items())),
         )
 
 
-class QuarantineLog:
-    """Writes what is refused, one JSON object a line with key, reason and message; counts it by reason."""
+_PLAIN = [f.name for f in fields(Tally) if f.type in (int, float)]  # numbers that add up
+
+
+class ItemLog:
+    """A file of items that are not in the prepared source, one JSON object a line with key, reason and message."""
 
     def __init__(self, path: Path):
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # by reason
         self.first = ""  # message
-        self._path = path
-        path.touch()
+        self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
 
-    def __call__(self, key: str, refusal: Refused) -> None:
-        self.counts[refusal.reason] += 1
-        self.first = self.first or str(refusal)
-        line = json.dumps({"key": key, "reason": refusal.reason, "message": str(refusal)}, ensure_ascii=False)
-        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
+    def write(self, key: str, reason: str, message: str, **more: str) -> None:
+        self.counts[reason] += 1
+        self.first = self.first or message
+        line = {"key": key, "reason": reason, "message": message, **more}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> "ItemLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
-def summary(kind: str, tallies: dict[str, Tally], refused: Counter[str]) -> Table:
-    """One column a split, one line a measure that is not zero everywhere; then what was refused."""
+def summary(kind: str, tallies: dict[str, Tally], refused: Counter[str], removed: Counter[str]) -> Table:
+    """One column a split, one line a measure that is not zero everywhere; then what is flagged, refused, removed."""
     measures = {
         "samples": [f"{t.samples:,}" for t in tallies.values()],
         "recordings": [f"{len(t.recordings):,}" for t in tallies.values()],
@@ -83,7 +142,7 @@ def summary(kind: str, tallies: dict[str, Tally], refused: Counter[str]) -> Tabl
         "bytes": [f"{t.bytes:,}" for t in tallies.values()],
     }
     for modality in Modality:
-        measures[f"{modality.name} segments"] = [f"{t.segments[modality.name]:,}" for t in tallies.values()]
+        measures[f"{modality.name} segments"] = [f"{t.extent.segments(modality):,}" for t in tallies.values()]
     table = Table(title=f"prepared {kind}", title_justify="left")
     table.add_column("")
     for name in tallies:
@@ -91,8 +150,14 @@ def summary(kind: str, tallies: dict[str, Tally], refused: Counter[str]) -> Tabl
     for measure, values in measures.items():
         if any(value.strip("0.,") for value in values):
             table.add_row(measure, *values)
-    if refused:
+    flags = sorted(set().union(*(t.flags for t in tallies.values())))
+    if flags:
         table.add_section()
-        for reason, count in sorted(refused.items()):
-            table.add_row(f"refused: {reason}", f"{count:,}")
+        for flag in flags:
+            table.add_row(f"flagged: {flag}", *(f"{t.flags[flag]:,}" for t in tallies.values()))
+    for said, counts in (("refused", refused), ("removed", removed)):
+        if counts:
+            table.add_section()
+            for reason, count in sorted(counts.items()):
+                table.add_row(f"{said}: {reason}", f"{count:,}")
     return table

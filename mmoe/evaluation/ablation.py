@@ -8,8 +8,8 @@ import numpy as np
 
 from mmoe.data.decode import Ablation
 from mmoe.data.index import ShardIndex
+from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
-from mmoe.data.stream import Sources
 from mmoe.errors import ConfigError
 
 POSSIBLE = (Modality.VISION, Modality.AUDIO, Modality.INERTIAL, Modality.STATE)

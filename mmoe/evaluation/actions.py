@@ -11,9 +11,9 @@ import numpy as np
 from mmoe.data.batch import PackedBatch
 from mmoe.data.index import ShardIndex
 from mmoe.data.media import load_array
+from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
 from mmoe.data.shards import read_member
-from mmoe.data.stream import Sources
 from mmoe.tokenizers.bundle import Tokenizers
 
 Key = tuple[int, int, int, int]  # source, shard, row, and number of the chunk in its row

@@ -13,9 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from mmoe.data.batch import PackedBatch
+from mmoe.data.config import DataConfig
 from mmoe.data.index import ShardIndex, SourceManifest
+from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
-from mmoe.data.stream import DataConfig, Sources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
 from mmoe.evaluation.actions import align, chunk_starts, error_tables, read_chunks
@@ -211,7 +212,7 @@ def _other_shards(run: Run, shards: str) -> Run:
 
 def _content(manifest: SourceManifest) -> tuple[str, set[str], dict[str, tuple[str, ...]]]:
     """What two prepared folders must share to be read alike: kind, modalities, and dimension names by modality."""
-    modalities = {name for split in manifest.splits.values() for name in split.segments}
+    modalities = {group.modality for split in manifest.splits.values() for group in split.groups}
     return manifest.kind, modalities, {name: stats.names for name, stats in manifest.vectors.items()}
 
 

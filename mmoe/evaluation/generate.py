@@ -192,7 +192,7 @@ def _logits(run: Run, document: Document, at: int) -> Tensor:
     size = {"sequence_length": len(document), "patches_per_sequence": patches}
     collate = make_collator(run.config.data.model_copy(update=size), run.tokenizers, run.config.losses.label_weights())
     origin = DocumentRef(0, 0, 0, 0, 0, 1, False, True)
-    batch: PackedBatch = collate([[(origin, [document])]], group=1).to(run.device)
+    batch: PackedBatch = collate([[(origin, [document])]], groups=[0]).to(run.device)
     return run.model.logits(run.model(batch).hidden[0, at][None])[0]
 
 

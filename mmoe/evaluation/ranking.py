@@ -150,7 +150,7 @@ def score_texts(
     for sequences in _micro_batches(
         documents, data.sequence_length, data.patch_budget, run.config.training.micro_batch_sequences
     ):
-        batch = collate(sequences, group=1).to(run.device)
+        batch = collate(sequences, groups=list(range(len(sequences)))).to(run.device)
         chunk = run.config.losses.ce.chunk
         scores, index = label_log_probabilities(model, model(batch).hidden, batch, chunk)
         labels = batch.labels.flatten()[index].cpu().numpy()

@@ -74,7 +74,7 @@ class MetricsWriter(Callback):
             "seconds": seconds / self._steps,
             "wall_seconds": self.wall_seconds,
             **self._routing.record(),
-            "lost": {" / ".join(key): n for key, n in trainer.stream.planner.counts_lost.items()},
+            **_stream(trainer, result),
             "peak_memory_bytes": self.memory.sample(),
         }
         if digest:
@@ -91,6 +91,22 @@ class MetricsWriter(Callback):
     def _clear(self) -> None:
         self._steps = self._positions = self._useful = 0
         self._routing = RoutingWindow()
+
+
+def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
+    """Where the data stands: the stage, what the mixture planned and gave by source, and all that was lost so far.
+
+    Planned and served positions are those of the packing windows before the present one.
+    """
+    stream, plan = trainer.stream, result.data.plan
+    served, owed = plan["served"], plan["owed"]
+    return {
+        "stage": stream.mixture.stage((result.step - 1) * result.positions).name,
+        "planned_positions": {n: s + o for n, s, o in zip(trainer.run.sources.names, served, owed)},
+        "served_positions": dict(zip(trainer.run.sources.names, served)),
+        "lost": result.data.lost,
+        "quarantined": dict(stream.quarantine.lost),
+    }
 
 
 def state_digest(trainer: Trainer) -> str:

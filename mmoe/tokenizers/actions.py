@@ -10,6 +10,8 @@ from mmoe.data.index import VectorStats
 from mmoe.errors import ConfigError
 from mmoe.tokenizers.vectors import is_constant, require_finite
 
+_ROWS_PER_BIN = 64  # that a quantile bin is fitted to
+
 
 class ActionConfig(Config):
     mode: Literal["continuous", "discrete"] = "continuous"
@@ -26,12 +28,12 @@ class ActionTokenizer:
     constant dimension becomes 0. Nothing is clipped.
 
     `uniform` bins share that range between them; the outer two are open. `quantile` bins hold equal shares of
-    the training rows, and each stands for the mean of its rows. `VectorStats` does not hold what they follow
-    from, so they are fitted on `rows`.
+    the training rows, and each stands for the mean of its rows; both are as exact as the quantiles in `stats`,
+    between which rows are taken to be spread evenly.
     """
 
-    def __init__(self, config: ActionConfig, stats: VectorStats, rows: np.ndarray | None = None):
-        """`rows` [N, A] are the training rows; only quantile bins need them (ConfigError where they lack)."""
+    def __init__(self, config: ActionConfig, stats: VectorStats):
+        """Raises ConfigError for quantile bins where `stats` lacks the quantiles."""
         self.config, self.names = config, stats.names
         low, high = np.array(stats.q01), np.array(stats.q99)
         mean, std = np.array(stats.mean), np.array(stats.std)
@@ -40,7 +42,7 @@ class ActionTokenizer:
         self._centre = np.where(is_constant(mean, std), mean, (low + high) / 2)
         self._scale = np.divide(1.0, self._half, out=np.zeros_like(half), where=self._half > 0)
         if config.mode == "discrete":
-            self._borders, self._values = self._bins(rows)
+            self._borders, self._values = self._bins(stats)
 
     @property
     def dims(self) -> int:
@@ -90,19 +92,18 @@ class ActionTokenizer:
         back = self.decode(self.encode(rows)) if discrete else self.denormalise(self.normalise(rows))
         return dict(zip(self.names, np.sqrt(((back - rows) ** 2).mean(0)).tolist()))
 
-    def _bins(self, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _bins(self, stats: VectorStats) -> tuple[np.ndarray, np.ndarray]:
         """Inner borders [A, bins - 1] and the value each bin stands for [A, bins]."""
         bins = self.config.bins
         if self.config.binning == "uniform":
             edges = self._centre[:, None] + np.linspace(-1, 1, bins + 1) * self._half[:, None]
             return edges[:, 1:-1], (edges[:, :-1] + edges[:, 1:]) / 2
-        if rows is None:
+        if not stats.quantiles:
             raise ConfigError(
-                "tokenizers.action.binning quantile needs the training rows, which the manifest of a source "
-                "does not hold; pass them to ActionTokenizer or set tokenizers.action.binning to uniform"
+                "tokenizers.action.binning quantile needs the quantiles of the actions, which the manifest of a source "
+                "does not hold; prepare the source again or set tokenizers.action.binning to uniform"
             )
-        require_finite(rows, self.names)
-        rows = np.asarray(rows, np.float64)
+        rows = _rows_of(np.array(stats.quantiles), _ROWS_PER_BIN * bins)
         edges = np.quantile(rows, np.linspace(0, 1, bins + 1), axis=0).T
         borders = edges[:, 1:-1]
         values = (edges[:, :-1] + edges[:, 1:]) / 2  # of bins that no training row falls in
@@ -112,3 +113,12 @@ class ActionTokenizer:
             total = np.bincount(index, weights=column, minlength=bins)
             values[a] = np.where(count > 0, total / np.maximum(count, 1), values[a])
         return borders, values
+
+
+def _rows_of(quantiles: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows [count, A] with these quantiles [A, K] of evenly spaced shares, spread evenly between them.
+
+    Shares that lie between two quantiles of one value are that value, so what is often exactly 0 stays 0.
+    """
+    shares, known = np.linspace(0, 1, count), np.linspace(0, 1, quantiles.shape[1])
+    return np.stack([np.interp(shares, known, column) for column in quantiles], axis=1)

@@ -91,7 +91,7 @@ class Tokenizers:
 
 
 def _holds(manifests: dict[str, SourceManifest], kind: Modality) -> bool:
-    return any(split.segments.get(kind.name, 0) for m in manifests.values() for split in m.splits.values())
+    return any(split.segments(kind.name) for m in manifests.values() for split in m.splits.values())
 
 
 def _union(manifests: dict[str, SourceManifest], kind: Modality) -> VectorDims:

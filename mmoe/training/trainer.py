@@ -33,6 +33,7 @@ class StepResult:
     useful_positions: int
     seconds: float
     routing: RoutingWindow
+    data: StepData
 
 
 class Trainer:
@@ -51,14 +52,16 @@ class Trainer:
             run.tokenizers,
             seed=config.training.seed,
             micro_sequences=config.training.micro_batch_sequences,
-            accumulation=self.batch.accumulation,
+            end=config.training.budget_positions,
+            sequences=self.batch.sequences,
             group_sequences=config.contrastive_group,
             label_weights=config.losses.label_weights(),
+            quarantine=run.folder / "quarantine.jsonl",
         )
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
         self.step = 0
         self.session = 0
-        self.stream_state = self.stream.planner.state.as_dict()
+        self.stream_state = self.stream.state()
         self.interrupted = False
         torch.manual_seed(config.training.seed)
 
@@ -106,7 +109,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.stream_state = data.state
+        self.stream_state = self.stream.state(data)
         return StepResult(
             step=self.step,
             losses=report,
@@ -116,6 +119,7 @@ class Trainer:
             useful_positions=data.counts.positions,
             seconds=time.perf_counter() - started,
             routing=routing,
+            data=data,
         )
 
     def save(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from mmoe.data.extent import Extent
 from mmoe.data.index import FORMAT, SourceManifest, SplitEntry, VectorStats
 from mmoe.data.sample import SEGMENT_DTYPE, Camera, Modality, Sample, Segment
 from mmoe.data.shards import ShardWriter
@@ -116,17 +117,19 @@ def write_source(folder: Path, splits: dict[str, list[Sample]], rows_per_shard: 
     tokenizer = TextTokenizer.bytes()
     entries = {}
     for split, samples in splits.items():
+        extent = Extent()
         with ShardWriter(folder / split, max_rows=rows_per_shard) as writer:
             for sample in samples:
-                write_sample(writer, sample, tokenizer)
-        kinds = [s.modality.name for sample in samples for s in sample.segments]
+                extent.add(write_sample(writer, sample, tokenizer))
         entries[split] = SplitEntry(
             samples=len(samples),
             recordings=len({sample.recording for sample in samples}),
             shards=tuple(writer.shards),
-            segments={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            clips=extent.clips,
+            slices=extent.slices,
+            groups=extent.groups(),
         )
-    present = {kind for entry in entries.values() for kind in entry.segments}
+    present = {group.modality for entry in entries.values() for group in entry.groups}
     manifest = SourceManifest(
         format=FORMAT,
         kind="synthetic",
@@ -141,7 +144,8 @@ def write_source(folder: Path, splits: dict[str, list[Sample]], rows_per_shard: 
     return manifest
 
 
-def write_sample(writer: ShardWriter, sample: Sample, tokenizer: TextTokenizer) -> None:
+def write_sample(writer: ShardWriter, sample: Sample, tokenizer: TextTokenizer) -> np.ndarray:
+    """Writes the sample and returns its index segments."""
     names = list(sample.members)
     rows, text = np.zeros(len(sample.segments), SEGMENT_DTYPE), []
     for row, segment in zip(rows, sample.segments, strict=True):
@@ -157,6 +161,7 @@ def write_sample(writer: ShardWriter, sample: Sample, tokenizer: TextTokenizer) 
             text += ids.tolist()
     ids = np.array(text, np.int32)
     writer.write(sample.key, sample.members, recording=sample.recording, content_hash=0, text_ids=ids, segments=rows)
+    return rows
 
 
 def fit_codec(path: Path) -> AudioConfig:

@@ -128,6 +128,16 @@ def test_avi_with_b_frames_is_refused_by_decord_and_read_by_pyav(codec):
         assert (shown.frames(np.array([index])) == everything[[index]]).all()
 
 
+@pytest.mark.parametrize("options", [{"bf": 2}, {"bf": 2, "g": 6}, {"bf": 3, "b-adapt": 0}])
+def test_frames_of_an_avi_are_in_the_order_they_are_shown(options):
+    """Its packets have no presentation times; FFmpeg's guess swaps frames around every B-frame."""
+    shade = np.arange(20, 20 + 6 * 30, 6)
+    frames = np.broadcast_to(shade[:, None, None, None], (30, 48, 64, 3)).astype(np.uint8)
+    shown = VideoFrames(video(frames, container="avi", crf=1, **options), "pyav", "v.avi")
+    for chosen in (np.arange(30), np.array([3, 4, 21, 7, 8, 9, 0])):
+        assert np.rint((shown.frames(chosen).mean((1, 2, 3)) - 20) / 6).tolist() == chosen.tolist()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
 def test_a_broken_video_is_named(backend, keep):

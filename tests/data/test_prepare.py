@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter
 from functools import partial
 
@@ -10,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from mmoe.config.base import Config
-from mmoe.data import sources
-from mmoe.data.index import SPLITS, ShardIndex, SourceManifest
+from mmoe.data import chunks, sources
+from mmoe.data.index import SPLITS, ShardIndex, SourceManifest, SplitEntry
 from mmoe.data.media import VideoFrames, load_array, load_audio, load_image
 from mmoe.data.prepare import prepare, training_texts
 from mmoe.data.rows import hash64
@@ -88,7 +89,9 @@ def read_everything(folder, manifest):
                     assert table.shape[1] == len(manifest.vectors[kind.name].names)
     for split in SPLITS:
         entry = manifest.splits[split]
-        assert entry.segments == {kind: n for (side, kind), n in sorted(counts.items()) if side == split}
+        assert {kind: entry.segments(kind) for kind in Modality.__members__ if entry.segments(kind)} == {
+            kind: n for (side, kind), n in sorted(counts.items()) if side == split
+        }
         assert entry.samples == sum(shard.rows for shard in entry.shards)
     return counts
 
@@ -173,7 +176,8 @@ def log_source(monkeypatch):
     def items(path, config, refuse):
         for key, member, modality, data in files:
             geometry = {"height": 48, "width": 64} if modality is Modality.VISION else {}
-            sample = Sample(key, key, {member: data}, [Segment(modality, member, slice=0, **geometry)])
+            segments = [Segment(modality, member, slice=0, **geometry)]
+            sample = Sample(key, key, {member: data}, segments, Counter({f"{modality.name}: late": 2}))
             yield Item(key, key, partial(lambda s: s, sample))
 
     source = Source("log", "captured", 0, Config, items, {"STATE": ("speed", "gear")}, generated=True)
@@ -256,7 +260,7 @@ def test_no_content_is_on_both_sides(tmp_path):
         hashes[split] = set(found)
     assert same in hashes["heldout"] and not hashes["train"] & hashes["heldout"]
     assert manifest.splits["heldout"].samples == 7
-    left_out = manifest.quarantined["duplicate of a held-out sample"]
+    left_out = manifest.removed["duplicate of a held-out sample"]
     assert left_out + manifest.splits["train"].samples + 7 == 48 and left_out > 30
 
 
@@ -283,16 +287,97 @@ def test_when_nothing_is_left_the_first_reason_is_said_and_nothing_is_written(tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
-def test_a_broken_off_preparation_leaves_nothing_that_looks_finished(tmp_path, log_source, monkeypatch):
-    log_source += [(f"k{i}", "state.npy", Modality.STATE, npy(np.full((3, 2), i, np.float32))) for i in range(9)]
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
-    def interrupt(*_):
+
+@pytest.mark.parametrize("step", ["run", "_thin_chunks", "_write_lists", "vector_stats", "SourceManifest.save"])
+def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, log_source, monkeypatch, step):
+    """Twice interrupted after half of a step's work, it ends as it would have, and no finished chunk is made again."""
+    tables = [npy(np.full((3, 2), i % 37, np.float32)) for i in range(40)]
+    log_source += [(f"k{i:02d}", "state.npy", Modality.STATE, table) for i, table in enumerate(tables)]
+    options = {"prepare": {"shard_rows": 4}}
+    whole, _ = run("log", "", tmp_path / "whole", **options)
+    assert whole.removed and sum(whole.removed.values()) == 3
+    made, make_row = Counter(), chunks.make_row
+
+    def counted(item, *rest):
+        made[item.key] += 1
+        return make_row(item, *rest)
+
+    def interrupted(*arguments):
+        if step == "run":
+            work, tasks, *_ = arguments
+            yield from map(work, tasks[: len(tasks) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmoe.data.prepare.statistics", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run("log", "", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(chunks, "make_row", counted)
+            patch.setattr(f"mmoe.data.prepare.{step}", interrupted if step == "run" else stop)
+            run("log", "", tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(chunks, "make_row", counted)
+    resumed, printed = run("log", "", tmp_path / "out", **options)
+    assert resumed == whole and files(tmp_path / "out") == files(tmp_path / "whole")
+    assert "going on" in printed
+    assert made.total() == 40 + 8  # the probes that the size of a chunk is estimated from are made twice
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_chunk_that_lost_bytes_is_made_again(tmp_path, log_source, monkeypatch):
+    log_source += [(f"k{i}", "state.npy", Modality.STATE, npy(np.full((3, 2), i, np.float32))) for i in range(20)]
+    options = {"prepare": {"shard_rows": 5}}
+    run("log", "", tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("mmoe.data.prepare._find_duplicates", lambda *_: 1 / 0)
+        run("log", "", tmp_path / "out", **options)
+    tar = tmp_path / ".out.unfinished" / "chunks" / "train-000001" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:512])
+    _, printed = run("log", "", tmp_path / "out", **options)
+    assert files(tmp_path / "out") == files(tmp_path / "whole") and "16 of 20 items are done" in printed
+
+
+def test_duplicates_leave_no_trace_in_what_is_counted(tmp_path, log_source):
+    rng = np.random.default_rng(0)
+    tables = [(f"k{i:02d}", "state.npy", Modality.STATE, npy(rng.normal(size=(i + 1, 2)))) for i in range(20)]
+    log_source += tables
+    options = {"prepare": {"shard_rows": 6, "heldout_share": 0}}
+    once, _ = run("log", "", tmp_path / "once", **options)
+    log_source += [(f"z{key}", *rest) for key, *rest in tables[3:15]]
+    twice, _ = run("log", "", tmp_path / "twice", **options)
+    assert twice.removed == {"duplicate of an earlier sample": 12}
+    assert once.splits["train"].flagged == {"STATE: late": 40}
+    unlike = {"shards"}  # more items are cut elsewhere
+    for name in set(SplitEntry.model_fields) - unlike:
+        assert getattr(once.splits["train"], name) == getattr(twice.splits["train"], name)
+    for name in ("mean", "std", "q01", "q99"):
+        np.testing.assert_allclose(getattr(once.vectors["STATE"], name), getattr(twice.vectors["STATE"], name))
+
+
+def test_equal_samples_of_a_source_are_kept_once(tmp_path):
+    """Of equal lines the first stays; a picture with two captions is two samples, not a duplicate."""
+    lines = [{"text": f"line {i % 30} says {'x' * (i % 30)}"} for i in range(80)]
+    write_jsonl(tmp_path / "in" / "a.jsonl", lines)
+    write_jsonl(tmp_path / "in" / "b.jsonl", [{"text": f"other {i}"} for i in range(5)])
+    manifest, printed = run("text", tmp_path / "in", tmp_path / "out", prepare={"heldout_share": 0})
+    found = keys(tmp_path / "out", manifest, "train")
+    assert found == [f"a-{i:06d}" for i in range(30)] + [f"b-{i:06d}" for i in range(5)]
+    assert manifest.removed == {"duplicate of an earlier sample": 50} and not manifest.quarantined
+    removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    kept = sum(len(f"line {i} says {'x' * i}") for i in range(30)) + 5 * len("other 0")
+    assert re.search(rf"text bytes +│ +{kept:,} ", printed)
+    assert len(removed) == 50 and {line["key"]: line["duplicate_of"] for line in removed}["a-000073"] == "a-000013"
+    assert "removed: duplicate of an earlier sample" in printed
+
+    write_captions(tmp_path / "pictures", 6)
+    rows = [json.loads(line) for line in (tmp_path / "pictures/captions.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "pictures/captions.jsonl", [row | {"more": f"again {row['caption']}"} for row in rows])
+    manifest, _ = run("image_caption", tmp_path / "pictures", tmp_path / "out2", captions=["caption", "more"])
+    assert not manifest.removed and sum(split.samples for split in manifest.splits.values()) == 12
 
 
 def test_what_cannot_be_prepared_is_said_at_once(tmp_path):
@@ -309,61 +394,3 @@ def test_what_cannot_be_prepared_is_said_at_once(tmp_path):
         run("text", tmp_path, tmp_path / "new", prepare={"held_share": 0.1})
     with pytest.raises(ConfigError, match="did you mean donkeycar"):
         run("donkey", tmp_path, tmp_path / "new")
-
-
-# The real recordings.
-
-
-@pytest.mark.real_data
-def test_real_text(shared_data, tmp_path):
-    manifest, _ = run("text", shared_data / "text", tmp_path / "out")
-    read_everything(tmp_path / "out", manifest)
-    joined = {}
-    for split in SPLITS:
-        for index, row in rows(tmp_path / "out", manifest, split):
-            data = payload(index, row, index.row_segments(row)[0])[0]
-            assert len(data) <= 3000
-            joined.setdefault(index.recordings[row], []).append(data)
-    for name, parts in joined.items():
-        assert b"".join(parts) == (shared_data / "text" / name).read_bytes()
-    assert not manifest.quarantined and set(joined) == {"tinyshakespeare.txt", "wagahaiwa_nekodearu.ja.txt"}
-    assert manifest.splits["heldout"].recordings == manifest.splits["train"].recordings == 2
-
-
-@pytest.mark.real_data
-def test_real_captions(shared_data, tmp_path):
-    manifest, _ = run("image_caption", shared_data / "image_caption", tmp_path / "out")
-    read_everything(tmp_path / "out", manifest)
-    assert (manifest.splits["train"].samples, manifest.splits["heldout"].samples) == (14, 2)
-    assert not manifest.quarantined
-
-
-@pytest.mark.real_data
-def test_real_spoken_digits(shared_data, tmp_path):
-    manifest, _ = run("audio_text", shared_data / "audio_text/fsdd", tmp_path / "out")
-    counts = read_everything(tmp_path / "out", manifest)
-    assert (counts["train", "AUDIO"], counts["heldout", "AUDIO"]) == (240, 60)
-    held = keys(tmp_path / "out", manifest, "heldout")
-    assert all(key.endswith("_9") for key in held) and len({key.split("_")[1] for key in held}) == 6
-    assert not manifest.quarantined and (tmp_path / "out" / "audio_codec.safetensors").is_file()
-    error = json.loads((tmp_path / "out" / "audio_codec.json").read_text())["reconstruction_error"]
-    assert error["2"] < error["1"] < 0.3
-
-
-@pytest.mark.real_data
-def test_real_speech(shared_data, tmp_path):
-    manifest, _ = run("audio_text", shared_data / "audio_text/speech", tmp_path / "out")
-    counts = read_everything(tmp_path / "out", manifest)
-    assert counts["train", "AUDIO"] == counts["heldout", "AUDIO"] == 1
-
-
-@pytest.mark.real_data
-def test_real_donkeycar(shared_data, tmp_path):
-    manifest, _ = run("donkeycar", shared_data / "robot/donkeycar_tub", tmp_path / "out")
-    counts = read_everything(tmp_path / "out", manifest)
-    # 700 frames: the last 15 % (105) held out, 2 s (40 frames) of gap, clips of 5.
-    assert (counts["train", "VISION"], counts["heldout", "VISION"]) == (555, 105)
-    assert manifest.quarantined == {"gap before the held-out tail": 8}
-    assert keys(tmp_path / "out", manifest, "heldout")[0] == "donkeycar_tub-000595"
-    stats = manifest.vectors["ACTION"]
-    assert all(-1 <= low < high <= 1 for low, high in zip(stats.q01, stats.q99))

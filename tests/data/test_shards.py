@@ -8,9 +8,9 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.index import ShardIndex
+from mmoe.data.index import PLANNED, SegmentTable, ShardIndex
 from mmoe.data.sample import SEGMENT_DTYPE
-from mmoe.data.shards import ShardWriter, check_key, read_member
+from mmoe.data.shards import ShardWriter, check_key, read_member, spans
 from mmoe.errors import DataError
 
 WORD = st.text(st.characters(codec="utf-8", exclude_characters="./", exclude_categories=("C", "Z")), min_size=1)
@@ -51,10 +51,15 @@ def test_others_and_our_index_find_the_same_samples(tmp_path_factory, samples, m
     number = 0
     for tar, shard in zip(tars, shards):
         index = ShardIndex.read(tar)
-        assert len(index) == shard.rows <= max_rows and tar.stat().st_size == shard.bytes
+        assert len(index) == shard.rows <= max_rows and tar.stat().st_size == shard.bytes == index.tar_bytes
+        index.check_tar()
+        table = SegmentTable.read(tar)
+        assert table.segment_offsets.tolist() == index.segment_offsets.tolist() and len(table) == len(index)
+        assert all((table.segments[name] == index.segments[name]).all() for name in PLANNED)
         for row, key in enumerate(index.keys):
             ranges = [index.row_member(row, member) for member in range(len(samples[key]))]
-            assert {name: read_member(tar, offset, size, name) for name, offset, size in ranges} == samples[key]
+            read = {name: read_member(tar, offset, size, f"{key}.{name}") for name, offset, size in ranges}
+            assert read == samples[key]
             assert index.recordings[row] == f"r{number}" and len(index.row_text(row)) == number
             assert (index.row_segments(row)["timestamp_ns"] == -number).all()
             number += 1
@@ -74,7 +79,9 @@ def test_a_name_beyond_the_classic_header_is_found(tmp_path):
     (shard,) = write(tmp_path / "train", {key: {"txt": b"here"}})
     index = ShardIndex.read(tmp_path / shard.path)
     _, offset, size = index.row_member(0, 0)
-    assert read_member(index.tar, offset, size) == b"here"
+    assert read_member(index.tar, offset, size, f"{key}.txt") == b"here"
+    with pytest.raises(DataError, match="no another-rather-long"):
+        read_member(index.tar, offset, size, f"another-{key[2:]}.txt")
     assert [m.name for m in tarfile.open(index.tar).getmembers()] == [f"{key}.txt"]
 
 
@@ -148,6 +155,49 @@ def test_truncated_missing_and_exchanged_tars_are_named(tmp_path):
     tar.unlink()
     with pytest.raises(DataError, match=rf"{tar} does not exist, so b.bin cannot be read"):
         read_member(tar, offset, size, "b.bin")
+
+
+def test_an_index_of_another_tar_is_noticed_by_its_length_and_by_the_names(tmp_path):
+    """Two tars whose members have the same sizes at the same places: only the names tell them apart."""
+    write(tmp_path / "a", {"one": {"bin": bytes(700)}, "two": {"bin": bytes(700)}})
+    write(tmp_path / "b", {"two": {"bin": bytes(700)}, "one": {"bin": bytes(700)}})
+    write(tmp_path / "c", {"one": {"bin": bytes(70_000)}})
+    tar, index = tmp_path / "a" / "shard-000000.tar", ShardIndex.read(tmp_path / "a" / "shard-000000.tar")
+    tar.write_bytes((tmp_path / "b" / "shard-000000.tar").read_bytes())
+    index.check_tar()
+    with pytest.raises(DataError, match=f"{tar} is not the tar its index describes: there is no one.bin of 700 bytes"):
+        read_member(tar, *index.row_member(0, 0)[1:], "one.bin")
+    tar.write_bytes((tmp_path / "c" / "shard-000000.tar").read_bytes())
+    with pytest.raises(
+        DataError, match=f"{tar} is not the tar its index describes: it has 71680 bytes, that one 10240"
+    ):
+        index.check_tar()
+    tar.write_bytes(b"")
+    with pytest.raises(DataError, match=f"{tar} is truncated: it has 0 bytes"):
+        index.check_tar()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=12), st.data())
+def test_spans_hold_every_member_and_leave_out_every_wide_gap(sizes, data):
+    tar, members = bytearray(), []
+    for number, size in enumerate(sizes):
+        header = tarfile.TarInfo(f"k.{number}")
+        header.size = size
+        tar += header.tobuf()
+        members.append((f"k.{number}", len(tar), size))
+        tar += bytes([number]) * size + bytes(-size % 512)
+    chosen = data.draw(st.lists(st.sampled_from(members), unique=True, min_size=1))
+    gap = data.draw(st.sampled_from([0, 512, 2048, 1 << 20]))
+    found = spans(chosen, gap)
+    cut = {}
+    for span in found:
+        names = [name for name, _, _ in span.members]
+        cut |= zip(names, span.cut(bytes(tar[span.start : span.stop]), "tar"))
+    assert cut == {name: bytes(tar[offset : offset + size]) for name, offset, size in chosen}
+    assert all(b.start - a.stop >= gap for a, b in zip(found, found[1:]))
+    inside = [(b[1] - 512) - (a[1] + a[2]) for s in found for a, b in zip(s.members, s.members[1:])]
+    assert all(between < gap for between in inside)
 
 
 def test_any_fsspec_url_can_be_read(tmp_path):

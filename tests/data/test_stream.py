@@ -1,122 +1,46 @@
-"""The data's way: what is planned is what is decoded, whatever is restored and whoever decodes."""
+"""The data's way: what is planned is what is decoded, whatever is restored, whoever decodes and whatever breaks."""
+
+import json
+import os
+import re
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from mmoe.data.batch import IGNORE, PackedBatch
-from mmoe.data.decode import Ablation, Decoder
-from mmoe.data.measure import measure_index
-from mmoe.data.plan import Counts, DocumentRef, Planner, PlanSettings
+from mmoe.data.batch import IGNORE
+from mmoe.data.config import DataConfig, SourceConfig
+from mmoe.data.decode import Decoder
+from mmoe.data.plan import DocumentRef
+from mmoe.data.prepared import Sources
+from mmoe.data.quarantine import FEW
 from mmoe.data.sample import Modality
-from mmoe.data.stream import DataConfig, SourceConfig, Sources, Stream, heldout_batches
+from mmoe.data.stream import heldout_batches
+from mmoe.data.workers import Activity, Watchdog, WorkerError, batches
 from mmoe.errors import ConfigError, DataError
-from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer
-from mmoe.tokenizers.vision import VisionConfig
 from mmoe.tokenizers.vocabulary import Structure
-from tests.data.synthetic import MAKERS, fit_codec, text_sample, write_source
-
-LENGTH = 160
-WEIGHTS = np.ones(len(Modality), np.float32)
+from tests.data.streams import LENGTH, WEIGHTS, equal, rows, setup, stream, take, write_folders
+from tests.data.synthetic import MAKERS, audio_sample, fit_codec, text_sample, write_source
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sources")
-    for number, (name, make) in enumerate(MAKERS.items()):
-        rng = np.random.default_rng(number)
-        train = [make(rng, f"{name}-{i}") for i in range(30)]
-        heldout = [make(rng, f"{name}-h{i}") for i in range(8)]
-        if name == "text":
-            train.append(text_sample(rng, "long", 200, 220))
-        write_source(root / name, {"train": train, "heldout": heldout})
-    fit_codec(root / "codec.safetensors")
-    return root
-
-
-def setup(folders, *, discrete=False, workers=0, share=0.5, names=tuple(MAKERS)):
-    config = DataConfig(
-        sources={name: SourceConfig(kind="text", shards=str(folders / name)) for name in names},
-        sequence_length=LENGTH,
-        window_documents=40,
-        isolated_pair_share=share,
-        workers=workers,
-    )
-    sources = Sources(config)
-    tokenizers = TokenizersConfig(
-        vision=VisionConfig(patch=8, max_patches=12),
-        audio=fit_codec(folders / "codec.safetensors"),
-        action=ActionConfig(mode="discrete", chunk=4, bins=16) if discrete else ActionConfig(chunk=4),
-    ).build(sources.manifests)
-    return config, sources, tokenizers
-
-
-def stream(folders, **choices) -> Stream:
-    config, sources, tokenizers = setup(folders, **choices)
-    return Stream(
-        config,
-        sources,
-        tokenizers,
-        seed=3,
-        micro_sequences=2,
-        accumulation=2,
-        group_sequences=2,
-        label_weights=WEIGHTS,
-    )
-
-
-def take(stream: Stream, steps: int):
-    out = []
-    for _, data in zip(range(steps), stream.steps()):
-        out.append((list(data.batches), data.counts, data.state))
-    return out
-
-
-def equal(a: PackedBatch, b: PackedBatch) -> bool:
-    names = [n for n in a.__dataclass_fields__ if n not in ("values", "pairs", "documents")]
-    same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and a.documents == b.documents
-    same &= all(torch.equal(getattr(a.pairs, n), getattr(b.pairs, n)) for n in ("span", "modality", "group"))
-    return same and all(
-        torch.equal(a.values[k].values, b.values[k].values) and torch.equal(a.values[k].index, b.values[k].index)
-        for k in a.values
-    )
-
-
-@pytest.mark.parametrize("discrete", [False, True])
-@pytest.mark.parametrize("isolated", [False, True])
-@pytest.mark.parametrize("name", list(MAKERS))
-def test_measures_are_those_of_the_layout(folders, name, isolated, discrete):
-    _, sources, tokenizers = setup(folders, discrete=discrete, names=(name,))
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav")
-    for shard in range(len(sources.files("train")[0].tars)):
-        index = decoder.index(0, shard)
-        measures = measure_index(index, tokenizers, name)
-        for row in range(len(index)):
-            units = max(1, int(measures.slices[row])) if not measures.text_only[row] else len(index.row_text(row))
-            split = isolated and measures.pairs[row] > 0
-            documents = decoder(DocumentRef(0, shard, row, 0, 0, units, bool(split), True))
-            labels = np.concatenate([d.labels for d in documents])
-            kinds = tokenizers.vocabulary.modality_of(labels[labels != IGNORE])
-            expected = (measures.isolated_labels if split else measures.labels)[row]
-            assert sum(map(len, documents)) == (measures.isolated if split else measures.length)[row]
-            assert np.bincount(kinds, minlength=len(Modality)).tolist() == expected.tolist()
-            assert sum((d.modality == Modality.VISION).sum() for d in documents) == measures.patches[row]
-            assert sum(d.action_mask.sum() for d in documents) == measures.action_elements[row]
-            if split:
-                assert len(documents) - 1 == measures.pairs[row]
+    return write_folders(tmp_path_factory.mktemp("sources"))
 
 
 def test_planned_counts_are_those_of_the_batches(folders):
-    for batches, counts, _ in take(stream(folders), 6):
-        labels = torch.cat([b.labels.flatten() for b in batches]).numpy()
+    for batch_list, counts, _ in take(stream(folders), 6):
+        labels = torch.cat([b.labels.flatten() for b in batch_list]).numpy()
         kinds = stream(folders).collator.vocabulary.modality_of(labels[labels != IGNORE])
         assert np.bincount(kinds, minlength=len(Modality)).tolist() == counts.labels.tolist()
-        assert sum(int(b.valid.sum()) for b in batches) == counts.positions
-        assert sum(int(b.action_mask.sum()) for b in batches) == counts.action_elements
-        assert sum(len(b.pairs.group) for b in batches) == counts.pairs
-        assert sum(int((b.values[Modality.VISION].index >= 0).sum()) for b in batches) == counts.patches
+        assert sum(int(b.valid.sum()) for b in batch_list) == counts.positions
+        assert sum(int(b.action_mask.sum()) for b in batch_list) == counts.action_elements
+        assert sum(len(b.pairs.group) for b in batch_list) == counts.pairs
+        assert sum(int((b.values[Modality.VISION].index >= 0).sum()) for b in batch_list) == counts.patches
 
 
 def test_a_restored_stream_continues_bit_for_bit_also_inside_a_window(folders):
@@ -128,181 +52,196 @@ def test_a_restored_stream_continues_bit_for_bit_also_inside_a_window(folders):
             assert a == b and all(equal(x, y) for x, y in zip(left, right, strict=True))
 
 
+def test_ranks_and_workers_change_no_global_batch_also_after_a_resume_inside_a_window(folders):
+    """One stream lives through 1, 2, 3 and 4 replicas with 0, 1 and 3 workers; every step is that of one process."""
+    choices = {"sequences": 12, "group": 1, "micro": 1}
+    whole = take(stream(folders, **choices), 8)
+    state, step = None, 0
+    for replicas, workers in ((1, 0), (2, 1), (3, 3), (4, 0)):
+        parts = []
+        for replica in range(replicas):
+            part = stream(folders, replica=replica, replicas=replicas, workers=workers, **choices)
+            if state is not None:
+                part.restore(state)
+            parts.append(take(part, 2))
+        for offset in range(2):
+            found = set.union(*(rows(part[offset][0]) for part in parts))
+            assert len(found) == 12 and found == rows(whole[step + offset][0])
+            assert all((p[offset][1].columns == whole[step + offset][1].columns).all() for p in parts)
+        step += 2
+        state = parts[-1][1][2]
+        assert state["plan"] == whole[step - 1][2]["plan"]
+    assert whole[1][2]["plan"]["next_sequence"] > 0  # it was resumed inside a window
+
+
+def test_contrastive_groups_stay_whole_on_any_number_of_replicas(folders):
+    whole = take(stream(folders, share=1.0, sequences=8, group=2), 3)
+    parts = [take(stream(folders, share=1.0, sequences=8, group=2, replica=r, replicas=2), 3) for r in range(2)]
+    for step in range(3):
+        assert set.union(*(rows(part[step][0]) for part in parts)) == rows(whole[step][0])
+        groups = [{int(g) for b in part[step][0] for g in b.pairs.group} for part in parts]
+        assert groups[0] and not groups[0] & groups[1]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(folders, workers):
     for (left, _, a), (right, _, b) in zip(take(stream(folders), 5), take(stream(folders, workers=workers), 5)):
         assert a == b and all(equal(x, y) for x, y in zip(left, right, strict=True))
 
 
-def test_every_document_comes_once_an_epoch_and_nothing_is_split_that_fits(folders):
-    config, sources, tokenizers = setup(folders)
-    settings = PlanSettings(3, LENGTH, LENGTH, 40, 0.5)
-    planner = Planner(sources.planned("train", 3), [0.25] * 4, tokenizers, settings)
-    seen = {(s.number, e): [] for s in planner.sources for e in range(2)}
-    for _ in range(200):
-        for ref in planner.next_sequence().documents:
-            if ref.part == 0:
-                rows = seen[ref.source, 0]
-                rows = rows if len(rows) < planner.sources[ref.source].rows else seen[ref.source, 1]
-                rows.append((ref.shard, ref.row))
-    assert planner.counts_lost["text", "cut at a text token"] > 0
-    drawn = planner.state.drawn
-    for source in planner.sources:
-        assert drawn[source.number] > 0
-
-
-@pytest.mark.parametrize("name", list(MAKERS))
-def test_once_plans_every_part_of_every_document_exactly_once(folders, name):
-    _, sources, tokenizers = setup(folders, names=(name,))
-    settings = PlanSettings(3, LENGTH, LENGTH, 1, 1.0)
-    planner = Planner(sources.planned("train", 3), [1.0], tokenizers, settings)
-    refs = [ref for sequence in planner.once() for ref in sequence.documents]
-    units: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for ref in refs:
-        units.setdefault((ref.shard, ref.row), []).append((ref.first, ref.last))
-    assert len(units) == planner.sources[0].rows
-    for parts in units.values():
-        parts.sort()
-        assert parts[0][0] == 0 and all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
-    assert all(s.counts.positions <= LENGTH for s in planner.once())
-
-
-def test_realised_shares_follow_the_configured_weights(folders):
-    config, sources, tokenizers = setup(folders)
-    shares = [0.5, 0.3, 0.15, 0.05]
-    planner = Planner(sources.planned("train", 3), shares, tokenizers, PlanSettings(3, LENGTH, LENGTH, 200, 0.5))
-    while planner.state.window < 5:
-        planner.next_sequence()
-    served = np.array(planner.state.served)
-    assert np.abs(served / served.sum() - shares).max() < 0.01
-
-
-def test_labels_are_shifted_inside_a_document_and_cross_no_border(folders):
-    for batches, _, _ in take(stream(folders), 4):
-        for batch in batches:
-            ids, labels, document = batch.token_ids, batch.labels, batch.document
-            at = (labels != IGNORE) & (batch.modality != Modality.ACTION)
-            b, i = at.nonzero(as_tuple=True)
-            assert torch.equal(labels[b, i], ids[b, i + 1])
-            assert torch.equal(document[b, i], document[b, i + 1]) and (document[b, i] >= 0).all()
-            assert (batch.loss_weight[labels == IGNORE] == 0).all()
-
-
-def test_no_label_stands_inside_a_slices_pictures_and_vision_comes_first(folders):
-    for batches, _, _ in take(stream(folders, names=("clip",)), 4):
-        for batch in batches:
-            for b in range(batch.shape[0]):
-                for key in {(int(d), int(s)) for d, s in zip(batch.document[b], batch.slice[b]) if s >= 0}:
-                    inside = ((batch.document[b] == key[0]) & (batch.slice[b] == key[1])).nonzero().flatten()
-                    kinds = batch.modality[b, inside]
-                    vision = inside[kinds == Modality.VISION]
-                    assert (batch.labels[b, vision[0] : vision[-1] + 1] == IGNORE).all()
-                    others = inside[(kinds != Modality.VISION) & (kinds != Modality.STRUCTURE)]
-                    assert len(others) == 0 or others.min() > vision.max()
-
-
-def test_positions_of_text_are_ordinary_and_cameras_share_their_time(folders):
-    for batches, _, _ in take(stream(folders, share=0.0), 4):
-        for batch in batches:
-            for b in range(batch.shape[0]):
-                for d in range(int(batch.document[b].max()) + 1):
-                    here = batch.document[b] == d
-                    place, kind = batch.position[b, here], batch.modality[b, here]
-                    if not (kind == Modality.VISION).any():
-                        assert torch.equal(place, torch.arange(len(place))[:, None].expand(-1, 3).int())
-                    for number in batch.slice[b, here].unique():
-                        at = (batch.slice[b, here] == number) & (kind == Modality.VISION) & (number >= 0)
-                        assert len(place[at, 0].unique()) <= 1
-
-
-def test_isolated_pairs_link_two_documents_of_one_sequence(folders):
-    seen = 0
-    for batches, _, _ in take(stream(folders, share=1.0), 6):
-        for batch in batches:
-            document, modality = batch.document.flatten(), batch.modality.flatten()
-            for span, kinds in zip(batch.pairs.span, batch.pairs.modality):
-                (a, b), (c, d) = span.tolist()
-                assert a // LENGTH == c // LENGTH and document[a] != document[c]
-                assert len(document[a:b].unique()) == len(document[c:d].unique()) == 1
-                assert kinds[1] == Modality.TEXT and (modality[c:d] == Modality.TEXT).all()
-                assert kinds[0] != Modality.TEXT and modality[a] == modality[b - 1] == kinds[0]
-                seen += 1
-    assert seen > 10
-
-
-def test_cu_seqlens_name_every_border_and_padding_tail(folders):
-    for batches, _, _ in take(stream(folders), 3):
-        for batch in batches:
-            flat = batch.document + 1000 * torch.arange(batch.shape[0])[:, None]
-            changes = (flat.flatten().diff() != 0).nonzero().flatten() + 1
-            assert batch.cu_seqlens.tolist() == [0, *changes.tolist(), batch.document.numel()]
-            assert (batch.token_ids[~batch.valid] == Structure.PAD).all()
-
-
-def test_blank_and_shuffled_pictures_change_nothing_but_the_patches(folders):
-    config, sources, tokenizers = setup(folders, names=("clip",))
-    files = sources.files("heldout")
-    index = Decoder(files, tokenizers, "pyav").index(0, 0)
-    donors = {(0, 0, row): (0, (row + 1) % len(index)) for row in range(len(index))}
-    units = int(index.row_segments(0)["slice"].max()) + 1
-    ref = DocumentRef(0, 0, 0, 0, 0, units, False, True)
-    plain, blank, mixed = (
-        Decoder(files, tokenizers, "pyav", ablation)(ref)[0]
-        for ablation in (
-            None,
-            Ablation("blank", Modality.VISION, {}),
-            Ablation("shuffle", Modality.VISION, donors),
-        )
-    )
-    assert np.array_equal(plain.token_ids, blank.token_ids) and np.array_equal(plain.token_ids, mixed.token_ids)
-    size = tokenizers.vision.patch_dim
-    vectors = [d.values[Modality.VISION][0][:, :size] for d in (plain, blank, mixed)]
-    assert (vectors[1] == 0).all() and vectors[0].shape == vectors[2].shape
-    assert not np.allclose(vectors[0], vectors[2])
+def test_a_batch_that_cannot_be_dealt_is_refused(folders):
+    with pytest.raises(ConfigError, match="8 sequences cannot be dealt to 3 data replicas"):
+        stream(folders, sequences=8, replicas=3)
 
 
 def test_heldout_batches_hold_every_held_out_document(folders):
     config, sources, tokenizers = setup(folders)
-    batches = heldout_batches(
+    found = heldout_batches(
         config, sources, tokenizers, seed=0, micro_sequences=2, label_weights=WEIGHTS, isolated=True
     )
-    origins = {d[:3] for batch in batches for documents in batch.documents for d in documents}
+    origins = {d[:3] for batch in found for documents in batch.documents for d in documents}
     assert len(origins) == 8 * len(MAKERS)
 
 
-def test_a_slice_longer_than_a_sequence_stops_at_start_and_names_the_knobs(folders):
-    config, sources, tokenizers = setup(folders, names=("clip",))
-    settings = PlanSettings(3, 24, 24, 4, 0.5)
-    with pytest.raises(ConfigError, match="a slice is never split: raise them, or lower tokenizers.vision.max_patches"):
-        Planner(sources.planned("train", 3), [1.0], tokenizers, settings)
-
-
 def test_another_text_tokenizer_is_refused_by_name(folders):
-    config, sources, tokenizers = setup(folders, names=("text",))
+    _, sources, tokenizers = setup(folders, names=("text",))
     tokenizers.text = TextTokenizer.train(["some other text"] * 50, 300)
     with pytest.raises(DataError, match="tokenizer"):
         sources.check(tokenizers)
 
 
 def test_a_truncated_tar_is_one_sentence_with_file_and_remedy(folders, tmp_path):
-    rng = np.random.default_rng(0)
-    write_source(tmp_path / "audio", {"train": [MAKERS["audio"](rng, "a-0")]})
-    _, sources, tokenizers = setup_at(tmp_path, folders)
+    write_source(tmp_path / "audio", {"train": [MAKERS["audio"](np.random.default_rng(0), "a-0")]})
+    config = DataConfig(
+        sources={"audio": SourceConfig(kind="text", shards=str(tmp_path / "audio"))}, sequence_length=LENGTH
+    )
+    sources = Sources(config)
+    tokenizers = TokenizersConfig(audio=fit_codec(folders / "codec.safetensors")).build(sources.manifests)
     tar = tmp_path / "audio" / "train" / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes()[:600])
     with pytest.raises(DataError, match="shard-000000.tar"):
         Decoder(sources.files("train"), tokenizers, "pyav")(DocumentRef(0, 0, 0, 0, 0, 1, False, True))
 
 
-def setup_at(root, folders):
-    config = DataConfig(
-        sources={"audio": SourceConfig(kind="text", shards=str(root / "audio"))}, sequence_length=LENGTH
+# what breaks on the way
+
+
+@pytest.fixture
+def damaged(folders, tmp_path):
+    """The sources with the sounds of three samples overwritten, as a disk does it."""
+    rng = np.random.default_rng(2)
+    write_source(tmp_path / "audio", {"train": [audio_sample(rng, f"audio-{i}") for i in range(30)]})
+    write_source(tmp_path / "text", {"train": [text_sample(rng, f"t{i}") for i in range(30)]})
+    fit_codec(tmp_path / "codec.safetensors")
+    whole = take(stream(tmp_path, names=("text", "audio")), 6)
+    _, sources, tokenizers = setup(tmp_path, names=("text", "audio"))
+    decoder = Decoder(sources.files("train"), tokenizers, "pyav")
+    bad = []
+    for shard, row in ((0, 1), (1, 2), (3, 0)):
+        index = decoder.index(1, shard)
+        tar = tmp_path / "audio" / "train" / f"shard-{shard:06d}.tar"
+        content = bytearray(tar.read_bytes())
+        name, offset, size = index.row_member(row, 0)
+        content[offset : offset + size] = bytes(size)
+        tar.write_bytes(content)
+        bad.append(index.keys[row])
+    return tmp_path, whole, bad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_becomes_padding_and_everything_else_stays_as_it_was(damaged, workers):
+    root, whole, bad = damaged
+    data = stream(
+        root, names=("text", "audio"), workers=workers, error_budget=1.0, quarantine=root / "run/quarantine.jsonl"
     )
-    sources = Sources(config)
-    audio = fit_codec(folders / "codec.safetensors")
-    return config, sources, TokenizersConfig(audio=audio).build(sources.manifests)
+    lost = []
+    for (left, a, before), (right, b, after) in zip(whole, take(data, 6), strict=True):
+        assert (a.columns == b.columns).all() and before["plan"] == after["plan"]
+        for x, y in zip(left, right, strict=True):
+            lost += [item.key for item in y.quarantined]
+            gone = x.valid & ~y.valid
+            assert int(gone.sum()) == sum(item.positions for item in y.quarantined)
+            assert not (y.valid & ~x.valid).any()
+            for name in ("token_ids", "labels", "position", "slice", "offset_ns", "loss_weight", "source"):
+                assert torch.equal(getattr(x, name)[y.valid], getattr(y, name)[y.valid]), name
+            assert (y.labels[gone] == IGNORE).all() and (y.token_ids[gone] == Structure.PAD).all()
+            kept = [d for sequence in y.documents for d in sequence]
+            assert set(kept) <= {d for sequence in x.documents for d in sequence}
+    assert set(lost) <= set(bad) and len(lost) > 0
+    lines = [json.loads(line) for line in (root / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == lost and all(line["source"] == "audio" for line in lines)
+    assert "cannot be read as a sound" in lines[0]["reason"] and lines[0]["shard"].endswith(".tar")
+    assert data.state()["quarantine"]["lost"] == {"audio": len(lost)}
 
 
-def test_counts_add():
-    one = Counts(1, np.arange(7), 2, 3, 4)
-    assert (one + one).positions == 2 and (one + Counts.zero()).labels.tolist() == list(range(7))
+def test_the_count_of_lost_samples_survives_a_resume(damaged):
+    root, _, _ = damaged
+    whole, again = (stream(root, names=("text", "audio"), error_budget=1.0) for _ in range(2))
+    steps = take(whole, 6)
+    again.restore(steps[2][2])
+    assert take(again, 3)[-1][2] == steps[-1][2]
+
+
+def test_too_many_bad_samples_stop_the_run_with_a_summary(damaged):
+    root, _, _ = damaged
+    for tar in (root / "audio" / "train").glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        content[1000:] = os.urandom(len(content) - 1000)
+        tar.write_bytes(content)
+    data = stream(root, names=("text", "audio"), quarantine=root / "q.jsonl")
+    with pytest.raises(
+        DataError, match=r"source audio: \d+ of \d+ documents could not be decoded.*error_budget"
+    ) as error:
+        take(data, 60)
+    assert int(re.search(r"audio: (\d+) of", str(error.value))[1]) > FEW and "q.jsonl" in str(error.value)
+
+
+def test_held_out_samples_that_cannot_be_decoded_are_an_error(damaged):
+    root, _, _ = damaged
+    config, sources, tokenizers = setup(root, names=("text", "audio"))
+    with pytest.raises(DataError, match="cannot be read as a sound"):
+        choices = {"seed": 0, "micro_sequences": 1, "label_weights": WEIGHTS, "isolated": False, "split": "train"}
+        list(heldout_batches(config, sources, tokenizers, **choices))
+
+
+class Sleepy(torch.utils.data.Dataset):
+    """Item "late" takes a second, item "die" ends its worker as the kernel's out-of-memory killer does."""
+
+    def __init__(self, activity):
+        self.activity = activity
+
+    def __getitem__(self, plan):
+        self.activity.say(f"decoding {plan}")
+        if plan == "late":
+            time.sleep(1.0)
+        if plan == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plan
+
+
+def loaded(plans, workers=1, seconds=60.0):
+    activity = Activity(workers)
+    options = {"workers": workers, "prefetch": 2, "activity": activity, "watchdog_seconds": seconds}
+    return batches(Sleepy(activity), plans, **options)
+
+
+def test_the_watchdog_says_what_every_worker_is_doing(capfd):
+    assert list(loaded(["a", "late", "b"], seconds=0.3)) == ["a", "late", "b"]
+    said = capfd.readouterr().err
+    assert re.search(r"no batch for \d+ s; worker 0 \(pid \d+, for \d+ s: decoding late\)", said)
+    assert list(loaded(["a", "b"], seconds=0.3)) == ["a", "b"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_watchdog_speaks_again_and_ends_with_its_loader(capfd):
+    dog = Watchdog(0.1, Activity(1))
+    with dog.waiting():
+        time.sleep(0.5)
+    dog.close()
+    assert capfd.readouterr().err.count("worker 0 (has not begun)") >= 2
+    assert not dog._thread.is_alive()
+
+
+def test_a_killed_worker_is_an_error_that_names_what_it_did():
+    with pytest.raises(WorkerError, match="ended by itself.*killed.*decoding die"):
+        list(loaded(["a", "die", "b"]))

@@ -8,23 +8,26 @@ from hypothesis import strategies as st
 from mmoe.data import sync
 from mmoe.errors import DataError
 
-clocks = st.lists(st.integers(-(10**12), 10**12), min_size=0, max_size=30, unique=True).map(
+# Far apart, and so near that readings fall on references and as near on either side.
+instants = st.integers(-(10**12), 10**12) | st.integers(0, 12)
+clocks = st.lists(instants, min_size=0, max_size=30, unique=True).map(
     lambda times: np.array(sorted(times), dtype=np.int64)
 )
-references = st.lists(st.integers(-(10**12), 10**12), min_size=1, max_size=10).map(
-    lambda times: np.array(times, dtype=np.int64)
-)
+references = st.lists(instants, min_size=1, max_size=10).map(lambda times: np.array(times, dtype=np.int64))
 
 
 @given(clocks, references, st.none() | st.integers(0, 10**11))
 def test_choice_is_the_nearest_on_its_side(stream, reference, gap):
     limit = gap if gap is not None else np.inf
     before, after = sync.last_at_or_before(stream, reference, gap), sync.first_at_or_after(stream, reference, gap)
+    nearest = sync.nearest(stream, reference, gap)
     for row, time in enumerate(reference.tolist()):
         past = [(time - t, i) for i, t in enumerate(stream.tolist()) if 0 <= time - t <= limit]
         future = [(t - time, i) for i, t in enumerate(stream.tolist()) if 0 <= t - time <= limit]
         assert before[row] == (min(past)[1] if past else sync.ABSENT)
         assert after[row] == (min(future)[1] if future else sync.ABSENT)
+        # Of two as near the earlier, which stands first.
+        assert nearest[row] == (min(past + future)[1] if past or future else sync.ABSENT)
 
 
 def test_a_reading_at_the_reference_is_both_last_and_first():
@@ -80,3 +83,29 @@ def test_skew_policies_raise_keep_or_leave_out_and_count():
     with pytest.raises(DataError, match="c: 2 of 4 members of stream 'back' are up to 60.0 ms"):
         sync.SkewPolicy(budget_ns=budget, policy="strict").apply(offset, "back", "c")
     assert sync.SkewPolicy(budget_ns=budget).apply(offset[:2], "back", "c")[1] == 0
+
+
+def test_only_rows_that_repeat_in_every_value_count_as_repeats():
+    times = np.array([0, 5, 5, 5, 9, 9], dtype=np.int64)
+    values = np.array([[1, 2], [3, 4], [3, 4], [3, 5], [6, 6], [6, 6]])
+    same = sync.exact_repeats(times, values)
+    assert same.tolist() == [False, False, True, False, False, True]
+    with pytest.raises(DataError, match="repeats at row 2"):  # two values for one time are nobody's to choose from
+        sync.check_clock(times[~same], "gps", "b.npy")
+
+
+@pytest.mark.real_data
+def test_unix_times_of_a_real_log_survive_as_integers_and_not_as_floats(shared_data):
+    """Udacity's frame times: 1.48e18 ns, where neighbouring float64 are 256 ns apart."""
+    lines = (shared_data / "driving_log" / "udacity_ch2" / "CH2_final_evaluation.csv").read_text().split()[1:]
+    times = np.array([int(line.split(",")[0]) for line in lines], dtype=np.int64)
+    assert len(times) == 5614 and sync.check_clock(times, "front", "csv") is times
+    assert (np.array([str(t) for t in times]) == [line.split(",")[0] for line in lines]).all()
+    reference = times[::10] + 3
+    rows = sync.last_at_or_before(times, reference)
+    sync.check_alignment(reference, times[rows] - reference, times[rows], times[rows], "front", "csv")
+    assert (reference - times[rows] == 3).all()
+    lossy = times.astype(np.float64).astype(np.int64)
+    assert (lossy != times).mean() > 0.9 and np.abs(lossy - times).max() > 100
+    with pytest.raises(DataError, match="too large"):
+        sync.seconds_to_ns(times / 1e9, "front", "csv")

@@ -95,7 +95,7 @@ def test_scores_are_those_of_each_document_alone(run):
         hidden = []
         for ref, document in documents:
             collate = make_single(run, len(document))
-            batch = collate([[(ref, [document])]], group=1)
+            batch = collate([[(ref, [document])]], groups=[0])
             p = model.logits(model(batch).hidden[0]).log_softmax(1)
             at = np.flatnonzero(document.modality == Modality.TEXT)
             targets = np.r_[document.token_ids[at], Structure.EOS]

@@ -5,7 +5,19 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mmoe.data.sources import audio_text, donkeycar, image_caption, simulated_drive, text
+from mmoe.data.sources import (
+    audio_text,
+    bridge,
+    comma2k19,
+    donkeycar,
+    image_caption,
+    lerobot,
+    nuscenes,
+    simulated_drive,
+    text,
+    video,
+    webdataset,
+)
 from mmoe.data.sources.base import Item, Quarantine, Source
 from mmoe.errors import ConfigError
 
@@ -30,7 +42,19 @@ SIMULATED_DRIVE = Source(
 
 SOURCES: dict[str, Source] = {
     source.kind: source
-    for source in (text.SOURCE, image_caption.SOURCE, audio_text.SOURCE, donkeycar.SOURCE, SIMULATED_DRIVE)
+    for source in (
+        text.SOURCE,
+        image_caption.SOURCE,
+        audio_text.SOURCE,
+        webdataset.SOURCE,
+        video.SOURCE,
+        donkeycar.SOURCE,
+        comma2k19.SOURCE,
+        nuscenes.SOURCE,
+        bridge.SOURCE,
+        lerobot.SOURCE,
+        SIMULATED_DRIVE,
+    )
 }
 
 

@@ -1,25 +1,13 @@
 """What a reader of raw recordings hands to preparation."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmoe.config.base import Config
 from mmoe.data.sample import Sample
-from mmoe.errors import DataError
-
-
-class Refused(DataError):
-    """An item that cannot become a sample: `reason` is the class it is counted under, the message says it in full."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(reason, message)  # both, so that the exception survives pickling
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.args[1]
-
+from mmoe.errors import Refused
 
 # Records an item that is refused before a sample of it can be made: its key, and why.
 Quarantine = Callable[[str, Refused], None]
@@ -44,11 +32,19 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """Names of the dimensions by modality name, and the period of the rows of an action table (0: none)."""
+
+    names: dict[str, tuple[str, ...]]
+    action_period_ns: int = 0
+
+
+@dataclass(frozen=True)
 class Source:
     """A kind of raw recording. `items` lists cheaply and in a fixed order what `input` holds.
 
     `clock` and `skew_budget_ns` are those of `SourceManifest`; `vector_names` names the dimensions by modality name.
-    A `generated` source reads no input.
+    A `generated` source reads no input. Where names and period depend on what `input` holds, `describe` reads them.
     """
 
     kind: str
@@ -59,3 +55,11 @@ class Source:
     vector_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     action_period_ns: int = 0
     generated: bool = False
+    describe: Callable[[Path, Any], Vectors] | None = None
+
+    def of(self, input: Path, config: Config) -> "Source":
+        """This source with the vector names and the action period of this input."""
+        if self.describe is None:
+            return self
+        vectors = self.describe(input, config)
+        return replace(self, vector_names=vectors.names, action_period_ns=vectors.action_period_ns)

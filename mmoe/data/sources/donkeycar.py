@@ -5,14 +5,15 @@ of when the picture was taken, so the clock is synthetic: record index / drive r
 a few time slices that share no frame; a slice is the front picture and the action from its record on. Clips begin
 anew after a record that is deleted, missing or refused. Clip time starts at the clip's first slice.
 
-Members of a clip: ``front-<slice>.jpg`` (the file's bytes) and ``actions.npy`` [N, 2] f32, which also holds the
-record before the clip (the action that was last taken) and up to `lookahead` records after it (so that an action
-chunk of the last slice is whole).
+Members of a clip: ``front-<slice>.jpg`` (the file's bytes); ``actions.npy`` [N, 2] f32, which also holds the record
+before the clip (the action that was last taken) and up to `lookahead` records after it (so that an action chunk of
+the last slice is whole); ``clocks.npz``, the times made here for the run of records that the clip is cut from.
 """
 
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -23,9 +24,11 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.media import image_size
-from mmoe.data.sample import Camera, Modality, Sample, Segment
+from mmoe.data.sample import Camera, Modality, Sample
+from mmoe.data.slices import CLOCKS, Clocks, Stream, build_slices
 from mmoe.data.sources import jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sync import SkewPolicy
 from mmoe.errors import DataError
 
 PERIOD_NS = 50_000_000  # a donkeycar drives at 20 Hz
@@ -57,7 +60,7 @@ def items(path: Path, config: DonkeycarConfig, quarantine: Quarantine) -> Iterat
                 yield Item(
                     key,
                     name,
-                    partial(_clip, key, name, pictures, table, before),
+                    partial(_clip, key, name, pictures, table, before, _Place(run[0]["_index"], first, len(run))),
                     start=index * PERIOD_NS,
                     stop=(run[last - 1]["_index"] + 1) * PERIOD_NS,
                 )
@@ -111,26 +114,43 @@ def _runs(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield run
 
 
-def _clip(key: str, recording: str, pictures: tuple[Path, ...], table: np.ndarray, before: int) -> Sample:
-    members, segments = {}, []
+@dataclass(frozen=True)
+class _Place:
+    """Where a clip lies in its run: index of the run's first record, the clip's first record in it, their number."""
+
+    index: int
+    first: int
+    records: int
+
+
+def _clip(
+    key: str, recording: str, pictures: tuple[Path, ...], table: np.ndarray, before: int, place: _Place
+) -> Sample:
+    members, names, sizes = {}, [], []
     for number, file in enumerate(pictures):
         try:
             picture = file.read_bytes()
         except OSError as error:
             message = f"{file} cannot be read ({error.strerror}); restore it or delete its record from the tub"
             raise Refused("missing file", message) from error
-        member = f"front-{number}{file.suffix.lower()}"
-        members[member] = picture
-        height, width = image_size(picture, str(file))
-        time = {"slice": number, "timestamp_ns": number * PERIOD_NS}
-        segments += [
-            Segment(Modality.VISION, member, height=height, width=width, camera=Camera.FRONT, **time),
-            Segment(Modality.ACTION, "actions.npy", start=before + number, stop=len(table), **time),
-        ]
+        names.append(f"front-{number}{file.suffix.lower()}")
+        sizes.append(image_size(picture, str(file)))
+        members[names[-1]] = picture
+    frames_ns = PERIOD_NS * np.arange(len(pictures), dtype=np.int64)
+    actions_ns = PERIOD_NS * np.arange(-before, len(table) - before, dtype=np.int64)
+    streams = [
+        Stream("front", Modality.VISION, frames_ns, names, max_gap_ns=0, camera=Camera.FRONT, size=sizes),
+        Stream("actions", Modality.ACTION, actions_ns, "actions.npy", max_gap_ns=0, choice="first"),
+    ]
+    slices = build_slices(frames_ns, streams, SkewPolicy(budget_ns=0), key)
     buffer = BytesIO()
     np.save(buffer, table)
     members["actions.npy"] = buffer.getvalue()
-    return Sample(key, recording, members, segments)
+    run_ns = PERIOD_NS * np.arange(-place.first, place.records - place.first, dtype=np.int64)
+    log = f"{recording}-{place.index:06d}"
+    clocks = Clocks(log, "synthetic", "front", {"front": run_ns, "actions": run_ns}, PERIOD_NS * place.first)
+    members[CLOCKS] = clocks.to_bytes()
+    return Sample(key, recording, members, slices.segments, slices.flags)
 
 
 SOURCE = Source(

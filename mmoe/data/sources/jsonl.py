@@ -61,7 +61,7 @@ def encode_text(text: str, where: str) -> bytes:
         raise Refused("text is not UTF-8", message) from error
 
 
-def decode(data: bytes, file: Path, offset: int) -> str:
+def decode(data: bytes, file: Path | str, offset: int) -> str:
     """UTF-8 `data` that stands at byte `offset` of `file`."""
     try:
         return data.decode("utf-8")
@@ -73,7 +73,11 @@ def decode(data: bytes, file: Path, offset: int) -> str:
 
 def read_file(folder: Path, row: dict[str, Any], field: str, where: str) -> bytes:
     """The bytes of the file that `row[field]` names, relative to `folder`."""
-    path = folder / text_of(row, field, where)
+    return read_bytes(folder / text_of(row, field, where), where)
+
+
+def read_bytes(path: Path, where: str) -> bytes:
+    """The bytes of the file that `where` names."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -13,6 +13,7 @@ as for a real rig. A recording has these members:
 ``actions.npy``     [N, 3] f32 at 10 Hz: steering in [-1, 1] (left positive), throttle and brake in [0, 1], as
                     the driver commands them (the actuators lag behind)
 ``clip.json``       every stream's clock in ns of clip time, the captions, and what the world was
+``clocks.npz``      every stream's clock as all time-sliced samples have it (`mmoe.data.slices.Clocks`)
 =================== ==========================================================================================
 """
 
@@ -23,7 +24,9 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 from mmoe.data import sync
-from mmoe.data.sample import Camera, Modality, Sample, Segment
+from mmoe.data.media import VideoFrames
+from mmoe.data.sample import Camera, Modality, Sample
+from mmoe.data.slices import CLOCKS, Clocks, Slices, Stream, Texts, build_slices
 from mmoe.data.sources.drive import sensors
 from mmoe.data.sources.drive.captions import captions
 from mmoe.data.sources.drive.driver import FASTEST, drive
@@ -127,7 +130,9 @@ def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
         "world": {"sky": world.sky, "ground": world.ground, "waves": world.road.waves},
     }
     members["clip.json"] = json.dumps(clip).encode()
-    return Sample(key, key, members, _segments(config, clocks, reference_ns, texts, key))
+    members[CLOCKS] = Clocks(key, CLOCK, video_name(REFERENCE), clocks).to_bytes()
+    slices = _slices(config, members, clocks, reference_ns, texts, key)
+    return Sample(key, key, members, slices.segments, slices.flags)
 
 
 def recording_key(number: int) -> str:
@@ -159,44 +164,31 @@ def _clocks(
     return clocks
 
 
-def _segments(
-    config: SimulatedDriveConfig, clocks: dict[str, np.ndarray], reference_ns: np.ndarray, texts: list[str], key: str
-) -> list[Segment]:
+def _slices(
+    config: SimulatedDriveConfig,
+    members: dict[str, bytes],
+    clocks: dict[str, np.ndarray],
+    reference_ns: np.ndarray,
+    texts: list[str],
+    key: str,
+) -> Slices:
     """The members of every slice: what each stream held at the reference, and the action from there on."""
-    rows, offset_ns = {}, {}
-    for member, times_ns in clocks.items():
-        sync.check_clock(times_ns, member, key)
-        choose = sync.first_at_or_after if member == "actions.npy" else sync.last_at_or_before
-        rows[member] = choose(times_ns, reference_ns)
-        offset_ns[member] = times_ns[rows[member]] - reference_ns
+
+    def stream(modality: Modality, member: str, max_gap_ns: int, **fields) -> Stream:
+        return Stream(member, modality, clocks[member], member, max_gap_ns, **fields)
+
+    streams = []
+    for camera in Camera:
+        name, size = video_name(camera), (config.height, config.width)
+        # A container knows the time of a frame after its first one.
+        file_ns = clocks[name][0] + VideoFrames(members[name], "pyav", f"{key}.{name}").times_ns
+        gap_ns = config.camera_period_ns
+        streams.append(stream(Modality.VISION, name, gap_ns, camera=camera, size=size, file_ns=file_ns))
+    streams += [
+        stream(Modality.AUDIO, "engine.flac", SKEW_BUDGET_NS, window=SOUND_PIECE, rate=SOUND_RATE),
+        stream(Modality.INERTIAL, "imu.npy", 2 * INERTIAL_PERIOD_NS, window=INERTIAL_ROWS),
+        stream(Modality.STATE, "state.npy", 2 * STATE_PERIOD_NS),
+        stream(Modality.ACTION, "actions.npy", ACTION_PERIOD_NS, choice="first"),
+    ]
     skew = sync.SkewPolicy(budget_ns=SKEW_BUDGET_NS, policy="strict")
-    for member in (*map(video_name, Camera), "engine.flac"):
-        skew.apply(offset_ns[member], member, key)
-
-    def piece(number: int, modality: Modality, member: str, before: int = 0, after: int = 1, **fields) -> Segment:
-        row = int(rows[member][number])
-        return Segment(
-            modality,
-            member,
-            row - before,
-            row + after,
-            slice=number,
-            timestamp_ns=int(reference_ns[number]),
-            offset_ns=int(offset_ns[member][number]),
-            **fields,
-        )
-
-    segments = []
-    for number, text in enumerate(texts):
-        size = {"height": config.height, "width": config.width, "pair": number}
-        segments += [piece(number, Modality.VISION, video_name(c), camera=c, **size) for c in Camera]
-        rest = len(clocks["actions.npy"]) - int(rows["actions.npy"][number])
-        segments += [
-            piece(number, Modality.AUDIO, "engine.flac", before=SOUND_PIECE - 1, rate=SOUND_RATE),
-            piece(number, Modality.INERTIAL, "imu.npy", before=INERTIAL_ROWS - 1),
-            piece(number, Modality.STATE, "state.npy"),
-            piece(number, Modality.ACTION, "actions.npy", after=rest),
-        ]
-        where = {"slice": number, "timestamp_ns": int(reference_ns[number]), "pair": number}
-        segments.append(Segment(Modality.TEXT, "clip.json", text=text, **where))
-    return segments
+    return build_slices(reference_ns, streams, skew, key, Texts("clip.json", texts))

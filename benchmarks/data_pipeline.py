@@ -1,0 +1,177 @@
+"""How much of bare decoding's speed the stream keeps: planning, reading, tokenising, packing and handing over included.
+
+    python benchmarks/data_pipeline.py
+
+Both sides decode the same documents with two processes: one calls decord, soundfile and Pillow on their bytes, as
+the stream calls them, and throws the result away; the other is the stream with two workers as training uses it.
+"""
+
+import io
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+import decord
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from mmoe.data.config import DataConfig, SourceConfig
+from mmoe.data.decode import SourceFiles
+from mmoe.data.index import ShardIndex
+from mmoe.data.media import is_video
+from mmoe.data.mixture import StageConfig
+from mmoe.data.plan import SequencePlan
+from mmoe.data.prepare import prepare
+from mmoe.data.prepared import Sources
+from mmoe.data.sample import Modality
+from mmoe.data.shards import read_member
+from mmoe.data.stream import Stream
+from mmoe.result import print_result, target
+from mmoe.tokenizers.audio import AudioConfig
+from mmoe.tokenizers.bundle import TokenizersConfig
+from mmoe.tokenizers.text import TextTokenizer
+from mmoe.tokenizers.vision import VisionConfig
+
+WORKERS, SEQUENCES, ROUNDS = 2, 24, 3
+CAMERA = {"height": 480, "width": 832}
+DRAFT = 2 * 11 * 16, 2 * 8 * 16  # width and height: twice the grid of 96 patches that the pictures are resized to
+PICTURES = 96  # of 768 x 1024 pixels
+
+
+def write_pictures(folder: Path) -> None:
+    """Smooth noise, so that a JPEG of it is as large as a photograph's."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(PICTURES):
+        coarse = Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8))
+        fine = np.asarray(coarse.resize((1024, 768), Image.BICUBIC), np.int16) + rng.integers(-12, 13, (768, 1024, 3))
+        Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+        lines.append(f'{{"image": "{number}.jpg", "caption": "picture number {number}"}}\n')
+    (folder / "captions.jsonl").write_text("".join(lines))
+
+
+def build(root: Path) -> tuple[DataConfig, Sources, TokenizersConfig]:
+    text = TextTokenizer.bytes()
+    write_pictures(root / "raw")
+    options = {"recordings": 20, "slices": [4, 4], **CAMERA, "prepare": {"heldout_share": 0.1}}
+    prepare("simulated_drive", "-", root / "drive", text_tokenizer=text, workers=2, options=options)
+    prepare("image_caption", root / "raw", root / "pictures", text_tokenizer=text, workers=2)
+    config = DataConfig(
+        sources={name: SourceConfig(kind="-", shards=str(root / name)) for name in ("drive", "pictures")},
+        stages={"all": StageConfig(weights={"drive": 0.7, "pictures": 0.3})},
+        sequence_length=4096,
+        window_documents=256,
+        workers=WORKERS,
+    )
+    audio = AudioConfig(path=str(root / "drive" / "audio_codec.safetensors"))
+    return config, Sources(config), TokenizersConfig(vision=VisionConfig(patch=16, max_patches=96), audio=audio)
+
+
+def decode(tar: str, index: ShardIndex, part: np.void) -> None:
+    """The payloads of a document part, opened by the libraries alone."""
+    segments = index.row_segments(int(part["row"]))
+    if (segments["slice"] >= 0).any():
+        segments = segments[(segments["slice"] >= part["first"]) & (segments["slice"] < part["last"])]
+    for member in np.unique(segments["member"]):
+        name, offset, size = index.row_member(int(part["row"]), int(member))
+        mine = segments[segments["member"] == member]
+        kind = mine["modality"][0]
+        if kind == Modality.TEXT:
+            continue
+        content = io.BytesIO(read_member(tar, offset, size, f"{index.keys[int(part['row'])]}.{name}"))
+        if kind == Modality.VISION and is_video(name):
+            decord.VideoReader(content, num_threads=1).get_batch(mine["start"]).asnumpy()
+        elif kind == Modality.VISION:
+            image = Image.open(content)
+            image.draft("RGB", DRAFT)
+            np.asarray(image)
+        elif kind == Modality.AUDIO:
+            sound = soundfile.SoundFile(content)
+            for segment in mine:
+                sound.seek(int(segment["start"]))
+                sound.read(int(segment["stop"] - segment["start"]), dtype="float32")
+        else:
+            np.load(content)
+
+
+def bare(plans: list[SequencePlan], files: list[SourceFiles], ready, go) -> None:
+    """One process of bare decoding."""
+    torch.set_num_threads(1)
+    indices = {tar: ShardIndex.read(tar) for source in files for tar in source.tars}
+    ready.release()
+    go.wait()
+    for plan in plans:
+        for part in plan.parts:
+            tar = files[part["source"]].tars[part["shard"]]
+            decode(tar, indices[tar], part)
+
+
+def time_bare(plans: list[SequencePlan], files: list[SourceFiles]) -> float:
+    context = multiprocessing.get_context("fork")
+    ready, go = context.Semaphore(0), context.Event()
+    processes = [context.Process(target=bare, args=(plans[i::WORKERS], files, ready, go)) for i in range(WORKERS)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        ready.acquire()
+    started = time.perf_counter()
+    go.set()
+    for process in processes:
+        process.join()
+    return time.perf_counter() - started
+
+
+def make_stream(config: DataConfig, sources: Sources, tokenizers) -> Stream:
+    return Stream(
+        config,
+        sources,
+        tokenizers,
+        seed=0,
+        end=10**9,
+        sequences=1,
+        micro_sequences=1,
+        group_sequences=1,
+        label_weights=np.ones(len(Modality), np.float32),
+    )
+
+
+def time_stream(stream: Stream) -> tuple[float, int]:
+    """Seconds and positions of `SEQUENCES` sequences, after the workers have begun."""
+    steps = stream.steps()
+    for _ in range(2 * WORKERS * stream.config.prefetch):  # what the queues hold when the clock starts
+        list(next(steps).batches)
+    positions, started = 0, time.perf_counter()
+    for _ in range(SEQUENCES):
+        data = next(steps)
+        list(data.batches)
+        positions += data.counts.positions
+    return time.perf_counter() - started, positions
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config, sources, settings = build(Path(folder))
+        tokenizers = settings.build(sources.manifests)
+        planner = make_stream(config, sources, tokenizers).planner
+        plans = [planner.next_sequence() for _ in range(SEQUENCES)]
+        rates = {"bare": [], "stream": []}
+        for _ in range(ROUNDS):  # in turn, as the machine may be shared
+            rates["bare"].append(sum(p.counts.positions for p in plans) / time_bare(plans, sources.files("train")))
+            seconds, positions = time_stream(make_stream(config, sources, tokenizers))
+            rates["stream"].append(positions / seconds)
+    kept = float(np.median([s / b for s, b in zip(rates["stream"], rates["bare"])]))
+    table = Table("positions/s, 2 processes", "bare decoding", "the stream", "kept", title_justify="left")
+    for number, (b, s) in enumerate(zip(rates["bare"], rates["stream"])):
+        table.add_row(f"round {number}", f"{b:,.0f}", f"{s:,.0f}", f"{s / b:.2f}")
+    Console().print(table)
+    print_result("data_pipeline", rates, {"share of bare decoding": target(kept, 0.85)})
+
+
+if __name__ == "__main__":
+    main()

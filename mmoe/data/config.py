@@ -1,0 +1,54 @@
+"""`data.*`: the sources of a run, the stages that mix them, and how sequences are filled and decoded."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmoe.config.base import Config
+from mmoe.data.blocks import Limits
+from mmoe.data.mixture import StageConfig, check_stages
+from mmoe.data.storage import StorageConfig
+
+
+class SourceConfig(Config):
+    """One source of the mixture.
+
+    `shards` is the prepared folder, a local path or a URL (s3://, gs://, https://). `kind` and `input` say how to
+    prepare it where it does not exist yet (`mmoe prepare kind input shards`); `options` go to the reader.
+    """
+
+    shards: str
+    kind: str
+    input: str = ""
+    options: dict[str, Any] = {}
+    positions: int | None = Field(default=None, gt=0)  # of one epoch, for the mixture; null: as the manifest says
+    max_epochs: float | None = Field(default=None, gt=0)  # of the whole run; null: as many as the stages ask for
+
+
+class DataConfig(Config):
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    stages: dict[str, StageConfig] = Field(default={"all": StageConfig(temperature=1.0)}, min_length=1)
+    sequence_length: int = Field(gt=8)
+    patches_per_sequence: int = Field(default=0, ge=0)  # 0: as many as a sequence has positions
+    window_documents: int = Field(default=4096, gt=0)
+    isolated_pair_share: float = Field(default=0.5, ge=0, le=1)
+    workers: int = Field(default=0, ge=0)  # decoding processes; 0 decodes in the training process
+    prefetch: int = Field(default=4, gt=0)  # micro-batches a worker holds ready
+    video_backend: Literal["decord", "pyav"] = "decord"
+    error_budget: float = Field(default=0.01, ge=0, le=1)  # share of a source's documents that may be quarantined
+    watchdog_seconds: float = Field(default=120.0, gt=0)  # without a batch, until the workers are listed
+    storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _stages(self) -> "DataConfig":
+        check_stages(self.stages, list(self.sources))
+        return self
+
+    @property
+    def patch_budget(self) -> int:
+        return self.patches_per_sequence or self.sequence_length
+
+    def limits(self, seed: int, isolated_pair_share: float | None = None) -> Limits:
+        """What a sequence holds; `isolated_pair_share` in place of the configured one."""
+        share = self.isolated_pair_share if isolated_pair_share is None else isolated_pair_share
+        return Limits(seed, self.sequence_length, self.patch_budget, share)

@@ -1,0 +1,113 @@
+"""BridgeData V2 episodes, unpacked: a robot arm at 5 Hz, up to several cameras, an instruction.
+
+A folder with ``episodes.jsonl``, rows ``{"episode": folder, "steps": N, "cameras": [numbers], "language_instruction":
+text}``; the folder of an episode holds ``steps.npz`` (`state` and `action`, [N, 7]) and
+``image_<camera>_<step>.jpg``. A camera that an episode does not list is absent from its slices. There are no times:
+BridgeData was recorded at 5 Hz, and the clock made from that is synthetic.
+
+The state is the pose of the gripper (m, rad) and how far it is open (1 open). The action of step t is the change of
+pose that was commanded at t, about ``state[t + 1] - state[t]``, except that its last dimension is where the gripper
+shall be (1 open, 0 closed). What is cut from an episode is said in `episodes.py`.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from mmoe.data.sample import Modality, Sample
+from mmoe.data.sources import jsonl
+from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
+
+PERIOD_NS = 200_000_000
+_POSE = ("x", "y", "z", "roll", "pitch", "yaw")
+CameraName = Literal["front", "front_left", "front_right", "back", "back_left", "back_right"]
+
+
+class BridgeConfig(EpisodeConfig):
+    # The rig camera whose embedding tells each view from the others; null: none.
+    cameras: dict[str, CameraName | None] = Field(
+        {"0": "front", "1": "front_left", "2": "front_right", "3": "back"}, min_length=1
+    )
+
+
+def items(path: Path, config: BridgeConfig, quarantine: Quarantine) -> Iterator[Item]:
+    """Clips of every episode that ``episodes.jsonl`` names."""
+    for where, row in jsonl.rows(path / "episodes.jsonl", quarantine):
+        try:
+            name = jsonl.text_of(row, "episode", where)
+            steps, cameras = _checked(row, config, where)
+        except Refused as refusal:
+            quarantine(str(row.get("episode", where)), refusal)
+            continue
+        for rows in windows(steps, config):
+            key = f"{name}-{rows[0]:04d}"
+            text = row.get("language_instruction") or ""
+            yield Item(key, name, partial(_clip, path / name, key, name, steps, rows, cameras, text, config))
+
+
+def _checked(row: dict[str, Any], config: BridgeConfig, where: str) -> tuple[int, list[int]]:
+    steps, cameras = row.get("steps"), row.get("cameras")
+    if type(steps) is not int or steps < 1 or not isinstance(cameras, list) or any(type(c) is not int for c in cameras):
+        message = f"{where}: steps {steps!r} and cameras {cameras!r} are not a count and a list of numbers; repair it"
+        raise Refused("malformed row", message)
+    unknown = [camera for camera in cameras if str(camera) not in config.cameras]
+    if unknown:
+        message = f"{where}: camera {unknown[0]} is not in the option cameras ({', '.join(config.cameras)}); add it"
+        raise Refused("unknown camera", message)
+    return steps, cameras
+
+
+def _clip(
+    folder: Path,
+    key: str,
+    name: str,
+    steps: int,
+    rows: range,
+    cameras: list[int],
+    text: str,
+    config: BridgeConfig,
+) -> Sample:
+    tables = _tables(folder / "steps.npz", steps)
+    views = []
+    for camera in cameras:
+        files = [folder / f"image_{camera}_{row:02d}.jpg" for row in rows]
+        pictures = [jsonl.read_bytes(file, "episodes.jsonl") for file in files]
+        views.append(View(f"image_{camera}", "jpg", pictures, camera_of(config.cameras[str(camera)])))
+    times_ns = PERIOD_NS * np.arange(steps, dtype=np.int64)
+    return clip(key, Episode(name, times_ns, tables, [text] * steps), rows, views, config, str(folder))
+
+
+def _tables(file: Path, steps: int) -> dict[Modality, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            tables = {Modality.STATE: arrays["state"], Modality.ACTION: arrays["action"]}
+    except (OSError, ValueError, KeyError) as error:
+        message = f"{file} cannot be read as an episode's steps ({error}); restore it or remove the episode's line"
+        raise Refused("unreadable steps", message) from error
+    for modality, table in tables.items():
+        if table.shape != (steps, 7):
+            message = (
+                f"{file}: {modality.name.lower()} has shape {list(table.shape)}, episodes.jsonl says [{steps}, 7]; "
+                "restore the file or correct the line"
+            )
+            raise Refused("unreadable steps", message)
+    return tables
+
+
+SOURCE = Source(
+    kind="bridge",
+    clock="synthetic",
+    skew_budget_ns=0,
+    config=BridgeConfig,
+    items=items,
+    vector_names={
+        "STATE": (*_POSE, "gripper"),
+        "ACTION": (*(f"delta_{name}" for name in _POSE), "gripper"),
+    },
+    action_period_ns=PERIOD_NS,
+)

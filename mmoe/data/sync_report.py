@@ -1,0 +1,272 @@
+"""What the clocks of a source say: rates, jitter, gaps, and how each stream lies in time to the reference.
+
+The clocks are those that every time-sliced sample carries (`mmoe.data.slices.Clocks`): whole logs, as recorded, so
+that nothing here depends on how the logs were cut into clips, split or quarantined.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mmoe.config.load import validate
+from mmoe.data import sync
+from mmoe.data.index import SPLITS, ShardIndex, SourceManifest
+from mmoe.data.shards import read_member
+from mmoe.data.slices import CLOCKS, Clocks
+from mmoe.data.sources import find_source
+from mmoe.data.sources.base import Refused
+from mmoe.errors import DataError
+
+MS = 1_000_000
+BURSTS = 0.05  # share of repeated times beyond which a stream comes in bursts
+COMMENSURATE = 0.01  # how near a stream's rate must be to a multiple of the reference's for an offset to have a trend
+
+SYNTHETIC = (
+    "The times of this source were made by the writer of the data (row number / rate). They say nothing about when "
+    "the sensors measured, so nothing below is evidence of their synchrony."
+)
+
+
+@dataclass(frozen=True)
+class StreamTiming:
+    """One stream over all logs; times in ms. `intervals` [N - logs] and `offsets` [references] are for histograms.
+
+    An interval of zero is a repeat, a negative one runs backwards; a gap is one of more than twice the median. The
+    offset is that of the nearest reading to each reference that lies within the stream. `drift` is the slope of it
+    in parts per million, over whole logs; None where the stream's rate is no multiple of the reference's, since the
+    offset then has no trend but the beat of two rates.
+    """
+
+    name: str
+    readings: int
+    logs: int
+    rate_hz: float
+    intervals: np.ndarray
+    offsets: np.ndarray
+    repeats: int
+    backwards: int
+    gaps: int
+    longest_gap: float
+    within_1ms: float  # share of all references
+    drift: float | None
+    drift_ms: float | None  # over a log, the median of logs
+    start: float  # first reading after the reference's first, the median of logs
+    end: float
+
+    @property
+    def bursts(self) -> bool:
+        return self.repeats > BURSTS * max(len(self.intervals), 1)
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """The streams of a source, the reference first. `unreadable` counts refused items of raw recordings by reason."""
+
+    title: str
+    kind: str  # "captured" or "synthetic"
+    reference: str
+    logs: int
+    references: int
+    streams: list[StreamTiming]
+    unreadable: Counter[str]
+
+
+def report_prepared(folder: Path) -> SyncReport:
+    """Of a prepared source. Raises DataError where no sample carries clocks."""
+    manifest = SourceManifest.load(folder)
+    logs: dict[str, Clocks] = {}
+    for split in SPLITS:
+        for shard in manifest.splits[split].shards:
+            index = ShardIndex.read(folder / shard.path)
+            for row, key in enumerate(index.keys):
+                clocks = _member(index, row, key)
+                if clocks is not None:
+                    logs.setdefault(clocks.log, clocks)
+    if not logs:
+        raise DataError(
+            f"{folder} holds no sample with {CLOCKS}, so there is no clock to report on: its kind {manifest.kind} has "
+            "no time slices, or it was prepared by an earlier version (then prepare it again)"
+        )
+    return measure(list(logs.values()), f"{manifest.kind} in {folder}", Counter())
+
+
+def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> SyncReport:
+    """Of raw recordings, through their reader. Raises DataError where no log can be read."""
+    source = find_source(kind)
+    reader = validate(source.config, options or {}, f"options of {kind}")
+    unreadable: Counter[str] = Counter()
+    logs: dict[str, Clocks] = {}
+    first = ""
+
+    def refuse(_: str, refusal: DataError) -> None:
+        nonlocal first
+        unreadable[refusal.reason if isinstance(refusal, Refused) else "unreadable recording"] += 1
+        first = first or str(refusal)
+
+    for item in source.items(path, reader, refuse):
+        try:
+            sample = item.make()
+        except DataError as refusal:
+            refuse(item.key, refusal)
+            continue
+        if CLOCKS in sample.members:
+            clocks = Clocks.from_bytes(sample.members[CLOCKS])
+            logs.setdefault(clocks.log, clocks)
+    if not logs:
+        refused = f"; {sum(unreadable.values())} items were refused, the first: {first}" if unreadable else ""
+        raise DataError(f"{path} gives no sample with a clock as {kind}{refused}; give recordings with time slices")
+    return measure(list(logs.values()), f"{kind} in {path}", unreadable)
+
+
+def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncReport:
+    """The report on whole logs of one source."""
+    reference = logs[0].reference
+    if any(log.reference != reference or log.kind != logs[0].kind for log in logs):
+        raise DataError(f"{title}: its logs differ in their reference or kind of clock; prepare the source again")
+    names = dict.fromkeys([reference, *(name for log in logs for name in log.times_ns)])
+    return SyncReport(
+        title=title,
+        kind=logs[0].kind,
+        reference=reference,
+        logs=len(logs),
+        references=sum(len(log.times_ns[reference]) for log in logs),
+        streams=[_timing(name, logs) for name in names],
+        unreadable=unreadable,
+    )
+
+
+def _member(index: ShardIndex, row: int, key: str) -> Clocks | None:
+    for member in range(int(index.member_offsets[row + 1] - index.member_offsets[row])):
+        name, offset, size = index.row_member(row, member)
+        if name == CLOCKS:
+            return Clocks.from_bytes(read_member(index.tar, offset, size, f"{key}.{name}"))
+    return None
+
+
+def _timing(name: str, logs: list[Clocks]) -> StreamTiming:
+    held = [log for log in logs if len(log.times_ns.get(name, ()))]
+    intervals = np.concatenate([np.diff(log.times_ns[name]) for log in held])
+    # In order of time: a clock that runs backwards is counted, and must not spoil the choice of the nearest.
+    pairs = [(log.times_ns[log.reference], np.sort(log.times_ns[name])) for log in held]
+    span_s = sum(int(times[-1] - times[0]) for _, times in pairs) / 1e9
+    rate = len(intervals) / span_s if span_s else 0.0
+    offsets, near = [], 0
+    for reference_ns, times_ns in pairs:
+        offset = times_ns[sync.nearest(times_ns, reference_ns)] - reference_ns
+        near += int((np.abs(offset) <= MS).sum())
+        offsets.append(offset[(reference_ns >= times_ns[0]) & (reference_ns <= times_ns[-1])])
+    forward = intervals[intervals > 0]
+    long = intervals[intervals > 2 * np.median(forward)] if len(forward) else forward
+    slopes = [slope for log in held if (slope := _slope(log, name)) is not None]
+    references = sum(len(log.times_ns[log.reference]) for log in logs)
+    return StreamTiming(
+        name=name,
+        readings=sum(len(times) for _, times in pairs),
+        logs=len(held),
+        rate_hz=rate,
+        intervals=intervals / MS,
+        offsets=np.concatenate(offsets) / MS,
+        repeats=int((intervals == 0).sum()),
+        backwards=int((intervals < 0).sum()),
+        gaps=len(long),
+        longest_gap=float(long.max(initial=0)) / MS,
+        within_1ms=near / references if references else 0.0,
+        drift=float(np.median([slope for slope, _ in slopes])) if slopes else None,
+        drift_ms=float(np.median([drift for _, drift in slopes])) if slopes else None,
+        start=float(np.median([int(times[0] - reference[0]) for reference, times in pairs])) / MS,
+        end=float(np.median([int(times[-1] - reference[-1]) for reference, times in pairs])) / MS,
+    )
+
+
+def _slope(log: Clocks, name: str) -> tuple[float, float] | None:
+    """Trend of the offset: parts per million, and ms over the log; None where it has none or three points at most."""
+    reference_ns, times_ns = log.times_ns[log.reference], log.times_ns[name]
+    if name == log.reference or len(reference_ns) < 4 or len(times_ns) < 4 or (np.diff(times_ns) <= 0).any():
+        return None
+    ratio = np.median(np.diff(reference_ns)) / np.median(np.diff(times_ns))
+    if round(ratio) < 1 or abs(ratio / round(ratio) - 1) > COMMENSURATE:
+        return None
+    inside = reference_ns[(reference_ns >= times_ns[0]) & (reference_ns <= times_ns[-1])]
+    if len(inside) < 4:
+        return None
+    offset = times_ns[sync.nearest(times_ns, inside)] - inside
+    # A drift beyond half an interval meets the next reading; unwrapped, it goes on.
+    offset = np.unwrap(offset.astype(np.float64), period=float(np.median(np.diff(times_ns))))
+    slope = np.polyfit((inside - inside[0]) / 1e9, offset / 1e9, 1)[0]
+    return slope * 1e6, slope * float(inside[-1] - inside[0]) / MS
+
+
+def quantiles(values: np.ndarray) -> tuple[float, float, float, float, float]:
+    """Least, first percentile, median, 99th percentile, greatest; zeros where there is none."""
+    if not len(values):
+        return (0.0,) * 5
+    return tuple(np.quantile(values, (0, 0.01, 0.5, 0.99, 1)).tolist())
+
+
+def _text(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # adding zero turns -0.0 into 0.0
+
+
+COLUMNS = (
+    "stream",
+    "rate Hz",
+    "readings",
+    "interval ms median (p1..p99)",
+    "jitter sd ms",
+    "gaps (longest ms)",
+    "within 1 ms",
+    "offset ms min/p1/median/p99/max",
+    "drift ppm (ms)",
+    "start ms",
+    "end ms",
+    "remarks",
+)
+
+
+def rows(report: SyncReport) -> list[tuple[str, ...]]:
+    """A line a stream under `COLUMNS`, as text."""
+    lines = []
+    for stream in report.streams:
+        _, low, median, high, _ = quantiles(stream.intervals)
+        remarks = ["reference"] if stream.name == report.reference else []
+        remarks += ["in bursts"] if stream.bursts else []
+        remarks += [f"{stream.repeats:,} repeated times"] if stream.repeats else []
+        remarks += [f"{stream.backwards:,} times run backwards"] if stream.backwards else []
+        remarks += [f"absent in {report.logs - stream.logs} of {report.logs} logs"] if stream.logs < report.logs else []
+        drift = "-" if stream.drift is None else f"{_text(stream.drift, 1)} ({_text(stream.drift_ms, 2)})"
+        lines.append(
+            (
+                stream.name,
+                f"{stream.rate_hz:.3f}",
+                f"{stream.readings:,}",
+                f"{median:.2f} ({low:.2f}..{high:.2f})",
+                f"{stream.intervals.std() if len(stream.intervals) else 0:.3f}",
+                "-" if stream.bursts else f"{stream.gaps:,} ({stream.longest_gap:.1f})" if stream.gaps else "0",
+                f"{stream.within_1ms:.1%}",
+                "/".join(_text(value, 1) for value in quantiles(stream.offsets)),
+                drift,
+                f"{stream.start:+.1f}",
+                f"{stream.end:+.1f}",
+                ", ".join(remarks),
+            )
+        )
+    return lines
+
+
+def table(report: SyncReport) -> Table:
+    """The report for a terminal: measures down, streams across would be too wide, so a block of lines a stream."""
+    result = Table(title=f"clocks of {report.title}", title_justify="left", show_header=False)
+    result.add_column("")
+    result.add_column("")
+    for line in rows(report):
+        for column, value in zip(COLUMNS, line):
+            if value:
+                result.add_row(column, value, style="bold" if column == "stream" else "")
+        result.add_section()
+    for reason, count in sorted(report.unreadable.items()):
+        result.add_row(f"refused: {reason}", f"{count:,}")
+    return result

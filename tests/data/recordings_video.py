@@ -1,0 +1,80 @@
+"""Films written packet by packet, so that every stream has the times that a test wants."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from tests.data.recordings import MILLISECOND
+
+
+class Unseekable(io.BytesIO):
+    """A pipe: a muxer cannot go back to write the duration."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def ramp(start: int, count: int) -> np.ndarray:
+    """Samples [count] i16 that tell their number modulo 30 000; never 0."""
+    return ((np.arange(start, start + count) % 30_000) + 1).astype(np.int16)
+
+
+def film(
+    frames: list[np.ndarray] | np.ndarray,
+    times_ms: list[int],
+    sounds: list[tuple[int, list[tuple[int, np.ndarray]]]] = (),
+    *,
+    container: str = "matroska",
+    codec: str = "libx264",
+    sound_codec: str = "pcm_s16le",
+    pipe: bool = False,
+    sound_first: bool = False,
+    **options,
+) -> bytes:
+    """Video streams of `frames` ([N, H, W, 3], or a list of them) at `times_ms`, and sounds of (rate, pieces).
+
+    A piece is (start in ms, samples i16 [n]).
+    """
+    buffer = Unseekable() if pipe else io.BytesIO()
+    videos = frames if isinstance(frames, list) else [frames]
+    with av.open(buffer, "w", format=container) as file:
+
+        def add_video(pixels):
+            stream = file.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
+            stream.height, stream.width = pixels.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            if codec == "libx264" and container != "avi":
+                stream.codec_context.time_base = MILLISECOND
+            return stream
+
+        def add_sound(rate):
+            return file.add_stream(sound_codec, rate=rate, layout="mono")
+
+        if sound_first:
+            heard = [add_sound(rate) for rate, _ in sounds]
+            seen = [add_video(pixels) for pixels in videos]
+        else:
+            seen = [add_video(pixels) for pixels in videos]
+            heard = [add_sound(rate) for rate, _ in sounds]
+        packets = []
+        for stream, pixels in zip(seen, videos):
+            for number, (picture, time) in enumerate(zip(pixels, times_ms)):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                own = stream.codec_context.time_base == MILLISECOND
+                frame.pts, frame.time_base = (time, MILLISECOND) if own else (number, Fraction(1, 25))
+                packets += stream.encode(frame)
+            packets += stream.encode()
+        for stream, (rate, pieces) in zip(heard, sounds):
+            for start, wave in pieces:
+                for at in range(0, len(wave), 160):
+                    part = wave[at : at + 160]
+                    frame = av.AudioFrame.from_ndarray(part[None], format="s16", layout="mono")
+                    frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+                    frame.pts = start * rate // 1000 + at
+                    packets += stream.encode(frame)
+            packets += stream.encode()
+        for packet in sorted(packets, key=lambda p: float((p.dts if p.dts is not None else 0) * p.time_base)):
+            file.mux(packet)
+    return buffer.getvalue()
