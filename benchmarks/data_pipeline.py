@@ -26,7 +26,7 @@ from mmoe.data.index import ShardIndex
 from mmoe.data.media import is_video
 from mmoe.data.mixture import StageConfig
 from mmoe.data.plan import SequencePlan
-from mmoe.data.prepare import prepare
+from mmoe.data.preparation.prepare import prepare
 from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
 from mmoe.data.shards import read_member

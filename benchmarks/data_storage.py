@@ -27,7 +27,7 @@ from rich.console import Console
 from mmoe.backends import require
 from mmoe.data.blocks import rng
 from mmoe.data.index import SegmentTable, ShardIndex, SourceManifest
-from mmoe.data.prepare import prepare
+from mmoe.data.preparation.prepare import prepare
 from mmoe.data.shards import spans
 from mmoe.data.storage import Storage, StorageConfig, join
 from mmoe.tokenizers.text import TextTokenizer

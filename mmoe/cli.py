@@ -13,7 +13,7 @@ from mmoe.errors import MmoeError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
-Engine = Literal["processes", "ray"]  # as `mmoe.data.engines.Engine`, which would be slow to import here
+Engine = Literal["processes", "ray"]  # as `mmoe.data.preparation.engines.Engine`, which would be slow to import here
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
 
 
@@ -41,7 +41,7 @@ def prepare(
     An interrupted call keeps what it has finished; the same command goes on from there.
     """
     from mmoe.config.load import merge, parse_overrides
-    from mmoe.data.prepare import prepare as run
+    from mmoe.data.preparation.prepare import prepare as run
     from mmoe.tokenizers.text import TextConfig
 
     tokenizer = TextConfig(path=text_tokenizer).build()
@@ -69,7 +69,7 @@ def fit_tokenizer(
 ) -> None:
     """Train a byte-level BPE on the training texts of a source."""
     from mmoe.config.load import parse_overrides
-    from mmoe.data.prepare import training_texts
+    from mmoe.data.preparation.prepare import training_texts
     from mmoe.tokenizers.text import TextTokenizer
 
     tokenizer = TextTokenizer.train(training_texts(kind, source, parse_overrides(options or [])), vocabulary_size)

@@ -12,8 +12,8 @@ from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.config.load import dump, load
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import PackedBatch
+from mmoe.data.preparation.ready import ensure_prepared
 from mmoe.data.prepared import Sources
-from mmoe.data.ready import ensure_prepared
 from mmoe.data.sample import Modality
 from mmoe.data.stream import heldout_batches
 from mmoe.errors import ConfigError

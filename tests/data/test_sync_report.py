@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 
 from mmoe.cli import app
 from mmoe.data import sync_report
-from mmoe.data.prepare import prepare
+from mmoe.data.preparation.prepare import prepare
 from mmoe.data.slices import Clocks
 from mmoe.errors import DataError
 from mmoe.monitoring.sync_page import render
 from mmoe.tokenizers.text import TextConfig
 from tests.data.recordings import drive_records, write_tub
 from tests.data.recordings_driving import write_nuscenes
-from tests.data.test_comma2k19 import REAL
+from tests.data.sources.test_comma2k19 import REAL
 
 MS = 1_000_000
 QUIET = Console(quiet=True)

@@ -35,10 +35,10 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data import sync
+from mmoe.data.preparation.splits import GAP_NS
 from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import BAD_CLOCK, CLOCKS, REPEATED, Clocks, Stream, build_slices, held, interpolated
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
-from mmoe.data.splits import GAP_NS
 from mmoe.errors import DataError
 
 MS = 1_000_000

@@ -33,11 +33,11 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data import sync
 from mmoe.data.media import image_size
+from mmoe.data.preparation.splits import GAP_NS
 from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import BAD_CLOCK, CLOCKS, Clocks, Stream, build_slices, held
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.nuscenes_tables import Bus, Scene, read_scenes
-from mmoe.data.splits import GAP_NS
 from mmoe.errors import DataError
 
 MS = 1_000_000

@@ -1,8 +1,8 @@
 """A preparation as a job that survives its process: the folder that holds it until it is done.
 
 The folder ``.<output>.unfinished`` beside the output holds `job.json`, which pins all that the result follows from,
-and a folder for every finished unit of work (`mmoe.data.chunks`). The same command finds them there and goes on;
-another one is refused.
+and a folder for every finished unit of work (`chunks.py`). The same command finds them there and goes on; another one
+is refused.
 """
 
 import fcntl

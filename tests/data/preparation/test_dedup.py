@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from mmoe.data.dedup import Duplicates, PictureIndex
-from mmoe.data.prepare import prepare
-from mmoe.data.signatures import DedupConfig, Signatures, picture_hash, shingles, text_signature
-from mmoe.data.statistics import VectorSummary
+from mmoe.data.preparation.dedup import Duplicates, PictureIndex
+from mmoe.data.preparation.prepare import prepare
+from mmoe.data.preparation.signatures import DedupConfig, Signatures, picture_hash, shingles, text_signature
+from mmoe.data.preparation.statistics import VectorSummary
 from mmoe.errors import DataError
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings import png, write_jsonl

@@ -14,7 +14,7 @@ from mmoe.data.sources import SOURCES
 from mmoe.errors import DataError
 from tests.data.recordings import pictures
 from tests.data.recordings_webdataset import write_tar
-from tests.data.test_sources import read, texts
+from tests.data.sources.test_sources import read, texts
 
 
 def picture(number, format="PNG"):

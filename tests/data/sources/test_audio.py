@@ -12,7 +12,7 @@ from mmoe.data.sources.encode import flac_piece
 from mmoe.errors import DataError
 from tests.data.recordings import write_jsonl
 from tests.data.recordings_audio import RATE, tone, write_librispeech, write_manifest
-from tests.data.test_sources import read, texts
+from tests.data.sources.test_sources import read, texts
 
 
 def decoded(sample):

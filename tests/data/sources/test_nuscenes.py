@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mmoe.data import slices
-from mmoe.data.prepare import prepare
+from mmoe.data.preparation.prepare import prepare
 from mmoe.data.sample import Camera, Modality
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources.nuscenes import CAMERAS
@@ -17,7 +17,7 @@ from mmoe.data.sync import SkewPolicy
 from mmoe.errors import DataError
 from mmoe.tokenizers.text import TextConfig
 from tests.data.recordings_driving import SPEED, START_US, SWEEP_US, YAW_RATE, write_nuscenes
-from tests.data.test_sources import read
+from tests.data.sources.test_sources import read
 
 MS = 1_000_000
 

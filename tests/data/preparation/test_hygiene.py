@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mmoe.config.load import validate
-from mmoe.data.hygiene import (
+from mmoe.data.preparation.hygiene import (
     FilterConfig,
     duplicate_line_share,
     find_fault,
@@ -18,7 +18,7 @@ from mmoe.data.hygiene import (
     ngram_share,
     replacement_share,
 )
-from mmoe.data.prepare import prepare
+from mmoe.data.preparation.prepare import prepare
 from mmoe.errors import ConfigError
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings import pictures, png, write_captions, write_jsonl

@@ -39,7 +39,7 @@ def _on_processes(work: Callable[[T], int], tasks: Sequence[T], workers: int) ->
     # Not forked from here, where libraries (torch, FFmpeg) hold threads and locks that a fork would break, but from
     # a fresh server process that has imported what the work needs, once for all pools.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmoe.data.chunks"])
+    context.set_forkserver_preload(["mmoe.data.preparation.chunks"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_receive, initargs=(work,))
     try:
         futures: list[Future[int]] = [pool.submit(_run, task) for task in tasks]

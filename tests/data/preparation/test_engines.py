@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmoe.data import engines
-from mmoe.data import prepare as prepare_module
-from mmoe.data.engines import run
-from mmoe.data.prepare import prepare
-from mmoe.data.references import Reference, Sign
-from mmoe.data.signatures import DedupConfig
+from mmoe.data.preparation import engines
+from mmoe.data.preparation import prepare as prepare_module
+from mmoe.data.preparation.engines import run
+from mmoe.data.preparation.prepare import prepare
+from mmoe.data.preparation.references import Reference, Sign
+from mmoe.data.preparation.signatures import DedupConfig
 from mmoe.errors import DataError
 from mmoe.tokenizers.audio import MelCodec
 from mmoe.tokenizers.text import TextTokenizer

@@ -8,9 +8,9 @@ from mmoe.data.sample import Camera, Modality
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources.bridge import PERIOD_NS
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
+from tests.data.preparation.test_prepare import read_everything, rows, run
 from tests.data.recordings_robot import write_bridge
-from tests.data.test_prepare import read_everything, rows, run
-from tests.data.test_sources import read
+from tests.data.sources.test_sources import read
 
 
 def by_kind(sample, kind):

@@ -18,7 +18,7 @@ from itertools import combinations
 import numpy as np
 
 from mmoe.backends import require
-from mmoe.data.signatures import DedupConfig, Signatures, empty_minhash
+from mmoe.data.preparation.signatures import DedupConfig, Signatures, empty_minhash
 
 _BANDS, _BAND_BITS = 4, 16
 

@@ -8,16 +8,16 @@ from PIL import Image
 
 from mmoe.data import slices
 from mmoe.data.index import VectorStats
+from mmoe.data.preparation.splits import GAP_NS, split
 from mmoe.data.sample import Camera, Modality
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources import SOURCES
 from mmoe.data.sources.comma2k19 import PERIOD_NS
-from mmoe.data.splits import GAP_NS, split
 from mmoe.errors import DataError
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from tests.data.recordings import pictures
 from tests.data.recordings_driving import BOOT_S, write_segment
-from tests.data.test_sources import read
+from tests.data.sources.test_sources import read
 
 MS = 1_000_000
 REAL = "comma2k19_b0c9d2329ad1606b_2018-08-02--08-34-47_40"

@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 
 from mmoe.config.base import Config
-from mmoe.data import chunks, sources
+from mmoe.data import sources
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest, SplitEntry
 from mmoe.data.media import VideoFrames, load_array, load_audio, load_image
-from mmoe.data.prepare import prepare, training_texts
-from mmoe.data.rows import hash64
+from mmoe.data.preparation import chunks
+from mmoe.data.preparation.prepare import prepare, training_texts
+from mmoe.data.preparation.rows import hash64
 from mmoe.data.sample import Modality, Sample, Segment
 from mmoe.data.shards import read_member
 from mmoe.data.sources.base import Item, Source
@@ -317,7 +318,7 @@ def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, 
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(chunks, "make_row", counted)
-            patch.setattr(f"mmoe.data.prepare.{step}", interrupted if step == "run" else stop)
+            patch.setattr(f"mmoe.data.preparation.prepare.{step}", interrupted if step == "run" else stop)
             run("log", "", tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
     monkeypatch.setattr(chunks, "make_row", counted)
@@ -333,7 +334,7 @@ def test_a_chunk_that_lost_bytes_is_made_again(tmp_path, log_source, monkeypatch
     options = {"prepare": {"shard_rows": 5}}
     run("log", "", tmp_path / "whole", **options)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("mmoe.data.prepare._find_duplicates", lambda *_: 1 / 0)
+        patch.setattr("mmoe.data.preparation.prepare._find_duplicates", lambda *_: 1 / 0)
         run("log", "", tmp_path / "out", **options)
     tar = tmp_path / ".out.unfinished" / "chunks" / "train-000001" / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes()[:512])

@@ -21,15 +21,15 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.hygiene import FilterConfig, find_fault
 from mmoe.data.index import ShardEntry, ShardIndex
 from mmoe.data.media import Backend, load_array
-from mmoe.data.rows import Row, make_row
+from mmoe.data.preparation.hygiene import FilterConfig, find_fault
+from mmoe.data.preparation.rows import Row, make_row
+from mmoe.data.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
+from mmoe.data.preparation.tally import Tally
 from mmoe.data.sample import NO_SLICE, Modality, Sample
 from mmoe.data.shards import ShardWriter, read_member
-from mmoe.data.signatures import DedupConfig, SignatureBuilder, Signatures
 from mmoe.data.sources.base import Item, Refused
-from mmoe.data.tally import Tally
 from mmoe.tokenizers.text import TextTokenizer
 
 _TABLES = (Modality.INERTIAL, Modality.STATE, Modality.ACTION)

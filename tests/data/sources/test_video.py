@@ -10,11 +10,11 @@ from mmoe.data.media import audio_info, load_audio, load_image
 from mmoe.data.sample import Modality
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.errors import DataError
+from tests.data.preparation.test_prepare import read_everything, run
 from tests.data.recordings import pictures, turned, video, write_jsonl
 from tests.data.recordings_robot import LEVEL, level_pictures
 from tests.data.recordings_video import film, ramp
-from tests.data.test_prepare import read_everything, run
-from tests.data.test_sources import read, texts
+from tests.data.sources.test_sources import read, texts
 
 MS = 1_000_000
 BACKENDS = ("decord", "pyav")

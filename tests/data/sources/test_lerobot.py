@@ -11,9 +11,9 @@ from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources import SOURCES
 from mmoe.data.sources.lerobot import _episode_rows
 from mmoe.errors import DataError
+from tests.data.preparation.test_prepare import read_everything, rows, run
 from tests.data.recordings_robot import LEVEL, write_lerobot
-from tests.data.test_prepare import read_everything, rows, run
-from tests.data.test_sources import read, texts
+from tests.data.sources.test_sources import read, texts
 
 
 def by_kind(sample, kind):

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmoe.data.config import SourceConfig
-from mmoe.data.prepare import prepare, training_texts
+from mmoe.data.preparation.prepare import prepare, training_texts
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
 
 FIT_TEXTS = 500  # of each source, for the text tokenizer: making a sample may mean rendering it

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmoe.data.preparation.splits import split
 from mmoe.data.sources.base import Item
-from mmoe.data.splits import split
 from mmoe.errors import DataError
 
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest
+from mmoe.data.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
 from mmoe.data.sample import Modality
 from mmoe.data.shards import read_member
-from mmoe.data.signatures import DedupConfig, SignatureBuilder, Signatures
 from mmoe.data.storage import DEFAULT, join, with_suffix
 from mmoe.errors import DataError
 from mmoe.tokenizers.text import TextTokenizer

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmoe.data.index import SPLITS
-from tests.data.test_prepare import keys, payload, read_everything, rows, run
+from tests.data.preparation.test_prepare import keys, payload, read_everything, rows, run
 
 
 @pytest.mark.real_data

@@ -26,21 +26,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmoe.config.base import Config
 from mmoe.config.load import validate
-from mmoe.data.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
-from mmoe.data.dedup import Duplicates
-from mmoe.data.engines import Engine, run
 from mmoe.data.index import FORMAT, SPLITS, ShardEntry, ShardIndex, SourceManifest, VectorStats
-from mmoe.data.job import JOB_FORMAT, Job, listing_digest
 from mmoe.data.media import load_audio
-from mmoe.data.references import Reference, Sign, find_references, is_signed, load_signatures
-from mmoe.data.rows import Row
+from mmoe.data.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
+from mmoe.data.preparation.dedup import Duplicates
+from mmoe.data.preparation.engines import Engine, run
+from mmoe.data.preparation.job import JOB_FORMAT, Job, listing_digest
+from mmoe.data.preparation.references import Reference, Sign, find_references, is_signed, load_signatures
+from mmoe.data.preparation.rows import Row
+from mmoe.data.preparation.splits import GAP_NS, Split, split
+from mmoe.data.preparation.statistics import KNOTS
+from mmoe.data.preparation.tally import ItemLog, Tally, summary
 from mmoe.data.sample import Modality
 from mmoe.data.shards import read_member
 from mmoe.data.sources import find_source
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
-from mmoe.data.splits import GAP_NS, Split, split
-from mmoe.data.statistics import KNOTS
-from mmoe.data.tally import ItemLog, Tally, summary
 from mmoe.errors import DataError
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from mmoe.data.extent import Extent
 from mmoe.data.index import ShardEntry, SplitEntry
-from mmoe.data.rows import Row, hash64
+from mmoe.data.preparation.rows import Row, hash64
+from mmoe.data.preparation.statistics import VectorSummary
 from mmoe.data.sample import Modality
-from mmoe.data.statistics import VectorSummary
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pydantic import Field
 from mmoe.backends import require
 from mmoe.config.base import Config
 from mmoe.data.media import is_video, load_image
-from mmoe.data.rows import hash64
+from mmoe.data.preparation.rows import hash64
 from mmoe.data.sample import NO_SLICE, Modality
 
 _SEED = 1  # of the permutations: signatures are only compared within one preparation

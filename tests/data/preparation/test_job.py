@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from mmoe.data.job import Job
-from mmoe.data.prepare import prepare
+from mmoe.data.preparation.job import Job
+from mmoe.data.preparation.prepare import prepare
 from mmoe.errors import DataError
-from tests.data.test_prepare import TOKENIZER, run
+from tests.data.preparation.test_prepare import TOKENIZER, run
 
 
 def test_an_unfinished_preparation_of_something_else_is_not_continued(tmp_path, monkeypatch):
@@ -16,7 +16,7 @@ def test_an_unfinished_preparation_of_something_else_is_not_continued(tmp_path, 
     for name in "abc":
         (tmp_path / "in" / f"{name}.txt").write_text(" ".join(f"{name}{i}" for i in range(500)))
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("mmoe.data.prepare._find_duplicates", lambda *_: 1 / 0)
+        patch.setattr("mmoe.data.preparation.prepare._find_duplicates", lambda *_: 1 / 0)
         run("text", tmp_path / "in", tmp_path / "out", max_bytes=100)
     with pytest.raises(DataError, match="options.max_bytes was 100, is now 200.*delete that folder.*--fresh"):
         run("text", tmp_path / "in", tmp_path / "out", max_bytes=200)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmoe.data.sources import text as reader
 from mmoe.data.sources.text import _Forward
-from tests.data.test_sources import read, texts
+from tests.data.sources.test_sources import read, texts
 
 LINES = [f"Zeile {i}: 吾輩は猫である。\r\n" * (1 + i % 3) for i in range(200)]
 

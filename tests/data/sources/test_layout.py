@@ -8,11 +8,11 @@ from mmoe.data.decode import Decoder
 from mmoe.data.measure import measure_index
 from mmoe.data.plan import DocumentRef
 from mmoe.data.sample import Modality
+from tests.data.preparation.test_prepare import run
 from tests.data.recordings import write_jsonl
 from tests.data.recordings_robot import level_pictures, write_bridge, write_lerobot
 from tests.data.recordings_video import film, ramp
 from tests.data.streams import setup
-from tests.data.test_prepare import run
 
 
 def write_videos(folder):
