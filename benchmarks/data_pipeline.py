@@ -2,14 +2,17 @@
 
     python benchmarks/data_pipeline.py
 
-Both sides decode the same documents with two processes: one calls decord, soundfile and Pillow on their bytes, as
-the stream calls them, and throws the result away; the other is the stream with two workers as training uses it.
+Both sides decode the same documents with two processes: one calls decord, soundfile and Pillow on their bytes and
+throws the result away, at full size and as the stream calls them (videos and JPEGs scaled by their decoders to no less
+than twice what they are then resized to); the other is the stream with two workers as training uses it.
 """
 
 import io
 import multiprocessing
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import decord
@@ -23,7 +26,7 @@ from rich.table import Table
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.decode import SourceFiles
 from mmoe.data.index import ShardIndex
-from mmoe.data.media import is_video
+from mmoe.data.media import is_video, reduced_size
 from mmoe.data.mixture import StageConfig
 from mmoe.data.plan import SequencePlan
 from mmoe.data.preparation.prepare import prepare
@@ -38,8 +41,8 @@ from mmoe.tokenizers.text import TextTokenizer
 from mmoe.tokenizers.vision import VisionConfig
 
 WORKERS, SEQUENCES, ROUNDS = 2, 24, 3
-CAMERA = {"height": 480, "width": 832}
-DRAFT = 2 * 11 * 16, 2 * 8 * 16  # width and height: twice the grid of 96 patches that the pictures are resized to
+CAMERAS = {"480 x 832": (480, 832, 20), "900 x 1600, as nuScenes": (900, 1600, 8)}  # pixels of a frame, recordings
+PATCH = 16
 PICTURES = 96  # of 768 x 1024 pixels
 
 
@@ -56,12 +59,13 @@ def write_pictures(folder: Path) -> None:
     (folder / "captions.jsonl").write_text("".join(lines))
 
 
-def build(root: Path) -> tuple[DataConfig, Sources, TokenizersConfig]:
-    text = TextTokenizer.bytes()
+def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataConfig, Sources, TokenizersConfig]:
+    text, quiet = TextTokenizer.bytes(), Console(quiet=True)
     write_pictures(root / "raw")
-    options = {"recordings": 20, "slices": [4, 4], **CAMERA, "prepare": {"heldout_share": 0.1}}
-    prepare("simulated_drive", "-", root / "drive", text_tokenizer=text, workers=2, options=options)
-    prepare("image_caption", root / "raw", root / "pictures", text_tokenizer=text, workers=2)
+    options = {"recordings": recordings, "slices": [4, 4], "height": height, "width": width}
+    options["prepare"] = {"heldout_share": 0.1}
+    prepare("simulated_drive", "-", root / "drive", text_tokenizer=text, workers=2, options=options, console=quiet)
+    prepare("image_caption", root / "raw", root / "pictures", text_tokenizer=text, workers=2, console=quiet)
     config = DataConfig(
         sources={name: SourceConfig(kind="-", shards=str(root / name)) for name in ("drive", "pictures")},
         stages={"all": StageConfig(weights={"drive": 0.7, "pictures": 0.3})},
@@ -70,26 +74,31 @@ def build(root: Path) -> tuple[DataConfig, Sources, TokenizersConfig]:
         workers=WORKERS,
     )
     audio = AudioConfig(path=str(root / "drive" / "audio_codec.safetensors"))
-    return config, Sources(config), TokenizersConfig(vision=VisionConfig(patch=16, max_patches=96), audio=audio)
+    return config, Sources(config), TokenizersConfig(vision=VisionConfig(patch=PATCH, max_patches=96), audio=audio)
 
 
-def decode(tar: str, index: ShardIndex, part: np.void) -> None:
-    """The payloads of a document part, opened by the libraries alone."""
+def decode(tar: str, index: ShardIndex, part: np.void, grid: Callable[[int, int], tuple[int, int]] | None) -> None:
+    """The payloads of a document part, opened by the libraries alone; scaled by them where a `grid` is given."""
     segments = index.row_segments(int(part["row"]))
     if (segments["slice"] >= 0).any():
         segments = segments[(segments["slice"] >= part["first"]) & (segments["slice"] < part["last"])]
     for member in np.unique(segments["member"]):
         name, offset, size = index.row_member(int(part["row"]), int(member))
         mine = segments[segments["member"] == member]
-        kind = mine["modality"][0]
+        kind, frame = mine["modality"][0], (int(mine["height"][0]), int(mine["width"][0]))
+        if kind == Modality.VISION and grid is not None:
+            least = tuple(PATCH * side for side in grid(*frame))
+            height, width = reduced_size(frame, least) or (-1, -1)
         if kind == Modality.TEXT:
             continue
         content = io.BytesIO(read_member(tar, offset, size, f"{index.keys[int(part['row'])]}.{name}"))
         if kind == Modality.VISION and is_video(name):
-            decord.VideoReader(content, num_threads=1).get_batch(mine["start"]).asnumpy()
+            scaled = {} if grid is None else {"width": width, "height": height}
+            decord.VideoReader(content, num_threads=1, **scaled).get_batch(mine["start"]).asnumpy()
         elif kind == Modality.VISION:
             image = Image.open(content)
-            image.draft("RGB", DRAFT)
+            if grid is not None:
+                image.draft("RGB", (2 * least[1], 2 * least[0]))
             np.asarray(image)
         elif kind == Modality.AUDIO:
             sound = soundfile.SoundFile(content)
@@ -100,7 +109,7 @@ def decode(tar: str, index: ShardIndex, part: np.void) -> None:
             np.load(content)
 
 
-def bare(plans: list[SequencePlan], files: list[SourceFiles], ready, go) -> None:
+def bare(plans: list[SequencePlan], files: list[SourceFiles], grid, ready, go) -> None:
     """One process of bare decoding."""
     torch.set_num_threads(1)
     indices = {tar: ShardIndex.read(tar) for source in files for tar in source.tars}
@@ -109,13 +118,13 @@ def bare(plans: list[SequencePlan], files: list[SourceFiles], ready, go) -> None
     for plan in plans:
         for part in plan.parts:
             tar = files[part["source"]].tars[part["shard"]]
-            decode(tar, indices[tar], part)
+            decode(tar, indices[tar], part, grid)
 
 
-def time_bare(plans: list[SequencePlan], files: list[SourceFiles]) -> float:
+def time_bare(plans: list[SequencePlan], files: list[SourceFiles], grid) -> float:
     context = multiprocessing.get_context("fork")
     ready, go = context.Semaphore(0), context.Event()
-    processes = [context.Process(target=bare, args=(plans[i::WORKERS], files, ready, go)) for i in range(WORKERS)]
+    processes = [context.Process(target=bare, args=(plans[i::WORKERS], files, grid, ready, go)) for i in range(WORKERS)]
     for process in processes:
         process.start()
     for _ in processes:
@@ -124,6 +133,8 @@ def time_bare(plans: list[SequencePlan], files: list[SourceFiles]) -> float:
     go.set()
     for process in processes:
         process.join()
+        if process.exitcode:
+            sys.exit("a process of bare decoding failed")
     return time.perf_counter() - started
 
 
@@ -154,23 +165,37 @@ def time_stream(stream: Stream) -> tuple[float, int]:
     return time.perf_counter() - started, positions
 
 
-def main() -> None:
+def compare(camera: tuple[int, int, int]) -> dict[str, list[float]]:
+    """Positions a second of both, in turn, as the machine may be shared."""
     with tempfile.TemporaryDirectory() as folder:
-        config, sources, settings = build(Path(folder))
+        config, sources, settings = build(Path(folder), *camera)
         tokenizers = settings.build(sources.manifests)
         planner = make_stream(config, sources, tokenizers).planner
         plans = [planner.next_sequence() for _ in range(SEQUENCES)]
-        rates = {"bare": [], "stream": []}
-        for _ in range(ROUNDS):  # in turn, as the machine may be shared
-            rates["bare"].append(sum(p.counts.positions for p in plans) / time_bare(plans, sources.files("train")))
-            seconds, positions = time_stream(make_stream(config, sources, tokenizers))
-            rates["stream"].append(positions / seconds)
-    kept = float(np.median([s / b for s, b in zip(rates["stream"], rates["bare"])]))
-    table = Table("positions/s, 2 processes", "bare decoding", "the stream", "kept", title_justify="left")
-    for number, (b, s) in enumerate(zip(rates["bare"], rates["stream"])):
-        table.add_row(f"round {number}", f"{b:,.0f}", f"{s:,.0f}", f"{s / b:.2f}")
+        positions = sum(plan.counts.positions for plan in plans)
+        rates = {"full size": [], "same calls": [], "stream": []}
+        for _ in range(ROUNDS):
+            rates["full size"].append(positions / time_bare(plans, sources.files("train"), None))
+            rates["same calls"].append(positions / time_bare(plans, sources.files("train"), tokenizers.vision.grid))
+            seconds, served = time_stream(make_stream(config, sources, tokenizers))
+            rates["stream"].append(served / seconds)
+    return rates
+
+
+def main() -> None:
+    columns = "camera", "full size", "same calls", "stream", "/ full", "/ same"
+    table = Table(*columns, title="positions/s, 2 processes", title_justify="left")
+    figures, targets = {}, {}
+    for name, camera in CAMERAS.items():
+        rates = figures[name] = compare(camera)
+        kept = {kind: [s / b for s, b in zip(rates["stream"], rates[kind])] for kind in ("full size", "same calls")}
+        for row in zip(*rates.values(), *kept.values()):
+            table.add_row(name, *(f"{rate:,.0f}" for rate in row[:3]), *(f"{share:.2f}" for share in row[3:]))
+        table.add_section()
+        for kind, shares in kept.items():
+            targets[f"share of bare decoding ({kind}), cameras {name}"] = target(float(np.median(shares)), 0.85)
     Console().print(table)
-    print_result("data_pipeline", rates, {"share of bare decoding": target(kept, 0.85)})
+    print_result("data_pipeline", figures, targets)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from mmoe.data.batch import IGNORE, PackedBatch, Pairs, Values
 from mmoe.data.document import Document
@@ -50,7 +51,7 @@ class Collator:
         offset = np.zeros((B, L), np.int64)
         source = np.full((B, L), -1, np.int16)
         labels = np.full((B, L), IGNORE, np.int64)
-        values: dict[Modality, list[tuple[np.ndarray, np.ndarray]]] = {kind: [] for kind in CONTINUOUS}
+        values: dict[Modality, list[tuple[list[np.ndarray], np.ndarray]]] = {kind: [] for kind in CONTINUOUS}
         actions: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         pairs: list[tuple[list[tuple[int, int]], list[int], int, int]] = []
         borders, provenance = [0], []
@@ -118,17 +119,27 @@ class Collator:
             quarantined=quarantined,
         )
 
-    def _values(self, kind: Modality, parts: list[tuple[np.ndarray, np.ndarray]], sequences: int) -> Values:
+    def _values(self, kind: Modality, parts: list[tuple[list[np.ndarray], np.ndarray]], sequences: int) -> Values:
         count = sum(len(index) for _, index in parts)
         rows = max(count, self.patches * sequences) if kind is Modality.VISION else count
-        vectors = np.empty((rows, self.dims[kind]), np.float32)  # tens of megabytes: every byte is written once
-        index = np.full(rows, -1, np.int64)
-        at = 0
-        for values, where in parts:
-            vectors[at : at + len(where)], index[at : at + len(where)] = values, where
-            at += len(where)
+        tensor = _handed_over((rows, self.dims[kind]))
+        vectors, index, at = tensor.numpy(), np.full(rows, -1, np.int64), 0
+        for pieces, where in parts:
+            index[at : at + len(where)] = where
+            for piece in pieces:
+                vectors[at : at + len(piece)] = piece
+                at += len(piece)
         vectors[count:] = 0
-        return Values(torch.from_numpy(vectors), torch.from_numpy(index))
+        return Values(tensor, torch.from_numpy(index))
+
+
+def _handed_over(shape: tuple[int, int]) -> torch.Tensor:
+    """An empty f32 tensor, in a worker in the memory that is handed to the training process: the patches of a batch
+    are tens of megabytes, so every byte is written once."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    size = shape[0] * shape[1] * torch.float32.itemsize
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(size)).resize_(shape) if size else torch.empty(shape)
 
 
 def _stack(parts: list[np.ndarray], empty: tuple[int, ...], dtype: type) -> torch.Tensor:

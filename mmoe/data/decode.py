@@ -10,7 +10,7 @@ import numpy as np
 from mmoe.data.batch import IGNORE
 from mmoe.data.document import Document, DocumentBuilder
 from mmoe.data.index import ShardIndex
-from mmoe.data.media import VideoFrames, is_video, load_array, load_audio, load_image
+from mmoe.data.media import VideoFrames, is_video, load_array, load_audio, load_image, reduced_size
 from mmoe.data.plan import DocumentRef
 from mmoe.data.sample import Modality
 from mmoe.data.shards import GAP, Span, read_member, spans
@@ -215,22 +215,21 @@ class _Row:
         return self.text_start + self.index.row_text(self.ref.row)[segment["start"] : segment["stop"]]
 
     def _vision(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Patch vectors [n, patch_dim + COORDINATES], pixels before coordinates, and their positions [n, 3]."""
+        """Patch vectors [n, vector_dim] and their positions [n, 3]."""
         vision = self.tokenizers.vision
         rows, columns = self.decoder.grid(int(segment["height"]), int(segment["width"]))
         tubelets = int(segment["stop"] - segment["start"]) // vision.config.tubelet
-        positions, coordinates = (f(rows, columns, tubelets) for f in (vision.positions, vision.coordinates))
         if self._is_blank(Modality.VISION):
-            pixels = np.zeros((len(positions), vision.patch_dim), np.float32)
+            vectors = vision.blank(rows, columns, tubelets)
         else:
             row, segment = self._payload_of(segment, at, chosen)
+            least = rows * vision.config.patch, columns * vision.config.patch
             if is_video(row._member_name(segment)):
-                pictures = row._frames(segment)
+                pictures = row._frames(segment, least)
             else:
-                least = rows * vision.config.patch, columns * vision.config.patch
                 pictures = load_image(row._bytes(segment), row._where(segment), least)[None]
-            pixels = vision.encode(pictures, rows, columns)
-        return np.concatenate([pixels, coordinates], axis=1), positions
+            vectors = vision.encode(pictures, rows, columns)
+        return vectors, vision.positions(rows, columns, tubelets)
 
     def _audio(self, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
         codec, samples = self.tokenizers.audio, int(segment["stop"] - segment["start"])
@@ -316,18 +315,20 @@ class _Row:
             self._members[name] = read_member(self.index.tar, offset, size, name, self.decoder.storage)
         return self._members[name]
 
-    def _frames(self, segment: np.void) -> np.ndarray:
-        """Frames of a video segment; a video's frames for all slices of the part are decoded in one pass."""
+    def _frames(self, segment: np.void, least: tuple[int, int]) -> np.ndarray:
+        """Frames of a video segment, not much larger than `least`; those of all slices of the part in one pass."""
         name = self._member_name(segment)
         if name not in self._videos:
             segments = self.segments[self.segments["member"] == segment["member"]]
             if self.ref.last > self.ref.first:
                 segments = segments[(segments["slice"] >= self.ref.first) & (segments["slice"] < self.ref.last)]
             numbers = np.unique(np.concatenate([np.arange(s["start"], s["stop"]) for s in segments]))
-            video = VideoFrames(self._bytes(segment), self.decoder.video_backend, self._where(segment))
+            scaled = reduced_size((int(segment["height"]), int(segment["width"])), least)
+            video = VideoFrames(self._bytes(segment), self.decoder.video_backend, self._where(segment), scaled=scaled)
             self._videos[name] = numbers, video.frames(numbers)
-        numbers, frames = self._videos[name]
-        return frames[np.searchsorted(numbers, np.arange(segment["start"], segment["stop"]))]
+        numbers, frames = self._videos[name]  # every number between start and stop is among them
+        first = int(np.searchsorted(numbers, segment["start"]))
+        return frames[first : first + int(segment["stop"] - segment["start"])]
 
     def _array(self, segment: np.void) -> np.ndarray:
         name = self._member_name(segment)

@@ -41,7 +41,8 @@ class Document:
     camera: np.ndarray
     offset_ns: np.ndarray
     labels: np.ndarray
-    values: dict[Modality, tuple[np.ndarray, np.ndarray]]  # (values [k, D], index [k])
+    # (pieces [.., D] that make the values [k, D], index [k]): joined once, where the batch needs them
+    values: dict[Modality, tuple[list[np.ndarray], np.ndarray]]
     action_target: np.ndarray  # [m, H, A]
     action_mask: np.ndarray
     action_index: np.ndarray  # [m]
@@ -57,17 +58,15 @@ class DocumentBuilder:
 
     chunk: int
     action_dims: int
-    _ids: list[np.ndarray] = field(default_factory=list)
-    _modality: list[np.ndarray] = field(default_factory=list)
-    _slice: list[np.ndarray] = field(default_factory=list)
-    _position: list[np.ndarray] = field(default_factory=list)
-    _camera: list[np.ndarray] = field(default_factory=list)
-    _offset: list[np.ndarray] = field(default_factory=list)
-    _predicted: list[np.ndarray] = field(default_factory=list)  # this token is a target of the one before it
+    # length, modality, slice, camera, offset, predicted (this token is a target of the one before it)
+    _runs: list[tuple[int, int, int, int, int, bool]] = field(default_factory=list)
+    _ids: list[np.ndarray | list[int]] = field(default_factory=list)
+    _places: list[np.ndarray | None] = field(default_factory=list)  # None: the next coordinates on all axes
     _own: list[tuple[int, np.ndarray]] = field(default_factory=list)  # labels that stand on the position itself
     _values: dict[Modality, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
     _targets: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
     _spans: list[Span] = field(default_factory=list)
+    _starts: list[int] = field(default_factory=list)  # the first coordinate of each run
     _length: int = 0
     _next: int = 0  # next free coordinate on all three axes
     _slice_time: int | None = None  # time coordinate that the cameras of the current slice share
@@ -75,7 +74,7 @@ class DocumentBuilder:
 
     def structure(self, token: int, predicted: bool = False, offset_ns: int = 0) -> None:
         """One structure token; `predicted` where the model must learn to emit it (the end of a text or sound)."""
-        self._append(np.array([token]), Modality.STRUCTURE, predicted=predicted, offset_ns=offset_ns)
+        self._append([token], Modality.STRUCTURE, predicted=predicted, offset_ns=offset_ns)
 
     def open_slice(self, number: int, timestamp_ns: int) -> None:
         """`slice_start timestamp`; every position until `close_slice` belongs to slice `number`."""
@@ -98,7 +97,7 @@ class DocumentBuilder:
     def frame(self, patches: np.ndarray, positions: np.ndarray, camera: int, offset_ns: int, pair: int) -> None:
         """One camera of the open slice; cameras share the slice's time coordinate."""
         if camera != NO_CAMERA:
-            self._append(CAMERA_TOKEN[[camera]], Modality.STRUCTURE, camera=camera, offset_ns=offset_ns)
+            self._append([CAMERA_TOKEN[camera]], Modality.STRUCTURE, camera=camera, offset_ns=offset_ns)
         self._vision(patches, positions, camera, offset_ns, pair)
 
     def audio(self, ids: np.ndarray, offset_ns: int, pair: int) -> None:
@@ -115,12 +114,12 @@ class DocumentBuilder:
         """One INERTIAL or STATE vector [D]."""
         token = Structure.STATE if modality is Modality.STATE else Placeholder.INERTIAL
         self._values.setdefault(modality, []).append((value[None], np.array([self._length])))
-        self._append(np.array([token]), modality, offset_ns=offset_ns)
+        self._append([token], modality, offset_ns=offset_ns)
 
     def action(self, target: np.ndarray, mask: np.ndarray, offset_ns: int) -> None:
         """A continuous chunk [H, A], predicted from the hidden state of one `action` token."""
         self._targets.append((self._length, target, mask))
-        self._append(np.array([Structure.ACTION]), Modality.ACTION, offset_ns=offset_ns)
+        self._append([Structure.ACTION], Modality.ACTION, offset_ns=offset_ns)
         self.structure(Structure.ACTION_END)
 
     def action_bins(self, ids: np.ndarray, offset_ns: int) -> None:
@@ -131,8 +130,10 @@ class DocumentBuilder:
 
     def finish(self) -> Document:
         n = self._length
-        ids, modality, slices = (np.concatenate(x) for x in (self._ids, self._modality, self._slice))
-        predicted = np.concatenate(self._predicted)
+        ids = np.concatenate(self._ids).astype(np.int64, copy=False)
+        runs = np.array(self._runs, np.int64)
+        _, modality, slices, camera, offset_ns, predicted = np.repeat(runs, runs[:, 0], axis=0).T
+        predicted = predicted.astype(bool)
         labels = np.full(n, IGNORE, np.int64)
         labels[:-1] = np.where(predicted[1:], ids[1:], IGNORE)
         labels[_between_vision(modality, slices)] = IGNORE
@@ -141,14 +142,14 @@ class DocumentBuilder:
         shape = (0, self.chunk, self.action_dims)
         return Document(
             token_ids=ids,
-            modality=modality,
-            slice=slices,
-            position=np.concatenate(self._position),
-            camera=np.concatenate(self._camera),
-            offset_ns=np.concatenate(self._offset),
+            modality=modality.astype(np.uint8),
+            slice=slices.astype(np.int32),
+            position=self._positions(runs[:, 0]),
+            camera=camera.astype(np.int8),
+            offset_ns=offset_ns,
             labels=labels,
             values={
-                kind: (np.concatenate([v for v, _ in parts]), np.concatenate([i for _, i in parts]))
+                kind: ([v for v, _ in parts], np.concatenate([i for _, i in parts]))
                 for kind, parts in self._values.items()
             },
             action_target=np.stack([t for _, t, _ in self._targets]) if self._targets else np.zeros(shape, np.float32),
@@ -180,7 +181,7 @@ class DocumentBuilder:
 
     def _append(
         self,
-        ids: np.ndarray,
+        ids: np.ndarray | list[int],
         modality: Modality,
         *,
         predicted: bool = False,
@@ -189,18 +190,23 @@ class DocumentBuilder:
         place: np.ndarray | None = None,
     ) -> None:
         n = len(ids)
-        if place is None:
-            place = np.repeat(np.arange(self._next, self._next + n)[:, None], 3, axis=1)
-        self._ids.append(np.asarray(ids, np.int64))
-        self._modality.append(np.full(n, modality, np.uint8))
-        self._slice.append(np.full(n, self._current_slice, np.int32))
-        self._position.append(place.astype(np.int32))
-        self._camera.append(np.full(n, camera, np.int8))
-        self._offset.append(np.full(n, offset_ns, np.int64))
-        self._predicted.append(np.full(n, predicted))
+        self._runs.append((n, int(modality), self._current_slice, int(camera), int(offset_ns), predicted))
+        self._ids.append(ids)
+        self._places.append(place)
+        self._starts.append(self._next)
         self._length += n
         if n:
-            self._next = max(self._next, int(place.max()) + 1)
+            self._next = self._next + n if place is None else max(self._next, int(place.max()) + 1)
+
+    def _positions(self, lengths: np.ndarray) -> np.ndarray:
+        """[n, 3] i32: ordinary runs count on from where they start; the others bring their own."""
+        ends = np.cumsum(lengths)
+        ordinary = np.arange(self._length) + np.repeat(np.array(self._starts) - (ends - lengths), lengths)
+        positions = np.repeat(ordinary.astype(np.int32)[:, None], 3, axis=1)
+        for end, place in zip(ends.tolist(), self._places):
+            if place is not None:
+                positions[end - len(place) : end] = place
+        return positions
 
 
 def _between_vision(modality: np.ndarray, slices: np.ndarray) -> np.ndarray:

@@ -64,6 +64,12 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def reduced_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int] | None:
+    """The whole fraction of a frame's (height, width) that is no less than `_SPARE` times `least`; None: all of it."""
+    fraction = min(side // (_SPARE * wanted) for side, wanted in zip(size, least, strict=True))
+    return (size[0] // fraction, size[1] // fraction) if fraction > 1 else None
+
+
 class VideoFrames:
     """Random access to the frames of one video stream: number `stream` of the file, else the best by FFmpeg's rank.
 
@@ -71,11 +77,21 @@ class VideoFrames:
     presentation time after the stream's start, strictly increasing; `size` is (height, width) upright. Both backends
     apply a rotation tag of quarter turns. `backend` is "decord", or "pyav" for what decord cannot read (AV1, files
     without a duration, AVI with B-frames, a stream that is not the best).
+
+    `scaled` (height, width) is what frames are scaled to as they are converted to RGB: for frames that are resized
+    further down it saves most of the cost of decoding.
     """
 
-    def __init__(self, data: bytes | Path, backend: Backend, where: str, stream: int | None = None):
+    def __init__(
+        self,
+        data: bytes | Path,
+        backend: Backend,
+        where: str,
+        stream: int | None = None,
+        scaled: tuple[int, int] | None = None,
+    ):
         self.where, self.backend = where, backend
-        self._reader = (_DecordReader if backend == "decord" else _PyAVReader)(data, where, stream)
+        self._reader = (_DecordReader if backend == "decord" else _PyAVReader)(data, where, stream, scaled)
         self.times_ns = _checked_times(self._reader.times_ns, backend, where)
 
     def __len__(self) -> int:
@@ -97,14 +113,15 @@ class VideoFrames:
 
 
 class _DecordReader:
-    def __init__(self, data: bytes | Path, where: str, stream: int | None):
+    def __init__(self, data: bytes | Path, where: str, stream: int | None, scaled: tuple[int, int] | None):
         if stream is not None:
             raise DataError(f"{where}: decord reads the best video stream only; {_try_pyav('decord')}")
         decord = require("decord", "data.video_backend")  # only here: it exists for Linux on x86-64 alone
         self._where, self._decord = where, decord
         decord.logging.set_level(self._decord.logging.QUIET)  # it prints what it then raises
         try:
-            self._video = decord.VideoReader(_file(data), num_threads=1)
+            height, width = scaled or (-1, -1)
+            self._video = decord.VideoReader(_file(data), width=width, height=height, num_threads=1)
             self._seconds = self._video.get_frame_timestamp(np.arange(len(self._video)))[:, 0]
         except (RuntimeError, decord.DECORDError, IndexError) as error:
             raise _unreadable("video", where, error, _try_pyav("decord")) from error
@@ -127,8 +144,8 @@ class _DecordReader:
 
 
 class _PyAVReader:
-    def __init__(self, data: bytes | Path, where: str, stream: int | None):
-        self._where = where
+    def __init__(self, data: bytes | Path, where: str, stream: int | None, scaled: tuple[int, int] | None):
+        self._where, self._scaled = where, scaled
         try:
             self._container = av.open(_file(data))
             streams = self._container.streams
@@ -183,7 +200,10 @@ class _PyAVReader:
         self._decoding, self._at = self._container.decode(self._stream), -1
 
     def _convert(self, frame: av.VideoFrame) -> av.VideoFrame:
-        return self._converter.reformat(frame, format="rgb24")
+        if self._scaled is None:
+            return self._converter.reformat(frame, format="rgb24")
+        height, width = self._scaled if frame.rotation % 180 == 0 else self._scaled[::-1]
+        return self._converter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
 
     def _decode(self, wanted: set[int], found: dict[int, np.ndarray]) -> None:
         for frame in self._decoding:

@@ -205,8 +205,7 @@ def _picture(run: Run, path: Path | None) -> tuple[np.ndarray, np.ndarray] | Non
     vision = run.tokenizers.vision
     rows, columns = vision.grid(*pixels.shape[:2])
     frames = np.repeat(pixels[None], vision.config.tubelet, axis=0)
-    patches = np.concatenate([vision.encode(frames, rows, columns), vision.coordinates(rows, columns)], axis=1)
-    return patches, vision.positions(rows, columns)
+    return vision.encode(frames, rows, columns), vision.positions(rows, columns)
 
 
 def _sound(run: Run, path: Path | None) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.audio_codecs import load_codec
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
 from mmoe.tokenizers.vectors import VectorNormaliser
-from mmoe.tokenizers.vision import COORDINATES, VisionConfig, VisionTokenizer
+from mmoe.tokenizers.vision import VisionConfig, VisionTokenizer
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 VECTOR_MODALITIES = (Modality.ACTION, Modality.STATE, Modality.INERTIAL)
@@ -55,7 +55,7 @@ class Tokenizers:
         self.audio = load_codec(config.audio) if config.audio is not None else None
         self.dims = {kind: _union(manifests, kind) for kind in VECTOR_MODALITIES}
         self.value_dims = {
-            Modality.VISION: self.vision.patch_dim + COORDINATES if _holds(manifests, Modality.VISION) else 0,
+            Modality.VISION: self.vision.vector_dim if _holds(manifests, Modality.VISION) else 0,
             Modality.INERTIAL: self.dims[Modality.INERTIAL].size,
             Modality.STATE: self.dims[Modality.STATE].size,
         }

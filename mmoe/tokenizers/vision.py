@@ -1,5 +1,7 @@
 """Pictures and video to patch vectors: a grid within a patch budget, a resize to it, patches of tubelets."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -20,11 +22,12 @@ class VisionConfig(Config):
 
 
 class VisionTokenizer:
-    """Patch vectors f32 [patch_dim] in [-1, 1]: tubelet x patch x patch pixels of RGB, in this order."""
+    """Patch vectors f32 [vector_dim] in [-1, 1]: tubelet x patch x patch pixels of RGB in this order, coordinates."""
 
     def __init__(self, config: VisionConfig):
         self.config = config
         self.patch_dim = config.tubelet * config.patch**2 * 3
+        self.vector_dim = self.patch_dim + COORDINATES
         budget = config.max_patches
         self._grids = np.array([(r, c) for r in range(1, budget + 1) for c in range(1, budget // r + 1)])
         self._known: dict[int, np.ndarray] = {}  # size -> its grid, of the sizes met so far
@@ -59,10 +62,10 @@ class VisionTokenizer:
         return rows * columns
 
     def encode(self, frames: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """Frames uint8 [T, H, W, 3], resized to the grid -> f32 [T / tubelet * rows * columns, patch_dim].
+        """Frames uint8 [T, H, W, 3], resized to the grid -> f32 [T / tubelet * rows * columns, vector_dim].
 
-        Time-major, then row, then column. The resize is bilinear with antialiasing. Raises ValueError when
-        `tubelet` does not divide T.
+        Time-major, then row, then column; each vector is its pixels, then its `coordinates`. The resize is bilinear
+        with antialiasing. Raises ValueError when `tubelet` does not divide T.
         """
         config = self.config
         if len(frames) % config.tubelet:
@@ -80,11 +83,21 @@ class VisionTokenizer:
             p=config.patch,
             q=config.patch,
         )
-        return patches.float().mul_(1 / 127.5).sub_(1.0).numpy()
+        vectors = self.blank(rows, columns, len(frames) // config.tubelet)
+        values = torch.from_numpy(vectors)[:, : self.patch_dim]
+        torch.mul(patches, 1 / 127.5, out=values).sub_(1.0)
+        return vectors
+
+    def blank(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
+        """What `encode` gives, with zeros (grey) for the pixels."""
+        coordinates = self.coordinates(rows, columns, tubelets)
+        vectors = np.zeros((len(coordinates), self.vector_dim), np.float32)
+        vectors[:, self.patch_dim :] = coordinates
+        return vectors
 
     def positions(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
         """(time, row, column) i64 [tubelets * rows * columns, 3] of each vector of `encode`, from 0."""
-        return np.indices((tubelets, rows, columns)).reshape(3, -1).T
+        return _positions(rows, columns, tubelets)
 
     def coordinates(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
         """Where in its picture each vector of `encode` lies: f32 [n, COORDINATES].
@@ -92,16 +105,13 @@ class VisionTokenizer:
         Row and column as y, x in (-1, 1), with the sines and cosines of their first harmonics. Rotary positions only
         say how far apart two positions are; with these a patch knows by itself that it shows the road ahead.
         """
-        _, row, column = self.positions(rows, columns, tubelets).T
-        place = np.stack([(2 * row + 1) / rows - 1, (2 * column + 1) / columns - 1], axis=1)
-        phases = np.concatenate([np.pi * harmonic * place for harmonic in (0.5, 1.0, 2.0)], axis=1)
-        return np.concatenate([place, np.sin(phases), np.cos(phases)], axis=1).astype(np.float32)
+        return _coordinates(rows, columns, tubelets)
 
     def decode(self, patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
         """Frames uint8 [T, rows * patch, columns * patch, 3]; exact where `encode` resized nothing."""
         config = self.config
         frames = rearrange(
-            patches,
+            patches[:, : self.patch_dim],
             "(t r k) (s p q c) -> (t s) (r p) (k q) c",
             r=rows,
             k=columns,
@@ -120,3 +130,21 @@ class VisionTokenizer:
         cost = DISTORTION_COST * distortion**2 + (area - np.log(most)[:, None]) ** 2
         cost[(self._grids > native[:, None]).any(2)] = np.inf
         return self._grids[cost.argmin(1)]
+
+
+# Every picture of a camera has the same; the arrays are shared, so nobody may write to them.
+@lru_cache(maxsize=256)
+def _positions(rows: int, columns: int, tubelets: int) -> np.ndarray:
+    positions = np.indices((tubelets, rows, columns)).reshape(3, -1).T
+    positions.flags.writeable = False
+    return positions
+
+
+@lru_cache(maxsize=256)
+def _coordinates(rows: int, columns: int, tubelets: int) -> np.ndarray:
+    _, row, column = _positions(rows, columns, tubelets).T
+    place = np.stack([(2 * row + 1) / rows - 1, (2 * column + 1) / columns - 1], axis=1)
+    phases = np.concatenate([np.pi * harmonic * place for harmonic in (0.5, 1.0, 2.0)], axis=1)
+    coordinates = np.concatenate([place, np.sin(phases), np.cos(phases)], axis=1).astype(np.float32)
+    coordinates.flags.writeable = False
+    return coordinates

@@ -72,8 +72,9 @@ def test_cutting_is_lossless_without_resize(tokenizer, rows, columns, tubelets, 
     shape = (tubelets * tubelet, rows * patch, columns * patch, 3)
     frames = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     patches = tokenizer.encode(frames, rows, columns)
-    assert patches.dtype == np.float32 and patches.shape == (tubelets * rows * columns, tokenizer.patch_dim)
+    assert patches.dtype == np.float32 and patches.shape == (tubelets * rows * columns, tokenizer.vector_dim)
     assert patches.min() >= -1 and patches.max() <= 1
+    assert (patches[:, tokenizer.patch_dim :] == tokenizer.coordinates(rows, columns, tubelets)).all()
     assert (tokenizer.decode(patches, rows, columns) == frames).all()
 
 
@@ -84,7 +85,8 @@ def test_positions_say_where_a_patch_was(tokenizer, rows, columns, tubelets):
     # Colour every pixel by the tubelet, row and column of patches it belongs to.
     places = np.stack(np.indices((tubelets, rows, columns)), axis=-1)
     frames = places.repeat(tubelet, 0).repeat(patch, 1).repeat(patch, 2).astype(np.uint8)
-    colours = np.rint((tokenizer.encode(frames, rows, columns) + 1) * 127.5).reshape(-1, tubelet * patch**2, 3)
+    pixels = tokenizer.encode(frames, rows, columns)[:, : tokenizer.patch_dim]
+    colours = np.rint((pixels + 1) * 127.5).reshape(-1, tubelet * patch**2, 3)
     positions = tokenizer.positions(rows, columns, tubelets)
     assert (colours == positions[:, None]).all()
 
