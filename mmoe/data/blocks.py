@@ -126,7 +126,7 @@ class PlannedSource:
 
     def _build(self, shards: np.ndarray, rows: np.ndarray, counter: int) -> Block:
         """The block of `rows` [documents], numbered through the `shards`; document d draws its key at counter + d."""
-        tables, measured = zip(*(self._measure(int(shard)) for shard in shards), strict=True)
+        tables, measured = zip(*self._measure(shards.tolist()), strict=True)
         measures = Measures.concatenate(list(measured))
         shard = np.repeat(shards, self.shard_rows[shards])[rows]
         row = np.concatenate([np.arange(self.shard_rows[s]) for s in shards])[rows]
@@ -166,14 +166,15 @@ class PlannedSource:
         total = np.bincount(document, weights=counts[:, POSITIONS], minlength=len(rows)).astype(np.int64)
         return Block(parts, counts, offsets, total, fate)
 
-    def _measure(self, shard: int) -> tuple[SegmentTable, Measures]:
-        if shard in self._measured:
-            return self._measured[shard]
-        table = self._read(shard)
-        found = table, measure_index(table, self.tokenizers, self.name)
+    def _measure(self, shards: list[int]) -> list[tuple[SegmentTable, Measures]]:
+        """Segments and measures of the shards; those far away are read at the same time."""
+        new = [shard for shard in shards if shard not in self._measured]
+        found = dict(self._measured)
+        for shard, table in zip(new, self._storage.map(self._read, new), strict=True):
+            found[shard] = table, measure_index(table, self.tokenizers, self.name)
         if len(self.shards) <= self._block_shards:  # a small source is walked often: its block is its epoch
-            self._measured[shard] = found
-        return found
+            self._measured = found
+        return [found[shard] for shard in shards]
 
     def _read(self, shard: int) -> SegmentTable:
         table = SegmentTable.read(self.shards[shard], self._storage)

@@ -54,7 +54,8 @@ def shuffle(sources: Sources, split: str, modality: Modality, seed: int) -> Dono
     left_out: dict[str, str] = {}
     counts: dict[str, int] = {}
     for number, files in enumerate(sources.files(split)):
-        rows = [row for shard, tar in enumerate(files.tars) for row in _rows(ShardIndex.read(tar), shard, modality)]
+        indices = [ShardIndex.read(tar, sources.storage) for tar in files.tars]
+        rows = [row for shard, index in enumerate(indices) for row in _rows(index, shard, modality)]
         if not rows:
             continue
         chosen = derange(rows, np.random.default_rng((seed, number)))

@@ -14,6 +14,7 @@ from mmoe.data.media import load_array
 from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
 from mmoe.data.shards import read_member
+from mmoe.data.storage import Storage
 from mmoe.tokenizers.bundle import Tokenizers
 
 Key = tuple[int, int, int, int]  # source, shard, row, and number of the chunk in its row
@@ -53,11 +54,13 @@ def read_chunks(sources: Sources, tokenizers: Tokenizers, split: str) -> Chunks:
             continue
         tokenizer, columns = tokenizers.actions[files.name], dims.columns[files.name]
         for shard, tar in enumerate(files.tars):
-            index = ShardIndex.read(tar)
+            index = ShardIndex.read(tar, sources.storage)
             for row in range(len(index)):
                 segments = index.row_segments(row)
                 actions = segments[segments["modality"] == Modality.ACTION]
-                tables = {member: _table(index, row, member) for member in set(actions["member"].tolist())}
+                tables = {
+                    member: _table(sources.storage, index, row, member) for member in set(actions["member"].tolist())
+                }
                 for count, segment in enumerate(actions):
                     table, start = tables[int(segment["member"])], int(segment["start"])
                     rows, inside = tokenizer.chunk_of(table, start, int(segment["stop"]))
@@ -155,7 +158,7 @@ def error_tables(
     }
 
 
-def _table(index: ShardIndex, row: int, member: int) -> np.ndarray:
+def _table(storage: Storage, index: ShardIndex, row: int, member: int) -> np.ndarray:
     name, offset, size = index.row_member(row, member)
     where = f"{index.keys[row]}.{name}"
-    return load_array(read_member(index.tar, offset, size, where), f"{index.tar}: {where}")
+    return load_array(read_member(index.tar, offset, size, where, storage), f"{index.tar}: {where}")

@@ -222,7 +222,7 @@ def _enough_pairs(sources: Sources, only: list[str]) -> dict[str, int]:
     for files in sources.files("heldout"):
         if files.name not in only:
             continue
-        indices = [ShardIndex.read(tar) for tar in files.tars]
+        indices = [ShardIndex.read(tar, sources.storage) for tar in files.tars]
         texts = [index.segments[index.segments["modality"] == Modality.TEXT] for index in indices]
         pairs = sum(int((text["pair"] >= 0).sum()) for text in texts)
         if pairs:

@@ -13,6 +13,7 @@ from mmoe.data.index import ShardIndex
 from mmoe.data.media import Backend, VideoFrames, is_video, load_image
 from mmoe.data.sample import Camera, Modality
 from mmoe.data.shards import read_member
+from mmoe.data.storage import Storage
 from mmoe.training.run import Run
 
 # As one stands in the rig: the row in front, the row behind.
@@ -35,13 +36,16 @@ class SlicePictures:
 def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> SlicePictures:
     """The slice of a held-out row that its action chunk number `chunk` belongs to."""
     files = next(files for files in run.sources.files("heldout") if files.name == source)
-    index = ShardIndex.read(files.tars[shard])
+    index = ShardIndex.read(files.tars[shard], run.sources.storage)
     segments = index.row_segments(row)
     number = segments["slice"][np.flatnonzero(segments["modality"] == Modality.ACTION)[chunk]]
     pictures, caption = {}, ""
     for segment in segments[segments["slice"] == number]:
         if segment["modality"] == Modality.VISION:
-            pictures.setdefault(int(segment["camera"]), _picture(index, row, segment, run.config.data.video_backend))
+            pictures.setdefault(
+                int(segment["camera"]),
+                _picture(run.sources.storage, index, row, segment, run.config.data.video_backend),
+            )
         elif segment["modality"] == Modality.TEXT:
             caption = run.tokenizers.text.decode(index.row_text(row)[segment["start"] : segment["stop"]])
     return SlicePictures(pictures, caption)
@@ -80,10 +84,10 @@ def data_uri(picture: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _picture(index: ShardIndex, row: int, segment: np.void, backend: Backend) -> np.ndarray:
+def _picture(storage: Storage, index: ShardIndex, row: int, segment: np.void, backend: Backend) -> np.ndarray:
     name, offset, size = index.row_member(row, int(segment["member"]))
     where = f"{index.keys[row]}.{name}"
-    data, where = read_member(index.tar, offset, size, where), f"{index.tar}: {where}"
+    data, where = read_member(index.tar, offset, size, where, storage), f"{index.tar}: {where}"
     if is_video(name):
         return VideoFrames(data, backend, where).frames(np.array([segment["start"]]))[0]
     return load_image(data, where)
