@@ -8,7 +8,6 @@ prepared and served by a local S3 server (moto) on this machine's own cores: tha
 """
 
 import argparse
-import json
 import logging
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ from mmoe.data.index import SegmentTable, ShardIndex, SourceManifest
 from mmoe.data.preparation.prepare import prepare
 from mmoe.data.shards import spans
 from mmoe.data.storage import Storage, StorageConfig, join
+from mmoe.result import print_result
 from mmoe.tokenizers.text import TextTokenizer
 
 BLOCK_SHARDS = 16
@@ -161,7 +161,7 @@ def main() -> None:
             figures = measure(url, arguments)
     for name, value in figures.items():
         console.print(f"{name:>20}  {value:,.2f}" if isinstance(value, float) else f"{name:>20}  {value}")
-    print("RESULT " + json.dumps({"name": "data_storage", "figures": figures, "targets": {}}))
+    print_result("data_storage", figures, {})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmoe.monitoring.memory import PeakMemory
+from mmoe.result import print_result
 
 CONFIG, RUN = "configs/demo.yaml", Path("runs/demo")
 STOP, OVERLAP = 100, 3  # stop OVERLAP steps after the checkpoint of step STOP, resume from it, compare the overlap
@@ -53,7 +54,7 @@ def main() -> None:
     path.write_text(json.dumps(summary, indent=1))
     show(summary, seconds)
     targets = {what: {"value": value, "target": target, "ok": ok} for what, value, target, ok in checks(summary)}
-    print("RESULT " + json.dumps({"name": "demo", "figures": summary, "targets": targets}))
+    print_result("demo", summary, targets)
 
 
 def checks(summary: dict) -> list[tuple[str, float, str, bool]]:

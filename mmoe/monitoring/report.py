@@ -193,14 +193,19 @@ def _evaluations(records: RunRecords) -> Section:
 
 
 def _data(run: Run, records: RunRecords) -> Section:
-    lost = records.steps[-1].get("lost", {})
+    last = records.steps[-1]
+    lost, planned, served = (last.get(key, {}) for key in ("lost", "planned_positions", "served_positions"))
     rows = []
     for name, manifest in run.sources.manifests.items():
         counts = [manifest.splits[s].samples if s in manifest.splits else 0 for s in ("train", "heldout")]
         mine = {key.partition(" / ")[2]: n for key, n in lost.items() if key.partition(" / ")[0] == name}
-        refused = ", ".join(f"{n} {reason}" for reason, n in manifest.quarantined.items())
-        rows.append([name, manifest.kind, *counts, ", ".join(f"{n} {r}" for r, n in mine.items()), refused])
-    heads = ["source", "kind", "training", "held out", "documents cut or dropped in training", "refused"]
+        refused = ", ".join(f"{n} {reason}" for reason, n in (manifest.quarantined | manifest.removed).items())
+        shares = [f"{of[name] / max(sum(of.values()), 1):.2%}" if name in of else "-" for of in (planned, served)]
+        lines = [f"{n} {r}" for r, n in mine.items()]
+        if bad := last.get("quarantined", {}).get(name):
+            lines.append(f"{bad} could not be decoded")
+        rows.append([name, manifest.kind, *counts, *shares, ", ".join(lines), refused])
+    heads = ["source", "kind", "training", "held out", "planned share", "served", "cut, dropped or lost", "refused"]
     return "Data", _table(heads, rows)
 
 
