@@ -39,6 +39,7 @@ from mmoe.data.preparation.splits import GAP_NS
 from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import BAD_CLOCK, CLOCKS, REPEATED, Clocks, Stream, build_slices, held, interpolated
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sources.encode import encode_table
 from mmoe.errors import DataError
 
 MS = 1_000_000
@@ -291,7 +292,7 @@ def _readings(
         times_ns, valid = reference_ns, parts[0][1] & parts[1][1]
         table = np.concatenate([part for part, _ in parts], axis=1)
         file_ns, gap_ns, window = None, 0, 1
-    members[f"{name}.npy"] = _npy(table[valid])
+    members[f"{name}.npy"] = encode_table(table[valid])
     return Stream(name, modality, times_ns[valid], f"{name}.npy", gap_ns, window=window, file_ns=file_ns)
 
 
@@ -309,14 +310,8 @@ def _actions(
     start = int(valid.argmax()) if valid.any() else len(valid)
     whole = valid[start:]
     stop = start + (len(whole) if whole.all() else int((~whole).argmax()))
-    members["actions.npy"] = _npy(np.concatenate([part for part, _ in parts], axis=1)[start:stop])
+    members["actions.npy"] = encode_table(np.concatenate([part for part, _ in parts], axis=1)[start:stop])
     return Stream("actions", Modality.ACTION, times_ns[start:stop], "actions.npy", 0, choice="first")
-
-
-def _npy(table: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, table.astype(np.float32))
-    return buffer.getvalue()
 
 
 SOURCE = Source(

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import CLOCKS, Clocks, Stream, build_slices
 from mmoe.data.sources import jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sources.encode import encode_table
 from mmoe.data.sync import SkewPolicy
 from mmoe.errors import DataError
 
@@ -143,9 +143,7 @@ def _clip(
         Stream("actions", Modality.ACTION, actions_ns, "actions.npy", max_gap_ns=0, choice="first"),
     ]
     slices = build_slices(frames_ns, streams, SkewPolicy(budget_ns=0), key)
-    buffer = BytesIO()
-    np.save(buffer, table)
-    members["actions.npy"] = buffer.getvalue()
+    members["actions.npy"] = encode_table(table)
     run_ns = PERIOD_NS * np.arange(-place.first, place.records - place.first, dtype=np.int64)
     log = f"{recording}-{place.index:06d}"
     clocks = Clocks(log, "synthetic", "front", {"front": run_ns, "actions": run_ns}, PERIOD_NS * place.first)

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.media import image_size
-from mmoe.data.sample import Modality, Sample, Segment
+from mmoe.data.sample import Sample
 from mmoe.data.sources import jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sources.captioned import captioned
 
 
 class ImageCaptionConfig(Config):
@@ -39,17 +39,8 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Ite
 
 def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:
     caption, picture = jsonl.text_of(row, field, where), jsonl.read_file(path, row, "image", where)
-    height, width = image_size(picture, str(path / row["image"]))
-    member = f"image{Path(row['image']).suffix.lower()}"
-    return Sample(
-        key,
-        recording,
-        {member: picture, "txt": jsonl.encode_text(caption, where)},
-        [
-            Segment(Modality.VISION, member, height=height, width=width, pair=0),
-            Segment(Modality.TEXT, "txt", pair=0, text=caption),
-        ],
-    )
+    file = path / row["image"]
+    return captioned(key, recording, picture, file.suffix, str(file), caption, where)
 
 
 SOURCE = Source(kind="image_caption", clock="none", skew_budget_ns=0, config=ImageCaptionConfig, items=items)

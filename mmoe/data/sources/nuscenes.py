@@ -18,7 +18,6 @@ ACTION    ``actions.npy`` [N, 2]   every 50 ms the steering wheel's angle in rad
 ========= ======================== ============================================================================
 """
 
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from mmoe.data.preparation.splits import GAP_NS
 from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import BAD_CLOCK, CLOCKS, Clocks, Stream, build_slices, held
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sources.encode import encode_table
 from mmoe.data.sources.nuscenes_tables import Bus, Scene, read_scenes
 from mmoe.errors import DataError
 
@@ -180,7 +180,7 @@ def _table(
     _check_clock(times_ns, name)
     first, stop = np.searchsorted(times_ns, (reference_ns[0] - config.max_gap_ns, reference_ns[-1] + 1))
     rows = slice(max(int(first) - window, 0), int(stop))
-    members[f"{name}.npy"] = _npy(table[rows])
+    members[f"{name}.npy"] = encode_table(table[rows])
     return Stream(name, modality, times_ns[rows], f"{name}.npy", config.max_gap_ns, window=window)
 
 
@@ -214,7 +214,7 @@ def _actions(
     valid = parts[0][1] & parts[1][1]
     start = int(valid.argmax()) if valid.any() else len(valid)
     stop = start + int(np.logical_and.accumulate(valid[start:]).sum())
-    members["actions.npy"] = _npy(np.concatenate([part for part, _ in parts], axis=1)[start:stop])
+    members["actions.npy"] = encode_table(np.concatenate([part for part, _ in parts], axis=1)[start:stop])
     return Stream("actions", Modality.ACTION, times_ns[start:stop], "actions.npy", PERIOD_NS, choice="first")
 
 
@@ -227,12 +227,6 @@ def _check_clock(times_ns: np.ndarray, name: str) -> np.ndarray:
         return sync.check_clock(times_ns, name, f"can_bus or ego_pose ({name})")
     except DataError as error:
         raise Refused(BAD_CLOCK, str(error)) from error
-
-
-def _npy(table: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, table.astype(np.float32))
-    return buffer.getvalue()
 
 
 SOURCE = Source(

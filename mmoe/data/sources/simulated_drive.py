@@ -32,6 +32,7 @@ from mmoe.data.sources.drive.captions import captions
 from mmoe.data.sources.drive.driver import FASTEST, drive
 from mmoe.data.sources.drive.render import Scene
 from mmoe.data.sources.drive.world import World
+from mmoe.data.sources.encode import encode_table
 
 KIND = "simulated_drive"
 CLOCK = "captured"
@@ -118,10 +119,10 @@ def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
         times_ns = clocks[video_name(camera)]
         members[video_name(camera)] = sensors.video(scene.photograph(camera, times_ns), times_ns)
     members["engine.flac"] = sensors.engine_sound(rng, trajectory, clocks["engine.flac"], SOUND_RATE)
-    members["imu.npy"] = sensors.npy(sensors.inertial(rng, trajectory, clocks["imu.npy"]))
-    members["state.npy"] = sensors.npy(sensors.wheel_speed(rng, trajectory, clocks["state.npy"]))
+    members["imu.npy"] = encode_table(sensors.inertial(rng, trajectory, clocks["imu.npy"]))
+    members["state.npy"] = encode_table(sensors.wheel_speed(rng, trajectory, clocks["state.npy"]))
     commands = trajectory.at(clocks["actions.npy"], *VECTOR_NAMES["ACTION"])
-    members["actions.npy"] = sensors.npy(np.stack(commands, axis=1).astype(np.float32))
+    members["actions.npy"] = encode_table(np.stack(commands, axis=1))
     clip = {
         "reference": video_name(REFERENCE),
         "clocks_ns": {member: times.tolist() for member, times in clocks.items() if member != "engine.flac"},

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from mmoe.config.base import Config
-from mmoe.data.media import image_size
-from mmoe.data.sample import Modality, Sample, Segment
+from mmoe.data.sample import Sample
 from mmoe.data.shards import read_member
 from mmoe.data.sources import jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sources.captioned import captioned
 from mmoe.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -146,17 +146,8 @@ def _sample(tar: Path, key: str, members: dict[str, tuple[int, int]], caption: s
         words = jsonl.text_of(jsonl.parse_row(words, where), caption, where)
     elif not words.strip():
         raise Refused("empty text", f"{where} is blank; give it a text or leave the sample out")
-    height, width = image_size(data, f"{tar}: {key}.{picture}")
-    member = f"image.{picture.rpartition('.')[2]}"
-    return Sample(
-        key,
-        key,
-        {member: data, "txt": jsonl.encode_text(words, where)},
-        [
-            Segment(Modality.VISION, member, height=height, width=width, pair=0),
-            Segment(Modality.TEXT, "txt", pair=0, text=words),
-        ],
-    )
+    suffix = f".{picture.rpartition('.')[2]}"
+    return captioned(key, key, data, suffix, f"{tar}: {key}.{picture}", words, where)
 
 
 SOURCE = Source(kind="webdataset", clock="none", skew_budget_ns=0, config=WebDatasetConfig, items=items)

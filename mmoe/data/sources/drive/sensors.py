@@ -77,9 +77,3 @@ def wheel_speed(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.n
     """Speed readings [N, 1] f32 in m/s."""
     (speed,) = trajectory.at(times_ns, "speed")
     return (speed + rng.normal(0, SPEED_NOISE, len(speed)))[:, None].astype(np.float32)
-
-
-def npy(array: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
