@@ -1,6 +1,6 @@
 """`PackedBatch`: the only thing the model, the losses and the statistics see of the data."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class PackedBatch:
     bool with `action_index` [M] i64, the flat position of each `action` token. `cu_seqlens` i32: borders of the
     documents over the flattened B*L, padding tails as segments of their own. `documents[b][d]` is
     (source, shard, row, part). `quarantined` are the parts that could not be decoded; their places are padding.
+    `reads` is what its worker asked of remote stores since the last batch (`StorageStats`).
     """
 
     token_ids: Tensor
@@ -69,6 +70,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     documents: list[list[tuple[int, int, int, int]]]
     quarantined: tuple[Quarantined, ...] = ()
+    reads: dict[str, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class SequenceDataset(Dataset):
         self.activity.say("collating")
         batch = self.collator(decoded, [sequence.number // self.group for sequence in sequences], tuple(lost))
         self.activity.say("waiting for the next plan")
-        return batch
+        return replace(batch, reads=self.decoder.storage.stats.take())
 
     def _documents(self, ref: DocumentRef, length: int, lost: list[Quarantined]) -> list[Document] | int:
         source = self.decoder.sources[ref.source]
@@ -131,6 +131,7 @@ class Stream:
         self.mixture = sources.mixture(tokenizers, end)
         planned = sources.planned("train", limits, tokenizers)
         self.planner = Planner(planned, self.mixture, limits, config.window_documents)
+        self.reads: Counter[str] = Counter()  # of remote stores, by all workers: see `StorageStats`
         self.quarantine = Quarantine(sources.names, config.error_budget, quarantine)
         self.collator = make_collator(config, tokenizers, label_weights)
         decoder = Decoder(sources.files("train"), tokenizers, config.video_backend, storage=sources.storage)
@@ -183,6 +184,7 @@ class Stream:
             parts = {tuple(origin) for sequence in batch.documents for origin in sequence}
             met = Counter(source for source, *_ in parts) + Counter(item.source for item in batch.quarantined)
             self.quarantine.add(met, batch.quarantined)
+            self.reads.update(batch.reads)
             yield batch
 
 

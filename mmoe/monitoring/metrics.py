@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from mmoe.monitoring.memory import PeakMemory
-from mmoe.monitoring.routing import RoutingWindow
+from mmoe.monitoring.routing import RoutingWindow, by_expert, router_gradients
 from mmoe.training.callback import Callback
 from mmoe.training.trainer import StepResult, Trainer
 
@@ -17,7 +17,8 @@ from mmoe.training.trainer import StepResult, Trainer
 class MetricsWriter(Callback):
     """Writes a record every `log_every_steps` steps, at the last step, and where a digest is asked for.
 
-    Loss terms are those of the step; rates and expert loads are over the steps since the last record.
+    Loss terms and gradient norms are those of the step; rates and routing statistics are over the steps since the
+    last record.
     """
 
     name = "metrics"
@@ -73,7 +74,8 @@ class MetricsWriter(Callback):
             "tokens_per_second": self._positions / seconds,
             "seconds": seconds / self._steps,
             "wall_seconds": self.wall_seconds,
-            **self._routing.record(),
+            **self._routing.record(trainer.run.sources.names),
+            **router_gradients(result.router_gradients),
             **_stream(trainer, result),
             "peak_memory_bytes": self.memory.sample(),
         }
@@ -85,6 +87,8 @@ class MetricsWriter(Callback):
             for key, value in record.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(key, value, result.step)
+            for key, value in by_expert(record):
+                self._board.add_scalar(key, value, result.step)
         self._since = now
         self._clear()
 
@@ -96,7 +100,8 @@ class MetricsWriter(Callback):
 def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """Where the data stands: the stage, what the mixture planned and gave by source, and all that was lost so far.
 
-    Planned and served positions are those of the packing windows before the present one.
+    Planned and served positions are those of the packing windows before the present one; `storage` counts what this
+    session has asked of remote stores, retries among it.
     """
     stream, plan = trainer.stream, result.data.plan
     served, owed = plan["served"], plan["owed"]
@@ -106,15 +111,18 @@ def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
         "served_positions": dict(zip(trainer.run.sources.names, served)),
         "lost": result.data.lost,
         "quarantined": dict(stream.quarantine.lost),
+        "storage": {name: count for name, count in stream.reads.items() if count},
     }
 
 
 def state_digest(trainer: Trainer) -> str:
-    """A digest of every weight and optimizer state: equal digests mean equal bits."""
+    """A digest of every weight, buffer and optimizer state: equal digests mean equal bits."""
     digest = hashlib.blake2b(digest_size=16)
     names = {id(p): name for name, p in trainer.run.model.named_parameters()}
-    for parameter, name in ((p, names[id(p)]) for p in trainer.run.model.parameters()):
-        tensors = {"weight": parameter, **trainer.optimizer.state.get(parameter, {})}
+    held = [(names[id(p)], p, trainer.optimizer.state.get(p, {})) for p in trainer.run.model.parameters()]
+    held += [(name, buffer, {}) for name, buffer in trainer.run.model.named_buffers()]
+    for name, weight, states in held:
+        tensors = {"weight": weight, **states}
         for key in sorted(tensors):
             value = torch.as_tensor(tensors[key]).detach().cpu().contiguous()
             digest.update(f"{name}.{key}".encode())

@@ -79,7 +79,7 @@ def take(stream: Stream, steps: int) -> list:
 
 
 def equal(a: PackedBatch, b: PackedBatch) -> bool:
-    names = [n for n in a.__dataclass_fields__ if n not in ("values", "pairs", "documents", "quarantined")]
+    names = [n for n in a.__dataclass_fields__ if n not in ("values", "pairs", "documents", "quarantined", "reads")]
     same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and a.documents == b.documents
     same &= all(torch.equal(getattr(a.pairs, n), getattr(b.pairs, n)) for n in ("span", "modality", "group"))
     return same and all(

@@ -113,7 +113,7 @@ def same(a, b) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if hasattr(a, "__dataclass_fields__"):
-        return all(same(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
+        return all(same(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__ if name != "reads")
     return a == b
 
 
@@ -124,8 +124,8 @@ def test_the_stream_from_a_bucket_is_the_stream_from_disk(folder, uploaded, work
         found, stream = batches(uploaded, folder, 8, workers=workers, cache_folder=cache)
         assert len(found) == 16 and all(same(a, b) for a, b in zip(expected, found, strict=True))
         assert not any(batch.quarantined for batch in found)
-    counts = stream.dataset.decoder.storage.stats.take()
-    assert counts["retries"] == 0 and counts["cache_hits"] > 0 and counts["cache_misses"] == 0
+    assert stream.reads["retries"] == 0 and stream.reads["cache_hits"] > 0  # whoever did the reading
+    assert not workers or stream.dataset.decoder.storage.stats.take()["cache_hits"] < stream.reads["cache_hits"]
 
 
 class Rows(Dataset):
