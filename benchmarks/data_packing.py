@@ -185,8 +185,15 @@ def fill(root: Path, length: int) -> dict[str, float]:
     }
 
 
+def cpu_seconds(function, *arguments) -> float:
+    """Of one core: what else runs on the machine counts less than in seconds of the wall clock."""
+    started = time.process_time()
+    function(*arguments)
+    return time.process_time() - started
+
+
 def packer() -> dict[str, dict[str, float]]:
-    """Documents a second of the packer alone, in one window."""
+    """Documents a second of the packer alone, in one window; the best of three."""
     rng, capacity = np.random.default_rng(0), 8192
     found = {}
     for name, make in (
@@ -197,9 +204,7 @@ def packer() -> dict[str, dict[str, float]]:
         for number in (100_000, 400_000):
             lengths = make(number)
             patches = np.zeros_like(lengths)
-            started = time.perf_counter()
-            best_fit(lengths, patches, capacity, capacity)
-            seconds[number] = time.perf_counter() - started
+            seconds[number] = min(cpu_seconds(best_fit, lengths, patches, capacity, capacity) for _ in range(3))
         found[name] = {
             "documents_per_second": 400_000 / seconds[400_000],
             "time_ratio_400k_100k": seconds[400_000] / seconds[100_000],
@@ -208,19 +213,19 @@ def packer() -> dict[str, dict[str, float]]:
 
 
 def plan_speed(root: Path, sequences: int = 512) -> dict[str, float]:
-    """Milliseconds per 1000 documents of order, mixture, packing and dealing, blocks of the index read on the way."""
+    """Milliseconds of CPU time per 1000 documents of order, mixture, packing and dealing, blocks read on the way."""
     planner, _ = build(root, 8192)
     planner.next_sequence()
     began = documents(planner)
-    started = time.perf_counter()
-    for _ in range(24):
-        step = [planner.next_sequence() for _ in range(sequences)]
-        deal(np.array([s.counts.cost for s in step]), 1, 64)
-    seconds = time.perf_counter() - started
-    return {
-        "ms_per_1000_documents": seconds * 1e6 / (documents(planner) - began),
-        "documents": documents(planner) - began,
-    }
+
+    def steps() -> None:
+        for _ in range(24):
+            step = [planner.next_sequence() for _ in range(sequences)]
+            deal(np.array([s.counts.cost for s in step]), 1, 64)
+
+    seconds = cpu_seconds(steps)
+    drawn = documents(planner) - began
+    return {"ms_per_1000_documents": seconds * 1e6 / drawn, "documents": drawn}
 
 
 def imbalance(root: Path, replicas: int = 64, steps: int = 24) -> dict[str, float]:
@@ -266,7 +271,8 @@ def main() -> None:
         small, large = root / "small", root / "large"
         write_mixture(small, text=(32, 5000), image_text=(32, 5000), clips=(32, 100))
         fills = {length: fill(small, length) for length in (4096, 8192)}
-        packing, speed, dealt = packer(), plan_speed(small), imbalance(small)
+        packing, dealt = packer(), imbalance(small)
+        speed = min((plan_speed(small) for _ in range(3)), key=lambda found: found["ms_per_1000_documents"])
         write_mixture(large, text=(1000, 7000), image_text=(900, 3300), clips=(100, 300))
         first = started_apart(large, None)
         planner, _ = build(large, 8192)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmoe.data.index import SegmentTable, SourceManifest
 from mmoe.data.measure import KINDS, Measures, epoch_positions, measure_index, measure_slices
-from mmoe.data.storage import Storage, join
+from mmoe.data.storage import Storage, join, local_path
 from mmoe.errors import ConfigError, DataError
 from mmoe.tokenizers.bundle import Tokenizers
 
@@ -170,7 +170,8 @@ class PlannedSource:
         """Segments and measures of the shards; those far away are read at the same time."""
         new = [shard for shard in shards if shard not in self._measured]
         found = dict(self._measured)
-        for shard, table in zip(new, self._storage.map(self._read, new), strict=True):
+        read = self._storage.map if local_path(self.shards[0]) is None else map
+        for shard, table in zip(new, read(self._read, new), strict=True):
             found[shard] = table, measure_index(table, self.tokenizers, self.name)
         if len(self.shards) <= self._block_shards:  # a small source is walked often: its block is its epoch
             self._measured = found

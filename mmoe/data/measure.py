@@ -79,6 +79,8 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
     around[opens_slice] += 3  # slice_start, timestamp, slice_end
 
     def total(values: np.ndarray) -> np.ndarray:
+        if not values.any():
+            return np.zeros(rows, np.int64)
         return np.bincount(row, weights=values, minlength=rows).astype(np.int64)
 
     slices = total(opens_slice)

@@ -3,17 +3,15 @@
 import numpy as np
 
 
-def best_fit(lengths: np.ndarray, patches: np.ndarray, capacity: int, patch_capacity: int) -> list[list[int]]:
+def best_fit(lengths: np.ndarray, patches: np.ndarray, capacity: int, patch_capacity: int) -> np.ndarray:
     """Pack items into bins of `capacity` positions and `patch_capacity` patches: best fit, longest first.
 
     `lengths`, `patches` are [n] integers; every item must fit an empty bin on its own (ValueError names the first
-    that does not). Returns the item numbers of each bin, in the order in which the bins were opened.
+    that does not). Returns the bin of each item, i64 [n]; bins are numbered in the order in which they were opened.
 
     Open bins are kept in stacks by remaining positions, and an integer's bits mark which stacks are not empty,
     so that the tightest bin is one shift and one lowest-bit look-up, whatever the number of open bins.
     """
-    if len(lengths) == 0:
-        return []
     over = np.flatnonzero((lengths > capacity) | (patches > patch_capacity))
     if over.size:
         item = int(over[0])
@@ -21,14 +19,12 @@ def best_fit(lengths: np.ndarray, patches: np.ndarray, capacity: int, patch_capa
             f"item {item} has {lengths[item]} positions and {patches[item]} patches; "
             f"a sequence holds {capacity} and {patch_capacity}"
         )
-    order = np.argsort(-lengths, kind="stable").tolist()
-    sizes, needs = lengths.tolist(), patches.tolist()
-    bins: list[list[int]] = []
+    order = np.argsort(-lengths, kind="stable")
+    chosen: list[int] = []  # of the items in this order
     patch_room: list[int] = []
     stacks: dict[int, list[int]] = {}
     occupied = 0
-    for item in order:
-        size, need = sizes[item], needs[item]
+    for size, need in zip(lengths[order].tolist(), patches[order].tolist()):
         room = size
         candidates = occupied >> size
         while candidates:
@@ -40,23 +36,24 @@ def best_fit(lengths: np.ndarray, patches: np.ndarray, capacity: int, patch_capa
             while at >= 0 and patch_room[stack[at]] < need:
                 at -= 1
             if at >= 0:
-                chosen = stack.pop(at)
+                number = stack.pop(at)
                 if not stack:
                     occupied ^= 1 << room
+                patch_room[number] -= need
                 break
             candidates >>= step + 1
             room += 1
         else:
-            chosen, room = len(bins), capacity
-            bins.append([])
-            patch_room.append(patch_capacity)
-        bins[chosen].append(item)
-        patch_room[chosen] -= need
+            number, room = len(patch_room), capacity
+            patch_room.append(patch_capacity - need)
+        chosen.append(number)
         room -= size
         if room:
             if room in stacks:
-                stacks[room].append(chosen)
+                stacks[room].append(number)
             else:
-                stacks[room] = [chosen]
+                stacks[room] = [number]
             occupied |= 1 << room
+    bins = np.empty(len(order), np.int64)
+    bins[order] = chosen
     return bins

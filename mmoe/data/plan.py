@@ -48,8 +48,7 @@ class DocumentRef(NamedTuple):
     is_last: bool  # the part that ends the document
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """What a sequence or a step holds, known before anything is decoded: the columns of `mmoe.data.blocks`."""
 
     columns: np.ndarray  # [COLUMNS] i64
@@ -86,8 +85,7 @@ class Counts:
         return Counts(sum((c.columns for c in counts), np.zeros(COLUMNS, np.int64)))
 
 
-@dataclass(frozen=True)
-class SequencePlan:
+class SequencePlan(NamedTuple):
     """Sequence `number` of the run: its document parts in order, `PART_DTYPE` [n]."""
 
     number: int
@@ -284,17 +282,15 @@ def pack(
     `generator` shuffles the sequences and the parts inside each: packing sorts both by length, and under a capacity
     the last positions of a sequence are the ones whose tokens are dropped.
     """
-    bins = best_fit(counts[:, POSITIONS], counts[:, PATCHES], limits.sequence_length, limits.patches_per_sequence)
-    if not bins:
+    if not len(parts):
         return []
-    sizes = np.array([len(items) for items in bins])
-    items = np.array([item for items in bins for item in items])
-    if generator is not None:
-        order = generator.permutation(len(bins))
-        place = np.empty(len(bins), np.int64)
-        place[order] = np.arange(len(bins))
-        items = items[np.lexsort((generator.random(len(items)), np.repeat(place, sizes)))]
-        sizes = sizes[order]
+    bins = best_fit(counts[:, POSITIONS], counts[:, PATCHES], limits.sequence_length, limits.patches_per_sequence)
+    if generator is None:
+        items = np.argsort(bins, kind="stable")
+    else:
+        bins = generator.permutation(int(bins.max()) + 1)[bins]
+        items = np.lexsort((generator.random(len(bins)), bins))
+    sizes = np.bincount(bins)
     ends = np.cumsum(sizes)
     totals = np.add.reduceat(counts[items], ends - sizes, axis=0)
     parts = parts[items]
