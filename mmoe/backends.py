@@ -46,6 +46,12 @@ def _no_cuda() -> str | None:
     return None
 
 
+def _no_grouped_gemm() -> str | None:
+    if importlib.util.find_spec("grouped_gemm") is None:
+        return "the package grouped_gemm, which it multiplies with, is not installed: pip install 'megablocks[gg]'"
+    return _no_cuda()
+
+
 BACKENDS = {
     "cuda": Backend("NVIDIA GPUs", "torch.cuda", "torch", "torch", _no_cuda),
     "decord": Backend("video decoding (Linux x86-64)", "decord", "decord", "decord"),
@@ -66,7 +72,7 @@ BACKENDS = {
     "flash-attn": Backend("attention on GPUs", "flash_attn", "flash-attn", "-e '.[gpu]'", _no_cuda),
     "transformer-engine": Backend("FP8", "transformer_engine", "transformer-engine", "-e '.[gpu]'", _no_cuda),
     "torchao": Backend("FP8, an option", "torchao", "torchao", "torchao", _no_cuda),
-    "megablocks": Backend("expert GEMM, an option", "megablocks", "megablocks", "megablocks", _no_cuda),
+    "megablocks": Backend("expert GEMM, an option", "megablocks", "megablocks", "'megablocks[gg]'", _no_grouped_gemm),
 }
 
 

@@ -169,6 +169,46 @@ def stages(config: Annotated[Path, typer.Argument(help="a YAML file")], override
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="folder to write; an earlier export in it is replaced")],
+    format: Annotated[Literal["hf"], typer.Option(help="hf: Hugging Face config.json and safetensors")] = "hf",
+    step: Annotated[int | None, typer.Option(help="checkpoint to export; default: the latest")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="of the weights; default: as trained")
+    ] = None,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="largest size of one file of weights")] = 5_000_000_000,
+) -> None:
+    """Write the text path of a run as a Llama, Qwen3, Mixtral or Qwen3-MoE that transformers loads."""
+    import torch
+
+    from mmoe.interchange.export import export as run
+    from mmoe.training.run import Run
+
+    kind = None if dtype is None else getattr(torch, dtype)
+    run(Run.load(folder, step), out, console, dtype=kind, shard_bytes=shard_bytes)
+
+
+@app.command()
+def upcycle(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a dense run, or a folder of dense Hugging Face weights")
+    ],
+    config: Annotated[Path, typer.Argument(help="YAML of the new run: the same model with model.moe")],
+    overrides: Overrides = None,
+    noise: Annotated[float, typer.Option(min=0, help="on the copies: its std over that of the dense matrix")] = 0.0,
+    step: Annotated[int | None, typer.Option(help="checkpoint of RUN; default: the latest")] = None,
+) -> None:
+    """Make experts of a dense model's networks: the new run's checkpoint of step 0, and what it costs in loss."""
+    from mmoe.config.load import load
+    from mmoe.config.tree import RunConfig
+    from mmoe.interchange.upcycle import upcycle as run
+    from mmoe.training.config import StartConfig
+
+    run(load(RunConfig, config, overrides), StartConfig(weights=str(folder), step=step, noise=noise), console)
+
+
+@app.command()
 def inspect(
     config: Annotated[Path, typer.Argument(help="a YAML file, its sources prepared")],
     overrides: Overrides = None,

@@ -1,6 +1,6 @@
 """The training objective: every term a sum over items divided by what the plan counted for the step.
 
-``total = CE + contrastive.weight * InfoNCE + action.weight * L2 + balance * balance + router_z * z``
+``total = CE + contrastive.weight * InfoNCE + action.weight * L2 + sum_level balance.level * B_level + router_z * z``
 
 Adding the totals of a step's micro-batches gives the step's loss, however the step is cut (design.md, "Loss
 scaling"): no micro-batch divides by its own count.
@@ -8,6 +8,7 @@ scaling"): no micro-batch divides by its own count.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,12 @@ from mmoe.data.sample import Modality
 from mmoe.losses.action import squared_error
 from mmoe.losses.contrastive import info_nce
 from mmoe.losses.cross_entropy import cross_entropy
+from mmoe.models.moe.balance import BalanceConfig, StepLoads, balance_loss
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from mmoe.data.plan import Counts
-    from mmoe.models.decoder import ModelOutput, MultimodalModel
+    from mmoe.models.decoder import Auxiliary, ModelOutput, MultimodalModel
 
 KINDS = len(Modality)
 
@@ -55,7 +57,7 @@ class LossConfig(Config):
     ce: CrossEntropyConfig = CrossEntropyConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     action: ActionLossConfig = ActionLossConfig()
-    balance: float = Field(default=0.01, ge=0)  # of the experts' load-balancing loss
+    balance: BalanceConfig = BalanceConfig()
     router_z: float = Field(default=0.001, ge=0)  # of the routers' z-loss
 
     def label_weights(self) -> np.ndarray:
@@ -86,12 +88,13 @@ class PlannedCounts:
 class LossReport:
     """Losses of a micro-batch; reports of the same step add up to the report of the step.
 
-    `total` is the scalar to differentiate. `terms` are its parts (``ce contrastive action balance router_z``)
-    before their weights: item sums over planned counts, detached. `items` keeps for the first three
-    [sources, modalities, 2] f64: sum and number of the items present, unweighted (CE in nats, by the modality
-    of the target; InfoNCE, by that of the side that is not text; squared errors). `events` counts `pairs`,
-    those `compared` (they have a negative), the `correct` among them (mean of both directions), and
-    `same_text` (ordered pairs of pairs that were not compared).
+    `total` is the scalar to differentiate. `terms` are its parts (``ce contrastive action router_z``, and
+    ``balance_sequence balance_micro_batch balance_global_batch`` where their coefficients are not 0) before their
+    weights: item sums over planned counts, detached. `items` keeps for the first three [sources, modalities, 2]
+    f64: sum and number of the items present, unweighted (CE in nats, by the modality of the target; InfoNCE, by
+    that of the side that is not text; squared errors). `events` counts `pairs`, those `compared` (they have a
+    negative), the `correct` among them (mean of both directions), and `same_text` (ordered pairs of pairs that
+    were not compared).
     """
 
     total: Tensor
@@ -148,8 +151,11 @@ def compute(
     counts: PlannedCounts,
     config: LossConfig,
     vocabulary: Vocabulary,
+    loads: StepLoads,
 ) -> LossReport:
     """Every term of one micro-batch, given the model's `output` on it and the step's planned `counts`.
+
+    `loads` are those of the step before this micro-batch; its own are added.
 
     Raises ValueError when the batch holds items of a kind of which the plan counted none.
     """
@@ -194,18 +200,29 @@ def compute(
     if output.auxiliary is not None:
         # Means over this micro-batch's sequences: weighted by their share of the step's.
         share = batch.shape[0] / counts.sequences
-        terms["balance"] = output.auxiliary.balance_loss * share
+        loads.add(output.auxiliary.load_NE)
+        terms |= {name: term * share for name, term in _balance_terms(output.auxiliary, loads, config.balance)}
         terms["router_z"] = output.auxiliary.z_loss * share
 
     weights = {
         "ce": 1.0,
         "contrastive": config.contrastive.weight,
         "action": config.action.weight,
-        "balance": config.balance,
+        **{f"balance_{level}": weight for level, weight in config.balance},
         "router_z": config.router_z,
     }
     total = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
     return LossReport(total, {name: term.detach() for name, term in terms.items()}, items, events)
+
+
+def _balance_terms(auxiliary: Auxiliary, loads: StepLoads, config: BalanceConfig) -> Iterator[tuple[str, Tensor]]:
+    """The load-balancing loss at each level that counts, a mean over the layers of experts."""
+    if config.sequence:
+        yield "balance_sequence", auxiliary.balance_loss
+    if config.micro_batch:
+        yield "balance_micro_batch", balance_loss(auxiliary.load_NE, auxiliary.probability_NE).mean()
+    if config.global_batch:
+        yield "balance_global_batch", balance_loss(loads.total(), auxiliary.probability_NE).mean()
 
 
 def target_modality(labels: Tensor, vocabulary: Vocabulary) -> Tensor:

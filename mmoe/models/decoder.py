@@ -6,6 +6,7 @@ Shape suffixes: B sequences, L positions, D model width, V ids, n chosen positio
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mmoe.models.init import initialise
 from mmoe.models.layers import RMSNorm, SwiGLU
 from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
 from mmoe.models.moe.layer import LayerRouting, MoEConfig, MoELayer
+from mmoe.models.moe.router import Router
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.models.moe.tokens import Tokens
 from mmoe.models.rotary import RotaryTables
@@ -106,10 +108,17 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """The router losses: scalars with gradient, means over the batch's sequences and the layers of experts."""
+    """What the router losses are made of, with gradient.
+
+    `balance_loss` (of the sequences) and `z_loss` are means over the batch's sequences and the layers of experts.
+    By layer of experts: `load_NE` i64 counts the choices of each expert before any drop, `probability_NE` is its
+    mean probability over the batch's valid tokens.
+    """
 
     balance_loss: Tensor
     z_loss: Tensor
+    load_NE: Tensor
+    probability_NE: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList([Block(config, number) for number in range(config.layers)])
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
+    @property
+    def routers(self) -> list[Router]:
+        """Of the layers of experts, in the order of the routing statistics."""
+        return [block.network.router for block in self.blocks if isinstance(block.network, MoELayer)]
+
     def forward(self, x_BLD: Tensor, batch: PackedBatch) -> ModelOutput:
         """The embedded batch through all blocks."""
         config = self.config
@@ -151,6 +165,8 @@ def _output(hidden: Tensor, routed: list[LayerRouting]) -> ModelOutput:
     auxiliary = Auxiliary(
         balance_loss=sum(layer.balance_loss for layer in routed) / len(routed),
         z_loss=sum(layer.z_loss for layer in routed) / len(routed),
+        load_NE=torch.stack([layer.load_E for layer in routed]),
+        probability_NE=torch.stack([layer.probability_E for layer in routed]),
     )
     statistics = [layer.statistics for layer in routed if layer.statistics is not None]
     return ModelOutput(hidden, auxiliary, RoutingStatistics.stack(statistics) if statistics else None)

@@ -6,6 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mmoe.monitoring.capacity import LIMIT, CapacityAdvice
+
 INK, MUTED, GRID = "#1b2430", "#5f6b7a", "#e6eaf0"
 MODEL, ABLATED, BLANKED = "#1f5fbf", "#d9772b", "#e3ab4f"
 BASELINES = {"mean": "#c3cad4", "hold_last": "#98a3b2", "ridge": "#66717f"}
@@ -18,7 +20,9 @@ TERMS = {
     "loss_ce": "cross-entropy",
     "loss_contrastive": "InfoNCE",
     "loss_action": "action L2",
-    "loss_balance": "load balance",
+    "loss_balance_sequence": "load balance",
+    "loss_balance_micro_batch": "load balance, micro-batch",
+    "loss_balance_global_batch": "load balance, global batch",
     "loss_router_z": "router z",
 }
 
@@ -62,18 +66,29 @@ def curves(steps: Steps, names: dict[str, str], columns: int) -> go.Figure:
 
 def expert_load(steps: Steps) -> go.Figure | None:
     """Load of each expert over its even share, by layer of experts, over steps; None without experts."""
-    steps = [step for step in steps if step.get("expert_load")]
+    return _over_even(steps, "expert_load")
+
+
+def router_gradients(steps: Steps) -> go.Figure | None:
+    """Gradient norm of each expert's router weights over the mean of its layer, as `expert_load`."""
+    return _over_even(steps, "router_grad_norm")
+
+
+def _over_even(steps: Steps, key: str) -> go.Figure | None:
+    """A figure by expert over its mean over the experts, by layer of experts, over the steps that have it."""
+    steps = [step for step in steps if step.get(key)]
     if not steps:
         return None
-    layers = list(steps[0]["expert_load"])
+    layers = list(steps[0][key])
     titles = [f"expert layer {layer}" for layer in layers]
     figure = make_subplots(1, len(layers), subplot_titles=titles, horizontal_spacing=0.06)
     for column, layer in enumerate(layers, start=1):
-        load = np.array([step["expert_load"][layer] for step in steps], dtype=float)
-        share = load / np.maximum(load.sum(1, keepdims=True), 1) * load.shape[1]
+        values = np.array([step[key][layer] for step in steps], dtype=float)
+        total = values.sum(1, keepdims=True)
+        share = np.divide(values, total, out=np.zeros_like(values), where=total > 0) * values.shape[1]
         heat = go.Heatmap(
             x=[step["step"] for step in steps],
-            y=[f"{expert}" for expert in range(load.shape[1])],
+            y=[f"{expert}" for expert in range(values.shape[1])],
             z=share.T.round(3),
             zmin=0,
             zmax=2,
@@ -86,6 +101,20 @@ def expert_load(steps: Steps) -> go.Figure | None:
         figure.update_xaxes(title="step", row=1, col=column)
     figure.update_yaxes(title="expert", row=1, col=1)
     return style(figure, 320)
+
+
+def would_drop(advice: CapacityAdvice) -> go.Figure:
+    """Share of the choices that each capacity factor would have dropped, by layer of experts and of all."""
+    lines = [
+        go.Scatter(x=advice.factors, y=rates, mode="lines+markers", line={"width": 1.2}, name=f"expert layer {layer}")
+        for layer, rates in enumerate(advice.rates)
+    ]
+    whole = {"color": INK, "width": 2.4}
+    lines.append(go.Scatter(x=advice.factors, y=advice.rates_overall, mode="lines", line=whole, name="all layers"))
+    figure = go.Figure(lines)
+    figure.add_hline(y=LIMIT, line={"color": ABLATED, "dash": "dot"}, annotation_text=f"{LIMIT:.1%}")
+    figure.update_traces(hovertemplate="capacity factor %{x:.2f}: %{y:.3%}<extra>%{fullData.name}</extra>")
+    return style(figure, 340, xaxis_title="capacity factor", yaxis={"title": "choices dropped", "tickformat": ".1%"})
 
 
 def cross_entropy(evaluation: dict[str, Any]) -> go.Figure | None:

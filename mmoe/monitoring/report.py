@@ -9,6 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from mmoe.config.load import dump
 from mmoe.monitoring import figures
+from mmoe.monitoring.capacity import LAST, advise
 from mmoe.monitoring.page import PAGE, STYLE
 from mmoe.monitoring.pictures import read_slice, slice_card
 from mmoe.monitoring.summary import RunRecords, summarise, write_summary
@@ -37,7 +38,7 @@ def write_report(run: Run) -> None:
 def render(run: Run, records: RunRecords) -> str:
     """The page as HTML."""
     summary = summarise(records)
-    sections = [_training(records), _experts(records)]
+    sections = [_training(records), _experts(run, records)]
     if records.plain:
         sections += [
             _actions(records),
@@ -103,12 +104,24 @@ def _training(records: RunRecords) -> Section:
     )
 
 
-def _experts(records: RunRecords) -> Section:
-    figure = figures.expert_load(records.steps)
-    if figure is None:
+def _experts(run: Run, records: RunRecords) -> Section:
+    load, gradients = figures.expert_load(records.steps), figures.router_gradients(records.steps)
+    if load is None:
         return None
     note = "Choices of each expert over an even share, before any drop, counted between two records."
-    return "Expert load", _note(note) + _plot(figure)
+    parts = [_note(note), _plot(load)]
+    if gradients is not None:
+        note = "Norm of the gradient of each expert's router weights over the mean of its layer, before clipping."
+        parts += ["<h3>Router gradients</h3>", _note(note), _plot(gradients)]
+    if "would_drop" in records.steps[-1]:
+        last = [step for step in records.steps if "would_drop" in step]
+        advice = advise(last, run.config, LAST, str(run.folder))
+        note = (
+            f"What a capacity for each sequence would have dropped of the choices of steps {advice.first} to "
+            f"{advice.last}; tools/capacity_advisor.py tells what each factor costs."
+        )
+        parts += ["<h3>Capacity</h3>", _note(note), _plot(figures.would_drop(advice))]
+    return "Expert load", "".join(parts)
 
 
 def _actions(records: RunRecords) -> Section:

@@ -8,6 +8,7 @@ from mmoe.config.load import load
 from mmoe.config.tree import RunConfig
 from mmoe.errors import ConfigError
 from mmoe.evaluation.evaluate import evaluate, show
+from mmoe.interchange.start import start
 from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.monitoring.progress import ProgressBar
@@ -28,6 +29,8 @@ def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int |
             _check_same(config, run)
             trainer.resume(from_step)
             console.print(f"resumed {run.folder} at step {trainer.step}")
+        elif config.training.start_from is not None:
+            start(run, config.training.start_from, console)
         run.save_config()
         if trainer.step >= trainer.stop_at:
             console.print(f"{run.folder} has its {trainer.step} steps already; --fresh starts over")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmoe.checkpoint.manager import CheckpointManager
@@ -14,6 +15,8 @@ from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.data.stream import StepData, Stream
 from mmoe.errors import DivergenceError
 from mmoe.losses.total import LossReport, PlannedCounts, compute
+from mmoe.models.moe.balance import StepLoads, update_choice_bias
+from mmoe.models.moe.statistics import router_gradient_norms
 from mmoe.monitoring.routing import RoutingWindow
 from mmoe.optim.adamw import clip_gradients
 from mmoe.optim.muon import build_optimizer
@@ -29,6 +32,7 @@ class StepResult:
     losses: LossReport
     lr: float
     grad_norm: float  # before clipping
+    router_gradients: torch.Tensor | None  # [MoE layers, experts], before clipping; see router_gradient_norms
     positions: int
     useful_positions: int
     seconds: float
@@ -85,21 +89,24 @@ class Trainer:
         started = time.perf_counter()
         model, config = self.run.model, self.run.config
         model.train()
+        torch.manual_seed(_step_seed(config.training.seed, self.step))
         counts = PlannedCounts.of(data.counts, config.losses, sequences=self.batch.sequences)
-        report, routing = LossReport.zero(), RoutingWindow()
+        report, routing, loads = LossReport.zero(), RoutingWindow(), StepLoads()
         for batch in data.batches:
             batch = batch.to(self.run.device)
             with config.precision.autocast(self.run.device):
                 output = model(batch)
-                losses = compute(model, output, batch, counts, config.losses, self.run.tokenizers.vocabulary)
+                losses = compute(model, output, batch, counts, config.losses, self.run.tokenizers.vocabulary, loads)
             losses.total.backward()
             report = report + losses.detach()
             routing.add(output.routing)
+        router_gradients = router_gradient_norms(model)
         grad_norm = clip_gradients(model.parameters(), config.optim.clip)
         if not grad_norm.isfinite():
             terms = ", ".join(f"{name} {float(value):.4g}" for name, value in report.terms.items())
             raise DivergenceError(
-                f"{self.run.folder}: the gradient norm of step {self.step + 1} is {float(grad_norm)} ({terms}); "
+                f"{self.run.folder}: the gradient norm of step {self.step + 1} is {float(grad_norm)} ({terms})"
+                f"{_broken_router(routing)}; "
                 f"no weight was changed: resume from {self.checkpoints.folder} with a lower optim.lr.peak, "
                 "or train again with a longer warmup"
             )
@@ -108,6 +115,8 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if config.model.moe is not None and config.model.moe.bias_rate:
+            update_choice_bias(model.decoder.routers, loads.total(), config.model.moe.bias_rate)
         self.step += 1
         self.stream_state = self.stream.state(data)
         return StepResult(
@@ -115,6 +124,7 @@ class Trainer:
             losses=report,
             lr=lr,
             grad_norm=float(grad_norm),
+            router_gradients=router_gradients,
             positions=self.batch.global_batch_positions,
             useful_positions=data.counts.positions,
             seconds=time.perf_counter() - started,
@@ -150,6 +160,19 @@ class Trainer:
             "rng": capture_rng(),
             "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
         }
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """Of all that a step draws (gating noise): neither a resumed loader nor an evaluation in between changes it."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+
+
+def _broken_router(routing: RoutingWindow) -> str:
+    """Where the first router stands whose logits were not finite, for the sentence of a diverged step."""
+    if routing.sum is None:
+        return ""
+    broken = (~routing.sum.logit_NE.isfinite().all(1)).nonzero().flatten().tolist()
+    return f"; router logits are not finite from layer of experts {broken[0]} (from 0) on" if broken else ""
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mmoe.losses.total import (
     compute,
     target_modality,
 )
+from mmoe.models.moe.balance import BalanceConfig, StepLoads
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 B, L, D, H, A, E = 4, 12, 8, 2, 3, 5
@@ -30,7 +31,7 @@ CONFIG = LossConfig(
     ce=CrossEntropyConfig(text=1.0, audio=0.5, action=2.0, structure=0.25, chunk=5),
     contrastive=ContrastiveConfig(weight=0.3, group_sequences=1),
     action=ActionLossConfig(weight=0.7),
-    balance=0.02,
+    balance=BalanceConfig(sequence=0.02),
     router_z=0.004,
 )
 
@@ -51,7 +52,13 @@ class Heads(nn.Module):
         hidden = self.embed(batch.token_ids)
         # One number a sequence, averaged over the batch: what a router's losses are.
         each = hidden.square().mean((1, 2))
-        auxiliary = SimpleNamespace(balance_loss=each.mean(), z_loss=(each * 3).mean())
+        load = torch.stack([batch.token_ids.flatten(), batch.labels.flatten().clamp(min=0)])
+        auxiliary = SimpleNamespace(
+            balance_loss=each.mean(),
+            z_loss=(each * 3).mean(),
+            load_NE=F.one_hot(load % 3, 3).sum(1),
+            probability_NE=torch.stack([hidden[..., :3], hidden[..., 3:6]]).softmax(-1).mean((1, 2)),
+        )
         return SimpleNamespace(hidden=hidden, auxiliary=auxiliary)
 
     def logits(self, h: Tensor) -> Tensor:
@@ -132,8 +139,14 @@ WHOLE = batch_of([0, 1, 2, 3])
 COUNTS = PlannedCounts.of(Planned.of(WHOLE), CONFIG, sequences=B)
 
 
-def run(model: Heads, batch: PackedBatch, counts: PlannedCounts = COUNTS, config: LossConfig = CONFIG) -> LossReport:
-    return compute(model, model(batch), batch, counts, config, VOCABULARY)
+def run(
+    model: Heads,
+    batch: PackedBatch,
+    counts: PlannedCounts = COUNTS,
+    config: LossConfig = CONFIG,
+    loads: StepLoads | None = None,
+) -> LossReport:
+    return compute(model, model(batch), batch, counts, config, VOCABULARY, loads or StepLoads())
 
 
 def gradients(model: Heads, total: Tensor) -> list[Tensor]:
@@ -148,10 +161,10 @@ def test_the_total_is_what_the_formula_says(model: Heads) -> None:
     predicted = model.actions(output.hidden[:, 4])[WHOLE.action_mask]
     action = F.mse_loss(predicted, WHOLE.action_target[WHOLE.action_mask].double())
     terms = {"ce": ce, "action": action, "contrastive": report.terms["contrastive"]}
-    terms |= {"balance": output.auxiliary.balance_loss, "router_z": output.auxiliary.z_loss}
+    terms |= {"balance_sequence": output.auxiliary.balance_loss, "router_z": output.auxiliary.z_loss}
     for name, value in terms.items():
         torch.testing.assert_close(report.terms[name], value.detach(), rtol=1e-6, atol=0)
-    weights = {"ce": 1.0, "contrastive": 0.3, "action": 0.7, "balance": 0.02, "router_z": 0.004}
+    weights = {"ce": 1.0, "contrastive": 0.3, "action": 0.7, "balance_sequence": 0.02, "router_z": 0.004}
     expected = sum(weights[name] * float(value) for name, value in report.terms.items())
     assert report.total.item() == pytest.approx(expected, rel=1e-12)
     assert not any(value.requires_grad for value in report.terms.values()) and report.total.requires_grad
@@ -171,6 +184,28 @@ def test_any_cut_into_micro_batches_gives_the_same_step(model: Heads, cut: list[
     summed = [sum(parts) for parts in zip(*(gradients(model, part.total) for part in parts), strict=True)]
     for got, wanted in zip(summed, gradients(model, whole.total), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_each_level_of_balance_counts_by_its_own_coefficient(model: Heads) -> None:
+    """Two micro-batches: the second's global level knows the loads of both."""
+    levels = BalanceConfig(sequence=0.0, micro_batch=0.5, global_batch=0.25)
+    config = CONFIG.model_copy(update={"balance": levels, "router_z": 0.0})
+    parts, loads, load = [batch_of([0]), batch_of([1, 2, 3])], StepLoads(), torch.zeros(2, 3)
+    for batch in parts:
+        report, auxiliary = run(model, batch, config=config, loads=loads), model(batch).auxiliary
+        assert "balance_sequence" not in report.terms
+        load = load + auxiliary.load_NE
+        for name, counted in (("balance_micro_batch", auxiliary.load_NE), ("balance_global_batch", load)):
+            level = sum(
+                3 * float(counted[n, e] / counted[n].sum() * auxiliary.probability_NE[n, e].detach())
+                for n in range(2)
+                for e in range(3)
+            )
+            assert float(report.terms[name]) == pytest.approx(level / 2 * batch.shape[0] / B, rel=1e-6)
+        weights = {"ce": 1.0, "contrastive": 0.3, "action": 0.7, "router_z": 0.0}
+        weights |= {"balance_micro_batch": 0.5, "balance_global_batch": 0.25}
+        assert report.total.item() == pytest.approx(sum(weights[n] * float(v) for n, v in report.terms.items()))
+    assert torch.equal(loads.total(), load.long())
 
 
 def test_the_breakdown_is_complete_and_by_the_target(model: Heads) -> None:
@@ -220,7 +255,7 @@ def test_a_lost_item_contributes_zero_and_stays_in_the_denominator(model: Heads)
 def test_a_dense_model_has_no_router_terms(model: Heads) -> None:
     output = model(WHOLE)
     output.auxiliary = None
-    report = compute(model, output, WHOLE, COUNTS, CONFIG, VOCABULARY)
+    report = compute(model, output, WHOLE, COUNTS, CONFIG, VOCABULARY, StepLoads())
     assert set(report.terms) == {"ce", "contrastive", "action"}
 
 
@@ -238,7 +273,9 @@ def test_label_weights_follow_the_modality_of_the_target() -> None:
     assert COUNTS.labels == pytest.approx(float(WHOLE.loss_weight.double().sum()))
 
 
-@pytest.mark.parametrize("wrong", [{"balance": -1.0}, {"tau": 0.1}, {"contrastive": {"tau": 0.0}}])
+@pytest.mark.parametrize(
+    "wrong", [{"balance": {"sequence": -1.0}}, {"balance": 0.01}, {"tau": 0.1}, {"contrastive": {"tau": 0.0}}]
+)
 def test_impossible_configs_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError):
         LossConfig.model_validate(wrong)

@@ -14,6 +14,7 @@ from mmoe.data.media import load_image
 from mmoe.data.sample import Camera, Modality
 from mmoe.data.shards import read_member
 from mmoe.evaluation.evaluate import evaluate
+from mmoe.models.moe.statistics import CAPACITY_FACTORS
 from mmoe.monitoring import figures
 from mmoe.monitoring.pictures import SlicePictures, data_uri, read_slice, slice_card
 from mmoe.monitoring.report import render, write_report
@@ -22,14 +23,21 @@ from tests.monitoring.test_summary import line
 
 
 def metrics(step: int) -> dict:
-    terms = {"loss_ce": 2.0, "loss_contrastive": 1.0, "loss_action": 0.5, "loss_balance": 1.0, "loss_router_z": 0.1}
-    experts = {"expert_load": {"0": [1, 2, 3], "1": [4, 4, 4]}, "expert_drops": {"0": [0, 0, 0], "1": [0, 0, 0]}}
+    terms = {"loss_ce": 2.0, "loss_contrastive": 1.0, "loss_action": 0.5, "loss_router_z": 0.1}
+    terms["loss_balance_sequence"] = 1.0
+    experts = {
+        "expert_load": {"0": [1, 2, 3], "1": [4, 4, 4]},
+        "expert_drops": {"0": [0, 0, 0], "1": [0, 0, 0]},
+        "router_grad_norm": {"0": [0.1, 0.1, 0.4], "1": [0.0, 0.0, 0.0]},
+        "capacity_factors": list(CAPACITY_FACTORS),
+        "would_drop": {"0": [3, 1, *[0] * 19], "1": [6, *[0] * 20]},
+    }
     return line(step, lr=1e-3, lost={"clip / cut at a slice": 3}, **terms, **experts)
 
 
 @pytest.fixture(scope="module")
 def reported(build_run):
-    run = build_run(names=("audio", "clip"))
+    run = build_run(names=("audio", "clip"), model__moe={"experts": 3, "top_k": 2, "hidden": 16})
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(metrics(step)) + "\n" for step in (10, 20, 30)))
     evaluate(run)
     evaluate(run, shuffle=Modality.VISION)
@@ -54,6 +62,8 @@ def test_every_part_is_there(reported):
         "blank audio",
         "predicted against logged steer",
         "cut at a slice",
+        "Router gradients",
+        "steps 20 to 30; tools/capacity_advisor.py",
         "sequence_length",
     ):
         assert said in html
@@ -116,6 +126,21 @@ def test_load_is_shown_over_an_even_share(reported):
     figure = figures.expert_load([metrics(10)])
     np.testing.assert_allclose(np.array(figure.data[0].z)[:, 0], [0.5, 1.0, 1.5])
     np.testing.assert_allclose(np.array(figure.data[1].z)[:, 0], [1.0, 1.0, 1.0])
+
+
+def test_router_gradients_are_shown_over_the_mean_of_their_layer():
+    figure = figures.router_gradients([metrics(10)])
+    np.testing.assert_allclose(np.array(figure.data[0].z)[:, 0], [0.5, 0.5, 2.0])
+    np.testing.assert_allclose(np.array(figure.data[1].z)[:, 0], [0.0, 0.0, 0.0])
+    assert figures.router_gradients([line(1)]) is None
+
+
+def test_a_run_from_before_a_figure_was_recorded_has_the_others(reported):
+    run, _ = reported
+    old = {key: value for key, value in metrics(1).items() if key not in ("router_grad_norm", "would_drop")}
+    html = render(run, RunRecords([old], {}))
+    assert "<h2>Expert load</h2>" in html and "Router gradients" not in html and "capacity_advisor" not in html
+    assert "tools/capacity_advisor.py" in render(run, RunRecords([old, metrics(2)], {}))
 
 
 def test_bars_are_the_figures_of_the_evaluations(reported):

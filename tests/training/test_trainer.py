@@ -83,18 +83,49 @@ def trainer(configuration, *callbacks, stop_at=None) -> Trainer:
     return Trainer(run, list(callbacks), stop_at)
 
 
-def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, tmp_path):
-    whole = trainer(config(folder, tmp_path / "whole"))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "model__moe__score": "sigmoid",
+            "model__moe__bias_rate": 0.01,
+            "model__moe__noise": 0.5,
+            "model__moe__groups": {"count": 2, "per_token": 1},
+            "losses__balance": {"sequence": 0.001, "micro_batch": 0.01, "global_batch": 0.01},
+        },
+    ],
+    ids=["default", "bias-noise-groups"],
+)
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, tmp_path, changes):
+    whole = trainer(config(folder, tmp_path / "whole", **changes))
     whole.train()
-    stopped = trainer(config(folder, tmp_path / "cut"), stop_at=5)
+    stopped = trainer(config(folder, tmp_path / "cut", **changes), stop_at=5)
     stopped.train()
     torch.manual_seed(123)  # what a new process would start from
-    resumed = trainer(config(folder, tmp_path / "cut"))
+    resumed = trainer(config(folder, tmp_path / "cut", **changes))
     resumed.resume()
     assert resumed.step == 5 and resumed.session == 1
     resumed.train()
     assert state_digest(resumed) == state_digest(whole)
     assert resumed.stream_state == whole.stream_state
+    for router, other in zip(whole.run.model.decoder.routers, resumed.run.model.decoder.routers, strict=True):
+        if changes:
+            assert torch.equal(router.choice_bias, other.choice_bias) and router.choice_bias.abs().max() > 0
+        else:
+            assert router.choice_bias is None
+
+
+def test_the_bias_follows_the_loads_of_a_whole_step_and_no_optimizer_holds_it(folder, tmp_path):
+    run = trainer(config(folder, tmp_path / "run", model__moe__bias_rate=0.25, optim__adamw={"weight_decay": 0.5}))
+    steps, bias = run.stream.steps(), torch.zeros(1, 4)
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert id(run.run.model.decoder.routers[0].choice_bias) not in held
+    for _ in range(3):
+        result = run.train_step(next(steps))
+        load = result.routing.sum.load_NMSE.sum((1, 2)).double()
+        bias += 0.25 * (load.mean(1, keepdim=True) - load).sign()
+        assert torch.equal(torch.stack([r.choice_bias for r in run.run.model.decoder.routers]), bias)
 
 
 def test_resuming_from_an_older_checkpoint_replays_the_same_steps(folder, tmp_path):
@@ -203,6 +234,16 @@ def test_a_step_that_diverges_changes_no_weight_and_says_so(folder, tmp_path):
     with pytest.raises(DivergenceError, match="step 1 is nan .ce nan.* no weight was changed"):
         run.train_step(next(run.stream.steps()))
     assert state_digest(run) == before
+
+
+def test_a_diverged_step_names_the_router_whose_logits_were_not_finite(folder, tmp_path):
+    run = trainer(config(folder, tmp_path / "run", model__moe={"experts": 4, "top_k": 2, "hidden": 16}))
+    with torch.no_grad():
+        run.run.model.decoder.routers[1].weight[2] = float("nan")
+    before = [p.clone() for p in run.run.model.parameters()]
+    with pytest.raises(DivergenceError, match="not finite from layer of experts 1 .from 0. on; no weight was changed"):
+        run.train_step(next(run.stream.steps()))
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, run.run.model.parameters()))
 
 
 def test_a_changed_config_is_refused_by_naming_the_keys(folder, tmp_path):

@@ -1,37 +1,107 @@
-"""The losses that keep a router healthy, per sequence, so that every layout agrees on them."""
+"""What keeps a router healthy: losses of its balance at three levels, its z-loss, and the rule that moves its bias.
+
+All levels are E * sum_e f_e P_e (Switch Transformer, Fedus et al. 2021; f divided by K), 1 at perfect balance: f_e
+is the share of the choices that fell on expert e (before any drop, no gradient), P_e the mean probability of e.
+Sigmoid scores are normalised over the experts first (DeepSeek-V3, 2024, equations 17 to 20). Gradient
+descent on it lowers the probability of experts with f_e above their P-weighted mean.
+
+============ ============================================= =================== ======================
+level        f                                             P                   the same in
+============ ============================================= =================== ======================
+sequence     of a sequence                                 of that sequence    every layout
+micro_batch  of a micro-batch                              of that micro-batch layouts with equal ones
+global_batch of the optimizer step so far, over the ranks  of the micro-batch  layouts with equal ones
+============ ============================================= =================== ======================
+
+The wider the level, the more a sequence may keep to the experts of its own subject (Qiu et al. 2025, "Demons in the
+Detail"). With the last, f of an early micro-batch knows only those before it, as in that paper.
+"""
+
+from collections.abc import Callable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from mmoe.models.moe.router import Routing
+from mmoe.config.base import Config
+from mmoe.models.moe.router import Router, Routing
 from mmoe.models.moe.tokens import Tokens
 
 
-def balance_loss(routing: Routing, tokens: Tokens) -> Tensor:
-    """E * sum_e f_e P_e of each sequence, meaned over the B sequences: a scalar, 1 at perfect balance.
+class BalanceConfig(Config):
+    """Coefficients of the load-balancing loss at each level; several may act at once, 0 leaves a level out."""
 
-    f_e is the share of the sequence's choices that fell on expert e (before any drop, no gradient), P_e the mean
-    score of e over its valid tokens (Switch Transformer, Fedus et al. 2021; f divided by K). A sequence without
-    a valid token counts zero.
+    sequence: float = Field(default=0.01, ge=0)
+    micro_batch: float = Field(default=0.0, ge=0)
+    global_batch: float = Field(default=0.0, ge=0)
+
+
+class StepLoads:
+    """How often each expert was chosen in the optimizer step so far, before any drop.
+
+    The loads of all layers are one tensor, so summing them over data ranks is one reduction. `reduce` does that:
+    [N, E] i64 of this rank -> the sum over ranks, a new tensor. Every rank must come to `total` equally often.
     """
-    experts, top_k = routing.logits_TE.shape[1], routing.expert_TK.shape[1]
-    group = tokens.sequence_T[:, None] * experts + routing.expert_TK
-    load = group.flatten().bincount(minlength=tokens.sequences * experts).view(-1, experts)
-    share = load.to(routing.scores_TE.dtype) / (_counts(tokens)[:, None] * top_k)
-    return experts * (share * _sequence_means(routing.scores_TE, tokens)).sum(1).mean()
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda load_NE: load_NE):
+        self._reduce = reduce
+        self._load_NE: Tensor | None = None
+
+    def add(self, load_NE: Tensor) -> None:
+        """Count a micro-batch of this rank."""
+        self._load_NE = load_NE if self._load_NE is None else self._load_NE + load_NE
+
+    def total(self) -> Tensor:
+        """[N, E] i64, of all ranks. Raises ValueError where nothing was added."""
+        if self._load_NE is None:
+            raise ValueError("no loads were counted in this step; add those of a micro-batch first")
+        return self._reduce(self._load_NE)
+
+
+def expert_load(routing: Routing, tokens: Tokens) -> Tensor:
+    """[B, E] i64: how often each sequence chose each expert. Unlike bincount, this does not wait for the device."""
+    experts = routing.logits_TE.shape[1]
+    cell = (tokens.sequence_T[:, None] * experts + routing.expert_TK).flatten()
+    load = cell.new_zeros(tokens.sequences * experts).scatter_add_(0, cell, torch.ones_like(cell))
+    return load.view(-1, experts)
+
+
+def expert_probability(routing: Routing, tokens: Tokens) -> Tensor:
+    """[B, E]: sums of the experts' probabilities over each sequence's valid tokens."""
+    return _sequence_sums(routing.probability_TE, tokens)
+
+
+def balance_loss(load_XE: Tensor, probability_XE: Tensor) -> Tensor:
+    """[X]: E * sum_e f_e P_e of the given loads and mean probabilities; zero where nothing was chosen."""
+    share = load_XE.to(probability_XE.dtype) / load_XE.sum(-1, keepdim=True).clamp(min=1)
+    return load_XE.shape[-1] * (share * probability_XE).sum(-1)
 
 
 def z_loss(routing: Routing, tokens: Tokens) -> Tensor:
     """logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022), meaned over a sequence's valid tokens, then over sequences."""
-    return _sequence_means(routing.logits_TE.logsumexp(1, keepdim=True).square(), tokens).mean()
+    sums = _sequence_sums(routing.logits_TE.logsumexp(1, keepdim=True).square(), tokens)
+    return (sums / sequence_counts(tokens)[:, None]).mean()
 
 
-def _sequence_means(values_TX: Tensor, tokens: Tokens) -> Tensor:
-    """[B, X]: means over each sequence's valid tokens."""
-    sums = values_TX.new_zeros(tokens.sequences, values_TX.shape[1])
-    return sums.index_add(0, tokens.sequence_T, values_TX) / _counts(tokens)[:, None]
+@torch.no_grad()
+def update_choice_bias(routers: list[Router], load_NE: Tensor, rate: float) -> None:
+    """Raise the bias of the experts that a step chose less than the mean of their layer, lower that of the others.
+
+    bias += rate * sign(mean load - load): Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"; DeepSeek-V3.
+    `load_NE` are the loads of the step over all ranks, a row for each router. The comparison is one of integers.
+    """
+    load_NE = load_NE.detach()
+    above = load_NE.sum(1, keepdim=True) - load_NE.shape[1] * load_NE
+    biases = [router.choice_bias for router in routers]
+    torch._foreach_add_(biases, list((rate * above.sign()).to(biases[0].dtype).unbind()))
 
 
-def _counts(tokens: Tokens) -> Tensor:
+def sequence_counts(tokens: Tokens) -> Tensor:
     """[B]: valid tokens of each sequence, at least 1."""
-    return torch.bincount(tokens.sequence_T, minlength=tokens.sequences).clamp(min=1)
+    number = tokens.sequence_T
+    return number.new_zeros(tokens.sequences).scatter_add_(0, number, torch.ones_like(number)).clamp(min=1)
+
+
+def _sequence_sums(values_TX: Tensor, tokens: Tokens) -> Tensor:
+    """[B, X]: sums over each sequence's valid tokens."""
+    return values_TX.new_zeros(tokens.sequences, values_TX.shape[1]).index_add(0, tokens.sequence_T, values_TX)

@@ -7,14 +7,17 @@ gradients: no sum depends on the order in which threads finish.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from fractions import Fraction
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mmoe.models.moe.router import Routing
-from mmoe.models.moe.rows import copy_rows
+from mmoe.models.moe.rows import copy_rows, weighted_rows
 from mmoe.models.moe.tokens import Tokens
+
+Drop = Literal["probability", "position"]
 
 
 @dataclass(frozen=True)
@@ -49,59 +52,85 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """Both dispatchers of one process differ in their `plan` alone."""
 
-    def __init__(self, experts: int):
+    def __init__(self, experts: int, group_multiple: int = 1):
         self.experts = experts
+        self.group_multiple = group_multiple  # every expert's group has a multiple of so many rows
+
+    def rounded(self, rows):
+        """`rows` (a number or a tensor) up to a multiple of `group_multiple`."""
+        return -(-rows // self.group_multiple) * self.group_multiple
 
     def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
         row_TK, choice_R = placement.row_TK, placement.choice_R
         return copy_rows(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
-        row_TK, choice_R = placement.row_TK, placement.choice_R
-        y_ND = copy_rows(y_RD, row_TK.flatten(), choice_R, complete=placement.complete)
-        return (y_ND.unflatten(0, row_TK.shape) * weight_TK.unsqueeze(-1)).sum(1)
+        return weighted_rows(y_RD, weight_TK, placement.row_TK, placement.choice_R, placement.complete)
 
 
 class DroplessDispatcher(LocalDispatcher):
-    """Every choice gets a row: groups of as many rows as each expert was chosen."""
+    """Every choice gets a row: groups of as many rows as each expert was chosen.
+
+    Where groups are padded, R = T K + E (group_multiple - 1), rounded up, whatever is routed, so that nobody waits
+    for the sizes; the rows that no group needs are empty rows of the last one.
+    """
 
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
         expert = routing.expert_TK.flatten()
         choice = expert.argsort(stable=True)
+        rank = torch.arange(len(choice), device=choice.device)
+        sizes = torch.zeros(self.experts, dtype=torch.int64, device=choice.device)
+        sizes = sizes.scatter_add_(0, expert, torch.ones_like(expert))  # bincount waits for the device
         row = torch.empty_like(choice)
-        row[choice] = torch.arange(len(choice), device=choice.device)
-        ends = expert.bincount(minlength=self.experts).cumsum(0)
-        return Placement(row.view_as(routing.expert_TK), choice, ends.int(), complete=True)
+        if self.group_multiple == 1:
+            row[choice] = rank
+            return Placement(row.view_as(routing.expert_TK), choice, sizes.cumsum(0).int(), complete=True)
+        rows = self.rounded(len(choice) + self.experts * (self.group_multiple - 1))
+        padded = self.rounded(sizes)
+        shift = (padded.cumsum(0) - padded) - (sizes.cumsum(0) - sizes)
+        row_of_choice = rank + shift[expert[choice]]
+        row[choice] = row_of_choice
+        choice_in_row = choice.new_full((rows,), len(choice))
+        choice_in_row[row_of_choice] = choice
+        ends = padded.cumsum(0)
+        ends[-1] = rows
+        return Placement(row.view_as(routing.expert_TK), choice_in_row, ends.int(), complete=False)
 
 
 class CapacityDispatcher(LocalDispatcher):
     """Every expert has C = ceil(capacity_factor * L * K / E) rows for each sequence: fixed shapes, whatever is routed.
 
-    Where more tokens of a sequence choose an expert, those with its highest scores stay (ties: the earlier
-    token) and the rest are dropped. One sequence never takes the rows of another.
+    Where more tokens of a sequence choose an expert, some are dropped: with `probability` those with its lowest
+    scores (ties: the later token), with `position` the later tokens. One sequence never takes the rows of another.
     """
 
-    def __init__(self, experts: int, capacity_factor: float):
-        super().__init__(experts)
-        self.capacity_factor = capacity_factor
+    def __init__(self, experts: int, capacity_factor: float, drop: Drop = "probability", group_multiple: int = 1):
+        super().__init__(experts, group_multiple)
+        self.capacity_factor, self.drop = capacity_factor, drop
 
     def capacity(self, length: int, top_k: int) -> int:
         """Rows of one expert for one sequence of `length` positions."""
-        return math.ceil(self.capacity_factor * length * top_k / self.experts)
+        factor = Fraction(str(self.capacity_factor))  # as it was written: 1.1 * 90 / 3 is 33, not 34
+        return math.ceil(factor * length * top_k / self.experts)
 
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
-        capacity = self.capacity(tokens.length, routing.expert_TK.shape[1])
-        rows = self.experts * tokens.sequences * capacity
-        group = (routing.expert_TK * tokens.sequences + tokens.sequence_T[:, None]).flatten()
-        by_score = routing.score_TK.detach().flatten().argsort(descending=True, stable=True)
-        choice = by_score[group[by_score].argsort(stable=True)]  # by group, in it by score, then by token
+        capacity, sequences = self.capacity(tokens.length, routing.expert_TK.shape[1]), tokens.sequences
+        rows_of_expert = self.rounded(sequences * capacity)
+        rows = self.experts * rows_of_expert
+        group = (routing.expert_TK * sequences + tokens.sequence_T[:, None]).flatten()
+        if self.drop == "position":
+            choice = group.argsort(stable=True)  # by group, in it by token
+        else:
+            by_score = routing.score_TK.detach().flatten().argsort(descending=True, stable=True)
+            choice = by_score[group[by_score].argsort(stable=True)]  # by group, in it by score, then by token
         group = group[choice]
-        sizes = group.bincount(minlength=self.experts * tokens.sequences)
+        sizes = group.new_zeros(self.experts * sequences).scatter_add_(0, group, torch.ones_like(group))
         rank = torch.arange(len(choice), device=choice.device) - (sizes.cumsum(0) - sizes)[group]
-        row_of_choice = torch.where(rank < capacity, group * capacity + rank, rows)
+        start = group // sequences * rows_of_expert + group % sequences * capacity
+        row_of_choice = torch.where(rank < capacity, start + rank, rows)
         row = torch.empty_like(choice)
         row[choice] = row_of_choice
         choice_in_row = choice.new_full((rows + 1,), len(choice))
         choice_in_row[row_of_choice] = choice
-        ends = torch.arange(1, self.experts + 1, device=choice.device) * tokens.sequences * capacity
+        ends = torch.arange(1, self.experts + 1, device=choice.device) * rows_of_expert
         return Placement(row.view_as(routing.expert_TK), choice_in_row[:-1], ends.int(), complete=False)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from mmoe.config.base import Config
 from mmoe.models.layers import SwiGLU
-from mmoe.models.moe.balance import balance_loss, z_loss
-from mmoe.models.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
+from mmoe.models.moe.balance import balance_loss, expert_load, expert_probability, sequence_counts, z_loss
+from mmoe.models.moe.dispatch import CapacityDispatcher, Dispatcher, Drop, DroplessDispatcher
 from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE, Engine, Experts
-from mmoe.models.moe.router import Router
+from mmoe.models.moe.router import GroupLimitConfig, Router, Routing, Score
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.models.moe.tokens import Tokens
 
@@ -20,10 +20,17 @@ class MoEConfig(Config):
     top_k: int = Field(gt=0)  # experts per token
     hidden: int = Field(gt=0)  # SwiGLU width of one expert
     shared_experts: int = Field(default=0, ge=0)  # experts of the same width that every token goes through
+    shared_gate: bool = False  # times the sigmoid of a product with the token (Qwen2-MoE, 2024)
     capacity_factor: float | None = Field(default=None, ge=1)  # null: dropless
+    drop: Drop = "probability"  # what an overfull expert drops: its lowest scores, or the later tokens (`position`)
+    group_multiple: int = Field(default=1, gt=0)  # rows of an expert's group, rounded up with zeros; FP8 needs 16
     engine: Engine = "grouped_mm"
+    score: Score = "softmax"  # what makes scores of the logits; see Router
     normalise: bool = True  # the weights of a token's experts add up to `scale`
     scale: float = Field(default=1.0, gt=0)
+    groups: GroupLimitConfig | None = None  # a token's experts come from few groups; null: from anywhere
+    noise: float = Field(default=0.0, ge=0)  # standard deviation of noise on the logits, to choose in training
+    bias_rate: float = Field(default=0.0, ge=0)  # step of the auxiliary-loss-free bias; 0: there is none
     every: int = Field(default=1, gt=0)  # layers every, 2 every, ... (counted from 1) have experts
     dense_first: int = Field(default=0, ge=0)  # but not the first ones
 
@@ -31,12 +38,36 @@ class MoEConfig(Config):
     def _shape(self) -> "MoEConfig":
         if self.top_k > self.experts:
             raise ValueError(f"top_k is {self.top_k}, but there are {self.experts} experts; lower top_k or add experts")
-        if self.engine == "grouped_mm" and self.hidden % GROUPED_MM_MULTIPLE:
+        if self.score == "softmax_topk" and not self.normalise:
             raise ValueError(
-                f"hidden is {self.hidden}, but grouped_mm needs a multiple of {GROUPED_MM_MULTIPLE}; "
+                "score is softmax_topk, whose weights always add up to scale, but normalise is false; "
+                "set score to softmax for weights that do not"
+            )
+        if self.groups is not None:
+            self._check_groups(self.groups)
+        if self.shared_gate and not self.shared_experts:
+            raise ValueError("shared_gate is true, but there are no shared_experts to gate; set one of them")
+        if self.drop == "position" and self.capacity_factor is None:
+            raise ValueError("drop is position, but nothing is dropped without a capacity_factor; set one")
+        if self.engine != "loop" and self.hidden % GROUPED_MM_MULTIPLE:
+            raise ValueError(
+                f"hidden is {self.hidden}, but {self.engine} needs a multiple of {GROUPED_MM_MULTIPLE}; "
                 "round it or set engine to loop"
             )
         return self
+
+    def _check_groups(self, groups: GroupLimitConfig) -> None:
+        if self.experts % groups.count:
+            raise ValueError(
+                f"groups.count is {groups.count}, which does not divide the {self.experts} experts; change one of them"
+            )
+        if groups.per_token > groups.count:
+            raise ValueError(f"groups.per_token is {groups.per_token}, but there are {groups.count} groups; lower it")
+        reachable = groups.per_token * self.experts // groups.count
+        if self.top_k > reachable:
+            raise ValueError(
+                f"top_k is {self.top_k}, but the groups of a token have {reachable} experts; raise groups.per_token"
+            )
 
     def in_layer(self, number: int) -> bool:
         """Whether layer `number` (from 0) has experts."""
@@ -45,26 +76,52 @@ class MoEConfig(Config):
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Scalars with gradient, and the statistics of a training forward pass (None in evaluation).
+    """What a forward pass routed: losses with gradient, and the statistics of training (None in evaluation).
 
-    They are returned and never kept in the module: what activation recomputation computes again is thrown away.
+    `balance_loss` is that of the sequences, meaned. `load_E` (i64, before any drop) and `probability_E` (means over
+    the valid tokens, with gradient) are what the other levels are made of. All are returned and never kept in the
+    module: what activation recomputation computes again is thrown away.
     """
 
     balance_loss: Tensor
     z_loss: Tensor
+    load_E: Tensor
+    probability_E: Tensor
     statistics: RoutingStatistics | None
+
+    @classmethod
+    def of(cls, routing: Routing, tokens: Tokens, statistics: RoutingStatistics | None) -> "LayerRouting":
+        load_BE, probability_BE = expert_load(routing, tokens), expert_probability(routing, tokens)
+        return cls(
+            balance_loss=balance_loss(load_BE, probability_BE / sequence_counts(tokens)[:, None]).mean(),
+            z_loss=z_loss(routing, tokens),
+            load_E=load_BE.sum(0),
+            probability_E=probability_BE.sum(0) / max(len(routing.logits_TE), 1),
+            statistics=statistics,
+        )
 
 
 class MoELayer(nn.Module):
     def __init__(self, size: int, config: MoEConfig):
         super().__init__()
-        self.router = Router(size, config.experts, config.top_k, config.normalise, config.scale)
+        self.router = Router(
+            size,
+            config.experts,
+            config.top_k,
+            config.normalise,
+            config.scale,
+            config.score,
+            config.groups,
+            config.noise,
+            biased=config.bias_rate > 0,
+        )
         self.experts = Experts(config.experts, size, config.hidden, config.engine)
         self.shared = SwiGLU(size, config.shared_experts * config.hidden) if config.shared_experts else None
+        self.shared_gate = nn.Linear(size, 1, bias=False) if config.shared_gate else None
         self.dispatcher: Dispatcher = (
-            DroplessDispatcher(config.experts)
+            DroplessDispatcher(config.experts, config.group_multiple)
             if config.capacity_factor is None
-            else CapacityDispatcher(config.experts, config.capacity_factor)
+            else CapacityDispatcher(config.experts, config.capacity_factor, config.drop, config.group_multiple)
         )
 
     def forward(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, LayerRouting]:
@@ -75,10 +132,9 @@ class MoELayer(nn.Module):
         rows_RD = self.experts(self.dispatcher.dispatch(x_TD, placement), placement.ends_E)
         y_TD = self.dispatcher.combine(rows_RD, routing.weight_TK, placement)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
-        routed = LayerRouting(
-            balance_loss(routing, tokens),
-            z_loss(routing, tokens),
-            RoutingStatistics.of(routing, placement.dropped_TK, tokens) if self.training else None,
-        )
-        return tokens.put(y_TD), routed
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
+            y_TD = y_TD + shared_TD
+        statistics = RoutingStatistics.of(routing, placement, tokens) if self.training else None
+        return tokens.put(y_TD), LayerRouting.of(routing, tokens, statistics)

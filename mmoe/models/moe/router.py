@@ -1,47 +1,127 @@
 """The router: which experts a token goes to, and with what weight.
 
 Shape suffixes, here and in the other files of this folder: T tokens (no padding among them), D model width,
-E experts, K experts per token, R rows (places of tokens at experts), B sequences.
+E experts, K experts per token, G groups of experts, R rows (places of tokens at experts), B sequences, N layers of
+experts.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from mmoe.config.base import Config
 from mmoe.precision.widen import widen
+
+Score = Literal["softmax", "softmax_topk", "sigmoid"]
+
+
+class GroupLimitConfig(Config):
+    """Experts e with the same e // (experts / count) are a group; a token's experts come from `per_token` groups.
+
+    A group counts by the sum of its two best experts (`top2`: DeepSeek-V3, 2024, section 2.1.2) or by its best
+    (`max`: DeepSeek-V2, 2024, section 2.2.2). Where groups stand on nodes, so many nodes at most get a token.
+    """
+
+    count: int = Field(gt=0)
+    per_token: int = Field(gt=0)
+    score: Literal["top2", "max"] = "top2"
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router decided, in float32 or wider; the K choices of a token are in falling order of score."""
+    """What the router decided, in float32 or wider; the K choices of a token begin with the one it wanted most."""
 
     logits_TE: Tensor
-    scores_TE: Tensor  # softmax over the experts
+    scores_TE: Tensor  # softmax over the experts, or sigmoid of each
+    probability_TE: Tensor  # the scores over their sum: the same for softmax
     expert_TK: Tensor  # i64
     score_TK: Tensor  # of the chosen experts
     weight_TK: Tensor  # with which their outputs are added
 
 
 class Router(nn.Module):
-    """Top-k of a softmax over the experts (Shazeer et al. 2017; Mixtral, Jiang et al. 2024).
+    """The top k of E experts for every token.
 
-    Of two experts with the same score the one with the lower number wins, on every device. With `normalise` the
-    weights of a token are divided by their sum, which is at least K / E and needs no epsilon; `scale` multiplies
-    them.
+    ============ ================================ ==================================================
+    score        of an expert                     weights of the chosen experts
+    ============ ================================ ==================================================
+    softmax      softmax over all experts         their scores (Shazeer et al. 2017)
+    softmax_topk softmax over all experts         softmax over the chosen (Mixtral, Jiang et al. 2024)
+    sigmoid      sigmoid of its own logit         their scores (DeepSeek-V3, 2024)
+    ============ ================================ ==================================================
+
+    With `normalise` a token's weights are divided by their sum; `softmax` then is `softmax_topk`. The division is
+    a softmax over the logarithms of the scores, so it needs no epsilon: the weights add up to `scale` even where
+    every score has underflowed.
+
+    Experts are chosen by logit, and with a bias or groups by score + bias. Of two equal ones the lower number wins,
+    on every device; so does the lower of two equal groups. `noise` is the standard deviation of Gaussian noise
+    on the logits, in training and for the choice only: the weights are those of the clean logits. It comes from
+    torch's generator of the device, which a training step seeds anew and activation recomputation replays.
+
+    With `biased` there is a buffer `choice_bias` [E], added to the scores for the choice only; training moves it
+    (`balance.update_choice_bias`), never a gradient.
+
+    A logit that is not finite makes the weights of its token NaN and leaves the choices valid indices: looking for one
+    here would make every layer wait for the device. The trainer names the layer when the gradient norm tells it.
     """
 
-    def __init__(self, size: int, experts: int, top_k: int, normalise: bool, scale: float):
+    def __init__(
+        self,
+        size: int,
+        experts: int,
+        top_k: int,
+        normalise: bool,
+        scale: float,
+        score: Score = "softmax",
+        groups: GroupLimitConfig | None = None,
+        noise: float = 0.0,
+        biased: bool = False,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size))
-        self.top_k, self.normalise, self.scale = top_k, normalise, scale
+        self.top_k, self.scale = top_k, scale
+        self.sigmoid, self.normalise = score == "sigmoid", normalise or score == "softmax_topk"
+        self.groups, self.noise = groups, noise
+        self.register_buffer("choice_bias", torch.zeros(experts) if biased else None)
 
     def forward(self, x_TD: Tensor) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
             logits = F.linear(widen(x_TD), widen(self.weight))
-        scores = logits.softmax(dim=-1)
-        expert = scores.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        log_scores = F.logsigmoid(logits) if self.sigmoid else logits  # of a softmax, up to a constant of the token
+        probability = log_scores.softmax(dim=-1)
+        scores = logits.sigmoid() if self.sigmoid else probability
+        expert = self._choose(logits.detach())
         score = scores.gather(1, expert)
-        weight = score / score.sum(dim=-1, keepdim=True) if self.normalise else score
-        return Routing(logits, scores, expert, score, weight * self.scale)
+        weight = log_scores.gather(1, expert).softmax(dim=-1) if self.normalise else score
+        return Routing(logits, scores, probability, expert, score, weight * self.scale)
+
+    def _choose(self, value_TE: Tensor) -> Tensor:
+        """[T, K] i64: the experts chosen by these logits."""
+        if self.training and self.noise:
+            value_TE = value_TE + self.noise * torch.randn_like(value_TE)
+        if self.choice_bias is not None or self.groups is not None:
+            value_TE = value_TE.sigmoid() if self.sigmoid else value_TE.softmax(dim=-1)
+        if self.choice_bias is not None:
+            value_TE = value_TE + self.choice_bias
+        if self.groups is not None:
+            value_TE = _limit(value_TE, self.groups)
+        return _best(value_TE, self.top_k)
+
+
+def _limit(value_TE: Tensor, groups: GroupLimitConfig) -> Tensor:
+    """The values of each token's best groups; -inf for all others (zero would win over a negative bias)."""
+    value_TGE = value_TE.unflatten(1, (groups.count, -1))
+    counted = min(2, value_TGE.shape[2]) if groups.score == "top2" else 1
+    group_TG = value_TGE.topk(counted, dim=2).values.sum(2)
+    out = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, _best(group_TG, groups.per_token), False)
+    return value_TGE.masked_fill(out.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def _best(value_TX: Tensor, number: int) -> Tensor:
+    """[T, number]: where the highest values stand, highest first; of equal ones the first."""
+    return value_TX.sort(dim=-1, descending=True, stable=True).indices[:, :number]

@@ -4,11 +4,16 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmoe.data.sample import Modality
-from mmoe.models.moe.router import Routing
+from mmoe.models.moe.balance import expert_load
+from mmoe.models.moe.dispatch import Placement
+from mmoe.models.moe.router import Router, Routing
 from mmoe.models.moe.tokens import Tokens
+from mmoe.precision.widen import widen
+
+CAPACITY_FACTORS = tuple(n / 20 for n in range(20, 41))  # 1.00, 1.05, ... 2.00
 
 
 @dataclass(frozen=True)
@@ -16,12 +21,14 @@ class RoutingStatistics:
     """Sums over valid tokens by layer of experts (N), modality (M), source (S) and expert (E).
 
     `load_NMSE` i64 counts the choices of each expert before any drop, `drops_NMSE` i64 those dropped;
-    `tokens_N` i64. In f64, by expert: the sum of its logits, of their squares, and of its scores (its
-    importance); `entropy_N` is the sum of the entropies (nats) of the tokens' scores.
+    `would_drop_NC` i64 those that a capacity per sequence would drop, at each of the C `CAPACITY_FACTORS`, in
+    whatever mode the layer runs; `tokens_N` i64. In f64, by expert: the sum of its logits, of their squares, and of
+    its probabilities (its importance); `entropy_N` is the sum of the entropies (nats) of the tokens' probabilities.
     """
 
     load_NMSE: Tensor
     drops_NMSE: Tensor
+    would_drop_NC: Tensor
     tokens_N: Tensor
     logit_NE: Tensor
     logit_square_NE: Tensor
@@ -30,22 +37,28 @@ class RoutingStatistics:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, routing: Routing, dropped_TK: Tensor, tokens: Tokens) -> "RoutingStatistics":
-        """Of one layer (N = 1)."""
-        experts = routing.logits_TE.shape[1]
+    def of(cls, routing: Routing, placement: Placement, tokens: Tokens) -> "RoutingStatistics":
+        """Of one layer (N = 1). Nothing here waits for the device."""
+        logits, probability, expert_TK = routing.logits_TE, routing.probability_TE, routing.expert_TK
+        experts, top_k = logits.shape[1], expert_TK.shape[1]
         shape = (1, len(Modality), tokens.sources, experts)
-        cell = (tokens.modality_T * tokens.sources + tokens.source_T)[:, None] * experts + routing.expert_TK
-        count = len(Modality) * tokens.sources * experts
-        logits, scores = routing.logits_TE, routing.scores_TE
+        cells = len(Modality) * tokens.sources * experts
+        cell_TK = (tokens.modality_T * tokens.sources + tokens.source_T)[:, None] * experts + expert_TK
+        load = _count(cell_TK, cells).view(shape)
+        load_BE1 = expert_load(routing, tokens)[..., None]
+        capacity_C = capacities(tokens.length, top_k, experts, logits.device)
         wide = {"dim": 0, "dtype": torch.float64}
         return cls(
-            load_NMSE=cell.flatten().bincount(minlength=count).view(shape),
-            drops_NMSE=cell[dropped_TK].bincount(minlength=count).view(shape),
+            load_NMSE=load,
+            drops_NMSE=torch.zeros_like(load)
+            if placement.complete
+            else _count(cell_TK, cells, placement.dropped_TK).view(shape),
+            would_drop_NC=(load_BE1 - capacity_C).clamp_(min=0).sum((0, 1))[None],
             tokens_N=torch.full((1,), len(logits), device=logits.device),
             logit_NE=logits.sum(**wide)[None],
             logit_square_NE=logits.square().sum(**wide)[None],
-            importance_NE=scores.sum(**wide)[None],
-            entropy_N=torch.special.entr(scores).sum(dtype=torch.float64)[None],
+            importance_NE=probability.sum(**wide)[None],
+            entropy_N=_entropy(probability).sum(**wide)[None],
         )
 
     @classmethod
@@ -78,3 +91,42 @@ class RoutingStatistics:
     def drop_rate_N(self) -> Tensor:
         """Share of the choices that were dropped, f64."""
         return self.drops_NMSE.sum((1, 2, 3)).double() / self.load_NMSE.sum((1, 2, 3))
+
+    @property
+    def would_drop_rate_NC(self) -> Tensor:
+        """Share of the choices that each capacity factor would drop, f64."""
+        return self.would_drop_NC.double() / self.load_NMSE.sum((1, 2, 3))[:, None]
+
+
+def capacities(length: int, top_k: int, experts: int, device: torch.device | str = "cpu") -> Tensor:
+    """[C] i64: rows of one expert for one sequence, ceil(cf * L * K / E) of each of the `CAPACITY_FACTORS`.
+
+    In whole numbers, so that no rounding of the factor adds a row.
+    """
+    twentieths = torch.arange(20, 20 + len(CAPACITY_FACTORS), device=device)
+    return -((-twentieths * length * top_k) // (20 * experts))
+
+
+def router_gradient_norms(model: nn.Module) -> Tensor | None:
+    """[N, E] f32 or wider: the L2 norm of the gradient of each expert's row of the router weights.
+
+    By layer of experts, of the gradients that the parameters hold: call it after the step's last backward pass and
+    before they are clipped. Zeros for a router that has none; None for a model without experts.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, Router)]
+    if not weights:
+        return None
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+    return torch.linalg.vector_norm(widen(torch.stack(gradients)), dim=-1)
+
+
+def _count(cell: Tensor, cells: int, counted: Tensor | None = None) -> Tensor:
+    """[cells] i64: how often each number occurs in `cell`, where `counted`. Unlike bincount, without a wait."""
+    ones = torch.ones_like(cell) if counted is None else counted.long()
+    return cell.new_zeros(cells).scatter_add_(0, cell.flatten(), ones.flatten())
+
+
+def _entropy(probability_TE: Tensor) -> Tensor:
+    """[T] nats; p log p is 0 at 0. Faster than `torch.special.entr`, which has no vector code on a CPU."""
+    tiny = torch.finfo(probability_TE.dtype).tiny
+    return -(probability_TE * probability_TE.clamp(min=tiny).log()).sum(1)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmoe.models.moe.dispatch import CapacityDispatcher, DroplessDispatcher
 from mmoe.models.moe.router import Routing
-from mmoe.models.moe.rows import copy_rows
+from mmoe.models.moe.rows import copy_rows, weighted_rows
 from mmoe.models.moe.tokens import Tokens
 from tests.models.random_batch import random_batch
 
@@ -19,17 +20,18 @@ def random_routing(tokens: int, experts: int, top_k: int, seed: int, levels: int
     scores = torch.randint(1, levels, (tokens, experts), generator=generator).double() / levels
     expert = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     score = scores.gather(1, expert)
-    return Routing(scores.log(), scores, expert, score, score / score.sum(1, keepdim=True))
+    probability = scores / scores.sum(1, keepdim=True)
+    return Routing(scores.log(), scores, probability, expert, score, score / score.sum(1, keepdim=True))
 
 
-def kept_by_brute_force(routing: Routing, tokens: Tokens, capacity: int) -> set[tuple[int, int]]:
-    """(token, k): for each sequence and expert the best-scored, earlier tokens first among equals."""
+def kept_by_brute_force(routing: Routing, tokens: Tokens, capacity: int, drop: str) -> set[tuple[int, int]]:
+    """(token, k): for each sequence and expert the best-scored (or first) tokens, earlier ones first among equals."""
     kept = set()
     experts = routing.scores_TE.shape[1]
     for b in range(tokens.sequences):
         for e in range(experts):
             wanted = [
-                (-routing.score_TK[t, k].item(), t, k)
+                (0 if drop == "position" else -routing.score_TK[t, k].item(), t, k)
                 for t, k in (routing.expert_TK == e).nonzero().tolist()
                 if tokens.sequence_T[t] == b
             ]
@@ -44,28 +46,41 @@ def kept_by_brute_force(routing: Routing, tokens: Tokens, capacity: int) -> set[
     top_k=st.integers(1, 3),
     factor=st.floats(0.3, 2.5),
     levels=st.sampled_from([3, 1000]),
+    drop=st.sampled_from(["probability", "position"]),
+    multiple=st.sampled_from([1, 16]),
 )
-def test_capacity_drops_the_lowest_scores_of_each_sequence(seed, experts, top_k, factor, levels):
+def test_capacity_drops_the_lowest_scores_or_the_later_tokens_of_each_sequence(
+    seed, experts, top_k, factor, levels, drop, multiple
+):
     tokens = Tokens.of(random_batch(seed % 50, sequences=3, documents=2))
     routing = random_routing(len(tokens.position_T), experts, top_k, seed, levels)
-    dispatcher = CapacityDispatcher(experts, factor)
+    dispatcher = CapacityDispatcher(experts, factor, drop, multiple)
     capacity = dispatcher.capacity(tokens.length, top_k)
-    assert capacity == math.ceil(factor * tokens.length * top_k / experts)
+    assert capacity == math.ceil(Fraction(str(factor)) * tokens.length * top_k / experts)
     placement = dispatcher.plan(routing, tokens)
     kept = {tuple(at) for at in (~placement.dropped_TK).nonzero().tolist()}
-    assert kept == kept_by_brute_force(routing, tokens, capacity)
-    assert len(placement.choice_R) == experts * tokens.sequences * capacity  # whatever was routed
+    assert kept == kept_by_brute_force(routing, tokens, capacity, drop)
+    rows = -(-tokens.sequences * capacity // multiple) * multiple
+    assert placement.ends_E.tolist() == [rows * (e + 1) for e in range(experts)]  # whatever was routed
     check_rows(placement, routing, experts)
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 10**6), experts=st.sampled_from([2, 8]), top_k=st.integers(1, 2))
-def test_dropless_gives_every_choice_a_row(seed, experts, top_k):
+@given(
+    seed=st.integers(0, 10**6),
+    experts=st.sampled_from([2, 8]),
+    top_k=st.integers(1, 2),
+    multiple=st.sampled_from([1, 8, 16]),
+)
+def test_dropless_gives_every_choice_a_row(seed, experts, top_k, multiple):
     tokens = Tokens.of(random_batch(seed % 50))
     routing = random_routing(len(tokens.position_T), experts, top_k, seed)
-    placement = DroplessDispatcher(experts).plan(routing, tokens)
+    placement = DroplessDispatcher(experts, multiple).plan(routing, tokens)
     assert not placement.dropped_TK.any()
-    assert placement.choice_R.sort().values.tolist() == list(range(routing.expert_TK.numel()))
+    choices = placement.choice_R[placement.choice_R < routing.expert_TK.numel()]
+    assert choices.sort().values.tolist() == list(range(routing.expert_TK.numel()))
+    assert not (placement.ends_E % multiple).any()
+    assert placement.complete == (multiple == 1)
     check_rows(placement, routing, experts)
 
 
@@ -84,7 +99,14 @@ def check_rows(placement, routing, experts):
 
 
 @pytest.mark.parametrize(
-    "dispatcher", [DroplessDispatcher(4), CapacityDispatcher(4, 0.5)], ids=["dropless", "capacity"]
+    "dispatcher",
+    [
+        DroplessDispatcher(4),
+        DroplessDispatcher(4, 16),
+        CapacityDispatcher(4, 0.5),
+        CapacityDispatcher(4, 0.5, "position"),
+    ],
+    ids=["dropless", "padded", "capacity", "position"],
 )
 def test_dispatch_and_combine_copy_rows_and_their_gradients(dispatcher):
     tokens = Tokens.of(random_batch(0))
@@ -108,6 +130,19 @@ def test_copying_has_the_gradient_of_indexing():
     index = torch.tensor([4, 6, 0, 1, 5])  # choice 6 is past the end; choices 2 and 3 (of row 1) go nowhere
     inverse = torch.tensor([2, 3, 5, 5, 0, 4])
     assert torch.autograd.gradcheck(lambda x: copy_rows(x, index, inverse, share=2), x)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_weighted_rows_have_the_gradient_of_the_sum(complete):
+    """Also of the weights; row 5 is past the end of y, and choice 6 past the end of the weights."""
+    row = torch.tensor([[2, 3], [0, 4], [1, 5]]) if complete else torch.tensor([[2, 3], [5, 5], [0, 4]])
+    choice = torch.tensor([2, 4, 0, 1, 3, 5]) if complete else torch.tensor([4, 6, 0, 1, 5])
+    y = torch.randn(len(choice), 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    padded = torch.cat([y, y.new_zeros(1, 3)])
+    expected = (padded[row] * weight.unsqueeze(2)).sum(1)
+    torch.testing.assert_close(weighted_rows(y, weight, row, choice, complete), expected)
+    assert torch.autograd.gradcheck(lambda y, w: weighted_rows(y, w, row, choice, complete), (y, weight))
 
 
 @pytest.mark.parametrize("padded", [False, True])

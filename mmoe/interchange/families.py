@@ -1,0 +1,196 @@
+"""Hugging Face's decoder families that the text path of a model can be: their configs, both ways.
+
+========= ======= ======================================================= ===========
+family    qk_norm experts                                                 class
+========= ======= ======================================================= ===========
+llama     no      none                                                    Llama
+qwen3     yes     none                                                    Qwen3
+mixtral   no      in every layer, weights that add up to 1                Mixtral
+qwen3_moe yes     in every n-th layer, but not those of mlp_only_layers   Qwen3Moe
+========= ======= ======================================================= ===========
+
+What decides about the function of a model is either translated or refused by its name; only what acts in
+training alone, or not on text, is left behind.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmoe.config.base import Config
+from mmoe.errors import ConfigError, DataError
+from mmoe.interchange.names import MIXTRAL, QWEN, ExpertNames
+from mmoe.models.decoder import ModelConfig
+from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
+from mmoe.models.moe.layer import MoEConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """`defaults` are the values of keys that older configs of the family leave out."""
+
+    model_type: str
+    architecture: str
+    qk_norm: bool
+    experts: ExpertNames | None
+    defaults: dict[str, Any]
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", False, None, {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}),
+        Family("qwen3", "Qwen3ForCausalLM", True, None, {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}),
+        Family("mixtral", "MixtralForCausalLM", False, MIXTRAL, {"rope_theta": 1e6, "rms_norm_eps": 1e-5}),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", True, QWEN, {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}),
+    )
+}
+
+# Ours -> theirs, where only the name differs.
+SIZES = {
+    "d_model": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# What theirs can be and ours cannot: the one value that both have.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+# Keys of ours that are translated, and keys that change nothing of what text goes through when it is read.
+TRANSLATED = {*SIZES, "head_dim", "hidden", "rope_theta", "qk_norm", "moe"}
+NEUTRAL = {"bidirectional_slices", "attention", "init_std", "contrast_dim"}
+TRANSLATED_MOE = {"experts", "top_k", "hidden", "normalise", "every", "dense_first", "score"}
+NEUTRAL_MOE = {"engine", "noise", "drop", "group_multiple"}
+REMEDIES = {
+    "shared_experts": "train with 0 (more top_k gives the same active parameters)",
+    "capacity_factor": "it drops nothing: evaluate the run with null in its config.yaml, and export it so",
+    "score": "train with softmax",
+    "scale": "train with 1.0",
+    "groups": "train with null",
+    "bias_rate": "train with 0.0 and a balance loss",
+}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model of `config` is; raises ConfigError naming what none has, and the remedy."""
+    moe = config.moe
+    family = next(f for f in FAMILIES.values() if f.qk_norm == config.qk_norm and (f.experts is None) == (moe is None))
+    name = family.architecture.removesuffix("ForCausalLM")
+    _refuse_unknown(name, "model", config, TRANSLATED | NEUTRAL)
+    if moe is None:
+        return family
+    _refuse_unknown(name, "model.moe", moe, TRANSLATED_MOE | NEUTRAL_MOE)
+    if moe.score not in ("softmax", "softmax_topk"):
+        raise _inexpressible(name, "model.moe.score", moe.score, REMEDIES["score"])
+    if family.model_type == "mixtral":
+        dense = [number for number in range(config.layers) if not moe.in_layer(number)]
+        remedy = "train with model.qk_norm true, which makes it a Qwen3Moe, which has that"
+        if dense:
+            key, value = ("every", moe.every) if moe.every > 1 else ("dense_first", moe.dense_first)
+            raise _inexpressible(name, f"model.moe.{key}", f"{value} (layer {dense[0]} is dense)", remedy)
+        if not moe.normalise:
+            raise _inexpressible(name, "model.moe.normalise", False, remedy)
+    return family
+
+
+def _refuse_unknown(family: str, path: str, config: Config, known: set[str]) -> None:
+    """Every key that is neither translated nor neutral must have its default: a new one is refused, not forgotten."""
+    for key, field in type(config).model_fields.items():
+        value = getattr(config, key)
+        if key not in known and value != field.get_default(call_default_factory=True):
+            raise _inexpressible(family, f"{path}.{key}", value, REMEDIES.get(key, "train with its default"))
+
+
+def _inexpressible(family: str, key: str, value: Any, remedy: str) -> ConfigError:
+    return ConfigError(f"{key} is {value}, which a {family} of Hugging Face cannot express; {remedy}")
+
+
+def to_huggingface(config: ModelConfig, vocabulary_size: int, positions: int) -> dict[str, Any]:
+    """The `config.json` of a model with `vocabulary_size` ids, trained on sequences of `positions`."""
+    family = family_of(config)
+    tree: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    tree |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
+    tree |= {"head_dim": config.head_width, "intermediate_size": config.hidden}
+    tree |= {"vocab_size": vocabulary_size, "max_position_embeddings": positions, **FIXED}
+    # transformers before 5 reads the first, later ones the second
+    tree |= {"rope_theta": config.rope_theta}
+    tree |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    moe = config.moe
+    if family.model_type == "mixtral":
+        tree |= {"intermediate_size": moe.hidden, "num_local_experts": moe.experts, "sliding_window": None}
+    elif family.model_type == "qwen3_moe":
+        tree |= {"moe_intermediate_size": moe.hidden, "num_experts": moe.experts, "use_sliding_window": False}
+        tree |= {"decoder_sparse_step": moe.every, "mlp_only_layers": list(range(moe.dense_first))}
+        tree |= {"norm_topk_prob": moe.normalise or moe.score == "softmax_topk"}
+    if moe is not None:
+        tree |= {"num_experts_per_tok": moe.top_k}
+    return tree
+
+
+def from_huggingface(tree: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
+    """The model that a `config.json` describes; raises DataError naming the key that ours cannot express."""
+    family = FAMILIES.get(tree.get("model_type"))
+    if family is None:
+        raise DataError(f"{where}: model_type is {tree.get('model_type')!r}; mmoe reads {', '.join(FAMILIES)}")
+    tree = {**family.defaults, "head_dim": None, "tie_word_embeddings": False, **tree}
+    for key, value in FIXED.items():
+        if tree.get(key, value) != value:
+            raise _unsupported(where, key, tree[key], f"ours has {value} alone")
+    if tree.get("use_sliding_window", True) and tree.get("sliding_window") is not None:
+        raise _unsupported(where, "sliding_window", tree["sliding_window"], "our attention sees the whole document")
+    try:
+        sizes = {ours: tree[theirs] for ours, theirs in SIZES.items() if theirs != "num_key_value_heads"}
+        config = ModelConfig(
+            **sizes,
+            kv_heads=tree.get("num_key_value_heads") or tree["num_attention_heads"],
+            head_dim=tree["head_dim"],
+            hidden=tree["intermediate_size"],
+            rope_theta=_rope_theta(tree, where),
+            qk_norm=family.qk_norm,
+            moe=None if family.experts is None else _experts(family, tree, where),
+        )
+    except KeyError as error:
+        raise DataError(f"{where} has no {error.args[0]}; it is not the config.json of a {family.model_type}") from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where} describes a model that mmoe cannot be ({' '.join(str(error).split())})") from error
+    return family, config
+
+
+def _rope_theta(tree: dict[str, Any], where: str) -> float:
+    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _unsupported(where, "rope_parameters", rope, "ours has plain rotary positions alone")
+    return float(rope.get("rope_theta", tree["rope_theta"]))
+
+
+def _experts(family: Family, tree: dict[str, Any], where: str) -> MoEConfig | None:
+    """None where no layer has experts."""
+    mixtral = family.model_type == "mixtral"
+    hidden = tree["intermediate_size" if mixtral else "moe_intermediate_size"]
+    experts = tree["num_experts"] if "num_experts" in tree else tree["num_local_experts"]
+    fast = hidden % GROUPED_MM_MULTIPLE == 0 and tree["hidden_size"] % GROUPED_MM_MULTIPLE == 0
+    moe = MoEConfig(
+        experts=experts,
+        top_k=tree["num_experts_per_tok"],
+        hidden=hidden,
+        normalise=mixtral or tree.get("norm_topk_prob", False),
+        every=1 if mixtral else tree.get("decoder_sparse_step", 1),
+        engine="grouped_mm" if fast else "loop",
+    )
+    only_dense = set() if mixtral else set(tree.get("mlp_only_layers") or ())
+    layers = range(tree["num_hidden_layers"])
+    sparse = [number for number in layers if moe.in_layer(number) and number not in only_dense]
+    if not sparse:
+        return None
+    # The same layers, described by how many dense ones come first.
+    first = 0 if sparse == [number for number in layers if moe.in_layer(number)] else sparse[0]
+    moe = moe.model_copy(update={"dense_first": first})
+    if sparse != [number for number in layers if moe.in_layer(number)]:
+        raise _unsupported(where, "mlp_only_layers", sorted(only_dense), "ours can only have dense layers first")
+    return moe
+
+
+def _unsupported(where: str, key: str, value: Any, reason: str) -> DataError:
+    return DataError(f"{where}: {key} is {value!r}, but {reason}; choose a checkpoint without it")

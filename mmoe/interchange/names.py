@@ -1,0 +1,130 @@
+"""What the weights are called in Hugging Face's families, as one table that both directions read.
+
+Ours are on the left, without ``.weight`` where both have it. Experts are stacked in ours, `[E, D, F]`; theirs are
+E linear layers `[F, D]` in files (every checkpoint that is published), or one tensor `[E, 2 F, D]` of gate above up
+in files that transformers 5 writes without converting back. Both are read; the first is written.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmoe.interchange.folder import TensorReader
+from mmoe.models.decoder import ModelConfig
+
+MODEL = {"embeddings.token": "model.embed_tokens", "decoder.norm": "model.norm"}
+UNTIED = {"unembedding": "lm_head"}
+LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "network_norm": "post_attention_layernorm",
+}
+QK_NORM = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
+DENSE = {"network.gate": "mlp.gate_proj", "network.up": "mlp.up_proj", "network.down": "mlp.down_proj"}
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Where a family keeps a layer's router and the three matrices of expert ``{expert}``."""
+
+    router: str
+    gate: str
+    up: str
+    down: str
+
+
+MIXTRAL = ExpertNames(
+    router="block_sparse_moe.gate",
+    gate="block_sparse_moe.experts.{expert}.w1",
+    up="block_sparse_moe.experts.{expert}.w3",
+    down="block_sparse_moe.experts.{expert}.w2",
+)
+QWEN = ExpertNames(
+    router="mlp.gate",
+    gate="mlp.experts.{expert}.gate_proj",
+    up="mlp.experts.{expert}.up_proj",
+    down="mlp.experts.{expert}.down_proj",
+)
+# Of any family, in a file with the names of transformers 5's modules.
+MODULE_ROUTER, MODULE_GATE_UP, MODULE_DOWN = "mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+class Row(Protocol):
+    """One parameter of ours, and how it stands in a file of theirs."""
+
+    ours: str
+
+    def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Their tensors, views of `value`."""
+
+    def read(self, file: TensorReader) -> Tensor:
+        """Our value."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same tensor under another name; `alternative` is read where there is no `theirs`."""
+
+    ours: str
+    theirs: str
+    alternative: str | None = None
+
+    def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield self.theirs, value
+
+    def read(self, file: TensorReader) -> Tensor:
+        return file[self.alternative if self.alternative in file and self.theirs not in file else self.theirs]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """`experts` matrices, each transposed, as one; `fused` [E, parts F, D] holds it as its part number `part`."""
+
+    ours: str
+    theirs: str
+    experts: int
+    fused: str
+    part: int = 0
+    parts: int = 1
+
+    def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for expert in range(self.experts):
+            yield self.theirs.format(expert=expert), value[expert].T
+
+    def read(self, file: TensorReader) -> Tensor:
+        if self.fused in file:
+            whole = file[self.fused].chunk(self.parts, dim=1)[self.part]
+        else:
+            whole = torch.stack([file[self.theirs.format(expert=expert)] for expert in range(self.experts)])
+        return whole.transpose(1, 2)
+
+
+def rows(config: ModelConfig, experts: ExpertNames | None) -> list[Row]:
+    """The text path of a model of `config`, in the order of its forward pass."""
+    table: list[Row] = _same("", "", {"embeddings.token": MODEL["embeddings.token"]})
+    for number in range(config.layers):
+        ours, theirs = f"decoder.blocks.{number}.", f"model.layers.{number}."
+        table += _same(ours, theirs, LAYER | (QK_NORM if config.qk_norm else {}))
+        if config.moe is None or not config.moe.in_layer(number):
+            table += _same(ours, theirs, DENSE)
+            continue
+        router = f"{theirs}{experts.router}.weight"
+        table.append(Same(f"{ours}network.router.weight", router, f"{theirs}{MODULE_ROUTER}.weight"))
+        for part, (name, each) in enumerate({"gate": experts.gate, "up": experts.up}.items()):
+            fused = f"{theirs}{MODULE_GATE_UP}"
+            each = f"{theirs}{each}.weight"
+            table.append(Stacked(f"{ours}network.experts.{name}", each, config.moe.experts, fused, part, parts=2))
+        down = f"{theirs}{experts.down}.weight"
+        table.append(Stacked(f"{ours}network.experts.down", down, config.moe.experts, f"{theirs}{MODULE_DOWN}"))
+    table += _same("", "", {"decoder.norm": MODEL["decoder.norm"]})
+    return table if config.tie_embeddings else table + _same("", "", UNTIED)
+
+
+def _same(ours: str, theirs: str, names: dict[str, str]) -> list[Row]:
+    return [Same(f"{ours}{mine}.weight", f"{theirs}{name}.weight") for mine, name in names.items()]

@@ -1,0 +1,176 @@
+"""The first weights of a run, taken from another run or from a Hugging Face folder (`training.start_from`)."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from torch import Tensor
+
+from mmoe.errors import ConfigError
+from mmoe.interchange.families import NEUTRAL, NEUTRAL_MOE
+from mmoe.interchange.huggingface import Pretrained, fill
+from mmoe.models.decoder import ModelConfig
+from mmoe.models.init import initial_value
+from mmoe.models.moe.layer import MoEConfig
+from mmoe.tokenizers.text import TextTokenizer
+from mmoe.training.config import StartConfig
+from mmoe.training.run import Run
+
+TABLES = ("embeddings.token.weight", "unembedding.weight")
+MATRICES = ("gate", "up", "down")
+
+
+def start(run: Run, config: StartConfig, console: Console) -> None:
+    """Give the model of `run` the weights that `config` names, and say which of its parameters keep their own.
+
+    Raises ConfigError where the function that the weights were trained for is not the one that the run computes.
+    """
+    weights, source = _load(run, config)
+    _check_same_function(source, run.config.model, config.weights)
+    given = dict(_expanded(weights, source, run.config.model, config.noise, run.config.training.seed))
+    own = run.model.state_dict()
+    fill(run.model, {name: value for name, value in given.items() if name in own})
+    kept, unused = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    taken = sum(own[name].numel() for name in own.keys() & given.keys())
+    console.print(f"{config.weights}: {taken:,} parameters of {run.folder} begin with these weights", soft_wrap=True)
+    for what, names in (("keep their initial values", kept), ("of the weights are not used", unused)):
+        if names:
+            console.print(f"{len(names)} parameters {what}: {', '.join(names)}", soft_wrap=True)
+
+
+def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:
+    """The weights by our names, their token tables with the ids of `run`, and the model they are of."""
+    if (Path(config.weights) / "config.yaml").is_file():
+        other = Run.load(config.weights, config.step)
+        _check_tokenizer(other.tokenizers.text, run, config.weights)
+        if other.tokenizers.vocabulary != run.tokenizers.vocabulary:
+            raise ConfigError(
+                f"training.start_from: the vocabulary of {config.weights} is not that of this run; "
+                "give both the same tokenizers.*"
+            )
+        return dict(other.model.state_dict()), other.config.model
+    if config.step is not None:
+        raise ConfigError(f"training.start_from.step is {config.step}, but {config.weights} is no run; leave it out")
+    pretrained = Pretrained(config.weights)
+    weights = dict(pretrained)
+    pretrained.check_read()
+    text = run.tokenizers.vocabulary.ranges["text"]
+    if pretrained.text_ids is not None:  # written by `mmoe export`: ids mean there what they mean here
+        if pretrained.text_ids != [text.start, text.stop] or (
+            pretrained.vocabulary_size != run.tokenizers.vocabulary.size
+        ):
+            raise ConfigError(
+                f"training.start_from: {config.weights} has {pretrained.vocabulary_size} ids, text at "
+                f"{pretrained.text_ids}, this run {run.tokenizers.vocabulary.size}, text at {[text.start, text.stop]}; "
+                "give this run the tokenizers.* of the run that was exported"
+            )
+        return weights, pretrained.config
+    tokenizer = Path(config.weights) / "tokenizer.json"
+    if tokenizer.is_file():
+        _check_tokenizer(TextTokenizer.load(tokenizer), run, config.weights)
+    if pretrained.vocabulary_size < len(text):
+        raise ConfigError(
+            f"training.start_from: {config.weights} has {pretrained.vocabulary_size} ids, fewer than the {len(text)} "
+            f"of this run's text tokenizer; set tokenizers.text.path to {tokenizer}"
+        )
+    return weights | {name: _text_rows(run, name, weights[name]) for name in TABLES if name in weights}, (
+        pretrained.config
+    )
+
+
+def _text_rows(run: Run, name: str, theirs: Tensor) -> Tensor:
+    """The run's initial table with their rows in its range of text ids."""
+    text = run.tokenizers.vocabulary.ranges["text"]
+    table = run.model.state_dict()[name].clone()
+    table[text.start : text.stop] = theirs[: len(text)].to(table)
+    return table
+
+
+def _check_tokenizer(theirs: TextTokenizer, run: Run, where: str) -> None:
+    if theirs.fingerprint != run.tokenizers.text.fingerprint:
+        raise ConfigError(
+            f"training.start_from: the text tokenizer of {where} is not that of this run; set tokenizers.text.path "
+            "to its file, and prepare the sources with it"
+        )
+
+
+def _check_same_function(source: ModelConfig, target: ModelConfig, where: str) -> None:
+    ours, theirs = (_function(config) for config in (target, source))
+    if differing := [key for key in ours if ours[key] != theirs[key]]:
+        key = differing[0]
+        raise ConfigError(
+            f"training.start_from: model.{key} is {ours[key]}, but the weights of {where} are of {theirs[key]}; "
+            "set it to that"
+        )
+    if target.moe is None and source.moe is not None:
+        raise ConfigError(f"training.start_from: the weights of {where} have experts and model.moe is null; set it")
+    if target.moe is None:
+        return
+    upcycled = [n for n in range(target.layers) if target.moe.in_layer(n) and not _has_experts(source, n)]
+    if lost := [n for n in range(target.layers) if _has_experts(source, n) and not target.moe.in_layer(n)]:
+        raise ConfigError(
+            f"training.start_from: layer {lost[0]} has experts in {where}, and is dense in model.moe; "
+            "set model.moe.every and dense_first so that it has them"
+        )
+    if source.moe is not None:
+        _check_same_experts(source.moe, target.moe, where)
+    if upcycled and target.moe.hidden != source.hidden:
+        raise ConfigError(
+            f"training.start_from: model.moe.hidden is {target.moe.hidden}, but an expert begins as a copy of the "
+            f"dense network of {where}, which is {source.hidden} wide; set model.moe.hidden to that"
+        )
+    if upcycled and (target.moe.scale != 1 or not target.moe.normalise):
+        raise ConfigError(
+            "training.start_from: copies of a dense network stand for it only when their weights add up to 1; "
+            "set model.moe.normalise to true and model.moe.scale to 1.0"
+        )
+
+
+def _function(config: ModelConfig) -> dict[str, object]:
+    """What decides about the function of the dense part."""
+    return config.model_dump(exclude=NEUTRAL | {"moe", "head_dim", "hidden"}) | {"head_dim": config.head_width}
+
+
+def _check_same_experts(source: MoEConfig, target: MoEConfig, where: str) -> None:
+    exclude = NEUTRAL_MOE | {"every", "dense_first", "capacity_factor"}
+    theirs, ours = source.model_dump(exclude=exclude), target.model_dump(exclude=exclude)
+    for key, value in ours.items():
+        same = {"softmax", "softmax_topk"} if source.normalise and target.normalise else set()
+        if value != theirs[key] and not {value, theirs[key]} <= same:
+            raise ConfigError(
+                f"training.start_from: model.moe.{key} is {value}, but the weights of {where} are of {theirs[key]}; "
+                "set it to that"
+            )
+
+
+def _has_experts(config: ModelConfig, number: int) -> bool:
+    return config.moe is not None and config.moe.in_layer(number)
+
+
+def _expanded(
+    weights: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig, noise: float, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, the dense networks of layers that have experts in `target` made into theirs.
+
+    An expert is a copy (Komatsuzaki et al. 2023, "Sparse Upcycling") plus Gaussian noise of `noise` times the
+    standard deviation of each matrix. Shared experts begin with zeros in `down`, so that their output is zero.
+    """
+    layers = {f"decoder.blocks.{n}.network." for n in range(target.layers) if _has_experts(target, n)}
+    layers -= {f"decoder.blocks.{n}.network." for n in range(source.layers) if _has_experts(source, n)}
+    replaced = {f"{layer}{matrix}.weight" for layer in layers for matrix in MATRICES}
+    for name, value in weights.items():
+        if name not in replaced:
+            yield name, value
+    for layer in sorted(layers):
+        for matrix in MATRICES:
+            dense = weights[f"{layer}{matrix}.weight"].T
+            copies = dense.expand(target.moe.experts, *dense.shape)
+            if noise:
+                normal = initial_value(f"{layer}experts.{matrix}.upcycling", copies.shape, seed, 1.0, target.layers)
+                copies = copies + noise * dense.std() * normal.to(dense) / normal.std()
+            yield f"{layer}experts.{matrix}", copies
+        if target.moe.shared_experts:
+            yield (
+                f"{layer}shared.down.weight",
+                dense.new_zeros(target.d_model, target.moe.shared_experts * target.moe.hidden),
+            )

@@ -1,0 +1,77 @@
+"""A dense model's networks become experts: the first checkpoint of a new run, and what that costs in loss."""
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from mmoe.config.tree import RunConfig
+from mmoe.data.batch import PackedBatch
+from mmoe.errors import ConfigError
+from mmoe.evaluation.inference import label_log_probabilities
+from mmoe.interchange.start import start
+from mmoe.models.decoder import MultimodalModel
+from mmoe.training.config import StartConfig
+from mmoe.training.run import Run
+from mmoe.training.trainer import Trainer
+
+BATCHES = 4  # held-out micro-batches that the losses are measured on
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """Mean cross-entropy in nats on the same held-out batches: dense, copied, and copied with noise."""
+
+    dense: float
+    copies: float
+    noisy: float
+
+
+def upcycle(config: RunConfig, origin: StartConfig, console: Console) -> Upcycled:
+    """Write config.yaml and the checkpoint of step 0 of the run `config`, which begins as `origin`.
+
+    Raises ConfigError where the run has checkpoints already, or where `origin` cannot become its experts.
+    """
+    if config.model.moe is None:
+        raise ConfigError("model.moe is null, so there are no experts to make; give its sizes")
+    training = config.training.model_copy(update={"start_from": origin})
+    config = config.model_copy(update={"training": training})
+    run = Run.build(config, console)
+    trainer = Trainer(run, [])
+    if trainer.checkpoints.latest_step() is not None:
+        raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
+    batches = [batch for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
+    start(run, origin.model_copy(update={"noise": 0.0}), Console(quiet=True))  # refuses what does not fit
+    copies, dense = loss(run.model, batches), _dense_loss(run, origin, batches)
+    start(run, origin, console)
+    losses = Upcycled(dense, copies, loss(run.model, batches) if origin.noise else copies)
+    run.save_config()
+    trainer.save()
+    console.print(
+        f"held-out loss: dense {losses.dense:.6f}, experts without noise {losses.copies - losses.dense:+.2e}, "
+        f"with noise {origin.noise} {losses.noisy - losses.dense:+.2e}",
+        soft_wrap=True,
+    )
+    if losses.copies - losses.dense > 1e-5 and config.model.moe.capacity_factor is not None:
+        console.print("the copies lose tokens that model.moe.capacity_factor drops; null or a larger one does not")
+    console.print(f"wrote {run.folder}; go on with: mmoe train {run.folder}/config.yaml", soft_wrap=True)
+    return losses
+
+
+def _dense_loss(run: Run, origin: StartConfig, batches: list[PackedBatch]) -> float:
+    """Of the model as it was: built anew beside `run`, with the same ids."""
+    model = run.config.model.model_copy(update={"moe": None, "hidden": run.config.model.moe.hidden})
+    config = run.config.model_copy(update={"model": model})
+    dense = Run.build(config)
+    start(dense, origin, Console(quiet=True))
+    return loss(dense.model, batches)
+
+
+@torch.no_grad()
+def loss(model: MultimodalModel, batches: list[PackedBatch]) -> float:
+    """Mean cross-entropy in nats of all labels, in the precision of the weights."""
+    training = model.training
+    model.eval()
+    parts = [label_log_probabilities(model, model(batch).hidden, batch, chunk=1024)[0] for batch in batches]
+    model.train(training)
+    return -float(torch.cat(parts).double().mean())

@@ -1,0 +1,174 @@
+"""Runs on text: exported, started from exported weights, and upcycled, as a user does it."""
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mmoe.config.load import load, validate
+from mmoe.config.tree import RunConfig
+from mmoe.errors import ConfigError
+from mmoe.interchange.export import export
+from mmoe.interchange.families import family_of
+from mmoe.interchange.start import start
+from mmoe.interchange.upcycle import upcycle
+from mmoe.tokenizers.vocabulary import Structure
+from mmoe.training import session
+from mmoe.training.config import StartConfig
+from mmoe.training.run import Run
+from mmoe.training.trainer import Trainer
+from tests.conftest import REPOSITORY
+from tests.models.random_batch import text_batch
+from tests.models.test_parity import random_model
+
+QUIET = Console(quiet=True)
+EXPERTS = {"experts": 4, "top_k": 2, "hidden": 32}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    lines = [f"Line {i} of a poem about the number {i * i}, and about lines.\n\n" for i in range(400)]
+    (folder / "poem.txt").write_text("".join(lines))
+    return folder
+
+
+def config(root, run, *, moe=None, **model) -> RunConfig:
+    tree = {
+        "data": {
+            "sources": {"poem": {"kind": "text", "input": f"{root}/poem.txt", "shards": f"{root}/poem"}},
+            "sequence_length": 128,
+            "window_documents": 16,
+        },
+        "tokenizers": {"text": {"path": f"{root}/text.json", "vocabulary_size": 300}},
+        "model": {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 32, "moe": moe, **model},
+        "losses": {"contrastive": {"weight": 0.0}},
+        "optim": {"lr": {"peak": 3e-3}, "muon": {}},
+        "training": {
+            "run": f"{root}/{run}",
+            "micro_batch_sequences": 2,
+            "global_batch_positions": 256,
+            "budget_positions": 512,
+            "evaluate_at_end": False,
+        },
+        "monitoring": {"tensorboard": False},
+    }
+    return validate(RunConfig, tree, "test")
+
+
+def train(configuration) -> Run:
+    session.train(configuration, QUIET, fresh=False, stop_after=None, from_step=None)
+    return Run.load(configuration.training.run)
+
+
+@pytest.mark.parametrize("moe, qk_norm", [(None, False), (EXPERTS, True)], ids=["llama", "qwen3-moe"])
+def test_a_trained_run_gives_the_same_logits_and_ids_in_transformers(moe, qk_norm, root, tmp_path):
+    run = train(config(root, f"run-{qk_norm}", moe=moe, qk_norm=qk_norm))
+    export(run, tmp_path, QUIET)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "Line 7 of a poem: größer, 東京.\n"
+    ids = tokenizer(text)["input_ids"]
+    ours = run.tokenizers.text.encode(text) + run.tokenizers.vocabulary.ranges["text"].start
+    assert ids == [Structure.BOS, *ours.tolist()] and tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer("<|eos|>", add_special_tokens=False)["input_ids"] == [Structure.EOS]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    batch = text_batch([[ids]], length=len(ids))
+    run.model.eval()
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([ids])).logits[0]
+        assert (run.model.logits(run.model(batch).hidden)[0] - expected).abs().max() <= 1e-4
+
+
+def test_a_run_starts_from_exported_weights(root, tmp_path):
+    first = train(config(root, "first", qk_norm=True))
+    export(first, tmp_path, QUIET)
+    second = config(root, "second", qk_norm=True)
+    second = second.model_copy(
+        update={"training": second.training.model_copy(update={"start_from": StartConfig(weights=str(tmp_path))})}
+    )
+    run = Run.build(second)
+    start(run, second.training.start_from, QUIET)
+    for name, value in first.model.state_dict().items():
+        if name.startswith(("decoder", "embeddings.token")):
+            assert torch.equal(run.model.state_dict()[name], value), name
+    other = first.model.state_dict()["decoder.norm.weight"]
+    trained = train(second)  # and a session does that before its first step: it ends elsewhere than from seed 0
+    assert not torch.equal(trained.model.state_dict()["decoder.norm.weight"], other)
+    assert load(RunConfig, trained.folder / "config.yaml").training.start_from.weights == str(tmp_path)
+
+
+def test_foreign_weights_take_the_text_ids(root, tmp_path):
+    """A Llama with a vocabulary of its own: id t of its text is id t + offset here, and the logits are the same."""
+    theirs = random_model("llama")
+    theirs.resize_token_embeddings(300)
+    theirs.save_pretrained(tmp_path)
+    shape = {"d_model": 48, "layers": 3, "heads": 6, "kv_heads": 2, "hidden": 64, "rope_theta": 5e5}
+    run = Run.build(config(root, "foreign", **shape, tie_embeddings=False))
+    start(run, StartConfig(weights=str(tmp_path)), QUIET)
+    text = run.tokenizers.vocabulary.ranges["text"]
+    ids = torch.randint(len(text), (20,))
+    batch = text_batch([[(ids + text.start).tolist()]], length=20)
+    with torch.no_grad():
+        ours = run.model.eval().logits(run.model(batch).hidden)[0, :, text.start : text.stop]
+        assert (ours - theirs(ids[None]).logits[0, :, : len(text)]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        EXPERTS,
+        {**EXPERTS, "shared_experts": 1},
+        {**EXPERTS, "capacity_factor": 2.0, "every": 2},  # 2.0 * L * 2 / 4: room for every token at one expert
+        {**EXPERTS, "score": "sigmoid"},
+    ],
+    ids=["dropless", "shared", "capacity", "sigmoid"],
+)
+def test_upcycling_without_noise_keeps_the_loss_and_trains_on(moe, root):
+    dense = train(config(root, "dense"))
+    name = "-".join(["moe", *map(str, moe.values())])
+    losses = upcycle(config(root, name, moe=moe), StartConfig(weights=str(dense.folder)), QUIET)
+    assert losses.copies == pytest.approx(losses.dense, abs=1e-5) and losses.noisy == losses.copies
+    with torch.no_grad():  # the loss would tell if the experts were anything else
+        run = Run.load(root / name)
+        assert torch.equal(
+            run.model.decoder.blocks[1].network.experts.up[3], dense.model.decoder.blocks[1].network.up.weight.T
+        )
+    trainer = Trainer(run, [])
+    trainer.resume()
+    assert trainer.step == 0
+    trainer.train()
+    assert trainer.step == 2
+
+
+def test_noise_makes_experts_differ_and_its_cost_is_reported(root):
+    dense = train(config(root, "dense"))
+    lines = Console(record=True, quiet=False, file=open("/dev/null", "w"))
+    losses = upcycle(config(root, "noisy", moe=EXPERTS), StartConfig(weights=str(dense.folder), noise=0.5), lines)
+    assert losses.copies == pytest.approx(losses.dense, abs=1e-5) and abs(losses.noisy - losses.dense) > 1e-5
+    assert "with noise 0.5" in lines.export_text()
+    up, copy = Run.load(root / "noisy").model.decoder.blocks[0].network.experts.up, dense.model.decoder.blocks[0]
+    up, dense_up = up.detach(), copy.network.up.weight.detach()
+    assert float((up - dense_up.T).std() / dense_up.std()) == pytest.approx(0.5, rel=0.05)
+    assert not torch.equal(up[0], up[1])
+
+
+@pytest.mark.parametrize(
+    "moe, model, sentence",
+    [
+        ({**EXPERTS, "hidden": 16}, {}, "model.moe.hidden is 16, but an expert begins as a copy .* 32 wide"),
+        ({**EXPERTS, "normalise": False}, {}, "weights add up to 1"),
+        (EXPERTS, {"rope_theta": 5.0}, "model.rope_theta is 5.0, but the weights .* 10000.0; set it"),
+        (EXPERTS, {"kv_heads": 2}, "model.kv_heads is 2"),
+    ],
+)
+def test_what_cannot_be_copied_is_refused(moe, model, sentence, root):
+    dense = train(config(root, "dense"))
+    with pytest.raises(ConfigError, match=sentence):
+        upcycle(config(root, "refused", moe=moe, **model), StartConfig(weights=str(dense.folder)), QUIET)
+    assert not (root / "refused").exists()
+
+
+def test_the_config_of_text_can_be_exported_and_needs_nothing_beside_the_repository():
+    text = load(RunConfig, REPOSITORY / "configs" / "text_moe.yaml")
+    assert family_of(text.model).model_type == "qwen3_moe"
+    assert all((REPOSITORY / source.input).is_file() for source in text.data.sources.values())

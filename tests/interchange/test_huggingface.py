@@ -1,0 +1,184 @@
+"""Weights and configs go to Hugging Face's files and back bit for bit, and what cannot go is refused by its name."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mmoe.errors import ConfigError, DataError
+from mmoe.interchange.families import family_of, from_huggingface, to_huggingface
+from mmoe.interchange.huggingface import Pretrained, save
+from mmoe.models.decoder import ModelConfig
+from mmoe.models.embeddings import ModelInputs
+from mmoe.models.moe.layer import MoEConfig
+from tests.models.random_batch import INPUTS, text_batch
+from tests.models.test_parity import MODELS, random_model
+
+OURS = {"d_model": 48, "hidden": 64, "layers": 3, "heads": 6, "kv_heads": 2, "rope_theta": 3e4, "norm_eps": 1e-5}
+TEXT_ALONE = ModelInputs(70)
+MOE = {"experts": 6, "top_k": 3, "hidden": 24}
+CONFIGS = {
+    "llama": ModelConfig(**OURS, tie_embeddings=False),
+    "qwen3": ModelConfig(**OURS, head_dim=16, qk_norm=True),
+    "mixtral": ModelConfig(**{**OURS, "hidden": 24}, moe=MoEConfig(**MOE), tie_embeddings=False),
+    "mixtral-softmax-after": ModelConfig(**{**OURS, "hidden": 24}, moe=MoEConfig(**MOE, score="softmax_topk")),
+    "qwen3_moe": ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE, every=2, normalise=False)),
+    "qwen3_moe-dense-first": ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE, dense_first=1)),
+}
+
+
+def randomised(config, inputs=TEXT_ALONE):
+    model = config.build(inputs, seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_weights_come_back_bit_for_bit(name, dtype, sharded, tmp_path):
+    model = randomised(CONFIGS[name]).to(dtype)
+    save(model, tmp_path, positions=50, shard_bytes=20_000 if sharded else 10**9)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == sharded
+    back = Pretrained(tmp_path).build()
+    for key, value in model.state_dict().items():
+        if key.startswith(("decoder", "embeddings.token", "unembedding")):
+            assert back.state_dict()[key].dtype is dtype and torch.equal(value, back.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_their_weights_come_back_bit_for_bit(name, dtype, tmp_path):
+    random_model(name).to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
+    save(Pretrained(tmp_path / "theirs").build(), tmp_path / "ours", positions=50)
+    theirs = {}
+    for file in (tmp_path / "theirs").glob("*.safetensors"):
+        theirs |= load_file(file)
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key].dtype is dtype and torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_loads_our_files_and_gives_our_logits(name, tmp_path):
+    """Of a model with pictures, sound and actions too: the text path alone is written."""
+    ours = randomised(CONFIGS[name], replace(INPUTS, vocabulary_size=70))
+    report = save(ours, tmp_path, positions=50, shard_bytes=50_000)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype="auto")
+    theirs.eval()
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(theirs).__name__ == report.architecture == family_of(CONFIGS[name]).architecture
+    assert report.parameters == sum(p.numel() for p in theirs.parameters())
+    assert report.parameters + sum(report.left_out.values()) == sum(p.numel() for p in ours.parameters())
+    assert report.left_out.keys() >= {"embeddings.values", "embeddings.time", "action", "contrastive"}
+    documents = [torch.randint(70, (n,)).tolist() for n in (17, 4, 25)]
+    with torch.no_grad():
+        packed = ours.logits(ours(text_batch([documents], length=50)).hidden)[0]
+        at = 0
+        for ids in documents:
+            expected = theirs(torch.tensor([ids])).logits[0]
+            assert (packed[at : at + len(ids)] - expected).abs().max() <= 1e-4 and expected.std() > 0.1
+            at += len(ids)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_files_with_fused_experts_are_read_too(name, tmp_path):
+    """The layout of transformers 5's modules, which `save_original_format=False` writes."""
+    theirs = random_model(name)
+    theirs.save_pretrained(tmp_path / "each")
+    theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert any(key.endswith("experts.gate_up_proj") for key in load_file(tmp_path / "fused" / "model.safetensors"))
+    each, fused = (Pretrained(tmp_path / kind).build().state_dict() for kind in ("each", "fused"))
+    for key, value in each.items():
+        assert torch.equal(value, fused[key]), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_come_back(name):
+    tree = json.loads(json.dumps(to_huggingface(CONFIGS[name], 70, 50)))
+    _, back = from_huggingface(tree, "config.json")
+    expected = CONFIGS[name].model_copy(update={"head_dim": CONFIGS[name].head_width})
+    if expected.moe is not None and expected.moe.score == "softmax_topk":  # the same function by its other name
+        expected = expected.model_copy(update={"moe": expected.moe.model_copy(update={"score": "softmax"})})
+    assert back == expected
+
+
+@pytest.mark.parametrize(
+    "moe, qk_norm, sentence",
+    [
+        ({"shared_experts": 1}, True, "model.moe.shared_experts is 1, which a Qwen3Moe .* cannot express; train with"),
+        ({"shared_experts": 2}, False, "model.moe.shared_experts is 2, which a Mixtral"),
+        ({"capacity_factor": 1.25}, True, "model.moe.capacity_factor is 1.25, .* null in its config.yaml"),
+        ({"score": "sigmoid"}, True, "model.moe.score is sigmoid"),
+        ({"scale": 2.0}, True, "model.moe.scale is 2.0"),
+        ({"groups": {"count": 2, "per_token": 1}}, True, "model.moe.groups is"),
+        ({"bias_rate": 0.001}, True, "model.moe.bias_rate is 0.001"),
+        ({"every": 2}, False, "model.moe.every is 2 .layer 0 is dense., .* Mixtral .* model.qk_norm true"),
+        ({"dense_first": 1}, False, "model.moe.dense_first is 1 .layer 0 is dense.,"),
+        ({"normalise": False}, False, "model.moe.normalise is False, .* Mixtral"),
+    ],
+)
+def test_what_a_family_cannot_express_is_refused_before_anything_is_written(moe, qk_norm, sentence, tmp_path):
+    tree = {**OURS, "qk_norm": qk_norm, "moe": {**MOE, **moe}}
+    model = ModelConfig.model_validate(tree).build(ModelInputs(70), seed=0)
+    with pytest.raises(ConfigError, match=sentence):
+        save(model, tmp_path / "out", positions=50)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; mmoe reads llama"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"sliding_window": 512, "use_sliding_window": True}, "sliding_window is 512"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters is .*yarn"),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers is .1., but ours can only have dense layers first"),
+        ({"num_hidden_layers": None}, "describes a model that mmoe cannot be"),
+    ],
+)
+def test_a_config_that_ours_cannot_be_is_refused(changes, sentence):
+    config = ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE))
+    with pytest.raises(DataError, match=sentence):
+        from_huggingface(to_huggingface(config, 70, 50) | changes, "config.json")
+
+
+def test_files_that_are_broken_or_of_another_model_are_refused(tmp_path):
+    save(randomised(CONFIGS["llama"]), tmp_path, positions=50)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    save_file(weights | {name: torch.zeros(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=f"1 tensors that its config.json does not speak of .{name}"):
+        Pretrained(tmp_path).build()
+    save_file({k: v for k, v in weights.items() if "norm" not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="has no tensor model.layers.0.input_layernorm.weight"):
+        Pretrained(tmp_path).build()
+    save_file(weights | {"model.norm.weight": torch.zeros(47)}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=r"decoder.norm.weight is \[47\], the model has \[48\]"):
+        Pretrained(tmp_path).build()
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        Pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(DataError, match="pickled weights .* are not read"):
+        Pretrained(tmp_path)
+
+
+def test_an_earlier_export_is_replaced_and_anything_else_is_kept(tmp_path):
+    model = randomised(CONFIGS["llama"])
+    save(model, tmp_path, positions=50, shard_bytes=20_000)
+    save(model, tmp_path, positions=50)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="notes.txt, which no export wrote"):
+        save(model, tmp_path, positions=50)
+    assert (tmp_path / "model.safetensors").is_file()
