@@ -36,9 +36,8 @@ def export(
     )
     (folder / "generation_config.json").write_text(json.dumps(TOKEN_IDS, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(run.tokenizers.text, run.tokenizers.vocabulary, folder)
-    console.print(
-        f"{folder}: {done.architecture}, {done.parameters:,} parameters, text ids {text.start} to {text.stop}"
-    )
+    ids = f"text ids {text.start} to {text.stop - 1}"
+    console.print(f"{folder}: {done.architecture}, {done.parameters:,} parameters, {ids}", soft_wrap=True)
     parts = ", ".join(f"{name} {count:,}" for name, count in done.left_out.items())
     total = sum(done.left_out.values())
     console.print(f"left out, as text does not go through it: {total:,} parameters ({parts})", soft_wrap=True)
