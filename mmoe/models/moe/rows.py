@@ -26,16 +26,17 @@ class _CopyRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        shares = _select(grad, inverse, ctx.complete)
-        return shares.unflatten(0, ctx.shape).sum(1) if ctx.shape[1] > 1 else shares, None, None, None, None
+        if ctx.shape[1] > 1:
+            return _add_rows(grad, inverse.unflatten(0, ctx.shape), None, ctx.complete), None, None, None, None
+        return _select(grad, inverse, ctx.complete), None, None, None, None
 
 
 def weighted_rows(y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
-    """out[t] = sum_k weight[t, k] y[row[t, k]], summed in the wider dtype and rounded once to that of y; rows past
-    the end of y add zero.
+    """out[t] = sum_k weight[t, k] y[row[t, k]] with the weights in y's dtype, summed in float32 or wider and rounded
+    once; rows past the end of y add zero.
 
-    `choice` [len(y)] is the flattened (t, k) that each row of y belongs to, past the end of `weight` for none. One
-    share at a time, so that no [T, K, D] exists; the gradient of y is a scaled copy, written once in y's dtype.
+    `choice` [len(y)] is the flattened (t, k) that each row of y belongs to, past the end of `weight` for none. No
+    [T, K, D] exists on the way; the gradient of y is a scaled copy, and that of a weight the product of two rows.
     """
     return _WeightedRows.apply(y, weight, row, choice, complete)
 
@@ -45,20 +46,30 @@ class _WeightedRows(torch.autograd.Function):
     def forward(ctx, y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
         ctx.save_for_backward(y, weight, row, choice)
         ctx.complete = complete
-        first, *others = (_select(y, row_T, complete) * weight_T[:, None] for row_T, weight_T in zip(row.T, weight.T))
-        for other in others:
-            first += other
-        return first.to(y.dtype)
+        return _add_rows(y, row, weight, complete)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         y, weight, row, choice = ctx.saved_tensors
-        shares = [(_select(y, row_T, ctx.complete) * grad).sum(1, dtype=weight.dtype) for row_T in row.T]
-        token = choice // row.shape[1]  # T for an empty row, which is past the end of grad
-        scale = _select(weight.reshape(-1, 1), choice, ctx.complete).to(y.dtype)  # mixed dtypes take 20 times as long
-        grad_y = torch.empty_like(y)
-        torch.mul(_select(grad, token, ctx.complete), scale, out=grad_y)
-        return grad_y, torch.stack(shares, 1), None, None, None
+        # The token of an empty row is T, past the end of grad; its weight is past the end of the weights.
+        grad_R = _select(grad, choice // row.shape[1], ctx.complete)
+        dot_R = torch.linalg.vecdot(grad_R, y).to(weight.dtype)
+        grad_weight = _select(dot_R[:, None], row.flatten(), ctx.complete).view_as(weight)
+        # Mixed dtypes take 20 times as long.
+        scale = _select(weight.reshape(-1, 1), choice, ctx.complete).to(y.dtype)
+        return grad_R.mul_(scale), grad_weight, None, None, None
+
+
+def _add_rows(x: Tensor, index_TK: Tensor, weight_TK: Tensor | None, complete: bool) -> Tensor:
+    """[T, D]: the (weighted) sum over k of the rows index[t, k] of x, past its end for none."""
+    if len(x) == 0:
+        return x.new_zeros(len(index_TK), x.shape[1])
+    weight = None if weight_TK is None else weight_TK.to(x.dtype)
+    if not complete:
+        exists = index_TK < len(x)
+        index_TK = index_TK.clamp(max=len(x) - 1)
+        weight = exists.to(x.dtype) if weight is None else weight * exists
+    return F.embedding_bag(index_TK, x, mode="sum", per_sample_weights=weight)
 
 
 def _select(x: Tensor, index: Tensor, complete: bool) -> Tensor:
