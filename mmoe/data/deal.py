@@ -6,6 +6,18 @@ first, in snake order: so the groups that replicas work on at the same time cost
 
 import numpy as np
 
+from mmoe.errors import ConfigError
+
+
+def check_dealing(sequences: int, group: int, micro_sequences: int, replicas: int) -> None:
+    """Raises ConfigError where a global batch cannot be dealt in whole groups and whole micro-batches."""
+    if sequences % (group * replicas) or sequences % (micro_sequences * replicas):
+        raise ConfigError(
+            f"a global batch of {sequences} sequences cannot be dealt to {replicas} data replicas in contrastive "
+            f"groups of {group} and micro-batches of {micro_sequences}; change training.global_batch_positions, "
+            "training.micro_batch_sequences, losses.contrastive.group_sequences or the number of replicas"
+        )
+
 
 def deal(costs: np.ndarray, group: int, replicas: int) -> np.ndarray:
     """Which sequences each replica gets, in its order of work: [replicas, S / replicas] indices into `costs` [S].

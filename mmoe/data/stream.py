@@ -13,7 +13,7 @@ from mmoe.backends import require
 from mmoe.data.batch import PackedBatch
 from mmoe.data.collate import Collator
 from mmoe.data.config import DataConfig
-from mmoe.data.deal import deal
+from mmoe.data.deal import check_dealing, deal
 from mmoe.data.decode import Ablation, Decoder
 from mmoe.data.document import Document
 from mmoe.data.plan import Counts, DocumentRef, Planner, SequencePlan, plan_once
@@ -22,7 +22,7 @@ from mmoe.data.quarantine import Quarantine, Quarantined
 from mmoe.data.sample import Modality
 from mmoe.data.storage import StorageError
 from mmoe.data.workers import Activity, batches
-from mmoe.errors import ConfigError, DataError
+from mmoe.errors import DataError
 from mmoe.tokenizers.bundle import Tokenizers
 
 
@@ -114,18 +114,9 @@ class Stream:
         quarantine: Path | None = None,
     ):
         require(config.video_backend, "data.video_backend")
-        if sequences % (group_sequences * replicas) or sequences % (micro_sequences * replicas):
-            raise ConfigError(
-                f"a global batch of {sequences} sequences cannot be dealt to {replicas} data replicas in contrastive "
-                f"groups of {group_sequences} and micro-batches of {micro_sequences}; change "
-                "training.global_batch_positions, training.micro_batch_sequences or the number of replicas"
-            )
-        self.config, self.sequences, self.micro_sequences, self.group = (
-            config,
-            sequences,
-            micro_sequences,
-            group_sequences,
-        )
+        check_dealing(sequences, group_sequences, micro_sequences, replicas)
+        self.config, self.sequences = config, sequences
+        self.micro_sequences, self.group = micro_sequences, group_sequences
         self.replica, self.replicas = replica, replicas
         limits = config.limits(seed)
         self.mixture = sources.mixture(tokenizers, end)

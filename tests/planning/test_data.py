@@ -89,6 +89,8 @@ training: {{run: r, micro_batch_sequences: 2, global_batch_positions: {8 * LENGT
     assert said.count("25.00%") >= 4 and "of 240 sequences of 160 positions" in said
     assert "clip / cut at a slice" in said and "text / cut at a text token" in said
     assert "attention work of the busiest of 4 replicas: 1." in said
+    with pytest.raises(ConfigError, match="8 sequences cannot be dealt to 3 data replicas"):
+        inspect(load(RunConfig, tmp_path / "run.yaml"), 1, 3, Console())
 
 
 @pytest.mark.parametrize("number, text", [(2.5e12, "2.5T"), (9e9, "9B"), (12_345_678, "12.35M"), (999, "999")])
