@@ -88,14 +88,14 @@ def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> N
     targets = np.mean([mixture.shares(s.number * length) for s in sequences], axis=0)
     for source, target in zip(planned, targets.tolist(), strict=True):
         mine = parts[parts["source"] == source.number]
-        served, drawn = int(mine["length"].sum()), planner.state["drawn"][source.number]
+        served, begun = int(mine["length"].sum()), int((mine["part"] == 0).sum())
         table.add_row(
             source.name,
             f"{served / positions:.2%}",
             f"{target:.2%}",
             f"{len(mine):,}",
             f"{served:,}",
-            f"{drawn / source.rows:.2f}",
+            f"{begun / source.rows:.2f}",
         )
     console.print(table)
     console.print(
