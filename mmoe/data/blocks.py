@@ -6,12 +6,13 @@ longer one, cut at slices or text tokens. Building it reads the columns of the i
 else, and everything is done on whole arrays: a plan is made for millions of documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from mmoe.data.index import SegmentTable, SourceManifest
 from mmoe.data.measure import KINDS, Measures, epoch_positions, measure_index, measure_slices
+from mmoe.data.sample import Modality
 from mmoe.data.storage import Storage, join, local_path
 from mmoe.errors import ConfigError, DataError
 from mmoe.tokenizers.bundle import Tokenizers
@@ -151,7 +152,7 @@ class PlannedSource:
             cut, dropped = self._cut_clips(np.flatnonzero(fate == CUT_SLICES), tables, borders, rows, isolated)
             pieces.append(cut)
             fate[dropped] = SLICE_TOO_LONG
-        joined = _Pieces(*(np.concatenate(field) for field in zip(*(p.fields for p in pieces), strict=True)))
+        joined = _Pieces.join(pieces)
         document = joined.document
         order = np.lexsort((joined.first, document))
         document, counts = document[order], joined.counts[order]
@@ -197,7 +198,7 @@ class PlannedSource:
         counts = np.zeros((len(document), COLUMNS), np.int64)
         counts[:, POSITIONS] = last - first + 1 + ends
         counts[:, COST] = counts[:, POSITIONS] ** 2
-        counts[:, LABELS.start], counts[:, LABELS.start + 1] = ends, last - first  # STRUCTURE, TEXT
+        counts[:, LABELS.start + Modality.STRUCTURE], counts[:, LABELS.start + Modality.TEXT] = ends, last - first
         return _Pieces(document, first, last, counts)
 
     def _cut_clips(
@@ -253,8 +254,7 @@ class PlannedSource:
             pieces.append(_Pieces(documents[active], begin - first, stop - first, part))
             start[active] = stop
             active = active[stop < ends[active]]
-        joined = _Pieces(*(np.concatenate(field) for field in zip(*(p.fields for p in pieces), strict=True)))
-        return joined, documents[unusable]
+        return _Pieces.join(pieces), documents[unusable]
 
     def check_slices(self) -> None:
         """Raises ConfigError where a slice of the first shard is longer than a sequence: no cut could help."""
@@ -284,9 +284,9 @@ class _Pieces:
         empty = np.zeros(0, np.int64)
         return _Pieces(empty, empty, empty, np.zeros((0, COLUMNS), np.int64))
 
-    @property
-    def fields(self) -> tuple[np.ndarray, ...]:
-        return self.document, self.first, self.last, self.counts
+    @staticmethod
+    def join(pieces: list["_Pieces"]) -> "_Pieces":
+        return _Pieces(*(np.concatenate([getattr(p, f.name) for p in pieces]) for f in fields(_Pieces)))
 
 
 def _counts(measures: Measures, isolated: np.ndarray) -> np.ndarray:

@@ -186,6 +186,22 @@ def held(
     return table, valid
 
 
+def next_step(
+    times_ns: np.ndarray, period_ns: int, logs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[slice, np.ndarray]:
+    """What was reached one step after each time [R]: of every log (its times [N], values [N, D]) the last reading
+    within the step, side by side.
+
+    Returns which of the times have a reading of every log, the first unbroken run of them (rows stay a period apart),
+    and their table [run, sum of D].
+    """
+    parts = [held(times_ns + period_ns, log_ns, values, period_ns) for log_ns, values in logs]
+    valid = np.logical_and.reduce([valid for _, valid in parts])
+    start = int(valid.argmax()) if valid.any() else len(valid)
+    run = slice(start, start + int(np.logical_and.accumulate(valid[start:]).sum()))
+    return run, np.concatenate([part for part, _ in parts], axis=1)[run]
+
+
 def interpolated(
     times_ns: np.ndarray, stream_ns: np.ndarray, values: np.ndarray, max_gap_ns: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -152,7 +152,7 @@ class Stream:
                 for first in range(0, len(mine), self.micro_sequences):
                     yield [step[i] for i in mine[first : first + self.micro_sequences]]
 
-        arriving = self._taken(self._load(plans()))
+        arriving = self._taken(_load(self.dataset, plans(), self.config, self.activity))
         micro_batches = self.sequences // (self.replicas * self.micro_sequences)
         while True:
             # The first micro-batch is fetched before the counts are read: fetching is what makes the plan advance.
@@ -165,9 +165,6 @@ class Stream:
                     yield next(arriving)
 
             yield StepData(micro(), counts, plan, lost)
-
-    def _load(self, plans: Iterator[list[SequencePlan]]) -> Iterator[PackedBatch]:
-        return _load(self.dataset, plans, self.config, self.activity)
 
     def _taken(self, arriving: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches, with what they met and lost counted."""

@@ -1,6 +1,5 @@
 """What a config's data will do, before anything is decoded: the stages by source, and a look at the plan itself."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from mmoe.config.tree import RunConfig
 from mmoe.data.deal import check_dealing, deal
 from mmoe.data.index import MANIFEST, SourceManifest
 from mmoe.data.mixture import Mixture
-from mmoe.data.plan import Planner, SequencePlan
+from mmoe.data.plan import Planner
 from mmoe.data.prepared import Sources, sizes
 from mmoe.data.storage import Storage, join, local_path
 
@@ -76,7 +75,7 @@ def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> N
     planned = sources.planned("train", limits, tokenizers)
     mixture = sources.mixture(tokenizers, config.training.budget_positions)
     planner = Planner(planned, mixture, limits, config.data.window_documents)
-    batches = list(_batches(planner, config.batch.sequences, steps))
+    batches = [[planner.next_sequence() for _ in range(config.batch.sequences)] for _ in range(steps)]
     sequences = [sequence for batch in batches for sequence in batch]
     parts = np.concatenate([sequence.parts for sequence in sequences])
     positions = sum(sequence.counts.positions for sequence in sequences)
@@ -110,11 +109,6 @@ def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> N
     console.print("nothing was cut or dropped" if not lost else "cut or dropped, up to the end of the last window:")
     for reason, number in sorted(lost.items()):
         console.print(f"  {reason}: {number:,}")
-
-
-def _batches(planner: Planner, sequences: int, steps: int) -> Iterator[list[SequencePlan]]:
-    for _ in range(steps):
-        yield [planner.next_sequence() for _ in range(sequences)]
 
 
 def si(number: float) -> str:

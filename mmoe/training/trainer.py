@@ -100,7 +100,7 @@ class Trainer:
             losses.total.backward()
             report = report + losses.detach()
             routing.add(output.routing)
-        router_gradients = router_gradient_norms(model)
+        router_gradients = router_gradient_norms(model.decoder.routers)
         grad_norm = clip_gradients(model.parameters(), config.optim.clip)
         if not grad_norm.isfinite():
             terms = ", ".join(f"{name} {float(value):.4g}" for name, value in report.terms.items())

@@ -37,7 +37,7 @@ from mmoe.config.base import Config
 from mmoe.data import sync
 from mmoe.data.preparation.splits import GAP_NS
 from mmoe.data.sample import Camera, Modality, Sample
-from mmoe.data.slices import BAD_CLOCK, CLOCKS, REPEATED, Clocks, Stream, build_slices, held, interpolated
+from mmoe.data.slices import BAD_CLOCK, CLOCKS, REPEATED, Clocks, Stream, build_slices, held, interpolated, next_step
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.encode import encode_table
 from mmoe.errors import DataError
@@ -302,16 +302,10 @@ def _actions(
     """What the driver had reached one step after each frame; ends where a reading is missing, so that rows stay 50 ms
     apart."""
     times_ns = frames_ns[slice(*clip.actions)]
-    parts = [
-        held(times_ns + PERIOD_NS, logs[name].times_ns, logs[name].values, PERIOD_NS)
-        for name in SOURCE.vector_names["ACTION"]
-    ]
-    valid = np.logical_and.reduce([valid for _, valid in parts])
-    start = int(valid.argmax()) if valid.any() else len(valid)
-    whole = valid[start:]
-    stop = start + (len(whole) if whole.all() else int((~whole).argmax()))
-    members["actions.npy"] = encode_table(np.concatenate([part for part, _ in parts], axis=1)[start:stop])
-    return Stream("actions", Modality.ACTION, times_ns[start:stop], "actions.npy", 0, choice="first")
+    reached = [(logs[name].times_ns, logs[name].values) for name in SOURCE.vector_names["ACTION"]]
+    run, table = next_step(times_ns, PERIOD_NS, reached)
+    members["actions.npy"] = encode_table(table)
+    return Stream("actions", Modality.ACTION, times_ns[run], "actions.npy", 0, choice="first")
 
 
 SOURCE = Source(

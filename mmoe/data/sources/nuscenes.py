@@ -34,7 +34,7 @@ from mmoe.data import sync
 from mmoe.data.media import image_size
 from mmoe.data.preparation.splits import GAP_NS
 from mmoe.data.sample import Camera, Modality, Sample
-from mmoe.data.slices import BAD_CLOCK, CLOCKS, Clocks, Stream, build_slices, held
+from mmoe.data.slices import BAD_CLOCK, CLOCKS, Clocks, Stream, build_slices, next_step
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.encode import encode_table
 from mmoe.data.sources.nuscenes_tables import Bus, Scene, read_scenes
@@ -207,15 +207,11 @@ def _actions(
     """What the driver had reached one step after each time of a 50 ms grid; ends where a reading is missing."""
     last = int(reference_ns[-1] - reference_ns[0]) // PERIOD_NS + 1 + config.lookahead
     times_ns = reference_ns[0] + PERIOD_NS * np.arange(-1, last + 1, dtype=np.int64)
-    parts = []
-    for name, column in (("steeranglefeedback", bus["steeranglefeedback"].column("value", 1)), ("pose", _speed(bus))):
-        log_ns = _check_clock(bus[name].times_ns - origin_ns, name)
-        parts.append(held(times_ns + PERIOD_NS, log_ns, column, PERIOD_NS))
-    valid = parts[0][1] & parts[1][1]
-    start = int(valid.argmax()) if valid.any() else len(valid)
-    stop = start + int(np.logical_and.accumulate(valid[start:]).sum())
-    members["actions.npy"] = encode_table(np.concatenate([part for part, _ in parts], axis=1)[start:stop])
-    return Stream("actions", Modality.ACTION, times_ns[start:stop], "actions.npy", PERIOD_NS, choice="first")
+    columns = {"steeranglefeedback": bus["steeranglefeedback"].column("value", 1), "pose": _speed(bus)}
+    reached = [(_check_clock(bus[name].times_ns - origin_ns, name), column) for name, column in columns.items()]
+    run, table = next_step(times_ns, PERIOD_NS, reached)
+    members["actions.npy"] = encode_table(table)
+    return Stream("actions", Modality.ACTION, times_ns[run], "actions.npy", PERIOD_NS, choice="first")
 
 
 def _speed(bus: dict[str, Bus]) -> np.ndarray:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mmoe.config.base import Config
 from mmoe.models.moe.router import Router, Routing
+from mmoe.models.moe.rows import count
 from mmoe.models.moe.tokens import Tokens
 
 
@@ -59,11 +60,10 @@ class StepLoads:
 
 
 def expert_load(routing: Routing, tokens: Tokens) -> Tensor:
-    """[B, E] i64: how often each sequence chose each expert. Unlike bincount, this does not wait for the device."""
+    """[B, E] i64: how often each sequence chose each expert."""
     experts = routing.logits_TE.shape[1]
-    cell = (tokens.sequence_T[:, None] * experts + routing.expert_TK).flatten()
-    load = cell.new_zeros(tokens.sequences * experts).scatter_add_(0, cell, torch.ones_like(cell))
-    return load.view(-1, experts)
+    cell_TK = tokens.sequence_T[:, None] * experts + routing.expert_TK
+    return count(cell_TK, tokens.sequences * experts).view(-1, experts)
 
 
 def expert_probability(routing: Routing, tokens: Tokens) -> Tensor:
@@ -98,8 +98,7 @@ def update_choice_bias(routers: list[Router], load_NE: Tensor, rate: float) -> N
 
 def sequence_counts(tokens: Tokens) -> Tensor:
     """[B]: valid tokens of each sequence, at least 1."""
-    number = tokens.sequence_T
-    return number.new_zeros(tokens.sequences).scatter_add_(0, number, torch.ones_like(number)).clamp(min=1)
+    return count(tokens.sequence_T, tokens.sequences).clamp(min=1)
 
 
 def _sequence_sums(values_TX: Tensor, tokens: Tokens) -> Tensor:

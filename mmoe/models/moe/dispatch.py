@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmoe.models.moe.router import Routing
-from mmoe.models.moe.rows import copy_rows, weighted_rows
+from mmoe.models.moe.rows import copy_rows, count, weighted_rows
 from mmoe.models.moe.tokens import Tokens
 
 Drop = Literal["probability", "position"]
@@ -79,8 +79,7 @@ class DroplessDispatcher(LocalDispatcher):
         expert = routing.expert_TK.flatten()
         choice = expert.argsort(stable=True)
         rank = torch.arange(len(choice), device=choice.device)
-        sizes = torch.zeros(self.experts, dtype=torch.int64, device=choice.device)
-        sizes = sizes.scatter_add_(0, expert, torch.ones_like(expert))  # bincount waits for the device
+        sizes = count(expert, self.experts)
         row = torch.empty_like(choice)
         if self.group_multiple == 1:
             row[choice] = rank
@@ -124,7 +123,7 @@ class CapacityDispatcher(LocalDispatcher):
             by_score = routing.score_TK.detach().flatten().argsort(descending=True, stable=True)
             choice = by_score[group[by_score].argsort(stable=True)]  # by group, in it by score, then by token
         group = group[choice]
-        sizes = group.new_zeros(self.experts * sequences).scatter_add_(0, group, torch.ones_like(group))
+        sizes = count(group, self.experts * sequences)
         rank = torch.arange(len(choice), device=choice.device) - (sizes.cumsum(0) - sizes)[group]
         start = group // sequences * rows_of_expert + group % sequences * capacity
         row_of_choice = torch.where(rank < capacity, start + rank, rows)

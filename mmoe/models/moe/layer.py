@@ -90,8 +90,10 @@ class LayerRouting:
     statistics: RoutingStatistics | None
 
     @classmethod
-    def of(cls, routing: Routing, tokens: Tokens, statistics: RoutingStatistics | None) -> "LayerRouting":
-        load_BE, probability_BE = expert_load(routing, tokens), expert_probability(routing, tokens)
+    def of(
+        cls, routing: Routing, tokens: Tokens, load_BE: Tensor, statistics: RoutingStatistics | None
+    ) -> "LayerRouting":
+        probability_BE = expert_probability(routing, tokens)
         return cls(
             balance_loss=balance_loss(load_BE, probability_BE / sequence_counts(tokens)[:, None]).mean(),
             z_loss=z_loss(routing, tokens),
@@ -136,5 +138,6 @@ class MoELayer(nn.Module):
             if self.shared_gate is not None:
                 shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
             y_TD = y_TD + shared_TD
-        statistics = RoutingStatistics.of(routing, placement, tokens) if self.training else None
-        return tokens.put(y_TD), LayerRouting.of(routing, tokens, statistics)
+        load_BE = expert_load(routing, tokens)
+        statistics = RoutingStatistics.of(routing, placement, tokens, load_BE) if self.training else None
+        return tokens.put(y_TD), LayerRouting.of(routing, tokens, load_BE, statistics)

@@ -4,12 +4,12 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmoe.data.sample import Modality
-from mmoe.models.moe.balance import expert_load
 from mmoe.models.moe.dispatch import Placement
 from mmoe.models.moe.router import Router, Routing
+from mmoe.models.moe.rows import count
 from mmoe.models.moe.tokens import Tokens
 from mmoe.precision.widen import widen
 
@@ -37,23 +37,22 @@ class RoutingStatistics:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, routing: Routing, placement: Placement, tokens: Tokens) -> "RoutingStatistics":
-        """Of one layer (N = 1). Nothing here waits for the device."""
+    def of(cls, routing: Routing, placement: Placement, tokens: Tokens, load_BE: Tensor) -> "RoutingStatistics":
+        """Of one layer (N = 1), `load_BE` its `expert_load`. Nothing here waits for the device."""
         logits, probability, expert_TK = routing.logits_TE, routing.probability_TE, routing.expert_TK
         experts, top_k = logits.shape[1], expert_TK.shape[1]
         shape = (1, len(Modality), tokens.sources, experts)
         cells = len(Modality) * tokens.sources * experts
         cell_TK = (tokens.modality_T * tokens.sources + tokens.source_T)[:, None] * experts + expert_TK
-        load = _count(cell_TK, cells).view(shape)
-        load_BE1 = expert_load(routing, tokens)[..., None]
+        load = count(cell_TK, cells).view(shape)
         capacity_C = capacities(tokens.length, top_k, experts, logits.device)
         wide = {"dim": 0, "dtype": torch.float64}
         return cls(
             load_NMSE=load,
             drops_NMSE=torch.zeros_like(load)
             if placement.complete
-            else _count(cell_TK, cells, placement.dropped_TK).view(shape),
-            would_drop_NC=(load_BE1 - capacity_C).clamp_(min=0).sum((0, 1))[None],
+            else count(cell_TK, cells, placement.dropped_TK).view(shape),
+            would_drop_NC=(load_BE[..., None] - capacity_C).clamp_(min=0).sum((0, 1))[None],
             tokens_N=torch.full((1,), len(logits), device=logits.device),
             logit_NE=logits.sum(**wide)[None],
             logit_square_NE=logits.square().sum(**wide)[None],
@@ -107,23 +106,17 @@ def capacities(length: int, top_k: int, experts: int, device: torch.device | str
     return -((-twentieths * length * top_k) // (20 * experts))
 
 
-def router_gradient_norms(model: nn.Module) -> Tensor | None:
+def router_gradient_norms(routers: list[Router]) -> Tensor | None:
     """[N, E] f32 or wider: the L2 norm of the gradient of each expert's row of the router weights.
 
     By layer of experts, of the gradients that the parameters hold: call it after the step's last backward pass and
     before they are clipped. Zeros for a router that has none; None for a model without experts.
     """
-    weights = [module.weight for module in model.modules() if isinstance(module, Router)]
-    if not weights:
+    if not routers:
         return None
+    weights = [router.weight for router in routers]
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
     return torch.linalg.vector_norm(widen(torch.stack(gradients)), dim=-1)
-
-
-def _count(cell: Tensor, cells: int, counted: Tensor | None = None) -> Tensor:
-    """[cells] i64: how often each number occurs in `cell`, where `counted`. Unlike bincount, without a wait."""
-    ones = torch.ones_like(cell) if counted is None else counted.long()
-    return cell.new_zeros(cells).scatter_add_(0, cell.flatten(), ones.flatten())
 
 
 def _entropy(probability_TE: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmoe.models.decoder import ModelConfig
+from mmoe.models.moe.balance import expert_load
 from mmoe.models.moe.dispatch import CapacityDispatcher, DroplessDispatcher
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.models.moe.statistics import (
@@ -62,11 +63,13 @@ def test_would_drop_is_what_a_layer_of_that_capacity_drops(seed):
     tokens = Tokens.of(batch)
     routing = random_routing(len(tokens.position_T), 8, 3, seed)
     routing.expert_TK[: len(tokens.position_T) // 2] %= 5  # some are overloaded
-    dropless = RoutingStatistics.of(routing, DroplessDispatcher(8).plan(routing, tokens), tokens)
+    dropless = RoutingStatistics.of(
+        routing, DroplessDispatcher(8).plan(routing, tokens), tokens, expert_load(routing, tokens)
+    )
     drops = []
     for factor in CAPACITY_FACTORS:
         placement = CapacityDispatcher(8, factor).plan(routing, tokens)
-        limited = RoutingStatistics.of(routing, placement, tokens)
+        limited = RoutingStatistics.of(routing, placement, tokens, expert_load(routing, tokens))
         assert torch.equal(limited.would_drop_NC, dropless.would_drop_NC)
         assert limited.drops_NMSE.sum() == placement.dropped_TK.sum()
         drops.append(int(limited.drops_NMSE.sum()))
@@ -102,7 +105,7 @@ def test_recomputation_counts_once_in_every_micro_batch():
             loss(output).backward()
             total = output.routing if total is None else total + output.routing
         assert len(routed) == 4 * 2 * (2 if recompute else 1)
-        totals.append((total, router_gradient_norms(model)))
+        totals.append((total, router_gradient_norms(model.decoder.routers)))
     (expected, norms), (found, again) = totals
     check(found, expected)
     torch.testing.assert_close(again, norms, rtol=1e-12, atol=0)
@@ -113,12 +116,12 @@ def test_evaluation_in_between_is_not_counted_and_leaves_the_router_gradients():
     model = build()
     expected = model(batch).routing
     loss(model(batch)).backward()
-    norms = router_gradient_norms(model)
+    norms = router_gradient_norms(model.decoder.routers)
     with torch.no_grad():
         assert model.eval()(other).routing is None
     model.train()
     check(model(batch).routing, expected)
-    assert torch.equal(router_gradient_norms(model), norms)
+    assert torch.equal(router_gradient_norms(model.decoder.routers), norms)
 
 
 def test_what_stands_in_padding_is_not_counted():
@@ -144,27 +147,29 @@ def test_sequences_of_padding_alone_add_nothing():
 def test_router_gradient_norms_are_those_of_each_expert():
     model, batch = build(), random_batch(3)
     loss(model(batch)).backward()
-    found = router_gradient_norms(model)
+    found = router_gradient_norms(model.decoder.routers)
     rows = [[row.norm() for row in block.network.router.weight.grad] for block in model.decoder.blocks]
     torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64))
     assert found.shape == (2, 4) and (found > 0).all()
     loss(model(batch)).backward()  # the same micro-batch once more
-    torch.testing.assert_close(router_gradient_norms(model), 2 * found)
+    torch.testing.assert_close(router_gradient_norms(model.decoder.routers), 2 * found)
 
 
 def test_router_gradients_of_a_frozen_router_are_zero_and_a_dense_model_has_none():
     model = build()
     model.decoder.blocks[0].network.router.weight.requires_grad_(False)
     loss(model(random_batch(3))).backward()
-    norms = router_gradient_norms(model)
+    norms = router_gradient_norms(model.decoder.routers)
     assert (norms[0] == 0).all() and (norms[1] > 0).all()
-    assert router_gradient_norms(build(moe=None)) is None
+    assert router_gradient_norms(build(moe=None).decoder.routers) is None
 
 
 def test_entropy_of_certainty_is_zero():
     tokens = Tokens.of(random_batch(0))
     routing = random_routing(len(tokens.position_T), 4, 1, 0)
     routing.probability_TE.copy_(torch.nn.functional.one_hot(routing.expert_TK[:, 0], 4))
-    found = RoutingStatistics.of(routing, DroplessDispatcher(4).plan(routing, tokens), tokens)
+    found = RoutingStatistics.of(
+        routing, DroplessDispatcher(4).plan(routing, tokens), tokens, expert_load(routing, tokens)
+    )
     assert found.entropy_N.tolist() == [0]
     assert found.importance_NE.sum() == len(tokens.position_T)
