@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from mmoe.config.base import Config
 from mmoe.data.batch import PackedBatch, Pairs
-from mmoe.models.attention import BACKENDS, Attention, AttentionPlan
+from mmoe.models.attention import Attention
 from mmoe.models.embeddings import Embeddings, ModelInputs
 from mmoe.models.heads import ActionHead, ContrastHead
 from mmoe.models.init import initialise
 from mmoe.models.layers import RMSNorm, SwiGLU
+from mmoe.models.layout import Layout
 from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
 from mmoe.models.moe.layer import LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
 from mmoe.models.moe.statistics import RoutingStatistics
-from mmoe.models.moe.tokens import Tokens
-from mmoe.models.rotary import RotaryTables
 
 
 class ModelConfig(Config):
@@ -94,13 +93,11 @@ class Block(nn.Module):
             else SwiGLU(size, config.hidden)
         )
 
-    def forward(
-        self, x_BLD: Tensor, rotary: RotaryTables, plan: AttentionPlan, tokens: Tokens
-    ) -> tuple[Tensor, LayerRouting | None]:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, plan)
+    def forward(self, x_BLD: Tensor, layout: Layout) -> tuple[Tensor, LayerRouting | None]:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), layout.rotary, layout.attention)
         normed = self.network_norm(x_BLD)
         if isinstance(self.network, MoELayer):
-            out, routing = self.network(normed, tokens)
+            out, routing = self.network(normed, layout.tokens)
         else:
             out, routing = self.network(normed), None
         return x_BLD + out, routing
@@ -143,25 +140,29 @@ class Decoder(nn.Module):
     @property
     def routers(self) -> list[Router]:
         """Of the layers of experts, in the order of the routing statistics."""
-        return [block.network.router for block in self.blocks if isinstance(block.network, MoELayer)]
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return [block.network.router for block in blocks if isinstance(block.network, MoELayer)]
 
-    def forward(self, x_BLD: Tensor, batch: PackedBatch) -> ModelOutput:
+    def forward(self, x_BLD: Tensor, layout: Layout) -> ModelOutput:
         """The embedded batch through all blocks."""
-        config = self.config
-        rotary = RotaryTables.of(batch.position, config.head_width, config.rope_theta, x_BLD.dtype)
-        plan = BACKENDS[config.attention].of(batch, config.bidirectional_slices)
-        tokens = Tokens.of(batch)
+        x_BLD, routed = self.through(x_BLD, layout)
+        return ModelOutput(self.norm(x_BLD), *gather_routing(routed))
+
+    def through(self, x_BLD: Tensor, layout: Layout) -> tuple[Tensor, list[LayerRouting]]:
+        """The blocks that are here, without the last norm; a layer of experts adds what it routed."""
         routed: list[LayerRouting] = []
         for block in self.blocks:
-            x_BLD, routing = block(x_BLD, rotary, plan, tokens)
-            if routing is not None:
-                routed.append(routing)
-        return _output(self.norm(x_BLD), routed)
+            if isinstance(block, Block):  # the blocks of other pipeline stages leave an Identity in their place
+                x_BLD, routing = block(x_BLD, layout)
+                if routing is not None:
+                    routed.append(routing)
+        return x_BLD, routed
 
 
-def _output(hidden: Tensor, routed: list[LayerRouting]) -> ModelOutput:
+def gather_routing(routed: list[LayerRouting]) -> tuple[Auxiliary | None, RoutingStatistics | None]:
+    """Of the layers of experts of a forward pass, in their order; (None, None) where there are none."""
     if not routed:
-        return ModelOutput(hidden, None, None)
+        return None, None
     auxiliary = Auxiliary(
         balance_loss=sum(layer.balance_loss for layer in routed) / len(routed),
         z_loss=sum(layer.z_loss for layer in routed) / len(routed),
@@ -169,7 +170,7 @@ def _output(hidden: Tensor, routed: list[LayerRouting]) -> ModelOutput:
         probability_NE=torch.stack([layer.probability_E for layer in routed]),
     )
     statistics = [layer.statistics for layer in routed if layer.statistics is not None]
-    return ModelOutput(hidden, auxiliary, RoutingStatistics.stack(statistics) if statistics else None)
+    return auxiliary, RoutingStatistics.stack(statistics) if statistics else None
 
 
 class MultimodalModel(nn.Module):
@@ -184,8 +185,10 @@ class MultimodalModel(nn.Module):
         self.action = ActionHead(size, inputs.action_chunk, inputs.action_dim) if inputs.action_dim else None
         self.contrastive = ContrastHead(size, config.contrast_dim)
 
-    def forward(self, batch: PackedBatch) -> ModelOutput:
-        return self.decoder(self.embeddings(batch), batch)
+    def forward(self, batch: PackedBatch, layout: Layout | None = None) -> ModelOutput:
+        """Without a `layout` the batch is whole; with one, the batch holds the positions that the layout is of."""
+        x_BLD = self.embeddings(batch)
+        return self.decoder(x_BLD, layout or Layout.of(batch, self.decoder.config, x_BLD.dtype))
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V]: scores of the id that follows each chosen position."""

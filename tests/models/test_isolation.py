@@ -8,6 +8,7 @@ import torch
 from mmoe.data.batch import PackedBatch, Values
 from mmoe.data.sample import Modality
 from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel
+from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoEConfig
 from tests.models.random_batch import INPUTS, pack, random_batch, random_sequences
 
@@ -47,7 +48,8 @@ def with_inputs(model: MultimodalModel, batch: PackedBatch) -> tuple[ModelOutput
     embedded = model.embeddings(batch)
     inputs = [embedded] + [v.values for v in values.values()]
     positions = [torch.arange(batch.document.numel())] + [v.index for v in values.values()]
-    return model.decoder(embedded, batch), inputs, positions
+    layout = Layout.of(batch, model.decoder.config, embedded.dtype)
+    return model.decoder(embedded, layout), inputs, positions
 
 
 @RULES

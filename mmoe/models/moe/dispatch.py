@@ -1,6 +1,6 @@
 """Dispatchers: they bring tokens to the rows of their experts, and bring the experts' outputs back.
 
-A dispatcher is a plain object with `plan`, `dispatch` and `combine`. Experts see rows sorted by expert; how
+A dispatcher is a plain object with `plan`, `dispatch`, `arrive` and `combine`. Experts see rows sorted by expert; how
 many, and which of them are empty, is the dispatcher's affair. Both ways only copy rows by index, and so do their
 gradients: no sum depends on the order in which threads finish.
 """
@@ -43,7 +43,10 @@ class Dispatcher(Protocol):
         """Give every choice a row, or drop it."""
 
     def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
-        """[R, D]: each row its token; empty rows are zero."""
+        """Send each row its token, [R, D]; empty rows are zero."""
+
+    def arrive(self, rows_RD: Tensor, placement: Placement) -> Tensor:
+        """[R, D] sorted by expert, of what `dispatch` returned; waits for the rows where they travel."""
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
         """[T, D]: the weighted sum over each token's choices; dropped ones add zero."""
@@ -63,6 +66,9 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
         row_TK, choice_R = placement.row_TK, placement.choice_R
         return copy_rows(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
+
+    def arrive(self, rows_RD: Tensor, placement: Placement) -> Tensor:
+        return rows_RD
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
         return weighted_rows(y_RD, weight_TK, placement.row_TK, placement.choice_R, placement.complete)

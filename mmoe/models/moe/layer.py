@@ -129,15 +129,20 @@ class MoELayer(nn.Module):
     def forward(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, LayerRouting]:
         """[B, L, D] -> [B, L, D] and what was routed. Padding is not routed and gets zeros."""
         x_TD = tokens.take(x_BLD)
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, tokens.join)
         placement = self.dispatcher.plan(routing, tokens)
-        rows_RD = self.experts(self.dispatcher.dispatch(x_TD, placement), placement.ends_E)
+        on_their_way = self.dispatcher.dispatch(x_TD, placement)
+        shared_TD = self._shared(x_TD)  # while the rows travel
+        rows_RD = self.experts(self.dispatcher.arrive(on_their_way, placement), placement.ends_E)
         y_TD = self.dispatcher.combine(rows_RD, routing.weight_TK, placement)
-        if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
+        if shared_TD is not None:
             y_TD = y_TD + shared_TD
         load_BE = expert_load(routing, tokens)
         statistics = RoutingStatistics.of(routing, placement, tokens, load_BE) if self.training else None
         return tokens.put(y_TD), LayerRouting.of(routing, tokens, load_BE, statistics)
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        shared_TD = self.shared(x_TD)
+        return shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid()

@@ -5,6 +5,7 @@ E experts, K experts per token, G groups of experts, R rows (places of tokens at
 experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,9 +90,10 @@ class Router(nn.Module):
         self.groups, self.noise = groups, noise
         self.register_buffer("choice_bias", torch.zeros(experts) if biased else None)
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, join: Callable[[Tensor], Tensor] = lambda logits_TE: logits_TE) -> Routing:
+        """Routes whole sequences: `join` makes the logits of all their tokens of those that are here."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits = F.linear(widen(x_TD), widen(self.weight))
+            logits = join(F.linear(widen(x_TD), widen(self.weight)))
         log_scores = F.logsigmoid(logits) if self.sigmoid else logits  # of a softmax, up to a constant of the token
         probability = log_scores.softmax(dim=-1)
         scores = logits.sigmoid() if self.sigmoid else probability

@@ -53,5 +53,14 @@ class Tokens:
         return y_ND.unflatten(0, (self.sequences, self.length))
 
     @property
+    def here_T(self) -> Tensor | None:
+        """Numbers (of T) of the tokens whose hidden states are here; None for all of them."""
+        return None
+
+    def join(self, x_TX: Tensor) -> Tensor:
+        """[T, X] of all tokens of the sequences from the rows of those that are here."""
+        return x_TX
+
+    @property
     def _unpadded(self) -> bool:
         return len(self.position_T) == len(self.number_N)

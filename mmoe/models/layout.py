@@ -1,0 +1,38 @@
+"""What the blocks need to know of a batch beside its hidden states, worked out once a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmoe.data.batch import PackedBatch
+from mmoe.models.attention import BACKENDS, AttentionPlan
+from mmoe.models.moe.tokens import Tokens
+from mmoe.models.rotary import RotaryTables
+
+if TYPE_CHECKING:
+    from mmoe.models.decoder import ModelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`rotary` and `attention` are of the positions that attention sees, `tokens` of those the experts see.
+
+    In one process these are all positions of the batch. Where a sequence lies on several ranks, they hold what
+    this rank has of it (`mmoe.parallel.sequence`).
+    """
+
+    rotary: RotaryTables
+    attention: AttentionPlan
+    tokens: Tokens
+
+    @classmethod
+    def of(cls, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> Layout:
+        """Of a batch that is whole; `dtype` is that of its embedding."""
+        return cls(
+            RotaryTables.of(batch.position, config.head_width, config.rope_theta, dtype),
+            BACKENDS[config.attention].of(batch, config.bidirectional_slices),
+            Tokens.of(batch),
+        )
