@@ -221,7 +221,7 @@ def plan_speed(root: Path, sequences: int = 512) -> dict[str, float]:
     def steps() -> None:
         for _ in range(24):
             step = [planner.next_sequence() for _ in range(sequences)]
-            deal(np.array([s.counts.cost for s in step]), 1, 64)
+            deal(np.array([s.counts.cost for s in step]), 1, 8, 64)
 
     seconds = cpu_seconds(steps)
     drawn = documents(planner) - began
@@ -236,7 +236,7 @@ def imbalance(root: Path, replicas: int = 64, steps: int = 24) -> dict[str, floa
         costs = np.array([float(planner.next_sequence().counts.cost) for _ in range(8 * replicas)])
         for name, dealt in (
             ("random", rng.permutation(len(costs)).reshape(replicas, -1)),
-            ("snake", deal(costs, 1, replicas)),
+            ("snake", deal(costs, 1, 8, replicas)),
         ):
             work = costs[dealt].sum(axis=1)
             ratios[name].append(work.max() / work.mean())

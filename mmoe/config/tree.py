@@ -32,13 +32,17 @@ class RunConfig(Config):
 
     @property
     def batch(self) -> BatchArithmetic:
-        """mu_tok, D, A, GB_tok and the number of steps."""
+        """That of one replica; GB_tok and the number of steps are the same for any number."""
+        return self.batch_of(replicas=1)
+
+    def batch_of(self, replicas: int) -> BatchArithmetic:
+        """mu_tok, D, A, GB_tok and the number of steps. Raises ConfigError where the batch does not divide."""
         return BatchArithmetic.of(
             sequence_length=self.data.sequence_length,
             micro_batch_sequences=self.training.micro_batch_sequences,
             global_batch_positions=self.training.global_batch_positions,
             budget_positions=self.training.budget_positions,
-            replicas=1,
+            replicas=replicas,
         )
 
     @property
@@ -61,12 +65,12 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _batch(self) -> "RunConfig":
-        micro, group = self.training.micro_batch_sequences, self.contrastive_group
-        if self.losses.contrastive.weight > 0 and micro % group:
+        sequences, group = self.batch.sequences, self.contrastive_group
+        if sequences % group:
             raise ValueError(
-                f"losses.contrastive.group_sequences is {group} (null: the whole global batch), but a micro-batch has "
-                f"{micro} sequences (training.micro_batch_sequences): negatives must be in the same forward pass; "
-                "set group_sequences to a divisor of the micro-batch"
+                f"losses.contrastive.group_sequences is {group}, but a global batch has {sequences} sequences "
+                "(training.global_batch_positions / data.sequence_length): it must be made of whole groups; set "
+                "group_sequences to a divisor of them, or to null for the whole global batch"
             )
         return self
 

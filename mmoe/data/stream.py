@@ -93,8 +93,9 @@ class SequenceDataset(Dataset):
 class Stream:
     """Endless training steps of one data replica; `restore` continues exactly where a step's state was taken.
 
-    A global batch is `sequences` consecutive sequences of the plan, the same for any number of `replicas`; they are
-    dealt to the replicas in whole contrastive groups by attention cost. `end` is the run's length in positions.
+    A global batch is `sequences` consecutive sequences of the plan, the same for any number of `replicas`; `deal`
+    gives each its own by attention cost, and keeps contrastive groups where their negatives can be reached. `end` is
+    the run's length in positions.
     """
 
     def __init__(
@@ -148,7 +149,8 @@ class Stream:
             while True:
                 step = [self.planner.next_sequence() for _ in range(self.sequences)]
                 ahead.append((Counts.total(s.counts for s in step), self.planner.state, self.planner.lost))
-                mine = deal(np.array([s.counts.cost for s in step]), self.group, self.replicas)[self.replica].tolist()
+                costs = np.array([s.counts.cost for s in step])
+                mine = deal(costs, self.group, self.micro_sequences, self.replicas)[self.replica].tolist()
                 for first in range(0, len(mine), self.micro_sequences):
                     yield [step[i] for i in mine[first : first + self.micro_sequences]]
 

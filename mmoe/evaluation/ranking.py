@@ -148,7 +148,7 @@ def score_texts(
     vocabulary = run.tokenizers.vocabulary
     totals, counts = [], []
     for sequences in _micro_batches(
-        documents, data.sequence_length, data.patch_budget, run.config.training.micro_batch_sequences
+        documents, data.sequence_length, data.patch_budget, run.config.training.heldout_sequences
     ):
         batch = collate(sequences, groups=list(range(len(sequences)))).to(run.device)
         chunk = run.config.losses.ce.chunk

@@ -37,28 +37,36 @@ class BatchArithmetic:
         cls,
         *,
         sequence_length: int,
-        micro_batch_sequences: int,
+        micro_batch_sequences: int | None,
         global_batch_positions: int,
         budget_positions: int,
         replicas: int,
     ) -> "BatchArithmetic":
-        """Derive A; raises ConfigError when mu_tok * D does not divide GB_tok, or the budget is below it."""
-        unit = sequence_length * micro_batch_sequences * replicas
-        accumulation, rest = divmod(global_batch_positions, unit)
+        """Derive A, or mu_tok where `micro_batch_sequences` is None: all of a replica's share of the batch, A = 1.
+
+        Raises ConfigError when mu_tok * D does not divide GB_tok, or the budget is below it.
+        """
+        unit = sequence_length * (micro_batch_sequences or 1) * replicas
+        times, rest = divmod(global_batch_positions, unit)
         if rest:
-            nearest = f"{accumulation * unit} or {(accumulation + 1) * unit}" if accumulation else f"{unit}"
+            nearest = f"{times * unit} or {(times + 1) * unit}" if times else f"{unit}"
+            what, factor, key = "sequence", "", "the number of replicas"
+            if micro_batch_sequences is not None:
+                key = "training.micro_batch_sequences"
+                what, factor = "micro-batch", f" x {micro_batch_sequences} {key}"
             raise ConfigError(
                 f"training.global_batch_positions {global_batch_positions} is not a multiple of {unit}, the "
-                f"positions of one micro-batch on every replica ({sequence_length} data.sequence_length x "
-                f"{micro_batch_sequences} training.micro_batch_sequences x {replicas} data replicas); "
-                f"set it to {nearest}, or change training.micro_batch_sequences"
+                f"positions of one {what} on every replica ({sequence_length} data.sequence_length{factor} x "
+                f"{replicas} data replicas); set it to {nearest}, or change {key}"
             )
         if budget_positions < global_batch_positions:
             raise ConfigError(
                 f"training.budget_positions {budget_positions} is less than one step (training."
                 f"global_batch_positions {global_batch_positions}); raise the budget or shrink the batch"
             )
-        return cls(sequence_length, micro_batch_sequences, accumulation, replicas, budget_positions)
+        if micro_batch_sequences is None:
+            return cls(sequence_length, times, 1, replicas, budget_positions)
+        return cls(sequence_length, micro_batch_sequences, times, replicas, budget_positions)
 
     @property
     def micro_batch_positions(self) -> int:

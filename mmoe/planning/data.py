@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmoe.config.tree import RunConfig
-from mmoe.data.deal import check_dealing, deal
+from mmoe.data.deal import deal
 from mmoe.data.index import MANIFEST, SourceManifest
 from mmoe.data.mixture import Mixture
 from mmoe.data.plan import Planner
@@ -66,8 +66,7 @@ def show_stages(config: RunConfig, console: Console) -> None:
 
 def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> None:
     """Plan so many steps from the start of the run and tell what is in them; nothing is decoded."""
-    group, micro = config.contrastive_group, config.training.micro_batch_sequences
-    check_dealing(config.batch.sequences, group, micro, replicas)
+    group, micro = config.contrastive_group, config.batch_of(replicas).micro_batch_sequences
     sources = Sources(config.data)
     tokenizers = config.tokenizers.build(sources.manifests)
     sources.check(tokenizers)
@@ -102,7 +101,7 @@ def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> N
     )
     costs = [np.array([s.counts.cost for s in batch], np.float64) for batch in batches]
     if replicas > 1:
-        work = [c[deal(c, group, replicas)].sum(1) for c in costs]
+        work = [c[deal(c, group, micro, replicas)].sum(1) for c in costs]
         worst = np.mean([w.max() / w.mean() for w in work])
         console.print(f"attention work of the busiest of {replicas} replicas: {worst:.3f} times the mean")
     lost = planner.lost

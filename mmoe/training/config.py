@@ -16,8 +16,13 @@ class StartConfig(Config):
 class TrainingConfig(Config):
     run: str  # the run's folder, e.g. runs/demo
     seed: int = Field(default=0, ge=0)
-    micro_batch_sequences: int = Field(gt=0)
+    micro_batch_sequences: int | None = Field(default=None, gt=0)  # null: all of a replica's share of the global batch
     global_batch_positions: int = Field(gt=0)  # GB_tok
     budget_positions: int = Field(gt=0)  # steps = budget // GB_tok
     evaluate_at_end: bool = True
     start_from: StartConfig | None = None  # null: random weights
+
+    @property
+    def heldout_sequences(self) -> int:
+        """Sequences of one held-out batch; one where a micro-batch depends on how many replicas there were."""
+        return self.micro_batch_sequences or 1

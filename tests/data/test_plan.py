@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmoe.data.blocks import CUT_SLICES, CUT_TEXT, FITS, PATCHES, POSITIONS, units
-from mmoe.data.deal import deal
 from mmoe.data.mixture import StageConfig
 from mmoe.data.plan import Counts, Planner, plan_once
 from mmoe.errors import ConfigError, DataError
@@ -243,24 +242,3 @@ def test_counts_add():
     columns = np.arange(12)
     total = Counts.total([Counts(columns), Counts(columns)])
     assert total.columns.tolist() == (2 * columns).tolist() and Counts.total([]).positions == 0
-
-
-# dealing
-
-
-@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 6), st.integers(0, 2**32))
-def test_dealing_gives_every_group_to_one_replica(group, replicas, rounds, seed):
-    costs = np.random.default_rng(seed).integers(0, 1000, group * replicas * rounds)
-    dealt = deal(costs, group, replicas)
-    assert dealt.shape == (replicas, group * rounds)
-    assert sorted(dealt.flatten().tolist()) == list(range(len(costs)))
-    starts = dealt.reshape(replicas, rounds, group)
-    assert (starts[..., 0] % group == 0).all() and (np.diff(starts, axis=2) == 1).all()
-
-
-def test_the_snake_evens_out_the_work():
-    rng = np.random.default_rng(0)
-    costs = rng.lognormal(0, 0.5, 64 * 8)
-    worst = {"snake": costs[deal(costs, 1, 64)].sum(1), "as they come": costs.reshape(64, 8).sum(1)}
-    excess = {name: work.max() / work.mean() - 1 for name, work in worst.items()}
-    assert excess["snake"] < 0.5 * excess["as they come"]

@@ -83,6 +83,21 @@ def test_contrastive_groups_stay_whole_on_any_number_of_replicas(folders):
         assert groups[0] and not groups[0] & groups[1]
 
 
+@pytest.mark.parametrize(("group", "within"), [(4, 1), (8, 2)], ids=["gathered", "cached"])
+def test_wider_contrastive_groups_are_whole_in_a_micro_step_or_in_a_step(folders, group, within):
+    """Two replicas in micro-batches of 2: a group of 4 is in one micro-step of both, one of 8 in the whole step."""
+    choices = {"share": 1.0, "sequences": 8, "group": group, "micro": 2}
+    whole = take(stream(folders, **choices), 3)
+    parts = [take(stream(folders, replica=r, replicas=2, **choices), 3) for r in range(2)]
+    for step in range(3):
+        assert set.union(*(rows(part[step][0]) for part in parts)) == rows(whole[step][0])
+        found = []
+        for first in range(0, 2, within):
+            batches = [b for part in parts for b in part[step][0][first : first + within]]
+            found.append({int(g) for b in batches for g in b.pairs.group})
+        assert all(len(groups) == 1 for groups in found) and len(set.union(*found)) == 8 // group
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(folders, workers):
     for (left, _, a), (right, _, b) in zip(take(stream(folders), 5), take(stream(folders, workers=workers), 5)):

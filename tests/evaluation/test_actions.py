@@ -17,7 +17,7 @@ def chunks(run) -> Chunks:
 
 def test_the_targets_of_the_batches_are_the_chunks(build_run, chunks):
     """A model that says the target itself has no error, also where clips are cut into parts."""
-    run = build_run(data__sequence_length=90)
+    run = build_run(data__sequence_length=90, training__global_batch_positions=360)
     parts, targets = [], []
     for batch in run.heldout(isolated=False):
         starts, of = chunk_starts(batch)

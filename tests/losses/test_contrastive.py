@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mmoe.data.batch import Pairs
 from mmoe.losses.contrastive import info_nce
+from tests.losses.ranks import in_ranks
 
 E = 6
 
@@ -99,3 +100,54 @@ def test_scores_are_not_computed_in_half_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = info_nce(left, right, pairs, 0.07).items_P
     assert torch.equal(inside, info_nce(left, right, pairs, 0.07).items_P)
+
+
+# groups that lie on several ranks
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    members=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=0, max_size=9),
+    cut=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+)
+def test_gathered_groups_give_the_items_and_gradients_of_one_process(seed, members, cut) -> None:
+    """Ranks with any number of pairs, none included: each has the items of its own pairs, and their whole gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(members)
+    left, right = (torch.randn(n, E, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    pairs = pairs_of([m[0] for m in members], [m[1] for m in members])
+    borders = [0, *sorted(min(at, n) for at in cut), n]
+    rows = [slice(a, b) for a, b in zip(borders[:-1], borders[1:])]
+
+    def work(rank: int, gather):
+        own = rows[rank]
+        sides = [side[own].detach().requires_grad_() for side in (left, right)]
+        mine = Pairs(*(getattr(pairs, name)[own] for name in ("span", "modality", "text_hash", "group")))
+        nce = info_nce(*sides, mine, 0.07, gather)
+        return nce, torch.autograd.grad(nce.items_P.sum(), sides)
+
+    whole = info_nce(left, right, pairs, 0.07)
+    wanted = torch.autograd.grad(whole.items_P.sum(), (left, right))
+    for (part, got), own in zip(in_ranks(len(rows), work), rows, strict=True):
+        torch.testing.assert_close(part.items_P, whole.items_P[own], rtol=1e-12, atol=1e-13)
+        for name in ("correct_P2", "negatives_P", "masked_P"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[own]), name
+        for mine, gradient in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, gradient[own], rtol=1e-11, atol=1e-13)
+
+
+def test_a_rank_without_pairs_takes_part_in_the_backward_pass_of_the_others() -> None:
+    """Its own loss is zero, but its graph holds the gather, whose backward is a collective."""
+    empty = torch.zeros(0, E, requires_grad=True)
+    seen = []
+
+    def gather(rows):
+        every = torch.cat([rows, rows.new_ones(3, *rows.shape[1:])])
+        if every.requires_grad:
+            every.register_hook(lambda gradient: seen.append(gradient.abs().sum().item()))
+        return every, 0
+
+    nce = info_nce(empty, empty, pairs_of([], []), 0.07, gather)
+    nce.items_P.sum().backward()
+    assert nce.items_P.shape == (0,) and nce.correct_P2.shape == (0, 2) and seen == [0.0]

@@ -65,10 +65,10 @@ def test_the_smallest_factor_drops_less_than_the_limit_and_the_one_below_does_no
 
 
 def test_rows_and_bytes_follow_the_printed_formula(config):
-    """2048 positions, top 2 of 8, width 160, hidden 224, bfloat16."""
+    """1056 positions, top 2 of 8, width 160, hidden 224, bfloat16."""
     advice = advise([record(10, falling(3), falling(3))], config, 1.0, "run")
-    rows = [ceil(Fraction(n, 20) * 2048 * 2 / 8) for n in range(20, 41)]
-    assert advice.rows.tolist() == rows and rows[0] == 512
+    rows = [ceil(Fraction(n, 20) * 1056 * 2 / 8) for n in range(20, 41)]
+    assert advice.rows.tolist() == rows and rows[0] == 264
     assert advice.bytes.tolist() == [8 * r * (2 * 160 + 4 * 224) * 2 for r in rows]
 
 

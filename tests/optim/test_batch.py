@@ -13,7 +13,7 @@ from mmoe.optim.batch import BatchArithmetic, data_replicas
 TRILLION = 10**12
 
 
-def arithmetic(length: int, sequences: int, size: int, replicas: int, budget: int = TRILLION) -> BatchArithmetic:
+def arithmetic(length: int, sequences: int | None, size: int, replicas: int, budget: int = TRILLION) -> BatchArithmetic:
     return BatchArithmetic.of(
         sequence_length=length,
         micro_batch_sequences=sequences,
@@ -75,6 +75,13 @@ def test_a_batch_that_does_not_divide_names_the_keys_and_the_nearest_that_do() -
         assert part in str(error.value)
     with pytest.raises(ConfigError, match="set it to 4096, or"):
         arithmetic(512, 4, 1024, 2)
+
+
+def test_without_a_micro_batch_it_is_all_of_a_replicas_share() -> None:
+    assert arithmetic(512, None, 8192, 4) == arithmetic(512, 4, 8192, 4)
+    assert arithmetic(512, None, 8192, 4).accumulation == 1
+    with pytest.raises(ConfigError, match="1536, the positions of one sequence on every replica .512 .* x 3 data rep"):
+        arithmetic(512, None, 8192, 3)
 
 
 def test_a_budget_below_one_step_is_refused() -> None:

@@ -1,0 +1,89 @@
+"""Dealing: every sequence once, contrastive groups within their reach, and work that is even."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mmoe.data.deal import Reach, check_dealing, deal
+from mmoe.errors import ConfigError
+
+
+@st.composite
+def shapes(draw) -> tuple[int, int, int, int]:
+    """Sequences of a micro-batch, replicas, micro-steps, and a group of sequences that divides their product."""
+    micro, replicas, steps = draw(st.integers(1, 4)), draw(st.integers(1, 8)), draw(st.integers(1, 4))
+    sequences = micro * replicas * steps
+    return micro, replicas, steps, draw(st.sampled_from([n for n in range(1, sequences + 1) if sequences % n == 0]))
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**32))
+def test_every_sequence_is_dealt_once_and_groups_stay_within_their_reach(shape, seed):
+    micro, replicas, accumulation, group = shape
+    sequences = micro * replicas * accumulation
+    costs = np.random.default_rng(seed).integers(0, 1000, sequences)
+    dealt = deal(costs, group, micro, replicas)
+    assert dealt.shape == (replicas, micro * accumulation)
+    assert sorted(dealt.flatten().tolist()) == list(range(sequences))
+    steps = (dealt // group).reshape(replicas, accumulation, micro)  # the group of each sequence
+    reach = Reach.of(group, micro, replicas)
+    if reach is Reach.MICRO_BATCH:
+        wholes = dealt.reshape(-1, group)
+        assert (wholes[:, 0] % group == 0).all() and (np.diff(wholes, axis=1) == 1).all()
+    if reach is not Reach.STEP:
+        found = [set(steps[:, k].flatten().tolist()) for k in range(accumulation)]
+        assert sum(map(len, found)) == sequences // group
+
+
+@pytest.mark.parametrize(
+    ("group", "micro", "replicas", "reach"),
+    [
+        (1, 1, 1, Reach.MICRO_BATCH),
+        (2, 4, 1, Reach.MICRO_BATCH),
+        (4, 2, 2, Reach.MICRO_STEP),
+        (3, 4, 3, Reach.MICRO_STEP),  # groups across the borders of micro-batches
+        (8, 2, 2, Reach.STEP),
+        (4, 2, 1, Reach.STEP),
+        (4, 2, 3, Reach.STEP),  # 1.5 groups to a micro-step
+    ],
+)
+def test_the_reach_is_the_narrowest_that_whole_groups_fill(group, micro, replicas, reach):
+    assert Reach.of(group, micro, replicas) is reach
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**32))
+def test_replicas_differ_by_no_more_than_the_sequences_of_one_round_do(shape, seed):
+    """Where groups are gathered: of a micro-step's sequences by cost, R at a time, the most uneven round."""
+    micro, replicas, accumulation, group = shape
+    assume(Reach.of(group, micro, replicas) is Reach.MICRO_STEP)
+    costs = np.random.default_rng(seed).integers(0, 1000, micro * replicas * accumulation)
+    work = costs[deal(costs, group, micro, replicas)].reshape(replicas, accumulation, micro)
+    for k in range(accumulation):
+        sums, rounds = work[:, k].sum(1), np.sort(work[:, k], axis=None).reshape(micro, replicas)
+        assert sums.max() - sums.min() <= np.ptp(rounds, axis=1).max()
+
+
+@pytest.mark.parametrize("group", [1, 16, 64, 512], ids=lambda group: f"group{group}")
+def test_dealing_evens_out_the_work(group):
+    """64 replicas of 8 sequences in micro-batches of 1: groups of 16 and 64 are gathered, one of 512 is cached."""
+    rng, dealt, as_they_come = np.random.default_rng(0), [], []
+    for _ in range(20):
+        costs = rng.lognormal(0, 0.5, 64 * 8)
+        for ratios, work in ((dealt, costs[deal(costs, group, 1, 64)]), (as_they_come, costs.reshape(64, 8))):
+            ratios.append(work.sum(1).max() / work.sum(1).mean() - 1)
+    assert np.mean(dealt) < 0.5 * np.mean(as_they_come)
+
+
+def test_one_replica_works_off_its_groups_the_costliest_first():
+    costs = np.array([1, 1, 9, 0, 3, 3, 5, 0])
+    assert deal(costs, 2, 2, 1).tolist() == [[2, 3, 4, 5, 6, 7, 0, 1]]
+    assert deal(costs, 8, 2, 1).tolist() == [[2, 6, 4, 5, 0, 1, 3, 7]]
+
+
+@pytest.mark.parametrize(
+    ("group", "micro", "replicas"), [(1, 1, 3), (1, 3, 1), (3, 1, 1), (16, 1, 1)], ids=lambda value: str(value)
+)
+def test_what_does_not_divide_is_refused_with_the_keys(group, micro, replicas):
+    message = f"8 sequences cannot be dealt to {replicas} data replicas in micro-batches of {micro} and contrastive"
+    with pytest.raises(ConfigError, match=message + f" groups of {group}: .*group_sequences"):
+        check_dealing(8, group, micro, replicas)
