@@ -163,7 +163,7 @@ def train(setting: Setting, seed: int) -> Trace:
         for _ in range(MICRO_BATCHES):
             batch = text.batch()
             report = compute(model, model(batch), batch, counts, setting.losses, VOCABULARY, loads)
-            report.total.backward()
+            report.objective.backward()
             ce += float(report.terms["ce"])
         clip_gradients(model.parameters(), ClipConfig())
         optimizer.step()

@@ -9,7 +9,7 @@ scaling"): no micro-batch divides by its own count.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +21,10 @@ from mmoe.config.base import Config
 from mmoe.data.batch import PackedBatch
 from mmoe.data.sample import Modality
 from mmoe.losses.action import squared_error
+from mmoe.losses.cached import CachedInfoNCE
 from mmoe.losses.contrastive import info_nce
 from mmoe.losses.cross_entropy import cross_entropy
+from mmoe.losses.part import WHOLE, Part, share
 from mmoe.models.moe.balance import BalanceConfig, StepLoads, balance_loss
 from mmoe.tokenizers.vocabulary import Vocabulary
 
@@ -86,17 +88,19 @@ class PlannedCounts:
 
 @dataclass(frozen=True)
 class LossReport:
-    """Losses of a micro-batch; reports of the same step add up to the report of the step.
+    """Losses of a micro-batch; reports of the same step, from all processes, add up to the report of the step.
 
-    `total` is the scalar to differentiate. `terms` are its parts (``ce contrastive action router_z``, and
-    ``balance_sequence balance_micro_batch balance_global_batch`` where their coefficients are not 0) before their
-    weights: item sums over planned counts, detached. `items` keeps for the first three [sources, modalities, 2]
-    f64: sum and number of the items present, unweighted (CE in nats, by the modality of the target; InfoNCE, by
-    that of the side that is not text; squared errors). `events` counts `pairs`, those `compared` (they have a
-    negative), the `correct` among them (mean of both directions), and `same_text` (ordered pairs of pairs that
+    `objective` is the scalar to differentiate, `total` its detached share of the step's loss: they differ where
+    several processes work out a term together (`Part`). `terms` are the parts of `total` (``ce contrastive action
+    router_z``, and ``balance_sequence balance_micro_batch balance_global_batch`` where their coefficients are not 0)
+    before their weights: item sums over planned counts, detached. `items` keeps for the first three [sources,
+    modalities, 2] f64: sum and number of the items present, unweighted (CE in nats, by the modality of the target;
+    InfoNCE, by that of the side that is not text; squared errors). `events` counts `pairs`, those `compared` (they have
+    a negative), the `correct` among them (mean of both directions), and `same_text` (ordered pairs of pairs that
     were not compared).
     """
 
+    objective: Tensor
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     items: dict[str, Tensor] = field(default_factory=dict)
@@ -105,10 +109,11 @@ class LossReport:
     @classmethod
     def zero(cls) -> LossReport:
         """The report of nothing: the start of a sum."""
-        return cls(torch.zeros(()))
+        return cls(torch.zeros(()), torch.zeros(()))
 
     def __add__(self, other: LossReport) -> LossReport:
         return LossReport(
+            self.objective + other.objective,
             self.total + other.total,
             _merge(self.terms, other.terms),
             _merge(self.items, other.items),
@@ -116,7 +121,7 @@ class LossReport:
         )
 
     def detach(self) -> LossReport:
-        return LossReport(self.total.detach(), self.terms, self.items, self.events)
+        return replace(self, objective=self.objective.detach())
 
     def by_modality(self, term: str) -> dict[Modality, float]:
         """Mean over the items present of ``ce``, ``contrastive`` or ``action``, where there are any."""
@@ -152,10 +157,14 @@ def compute(
     config: LossConfig,
     vocabulary: Vocabulary,
     loads: StepLoads,
+    part: Part = WHOLE,
+    cached: CachedInfoNCE | None = None,
 ) -> LossReport:
     """Every term of one micro-batch, given the model's `output` on it and the step's planned `counts`.
 
-    `loads` are those of the step before this micro-batch; its own are added.
+    `output.hidden` is of the whole batch, of whose losses this process works out `part`. `loads`
+    are those of the step before this micro-batch; its own are added. `cached` are the contrastive losses of its pairs
+    where their groups are wider (`mmoe.losses.cached`).
 
     Raises ValueError when the batch holds items of a kind of which the plan counted none.
     """
@@ -169,18 +178,22 @@ def compute(
         table = rows.new_zeros(sources * KINDS, 2)
         return table.index_add_(0, source[at].long() * KINDS + kinds.long(), rows).view(sources, KINDS, 2)
 
-    ce = cross_entropy(model.logits, output.hidden, batch.labels, batch.loss_weight, config.ce.chunk)
+    head = part.head or model.logits
+    ce = cross_entropy(head, output.hidden, batch.labels, batch.loss_weight, config.ce.chunk, part)
     kinds = target_modality(batch.labels.flatten()[ce.index_N], vocabulary)
-    items["ce"] = tabulate(ce.items_N, torch.ones_like(ce.items_N), ce.index_N, kinds)
+    items["ce"] = tabulate(ce.items_N, torch.ones_like(ce.items_N), ce.index_N, kinds) * part.reports_labels
     terms = {"ce": _share(ce.total, counts.labels, "labels")}
+    reported = {"ce": part.reports_labels}
 
-    if len(batch.pairs.group):
-        left, right = model.contrast(output.hidden, batch.pairs, batch.modality)
-        nce = info_nce(left, right, batch.pairs, config.contrastive.tau)
+    pairs = part.own_pairs(batch.pairs)
+    # By the plan, not by what is here: every rank must use the heads that any rank uses, be it on nothing.
+    if counts.pairs or len(pairs.group):
+        left, right = model.contrast(output.hidden, pairs, batch.modality)
+        nce = cached(left, right) if cached else info_nce(left, right, pairs, config.contrastive.tau, part.gather_pairs)
         compared = nce.negatives_P > 0
-        first, second = batch.pairs.modality.unbind(1)
+        first, second = pairs.modality.unbind(1)
         other_side = torch.where(first == Modality.TEXT, second, first)
-        start = batch.pairs.span[:, 0, 0]
+        start = pairs.span[:, 0, 0]
         items["contrastive"] = tabulate(nce.items_P, torch.ones_like(nce.items_P), start, other_side)
         events = {
             "pairs": torch.full_like(nce.masked, len(compared)),
@@ -190,19 +203,22 @@ def compute(
         }
         terms["contrastive"] = _share(nce.items_P.sum(), counts.pairs, "contrastive pairs")
 
-    if len(batch.action_index):
-        predicted = model.actions(output.hidden.flatten(0, 1)[batch.action_index])
-        errors = squared_error(predicted, batch.action_target, batch.action_mask)
-        kinds = torch.full_like(batch.action_index, Modality.ACTION)
-        items["action"] = tabulate(errors, batch.action_mask.sum((1, 2)), batch.action_index, kinds)
+    if counts.action_elements or len(batch.action_index):
+        columns = batch.action_index, batch.action_target, batch.action_mask
+        index, target, mask = (share(column, part.items) for column in columns)
+        errors = squared_error(model.actions(output.hidden.flatten(0, 1)[index]), target, mask)
+        kinds = torch.full_like(index, Modality.ACTION)
+        items["action"] = tabulate(errors, mask.sum((1, 2)), index, kinds)
         terms["action"] = _share(errors.sum(), counts.action_elements, "action elements")
 
     if output.auxiliary is not None:
         # Means over this micro-batch's sequences: weighted by their share of the step's.
-        share = batch.shape[0] / counts.sequences
+        weight = batch.shape[0] / counts.sequences
         loads.add(output.auxiliary.load_NE)
-        terms |= {name: term * share for name, term in _balance_terms(output.auxiliary, loads, config.balance)}
-        terms["router_z"] = output.auxiliary.z_loss * share
+        routing = dict(_balance_terms(output.auxiliary, loads, config.balance))
+        routing["router_z"] = output.auxiliary.z_loss
+        terms |= {name: term * weight for name, term in routing.items()}
+        reported |= dict.fromkeys(routing, part.reports_routing)
 
     weights = {
         "ce": 1.0,
@@ -211,8 +227,10 @@ def compute(
         **{f"balance_{level}": weight for level, weight in config.balance},
         "router_z": config.router_z,
     }
-    total = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
-    return LossReport(total, {name: term.detach() for name, term in terms.items()}, items, events)
+    objective = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
+    shares = {name: term.detach() * reported.get(name, True) for name, term in terms.items()}
+    total = sum((weights[name] * term for name, term in shares.items()), torch.zeros_like(objective.detach()))
+    return LossReport(objective, total, shares, items, events)
 
 
 def _balance_terms(auxiliary: Auxiliary, loads: StepLoads, config: BalanceConfig) -> Iterator[tuple[str, Tensor]]:

@@ -43,7 +43,7 @@ class DensePlan:
 
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
-        out = _attention(q, k, v, self.mask).transpose(1, 2)
+        out = scaled_dot_product(q, k, v, self.mask).transpose(1, 2)
         return torch.where(self.valid[..., None, None], out, 0)
 
 
@@ -101,10 +101,10 @@ def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if run.padding:
         return v.new_zeros(q.shape[1], q.shape[0], v.shape[2])
     q, k, v = (x.unflatten(1, (run.count, run.length)).transpose(0, 1) for x in (q, k, v))
-    return _attention(q, k, v, run.mask).transpose(1, 2).flatten(0, 1)
+    return scaled_dot_product(q, k, v, run.mask).transpose(1, 2).flatten(0, 1)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q [b, H, n, K], k and v [b, G, n, K] -> [b, H, n, K] in the dtype of v; causal without a mask.
 
     On a CPU float32 is faster than bfloat16 for documents below a thousand positions, so it computes widened.

@@ -6,19 +6,26 @@ from torch import Tensor
 from mmoe.data.sample import Modality
 
 
-def may_attend(document: Tensor, slice: Tensor, modality: Tensor, bidirectional: bool) -> Tensor:
+def may_attend(
+    document: Tensor, slice: Tensor, modality: Tensor, bidirectional: bool, queries: range | None = None
+) -> Tensor:
     """[..., L] of `PackedBatch` -> [..., L, L] bool: whether position i (row) may see position j (column).
+
+    With `queries` only these rows, [..., queries, L].
 
     It may when both are in the same document and either j <= i or (`bidirectional`) both are VISION of the same
     slice. Padding sees nothing and is seen by nothing.
     """
-    order = torch.arange(document.shape[-1], device=document.device)
-    allowed = order[:, None] >= order
+    rows = torch.arange(document.shape[-1], device=document.device)
+    order = rows
+    if queries is not None:
+        rows = rows[queries.start : queries.stop]
+    allowed = rows[:, None] >= order
     if bidirectional:
         picture = torch.where((modality == Modality.VISION) & (slice >= 0), slice, -1)
-        allowed = allowed | (_equal(picture) & (picture >= 0)[..., None])
-    return _equal(document) & (document >= 0)[..., None] & allowed
+        allowed = allowed | (_equal(picture, rows) & (picture >= 0)[..., rows, None])
+    return _equal(document, rows) & (document >= 0)[..., rows, None] & allowed
 
 
-def _equal(x: Tensor) -> Tensor:
-    return x[..., :, None] == x[..., None, :]
+def _equal(x: Tensor, rows: Tensor) -> Tensor:
+    return x[..., rows, None] == x[..., None, :]

@@ -192,8 +192,12 @@ class MultimodalModel(nn.Module):
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V]: scores of the id that follows each chosen position."""
-        table = self.embeddings.token if self.unembedding is None else self.unembedding
-        return F.linear(hidden_nD, table.weight)
+        return F.linear(hidden_nD, self.unembedding_weight)
+
+    @property
+    def unembedding_weight(self) -> Tensor:
+        """[V, D]."""
+        return (self.embeddings.token if self.unembedding is None else self.unembedding).weight
 
     def actions(self, hidden_MD: Tensor) -> Tensor:
         """[M, H, A]: the continuous action chunk read at each `action` token, normalised units."""

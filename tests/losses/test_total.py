@@ -69,8 +69,8 @@ class Heads(nn.Module):
 
     def contrast(self, hidden: Tensor, pairs: Pairs, modality: Tensor) -> tuple[Tensor, Tensor]:
         flat = hidden.flatten(0, 1)
-        sides = [torch.stack([flat[a:b].mean(0) for a, b in pairs.span[:, side].tolist()]) for side in (0, 1)]
-        return self.project(sides[0]), self.project(sides[1])
+        means = [[flat[a:b].mean(0) for a, b in pairs.span[:, side].tolist()] for side in (0, 1)]
+        return tuple(self.project(torch.stack(side) if side else flat[:0]) for side in means)
 
 
 def batch_of(rows: list[int], seed: int = 0) -> PackedBatch:
@@ -167,7 +167,7 @@ def test_the_total_is_what_the_formula_says(model: Heads) -> None:
     weights = {"ce": 1.0, "contrastive": 0.3, "action": 0.7, "balance_sequence": 0.02, "router_z": 0.004}
     expected = sum(weights[name] * float(value) for name, value in report.terms.items())
     assert report.total.item() == pytest.approx(expected, rel=1e-12)
-    assert not any(value.requires_grad for value in report.terms.values()) and report.total.requires_grad
+    assert not any(value.requires_grad for value in report.terms.values()) and report.objective.requires_grad
 
 
 @pytest.mark.parametrize("cut", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]], [[3, 1], [0, 2]]])
@@ -181,8 +181,8 @@ def test_any_cut_into_micro_batches_gives_the_same_step(model: Heads, cut: list[
     for name, table in whole.items.items():
         torch.testing.assert_close(report.items[name], table, rtol=1e-12, atol=1e-12)
     assert {k: float(v) for k, v in report.events.items()} == {k: float(v) for k, v in whole.events.items()}
-    summed = [sum(parts) for parts in zip(*(gradients(model, part.total) for part in parts), strict=True)]
-    for got, wanted in zip(summed, gradients(model, whole.total), strict=True):
+    summed = [sum(parts) for parts in zip(*(gradients(model, part.objective) for part in parts), strict=True)]
+    for got, wanted in zip(summed, gradients(model, whole.objective), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 

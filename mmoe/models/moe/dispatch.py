@@ -59,10 +59,6 @@ class LocalDispatcher:
         self.experts = experts
         self.group_multiple = group_multiple  # every expert's group has a multiple of so many rows
 
-    def rounded(self, rows):
-        """`rows` (a number or a tensor) up to a multiple of `group_multiple`."""
-        return -(-rows // self.group_multiple) * self.group_multiple
-
     def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
         row_TK, choice_R = placement.row_TK, placement.choice_R
         return copy_rows(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
@@ -74,6 +70,33 @@ class LocalDispatcher:
         return weighted_rows(y_RD, weight_TK, placement.row_TK, placement.choice_R, placement.complete)
 
 
+def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> Placement:
+    """A row for each choice, sorted by expert, in it by token; groups of a multiple of `multiple` rows."""
+    expert = expert_TK.flatten()
+    choice = expert.argsort(stable=True)
+    rank = torch.arange(len(choice), device=choice.device)
+    sizes = count(expert, experts)
+    row = torch.empty_like(choice)
+    if multiple == 1:
+        row[choice] = rank
+        return Placement(row.view_as(expert_TK), choice, sizes.cumsum(0).int(), complete=True)
+    rows = _rounded(len(choice) + experts * (multiple - 1), multiple)
+    padded = _rounded(sizes, multiple)
+    shift = (padded.cumsum(0) - padded) - (sizes.cumsum(0) - sizes)
+    row_of_choice = rank + shift[expert[choice]]
+    row[choice] = row_of_choice
+    choice_in_row = choice.new_full((rows,), len(choice))
+    choice_in_row[row_of_choice] = choice
+    ends = padded.cumsum(0)
+    ends[-1] = rows
+    return Placement(row.view_as(expert_TK), choice_in_row, ends.int(), complete=False)
+
+
+def _rounded(rows, multiple: int):
+    """`rows` (a number or a tensor) up to a multiple."""
+    return -(-rows // multiple) * multiple
+
+
 class DroplessDispatcher(LocalDispatcher):
     """Every choice gets a row: groups of as many rows as each expert was chosen.
 
@@ -82,24 +105,7 @@ class DroplessDispatcher(LocalDispatcher):
     """
 
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
-        expert = routing.expert_TK.flatten()
-        choice = expert.argsort(stable=True)
-        rank = torch.arange(len(choice), device=choice.device)
-        sizes = count(expert, self.experts)
-        row = torch.empty_like(choice)
-        if self.group_multiple == 1:
-            row[choice] = rank
-            return Placement(row.view_as(routing.expert_TK), choice, sizes.cumsum(0).int(), complete=True)
-        rows = self.rounded(len(choice) + self.experts * (self.group_multiple - 1))
-        padded = self.rounded(sizes)
-        shift = (padded.cumsum(0) - padded) - (sizes.cumsum(0) - sizes)
-        row_of_choice = rank + shift[expert[choice]]
-        row[choice] = row_of_choice
-        choice_in_row = choice.new_full((rows,), len(choice))
-        choice_in_row[row_of_choice] = choice
-        ends = padded.cumsum(0)
-        ends[-1] = rows
-        return Placement(row.view_as(routing.expert_TK), choice_in_row, ends.int(), complete=False)
+        return by_expert(routing.expert_TK, self.experts, self.group_multiple)
 
 
 class CapacityDispatcher(LocalDispatcher):
@@ -120,7 +126,7 @@ class CapacityDispatcher(LocalDispatcher):
 
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
         capacity, sequences = self.capacity(tokens.length, routing.expert_TK.shape[1]), tokens.sequences
-        rows_of_expert = self.rounded(sequences * capacity)
+        rows_of_expert = _rounded(sequences * capacity, self.group_multiple)
         rows = self.experts * rows_of_expert
         group = (routing.expert_TK * sequences + tokens.sequence_T[:, None]).flatten()
         if self.drop == "position":

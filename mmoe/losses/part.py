@@ -1,0 +1,48 @@
+"""Which part of a batch's loss a process works out, where several hold the same batch or the same vocabulary."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmoe.data.batch import Pairs
+from mmoe.losses.contrastive import Gather
+from mmoe.precision.widen import widen
+
+
+def softmax_cross_entropy(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
+    """[n] nats, in float32 or wider."""
+    return F.cross_entropy(widen(logits_nV), labels_n, reduction="none")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share is (number, of how many). The objectives of all processes add up to the loss of the batch.
+
+    Labelled positions are shared by `labels`; contrastive pairs and action chunks by `items`. A term that several
+    processes work out together, each with the whole value, is reported by the one that says so: of the labels with
+    `reports_labels`, of the routers with `reports_routing`. `head` makes the logits (None: the model's own),
+    `criterion` the loss of each label from them; `gather_pairs` brings the pairs of other processes (`info_nce`).
+    """
+
+    labels: tuple[int, int] = (0, 1)
+    items: tuple[int, int] = (0, 1)
+    reports_labels: bool = True
+    reports_routing: bool = True
+    head: Callable[[Tensor], Tensor] | None = None
+    criterion: Callable[[Tensor, Tensor], Tensor] = softmax_cross_entropy
+    gather_pairs: Gather | None = None
+
+    def own_pairs(self, pairs: Pairs) -> Pairs:
+        """Those of the pairs that this process works out."""
+        return Pairs(*(share(getattr(pairs, field.name), self.items) for field in fields(Pairs)))
+
+
+WHOLE = Part()
+
+
+def share(x: Tensor, part: tuple[int, int]) -> Tensor:
+    """The rows of `x` that a share has: every n-th one."""
+    number, of = part
+    return x[number::of]

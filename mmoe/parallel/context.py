@@ -1,0 +1,89 @@
+"""Attention over sequences whose positions lie on several ranks: own queries against all keys and values.
+
+Keys and values are gathered whole. With grouped queries they are a fraction of the hidden states, so that the gather
+costs less than it saves; what a rank saves is the work of its queries and the memory of its activations.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmoe.data.batch import PackedBatch
+from mmoe.models.attention import scaled_dot_product
+from mmoe.models.attention_rule import may_attend
+from mmoe.parallel.collectives import gather
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Adjacent queries of one document, [start, stop) of the B M here; keys [first, last) of the flattened B L.
+
+    `mask` [queries, keys], None for padding, which attends to nothing.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """The attention rule for the queries of this rank; `order` brings gathered keys into the order of the batch."""
+
+    pieces: tuple[Piece, ...]
+    order: Tensor
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, batch: PackedBatch, bidirectional: bool, everywhere_cBM: Tensor, rank: int, group) -> "ContextPlan":
+        """For rank `rank` of those that attend from the positions `everywhere_cBM` (of L, ascending)."""
+        ranks, sequences, attended = everywhere_cBM.shape
+        length = ranks * attended
+        flat_cBM = everywhere_cBM + length * torch.arange(sequences, device=everywhere_cBM.device)[:, None]
+        order = torch.empty(flat_cBM.numel(), dtype=torch.long, device=flat_cBM.device)
+        order[flat_cBM.flatten()] = torch.arange(len(order), device=order.device)
+        layout = tuple(x.flatten() for x in (batch.document, batch.slice, batch.modality))
+        own = flat_cBM[rank].flatten().tolist()
+        border = batch.cu_seqlens.tolist()
+        pieces = [_piece(*span, layout, bidirectional) for span in _spans(own, border)]
+        return cls(tuple(pieces), order, group)
+
+    def attend(self, q_BMHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
+        k, v = (gather(x, self.group).flatten(0, 2)[self.order] for x in (k_BMGK, v_BMGK))
+        q = q_BMHK.flatten(0, 1)
+        parts = [_attend(piece, q[piece.start : piece.stop], k, v) for piece in self.pieces]
+        return torch.cat(parts).view(q_BMHK.shape)
+
+
+def _spans(own: list[int], border: list[int]) -> Iterator[tuple[int, int, int, int, int]]:
+    """Every run of adjacent positions within a document: (number of its first query, position of that, position
+    behind its last query, first position of the document, position behind it)."""
+    document, start = 0, 0
+    for number, position in enumerate(own):
+        while position >= border[document + 1]:
+            document += 1
+        following = own[number + 1] if number + 1 < len(own) else None
+        if following != position + 1 or following >= border[document + 1]:
+            yield start, own[start], position + 1, border[document], border[document + 1]
+            start = number + 1
+
+
+def _piece(start: int, query: int, stop: int, first: int, last: int, layout, bidirectional: bool) -> Piece:
+    document, slices, modality = (x[first:last] for x in layout)
+    if int(document[0]) < 0:
+        return Piece(start, start + stop - query, first, first, None)
+    mask = may_attend(document, slices, modality, bidirectional, range(query - first, stop - first))
+    return Piece(start, start + stop - query, first, last, mask)
+
+
+def _attend(piece: Piece, q_nHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+    if piece.mask is None:
+        return v_NGK.new_zeros(len(q_nHK), q_nHK.shape[1], v_NGK.shape[2])
+    k, v = (x[piece.first : piece.last] for x in (k_NGK, v_NGK))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_nHK, k, v))
+    return scaled_dot_product(q, k, v, piece.mask)[0].transpose(0, 1)

@@ -1,0 +1,179 @@
+"""Expert parallelism: each rank of `ep` holds E / ep experts, and tokens travel to the ranks of theirs and back.
+
+Shape suffixes as in `mmoe.models.moe`; S = ranks of `ep`, F = experts here, T tokens of which H are here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from mmoe.models.moe.dispatch import CapacityDispatcher, LocalDispatcher, Placement, by_expert
+from mmoe.models.moe.experts import Experts
+from mmoe.models.moe.layer import MoELayer
+from mmoe.models.moe.router import Routing
+from mmoe.models.moe.rows import copy_rows, count, weighted_rows
+from mmoe.models.moe.tokens import Tokens
+from mmoe.parallel.collectives import Exchange
+
+
+def shard_experts(layer: MoELayer, mesh: DeviceMesh) -> None:
+    """Leave each rank of `mesh` its experts, and let tokens travel to them."""
+    layer.experts = ShardedExperts(layer.experts, mesh)
+    local: LocalDispatcher = layer.dispatcher
+    if isinstance(local, CapacityDispatcher):
+        layer.dispatcher = FixedExchange(local, mesh.get_group())
+    else:
+        layer.dispatcher = VariableExchange(local, mesh.get_group())
+
+
+def split_tokens(layer: MoELayer, mesh: DeviceMesh) -> None:
+    """As `shard_experts`, where a sequence lies on several ranks, each of which sends its own tokens.
+
+    The places that a capacity gives are shared among the ranks of the sequence as its tokens fall, so that only a
+    variable exchange sends no empty rows.
+    """
+    layer.experts = ShardedExperts(layer.experts, mesh)
+    layer.dispatcher = VariableExchange(layer.dispatcher, mesh.get_group())
+
+
+class ShardedExperts(nn.Module):
+    """The experts of this rank: parameters with the names of `Experts`, sharded by expert, computed by it locally."""
+
+    def __init__(self, experts: Experts, mesh: DeviceMesh):
+        super().__init__()
+        for name, parameter in experts.named_parameters():
+            setattr(self, name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)))
+        self._experts = [experts.to("meta")]  # in a list: its parameters are not parameters of this module
+
+    def forward(self, x_RD: Tensor, ends_F: Tensor) -> Tensor:
+        """Rows sorted by the experts here, whose groups end before `ends_F`."""
+        local = {name: parameter.to_local() for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(self._experts[0], local, (x_RD, ends_F))
+
+
+@dataclass(frozen=True)
+class FixedPlacement:
+    """`local` places the choices in rows of all E experts, equally many for each, which travel whole."""
+
+    local: Placement
+    ends_E: Tensor
+    exchange: Exchange
+
+    @property
+    def complete(self) -> bool:
+        return self.local.complete
+
+    @property
+    def dropped_TK(self) -> Tensor:
+        return self.local.dropped_TK
+
+
+class FixedExchange:
+    """Capacity mode: every rank sends every other equally many rows, so nobody waits for sizes."""
+
+    def __init__(self, local: CapacityDispatcher, group: dist.ProcessGroup):
+        self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
+
+    def plan(self, routing: Routing, tokens: Tokens) -> FixedPlacement:
+        local = self.local.plan(routing, tokens)
+        here = self.local.experts // self.ranks
+        # Each expert here has a group of rows from every rank, as many as an expert has in the whole local plan.
+        ends = local.ends_E[:here] * self.ranks
+        return FixedPlacement(local, ends, Exchange(None, None, self.group))
+
+    def dispatch(self, x_TD: Tensor, placement: FixedPlacement) -> Tensor:
+        return placement.exchange.start(self.local.dispatch(x_TD, placement.local))
+
+    def arrive(self, rows_RD: Tensor, placement: FixedPlacement) -> Tensor:
+        placement.exchange.finish()
+        return self._swapped(rows_RD, self.ranks, len(placement.ends_E))
+
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: FixedPlacement) -> Tensor:
+        rows = self._swapped(y_RD, len(placement.ends_E), self.ranks)
+        return self.local.combine(placement.exchange.back(rows), weight_TK, placement.local)
+
+    @staticmethod
+    def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
+        """From rows by (outer, inner) to rows by (inner, outer)."""
+        return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class VariablePlacement:
+    """The choices of the tokens here in the order in which they travel, and the rows here in that of the experts.
+
+    `row_HK` is the place of each choice among the `choice_R` that travel, their number where it was dropped; `arrived`
+    places what arrives in rows sorted by expert.
+    """
+
+    row_HK: Tensor
+    choice_R: Tensor
+    here_T: Tensor | None
+    arrived: Placement
+    exchange: Exchange
+    dropped_TK: Tensor
+    complete: bool
+
+    @property
+    def ends_E(self) -> Tensor:
+        return self.arrived.ends_E
+
+
+class VariableExchange:
+    """Only rows that exist travel: their numbers go first, and the host waits for them once a layer."""
+
+    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup):
+        self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
+
+    def plan(self, routing: Routing, tokens: Tokens) -> VariablePlacement:
+        local = self.local.plan(routing, tokens)
+        dropped_TK, expert_HK, dropped_HK = local.dropped_TK, routing.expert_TK, local.dropped_TK
+        if tokens.here_T is not None:
+            expert_HK, dropped_HK = expert_HK[tokens.here_T], dropped_HK[tokens.here_T]
+        experts = self.local.experts
+        expert = torch.where(dropped_HK, experts, expert_HK).flatten()  # dropped ones are sorted behind all others
+        sent_SF = count(expert, experts + 1)[:-1].view(self.ranks, -1)
+        arrived_SF = torch.empty_like(sent_SF)
+        dist.all_to_all_single(arrived_SF, sent_SF, group=self.group)
+        received, sent = torch.stack([arrived_SF.sum(1), sent_SF.sum(1)]).tolist()
+        rows = sum(sent)
+        choice = expert.argsort(stable=True)
+        row = torch.empty_like(choice)
+        row[choice] = torch.arange(len(choice), device=choice.device).clamp(max=rows)
+        return VariablePlacement(
+            row_HK=row.view_as(expert_HK),
+            choice_R=choice[:rows],
+            here_T=tokens.here_T,
+            arrived=self._arrived(arrived_SF, sum(received)),
+            exchange=Exchange(received, sent, self.group),
+            dropped_TK=dropped_TK,
+            complete=rows == len(choice),
+        )
+
+    def _arrived(self, arrived_SF: Tensor, rows: int) -> Placement:
+        """Rows arrive by rank, then by expert."""
+        here = arrived_SF.shape[1]
+        expert_SF = torch.arange(here, device=arrived_SF.device).repeat(self.ranks)
+        expert_R1 = expert_SF.repeat_interleave(arrived_SF.flatten(), output_size=rows)[:, None]
+        return by_expert(expert_R1, here, self.local.group_multiple)
+
+    def dispatch(self, x_HD: Tensor, placement: VariablePlacement) -> Tensor:
+        row_HK = placement.row_HK
+        rows = copy_rows(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.complete)
+        return placement.exchange.start(rows)
+
+    def arrive(self, rows_RD: Tensor, placement: VariablePlacement) -> Tensor:
+        placement.exchange.finish()
+        arrived = placement.arrived
+        return copy_rows(rows_RD, arrived.choice_R, arrived.row_TK.flatten(), complete=arrived.complete)
+
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: VariablePlacement) -> Tensor:
+        arrived = placement.arrived
+        rows = copy_rows(y_RD, arrived.row_TK.flatten(), arrived.choice_R, complete=arrived.complete)
+        weight_HK = weight_TK if placement.here_T is None else weight_TK[placement.here_T]
+        back = placement.exchange.back(rows)
+        return weighted_rows(back, weight_HK, placement.row_HK, placement.choice_R, placement.complete)

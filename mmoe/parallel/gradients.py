@@ -1,0 +1,71 @@
+"""Gradients that lie on several ranks: summed where ranks hold copies, measured and clipped as one vector."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mmoe.models.decoder import MultimodalModel
+from mmoe.parallel.mesh import Mesh
+
+
+def local(x: Tensor) -> Tensor:
+    """What of `x` is here."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def sum_over_tensor_ranks(model: nn.Module, mesh: Mesh) -> None:
+    """Add up the gradients of what every rank of `tp` has a copy of, and used for its own positions only."""
+    copies = [local(p.grad) for p in model.parameters() if p.grad is not None and _copied(p)]
+    if mesh.degrees.tp == 1 or not copies:
+        return
+    for dtype in dict.fromkeys(gradient.dtype for gradient in copies):
+        chosen = [gradient for gradient in copies if gradient.dtype is dtype]
+        flat = torch.cat([gradient.flatten() for gradient in chosen])
+        dist.all_reduce(flat, group=mesh.group("tp"))
+        torch._foreach_copy_(chosen, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in chosen]), chosen)])
+
+
+def _copied(parameter: Tensor) -> bool:
+    """Whether the ranks of tp hold copies of the parameter."""
+    axes = parameter.device_mesh.mesh_dim_names
+    return "tp" not in axes and "expert_shard" not in axes
+
+
+def total_norms(
+    model: MultimodalModel, mesh: Mesh, device: torch.device, layers: int, first_layer: int, experts: int
+) -> tuple[Tensor, Tensor]:
+    """The L2 norm of all gradients of the model, each parameter counted once, and that of each expert's router
+    weights [N, E], `layers` = N of the whole model, of which those here begin with `first_layer`. One reduction.
+    """
+    degrees = mesh.degrees
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for copies in (False, True):
+        held = degrees.dp_replicate * (degrees.tp if copies else 1)  # ranks that hold the same shard
+        gradients = [p.grad for p in model.parameters() if p.grad is not None and _copied(p) is copies]
+        shards = [shard for shard in map(local, gradients) if shard.numel()]
+        if shards:
+            square += nn.utils.get_total_norm(shards).double().to(device).square() / held
+    rows_NE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+    for number, router in enumerate(model.decoder.routers, start=first_layer):
+        gradient = router.weight.grad
+        if gradient is not None and local(gradient).numel():
+            _, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
+            norms = torch.linalg.vector_norm(local(gradient), dim=1).double().square()
+            rows_NE[number, offset[0] : offset[0] + len(norms)] = norms / (degrees.dp_replicate * degrees.tp)
+    sums = torch.cat([square[None], rows_NE.flatten()])
+    dist.all_reduce(sums)
+    norms = sums.sqrt()
+    return norms[0], norms[1:].view_as(rows_NE)
+
+
+def clip_local(gradients: list[Tensor], norm: Tensor, max_norm: float | None) -> None:
+    """Scale `gradients`, of whose total the norm is `norm`, so that it is at most `max_norm`.
+
+    A norm at or below the bound leaves every bit as it was. A norm that is not finite makes every gradient NaN or
+    zero: the caller reads it before it steps.
+    """
+    if max_norm is not None and gradients:
+        shards = [local(gradient) for gradient in gradients]
+        torch._foreach_mul_(shards, (max_norm / norm).clamp(max=1.0).to(shards[0]))

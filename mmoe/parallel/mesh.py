@@ -1,0 +1,173 @@
+"""The mesh: which rank is where on which axis, for dense parameters and for experts.
+
+::
+
+    dense   pp, dp_replicate, dp_shard, cp, tp        (the last axis varies fastest from rank to rank)
+    weights pp, dp_replicate, fsdp, tp                fsdp = dp_shard cp: who shares a dense weight
+    sparse  pp, dp_replicate, expert_shard, ep        expert_shard = dp_shard cp tp / ep: EP borrows ranks
+
+Ranks that differ in dp_replicate or dp_shard alone see different data; ranks that differ in pp, cp or tp alone are
+*peers* of one data replica.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from rich.table import Table
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mmoe.errors import ConfigError
+from mmoe.parallel.config import ParallelConfig
+
+DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+WEIGHTS = ("pp", "dp_replicate", "fsdp", "tp")
+SPARSE = ("pp", "dp_replicate", "expert_shard", "ep")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Ranks on each axis; `ep` is not a factor of their number."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world: int) -> "Degrees":
+        """Those of `world` processes; raises ConfigError, with the arithmetic, where they do not multiply to it."""
+        degrees = {axis: getattr(config, axis) for axis in (*DENSE, "ep")}
+        given = {axis: degree for axis, degree in degrees.items() if axis not in ("dp_shard", "ep")}
+        product, formula = 1, []
+        for axis, degree in given.items():
+            product *= degree
+            formula.append(f"{axis} {degree}")
+        if config.dp_shard == -1:
+            if world % product:
+                raise ConfigError(
+                    f"parallel.dp_shard is the rest of {world} processes, but {' x '.join(formula)} = {product} does "
+                    f"not divide {world}; change a degree, or start {max(world // product, 1) * product} processes"
+                )
+            degrees["dp_shard"] = world // product
+        elif product * config.dp_shard != world:
+            raise ConfigError(
+                f"parallel: {' x '.join(formula)} x dp_shard {config.dp_shard} = {product * config.dp_shard}, but "
+                f"there are {world} processes; change a degree, set dp_shard to -1 (the rest), or start "
+                f"{product * config.dp_shard} processes with torchrun --nproc-per-node"
+            )
+        found = cls(**degrees)
+        lent = found.dp_shard * found.cp * found.tp
+        if lent % found.ep:
+            raise ConfigError(
+                f"parallel.ep is {found.ep}, which does not divide the dp_shard {found.dp_shard} x cp {found.cp} x tp "
+                f"{found.tp} = {lent} ranks that it borrows; change one of them"
+            )
+        return found
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def replicas(self) -> int:
+        """D: data replicas."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that share a dense weight."""
+        return self.dp_shard * self.cp
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share the weights of the same experts."""
+        return self.dp_shard * self.cp * self.tp // self.ep
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share the positions of a sequence outside attention."""
+        return self.cp * self.tp
+
+    def table(self) -> Table:
+        """The axes, to be printed at the start of a run."""
+        table = Table("mesh", "ranks", "of", title_justify="left")
+        table.columns[1].justify = "right"
+        what = {
+            "pp": "layers",
+            "dp_replicate": "data, with copies of the weights",
+            "dp_shard": "data, with shards of the weights",
+            "cp": "positions of a sequence",
+            "tp": "heads, FFN columns, vocabulary; positions in between",
+        }
+        for axis in DENSE:
+            table.add_row(axis, str(getattr(self, axis)), what[axis])
+        table.add_row("processes", str(self.world), " x ".join(str(getattr(self, axis)) for axis in DENSE))
+        table.add_row("ep", str(self.ep), f"experts, borrowed from dp_shard x cp x tp = {self.expert_shard * self.ep}")
+        table.add_row("expert_shard", str(self.expert_shard), "dp_shard x cp x tp / ep")
+        return table
+
+
+class Mesh:
+    """The process groups of a run, by axis. Needs an initialised default process group of ``degrees.world`` ranks."""
+
+    def __init__(self, degrees: Degrees, device_type: str = "cpu"):
+        self.degrees = degrees
+
+        def made(axes: tuple[str, ...]) -> DeviceMesh:
+            return init_device_mesh(device_type, tuple(getattr(degrees, axis) for axis in axes), mesh_dim_names=axes)
+
+        self.dense, self._weights, self._sparse = made(DENSE), made(WEIGHTS), made(SPARSE)
+        # Flattened once, on every rank in the same order: making a group is a collective.
+        joined = {
+            "data": ("dp_replicate", "dp_shard"),
+            "sequence": ("cp", "tp"),
+            "loss": ("dp_replicate", "dp_shard", "cp", "tp"),
+        }
+        self._joined = {name: self.dense[axes]._flatten(name) for name, axes in joined.items()}
+        self.peers = self._peers()
+
+    def _peers(self) -> dist.ProcessGroup:
+        """The ranks that work on the same data: this one and those that differ from it in pp, cp or tp alone."""
+        ranks = self.dense.mesh.permute(1, 2, 0, 3, 4).reshape(self.degrees.replicas, -1).tolist()
+        mine, _ = dist.new_subgroups_by_enumeration(ranks)
+        return mine
+
+    def size(self, axis: str) -> int:
+        return self.axis(axis).size()
+
+    def rank(self, axis: str) -> int:
+        """Where this rank is on `axis`."""
+        return self.axis(axis).get_local_rank()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        return self.axis(axis).get_group()
+
+    def axis(self, axis: str) -> DeviceMesh:
+        """The one-dimensional mesh of an axis: those of dense, ``fsdp`` (dp_shard x cp), ``expert_shard``, ``ep``, and
+        ``data`` (dp_replicate x dp_shard), ``sequence`` (cp x tp) and ``loss`` (data x sequence)."""
+        if axis in self._joined:
+            return self._joined[axis]
+        if axis in ("expert_shard", "ep"):
+            return self._sparse[axis]
+        return self._weights[axis] if axis in ("fsdp", "tp") else self.dense[axis]
+
+    @property
+    def fsdp(self) -> DeviceMesh:
+        """Of dense parameters: dp_replicate x fsdp."""
+        return self._weights["dp_replicate", "fsdp"]
+
+    @property
+    def expert_fsdp(self) -> DeviceMesh:
+        """Of experts: dp_replicate x expert_shard."""
+        return self._sparse["dp_replicate", "expert_shard"]
+
+    @property
+    def replica(self) -> int:
+        """Which data replica this rank works for."""
+        return self.rank("data")
+
+    @property
+    def replicas(self) -> int:
+        return self.degrees.replicas

@@ -1,0 +1,125 @@
+"""The recipe that spreads a model over a mesh, in the order in which its steps build on one another."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mmoe.errors import ConfigError
+from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
+from mmoe.models.layers import SwiGLU
+from mmoe.models.moe.experts import Experts
+from mmoe.models.moe.layer import MoELayer
+from mmoe.parallel.config import ParallelConfig
+from mmoe.parallel.expert import ShardedExperts, shard_experts, split_tokens
+from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.parallel.tensor import check_tensor, shard_tensors
+from mmoe.precision.config import PrecisionConfig
+
+# What selective checkpointing keeps: the products, which cost the most to compute again.
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, precision: PrecisionConfig) -> None:
+    """Spread `model`, or a pipeline stage of it, in place: tensor, expert, checkpointing, compilation, FSDP2.
+
+    Context parallelism changes no module: it is in the `Layout` that the model is called with. Gradients add up over
+    the ranks and are never averaged: every loss is divided by the planned count of the whole step already.
+    """
+    degrees, blocks = mesh.degrees, [block for block in model.decoder.blocks if isinstance(block, Block)]
+    if degrees.tp > 1:
+        shard_tensors(model, mesh.axis("tp"))
+    for block in blocks:
+        if isinstance(block.network, MoELayer):
+            if degrees.sequence_ranks > 1:
+                split_tokens(block.network, mesh.axis("ep"))
+            elif degrees.ep > 1:
+                shard_experts(block.network, mesh.axis("ep"))
+    for block in blocks:
+        if config.activation_checkpointing != "none":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **_kept(config))
+        if config.compile:
+            block.compile()
+    _shard(model, blocks, mesh, config, precision)
+
+
+def check_layout(config: ModelConfig, degrees: Degrees) -> None:
+    """Raises ConfigError where the model cannot be spread over these degrees."""
+    if degrees.tp > 1:
+        check_tensor(config, degrees.tp)
+    if config.moe is None:
+        if degrees.ep > 1:
+            raise ConfigError(f"parallel.ep is {degrees.ep}, but the model has no experts; set it to 1")
+        return
+    if config.moe.experts % degrees.ep:
+        raise ConfigError(
+            f"parallel.ep is {degrees.ep}, which does not divide the {config.moe.experts} experts of model.moe; "
+            "lower it to a divisor"
+        )
+    for name, width in (("model.d_model", config.d_model), ("model.moe.hidden", config.moe.hidden)):
+        if width % degrees.expert_shard:
+            raise ConfigError(
+                f"{name} is {width}, which the {degrees.expert_shard} ranks that share an expert (dp_shard x cp x tp / "
+                "ep) do not divide; raise parallel.ep, or use dp_replicate for some of dp_shard"
+            )
+
+
+def _kept(config: ParallelConfig) -> dict:
+    if config.activation_checkpointing == "full":
+        return {}
+
+    def policy(_, operation, *arguments, **options) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+
+
+def _shard(
+    model: MultimodalModel, blocks: list[Block], mesh: Mesh, config: ParallelConfig, precision: PrecisionConfig
+) -> None:
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy()
+    again = config.zero == 3
+    common = {"offload_policy": offload, "reshard_after_forward": again}
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    # Modules that are nothing but matrices are gathered in the precision of the products, which autocast would round
+    # them to anyway; norms, routers and tables stay as they are.
+    matrices = whole
+    if precision.compute == "bfloat16":
+        matrices = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, Experts | ShardedExperts):
+                # By width: there may be fewer experts here than ranks.
+                place = {"shard_placement_fn": lambda parameter: Shard(1)}
+                fully_shard(module, mesh=mesh.expert_fsdp, mp_policy=matrices, **place, **common)
+            elif isinstance(module, SwiGLU):
+                fully_shard(module, mesh=mesh.fsdp, mp_policy=matrices, **common)
+        fully_shard(block, mesh=mesh.fsdp, mp_policy=whole, **common)
+    # The rest is used by the losses too, after the forward pass: it stays gathered.
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=whole, offload_policy=offload, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            add_up(module)
+
+
+def add_up(module: FSDPModule) -> None:
+    """Reduce gradients by plain sums: gloo has no scaled ones, and a mean would divide a second time."""
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+def accumulate(model: nn.Module, config: ParallelConfig, last: bool) -> None:
+    """Before a backward pass: with ZeRO-1 gradients are reduced and weights given back only in the step's `last`."""
+    if config.zero == 1:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)

@@ -1,0 +1,192 @@
+"""This process among the ranks of a run: what it does of a step, and what it must add up with the others.
+
+`OneProcess` is the run without others. Both have the same methods, so that the loop reads the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import Tensor, nn
+
+from mmoe.data.batch import PackedBatch
+from mmoe.data.deal import Reach
+from mmoe.data.stream import StepData, Stream
+from mmoe.losses.part import WHOLE, Part
+from mmoe.losses.total import LossReport
+from mmoe.models.decoder import ModelOutput, MultimodalModel
+from mmoe.models.moe.statistics import RoutingStatistics, router_gradient_norms
+from mmoe.parallel.broadcast import shared_steps
+from mmoe.parallel.collectives import add_up, gather, gather_constant
+from mmoe.parallel.gradients import clip_local, sum_over_tensor_ranks, total_norms
+from mmoe.parallel.mesh import Mesh
+from mmoe.parallel.parallelize import accumulate
+from mmoe.parallel.reports import sum_report, sum_routing
+from mmoe.parallel.sequence import Sharding
+from mmoe.parallel.tensor import VocabularyHead
+
+if TYPE_CHECKING:
+    from mmoe.config.tree import RunConfig
+
+
+class Ranks(Protocol):
+    """What a step asks of the ranks."""
+
+    replica: int
+    replicas: int
+    first: bool  # whether this rank writes the run's files
+
+    def tables(self) -> list[Table]:
+        """To be printed at the start of a run."""
+
+    def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
+        """The steps of this rank's replica, each of so many micro-batches."""
+
+    def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        """The output of the whole batch."""
+
+    def part(self, model: MultimodalModel) -> Part:
+        """What this rank works out of the losses of its batches."""
+
+    def before_backward(self, model: MultimodalModel, last: bool) -> None:
+        """Before the backward pass of a micro-batch, the `last` one of its step or not."""
+
+    def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        """After the last backward pass: the norm of all gradients, and that of each expert's router weights [N, E]."""
+
+    def clip(self, model: MultimodalModel, norm: Tensor, max_norm: float | None) -> None:
+        """Scale the gradients, whose norm is `norm`, to at most `max_norm`."""
+
+    def sum_over_data(self, x: Tensor) -> Tensor:
+        """The sum over the data replicas, a new tensor."""
+
+    def sum_report(self, report: LossReport) -> LossReport:
+        """Of all ranks."""
+
+    def sum_routing(self, routing: RoutingStatistics | None) -> RoutingStatistics | None:
+        """Of all ranks, a row for each layer of experts of the whole model."""
+
+
+class OneProcess:
+    replica, replicas, first = 0, 1, True
+
+    def tables(self) -> list[Table]:
+        return []
+
+    def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
+        return stream.steps()
+
+    def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        return model(batch)
+
+    def part(self, model: MultimodalModel) -> Part:
+        return WHOLE
+
+    def before_backward(self, model: MultimodalModel, last: bool) -> None:
+        pass
+
+    def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients), router_gradient_norms(model.decoder.routers)
+
+    def clip(self, model: MultimodalModel, norm: Tensor, max_norm: float | None) -> None:
+        clip_local([p.grad for p in model.parameters() if p.grad is not None], norm, max_norm)
+
+    def sum_over_data(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_report(self, report: LossReport) -> LossReport:
+        return report
+
+    def sum_routing(self, routing: RoutingStatistics | None) -> RoutingStatistics | None:
+        return routing
+
+
+class ManyRanks:
+    """One of the ranks of `mesh`."""
+
+    def __init__(self, mesh: Mesh, config: RunConfig, sources: int, device: torch.device):
+        self.mesh, self.config, self.sources, self.device = mesh, config, sources, device
+        self.replica, self.replicas = mesh.replica, mesh.replicas
+        self.first = dist.get_rank() == 0
+        self.contrast_axis = self._contrast_axis()
+
+    def tables(self) -> list[Table]:
+        return [self.mesh.degrees.table()]
+
+    def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
+        return shared_steps(stream, self.mesh, micro_batches, self.device)
+
+    def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        if self.mesh.degrees.sequence_ranks == 1:
+            return model(batch)
+        sharding = Sharding.of(batch, self.mesh)
+        layout = sharding.layout(batch, model.decoder.config, self.config.precision.parameter_dtype)
+        output = model(sharding.local(batch), layout)
+        return replace(output, hidden=sharding.whole(output.hidden))
+
+    def part(self, model: MultimodalModel) -> Part:
+        mesh, degrees = self.mesh, self.mesh.degrees
+        vocabulary: dict[str, Any] = {}
+        if degrees.tp > 1:
+            head = VocabularyHead(model, mesh.axis("tp"))
+            vocabulary = {"head": head.logits, "criterion": head.criterion}
+        return Part(
+            labels=(mesh.rank("cp"), degrees.cp),
+            items=(mesh.rank("sequence"), degrees.sequence_ranks),
+            reports_labels=mesh.rank("tp") == 0,
+            reports_routing=mesh.rank("sequence") == 0,
+            gather_pairs=self.gather_pairs if self.contrast_axis else None,
+            **vocabulary,
+        )
+
+    def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
+        """[P, ...] -> the rows of all ranks that may share a contrastive group, and where this rank's begin."""
+        group, rank = self.mesh.group(self.contrast_axis), self.mesh.rank(self.contrast_axis)
+        counts = gather_constant(torch.tensor([len(rows)], device=rows.device), group).flatten().tolist()
+        padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+        parts = gather(padded, group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)]), sum(counts[:rank])
+
+    def _contrast_axis(self) -> str | None:
+        micro = self.config.batch_of(self.replicas).micro_batch_sequences
+        if Reach.of(self.config.contrastive_group, micro, self.replicas) is not Reach.MICRO_BATCH:
+            return "loss"
+        return "sequence" if self.mesh.degrees.sequence_ranks > 1 else None
+
+    def before_backward(self, model: MultimodalModel, last: bool) -> None:
+        accumulate(model, self.config.parallel, last)
+
+    def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        sum_over_tensor_ranks(model, self.mesh)
+        layers, experts = self._routers()
+        norm, rows_NE = total_norms(model, self.mesh, self.device, layers, 0, experts)
+        return norm, rows_NE if layers else None
+
+    def clip(self, model: MultimodalModel, norm: Tensor, max_norm: float | None) -> None:
+        clip_local([p.grad for p in model.parameters() if p.grad is not None], norm, max_norm)
+
+    def sum_over_data(self, x: Tensor) -> Tensor:
+        return add_up(x, self.mesh.group("data"))
+
+    def sum_report(self, report: LossReport) -> LossReport:
+        return sum_report(report, self.sources, self.device)
+
+    def sum_routing(self, routing: RoutingStatistics | None) -> RoutingStatistics | None:
+        layers, experts = self._routers()
+        if not layers:
+            return None
+        counts = self.mesh.rank("sequence") == 0
+        return sum_routing(routing, (layers, self.sources, experts), 0, counts, self.device)
+
+    def _routers(self) -> tuple[int, int]:
+        """Layers of experts of the whole model, and experts of each."""
+        model = self.config.model
+        if model.moe is None:
+            return 0, 0
+        return sum(map(model.moe.in_layer, range(model.layers))), model.moe.experts

@@ -1,0 +1,165 @@
+"""Sequences that lie on several ranks: which positions are where, and what the model needs to know of them.
+
+The ranks of cp share the positions that attention works on, those of tp split each share once more in between (sequence
+parallelism). Shape suffixes as in `mmoe.models`; M = L / cp positions in attention, H = M / tp positions here.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmoe.data.batch import PackedBatch, Values
+from mmoe.errors import ConfigError
+from mmoe.models.attention import BACKENDS
+from mmoe.models.decoder import ModelConfig
+from mmoe.models.layout import Layout
+from mmoe.models.moe.tokens import Tokens
+from mmoe.models.rotary import RotaryTables
+from mmoe.parallel.collectives import gather, join
+from mmoe.parallel.context import ContextPlan
+from mmoe.parallel.mesh import Mesh
+
+PIECES = 4  # of a sequence, that each rank of cp gets
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which positions (of L, a row for each of B sequences) are where: in attention on the ranks of cp, and in the
+    residual stream on those of cp x tp."""
+
+    attended_cBM: Tensor
+    streamed_nBH: Tensor
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
+        """Raises ConfigError where the ranks cannot share a sequence evenly."""
+        sequences, length = batch.shape
+        cp, tp = mesh.degrees.cp, mesh.degrees.tp
+        check_length(length, cp, tp)
+        owned = _deal(batch, cp) if cp > 1 else torch.arange(length).expand(1, sequences, length)
+        owned = owned.to(batch.token_ids.device)
+        return cls(owned, owned.unflatten(2, (tp, -1)).permute(0, 2, 1, 3).flatten(0, 1), mesh)
+
+    @property
+    def here_BH(self) -> Tensor:
+        """Of this rank."""
+        return self.streamed_nBH[self.mesh.rank("sequence")]
+
+    def local(self, batch: PackedBatch) -> PackedBatch:
+        """The positions here, as a batch of [B, H] for the embeddings; vectors that belong elsewhere have index -1."""
+        length = batch.shape[1]
+        flat = _flat(self.here_BH, length)
+        place = torch.full((batch.token_ids.numel(),), -1, device=flat.device)
+        place[flat] = torch.arange(len(flat), device=flat.device)
+        whole = [f.name for f in fields(PackedBatch) if f.name in _POSITIONED]
+        values = {
+            kind: Values(v.values, torch.where(v.index >= 0, place[v.index.clamp(min=0)], -1))
+            for kind, v in batch.values.items()
+        }
+        taken = {name: getattr(batch, name).flatten(0, 1)[flat].unflatten(0, self.here_BH.shape) for name in whole}
+        return replace(batch, **taken, values=values)
+
+    def layout(self, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> Layout:
+        """For the blocks on this rank, of the whole `batch`."""
+        cp, bidirectional = self.mesh.rank("cp"), config.bidirectional_slices
+        attended_BM = self.attended_cBM[cp]
+        position = batch.position.flatten(0, 1)[_flat(attended_BM, batch.shape[1])].unflatten(0, attended_BM.shape)
+        if self.mesh.degrees.cp > 1:
+            attention = ContextPlan.of(batch, bidirectional, self.attended_cBM, cp, self.mesh.group("cp"))
+        else:
+            attention = BACKENDS[config.attention].of(batch, bidirectional)
+        return Layout(
+            RotaryTables.of(position, config.head_width, config.rope_theta, dtype),
+            attention,
+            SplitTokens.split(Tokens.of(batch), self),
+        )
+
+    def whole(self, hidden_BHD: Tensor) -> Tensor:
+        """[B, L, D] of the positions of all ranks; every rank's use of them adds to the gradient."""
+        return self.arrange(gather(hidden_BHD, self.mesh.group("sequence")))
+
+    def arrange(self, parts_nBHX: Tensor) -> Tensor:
+        """[B, L, X]: the parts of all ranks in the order of the sequences."""
+        order = _by_sequence(self.streamed_nBH).argsort(1)
+        flat = _flat(order, order.shape[1])
+        return _by_sequence(parts_nBHX).flatten(0, 1).index_select(0, flat).unflatten(0, order.shape)
+
+
+def check_length(length: int, cp: int, tp: int) -> None:
+    """Raises ConfigError where cp x tp ranks cannot share sequences of `length` positions."""
+    unit = (cp * PIECES if cp > 1 else 1) * tp
+    if length % unit:
+        pieces = f"{PIECES} pieces for each of cp {cp}, and " if cp > 1 else ""
+        raise ConfigError(
+            f"data.sequence_length is {length}, but {pieces}tp {tp} ranks share every sequence; make it a multiple of "
+            f"{unit}, or change parallel.cp or parallel.tp"
+        )
+
+
+@dataclass(frozen=True)
+class SplitTokens(Tokens):
+    """Of sequences that lie on several ranks: the fields are of all T tokens, the rows are of those that are here."""
+
+    sharding: Sharding
+    valid_H: Tensor  # [B H] numbers of the flattened positions here that are not padding
+    numbers_T: Tensor
+
+    @classmethod
+    def split(cls, tokens: Tokens, sharding: Sharding) -> "SplitTokens":
+        number = tokens.number_N[_flat(sharding.here_BH, tokens.length)]
+        valid = (number < len(tokens.position_T)).nonzero().squeeze(1)
+        shared = {f.name: getattr(tokens, f.name) for f in fields(Tokens)}
+        return cls(**shared, sharding=sharding, valid_H=valid, numbers_T=number[valid])
+
+    @property
+    def here_T(self) -> Tensor:
+        return self.numbers_T
+
+    def take(self, x_BHD: Tensor) -> Tensor:
+        return x_BHD.flatten(0, 1).index_select(0, self.valid_H)
+
+    def put(self, y_TD: Tensor) -> Tensor:
+        shape = self.sharding.here_BH.shape
+        return y_TD.new_zeros(shape.numel(), y_TD.shape[1]).index_copy(0, self.valid_H, y_TD).unflatten(0, shape)
+
+    def join(self, x_TX: Tensor) -> Tensor:
+        parts = join(self.put(x_TX), self.sharding.mesh.group("sequence"))
+        return self.sharding.arrange(parts).flatten(0, 1)[self.position_T]
+
+
+_POSITIONED = {
+    "token_ids", "modality", "document", "slice", "position", "camera", "offset_ns", "source", "labels", "loss_weight"
+}  # fmt: skip
+
+
+def _flat(position_BX: Tensor, length: int) -> Tensor:
+    """Positions of the flattened B L."""
+    return (position_BX + length * torch.arange(len(position_BX), device=position_BX.device)[:, None]).flatten()
+
+
+def _by_sequence(x_nBHX: Tensor) -> Tensor:
+    """[n, B, H, ...] -> [B, n H, ...]."""
+    return x_nBHX.transpose(0, 1).flatten(1, 2)
+
+
+def _deal(batch: PackedBatch, cp: int) -> Tensor:
+    """[cp, B, L / cp]: the positions that each rank attends from, equal in number and about equal in work.
+
+    A sequence is cut into pieces, whose work is the number of keys that their positions see; the costliest go first,
+    in snake order. For a sequence of one document this is the customary zig-zag.
+    """
+    length = batch.shape[1]
+    size = length // (cp * PIECES)
+    out = torch.empty(cp, batch.shape[0], length // cp, dtype=torch.long)
+    for number, document in enumerate(batch.document.cpu().numpy()):
+        order = np.arange(length)
+        start = np.where(np.diff(document, prepend=document[0] - 1) != 0, order, 0)
+        work = np.where(document >= 0, order - np.maximum.accumulate(start) + 1, 0).reshape(-1, size).sum(1)
+        rounds = np.argsort(-work, kind="stable").reshape(PIECES, cp)
+        rounds[1::2] = rounds[1::2, ::-1].copy()
+        pieces = np.sort(rounds, axis=0).T
+        out[:, number] = torch.from_numpy((pieces[:, :, None] * size + np.arange(size)).reshape(cp, -1))
+    return out

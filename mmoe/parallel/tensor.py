@@ -1,0 +1,173 @@
+"""Tensor and sequence parallelism: matrices of attention and FFN by head and column, the vocabulary by id.
+
+Between them a rank holds the positions of `mmoe.parallel.sequence`; what enters attention or an FFN is gathered, what
+leaves is summed and split again. What is not a matrix of these, and every expert, is the same on all ranks of `tp`,
+and works on the positions that are here.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from mmoe.errors import ConfigError
+from mmoe.models.attention import Attention
+from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
+from mmoe.models.layers import SwiGLU
+from mmoe.parallel.collectives import gather_constant, split_sum
+from mmoe.precision.widen import widen
+
+
+def check_tensor(config: ModelConfig, tp: int) -> None:
+    """Raises ConfigError where `tp` ranks cannot share the matrices of the model."""
+    remedy = "change it, or parallel.tp"
+    if config.heads % tp:
+        raise ConfigError(f"model.heads is {config.heads}, not a multiple of parallel.tp {tp}; {remedy}")
+    if config.kv_heads % tp and tp % config.kv_heads:
+        raise ConfigError(
+            f"model.kv_heads is {config.kv_heads}, neither a multiple nor a divisor of parallel.tp {tp}; {remedy}"
+        )
+    if config.hidden % tp:
+        raise ConfigError(f"model.hidden is {config.hidden}, not a multiple of parallel.tp {tp}; {remedy}")
+
+
+def shard_tensors(model: MultimodalModel, mesh: DeviceMesh) -> None:
+    """Apply tensor parallelism over `mesh` to the parts of the model that are here."""
+    for block in model.decoder.blocks:
+        if isinstance(block, Block):
+            _shard_attention(block.attention, mesh)
+            if isinstance(block.network, SwiGLU):
+                _shard_network(block.network, mesh)
+    if model.embeddings is not None:
+        model.embeddings.token = VocabularyEmbedding(model.embeddings.token, mesh)
+    if model.unembedding is not None:
+        weight = distribute_tensor(model.unembedding.weight.data, mesh, [Shard(0)], src_data_rank=None)
+        model.unembedding.weight = nn.Parameter(weight)
+
+
+def _shard_attention(attention: Attention, mesh: DeviceMesh) -> None:
+    kv_heads = attention.key.out_features // attention.head_dim
+    repeated = mesh.size() // kv_heads
+    kv_style = ColwiseParallel() if kv_heads % mesh.size() == 0 else RepeatedHeads(attention.head_dim, repeated)
+    whole = (Shard(1), None, None), (Replicate(), None, None)
+    plan = {
+        "query": ColwiseParallel(),
+        "key": kv_style,
+        "value": kv_style,
+        "output": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    parallelize_module(
+        attention, mesh, {"": PrepareModuleInput(input_layouts=whole[0], desired_input_layouts=whole[1])}
+    )
+    parallelize_module(attention, mesh, plan)
+
+
+def _shard_network(network: SwiGLU, mesh: DeviceMesh) -> None:
+    columns, rows = ColwiseParallel(), RowwiseParallel(output_layouts=Partial())
+    entry = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    parallelize_module(network, mesh, {"": entry, "gate": columns, "up": columns, "down": rows})
+
+    def leave(_: nn.Module, __: tuple, part_BMD: Tensor) -> Tensor:
+        # RowwiseParallel could sum and split too, but returns a view, which FSDP warns of.
+        return split_sum(part_BMD.unflatten(1, (mesh.size(), -1)).transpose(0, 1), mesh.get_group())
+
+    network.register_forward_hook(leave)
+
+
+class RepeatedHeads(ParallelStyle):
+    """A key or value projection with fewer heads than ranks: each computes all heads and keeps the one it needs."""
+
+    def __init__(self, head_dim: int, repeated: int):
+        super().__init__()
+        self.head_dim, self.repeated = head_dim, repeated
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        first = mesh.get_local_rank() // self.repeated * self.head_dim
+
+        def enter(_: nn.Module, inputs: tuple) -> tuple:
+            # Each rank differentiates its own head only: the gradients of the input add up.
+            return (inputs[0].to_local(grad_placements=[Partial()]), *inputs[1:])
+
+        def leave(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+            return output[..., first : first + self.head_dim]
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
+
+
+class VocabularyEmbedding(nn.Module):
+    """The token table, a range of ids on each rank of `tp`: [B, H] ids of this rank -> [B, H, D]."""
+
+    def __init__(self, table: nn.Embedding, mesh: DeviceMesh):
+        super().__init__()
+        self.weight = nn.Parameter(distribute_tensor(table.weight.data, mesh, [Shard(0)], src_data_rank=None))
+        self.mesh = mesh
+
+    def forward(self, ids_BH: Tensor) -> Tensor:
+        weight, group = self.weight.to_local(), self.mesh.get_group()
+        ids_nBH = gather_constant(ids_BH, group) - first_id(self.weight.shape[0], self.mesh)
+        here = (ids_nBH >= 0) & (ids_nBH < len(weight))
+        vectors = F.embedding(torch.where(here, ids_nBH, 0), weight) if len(weight) else weight.sum() * here[..., None]
+        return split_sum(torch.where(here[..., None], vectors, 0), group)
+
+
+def first_id(vocabulary_size: int, mesh: DeviceMesh) -> int:
+    """The first id of this rank's range: DTensor's shards are rounded up, and the last ones may be short."""
+    return min(-(-vocabulary_size // mesh.size()) * mesh.get_local_rank(), vocabulary_size)
+
+
+class VocabularyHead:
+    """Logits and cross-entropy over a vocabulary that the ranks of `tp` share; every rank gets the whole loss.
+
+    The gradient of the hidden states is a part of a sum over the ranks, as `Sharding.whole` expects.
+    """
+
+    def __init__(self, model: MultimodalModel, mesh: DeviceMesh):
+        self.model, self.mesh = model, mesh
+
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """[n, V / tp]: of the ids of this rank."""
+        return F.linear(hidden_nD, self.model.unembedding_weight.to_local())
+
+    def criterion(self, logits_nV: Tensor, labels_n: Tensor) -> Tensor:
+        """[n] nats."""
+        own = labels_n - first_id(self.model.unembedding_weight.shape[0], self.mesh)
+        return _VocabularyCrossEntropy.apply(widen(logits_nV), own, self.mesh.get_group())
+
+
+class _VocabularyCrossEntropy(torch.autograd.Function):
+    """log sum exp(logits) - logit of the label, with maximum and sums over all ranks (Megatron-LM, Shoeybi et al.
+    2019, section 3)."""
+
+    @staticmethod
+    def forward(ctx, logits_nV: Tensor, label_n: Tensor, group: dist.ProcessGroup) -> Tensor:
+        size = logits_nV.shape[1]
+        peak = logits_nV.amax(1) if size else logits_nV.new_full((len(logits_nV),), -torch.inf)
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+        exp_nV = (logits_nV - peak[:, None]).exp()
+        here = (label_n >= 0) & (label_n < size)
+        at = torch.where(here, label_n, 0)[:, None]
+        target = logits_nV.gather(1, at).squeeze(1) - peak if size else peak
+        sums = torch.stack([exp_nV.sum(1), torch.where(here, target, 0)])
+        dist.all_reduce(sums, group=group)
+        total, target = sums
+        ctx.save_for_backward(exp_nV / total[:, None], at, here)
+        return total.log() - target
+
+    @staticmethod
+    def backward(ctx, grad_n: Tensor) -> tuple[Tensor, None, None]:
+        probability_nV, at, here = ctx.saved_tensors
+        if probability_nV.shape[1] == 0:
+            return probability_nV, None, None
+        minus = -here.to(probability_nV.dtype)[:, None]
+        return probability_nV.scatter_add(1, at, minus) * grad_n[:, None], None, None
