@@ -1,24 +1,30 @@
-"""Checkpoints of one process: written beside the old ones, renamed into place, and only then pointed to.
+"""Checkpoints of a run in any layout: written beside the old ones, renamed into place, and only then pointed to.
 
 ::
 
     checkpoints/latest                      the name of the newest durable checkpoint
     checkpoints/step-00000100/manifest.json every other file with its size and CRC-32
                               state.json    all that is not a tensor
-                              .metadata     } torch.distributed.checkpoint: the tensors, by name
-                              __0_0.distcp  }
+                              .metadata     } torch.distributed.checkpoint: the tensors, by name,
+                              __0_0.distcp  } in one file of every rank
     checkpoints/step-00000200.partial/      being written, or left by a crash: never read, removed by `save`
     checkpoints/step-00000100.replaced/     the older checkpoint of a step, until the newer one is in place
+
+All ranks of the default process group save and load together, in a folder that they share. Tensors are plain or
+DTensors; several ranks may hold a name, as shards or as equal copies, and a rank (of a pipeline) only some of the
+names. What was saved under one layout loads under any other, one process included. All that is not a tensor is
+rank 0's, random states included: they differ between ranks, but every training step seeds itself.
 
 torch keeps the placement of tensors (`.metadata`) as a pickle: load only checkpoints you trust.
 """
 
 import errno
+import functools
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +34,19 @@ import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mmoe.checkpoint.files import CheckedFileSystem, check, sync_folder
-from mmoe.checkpoint.tree import join, names, split
+from mmoe.checkpoint.ranks import Ranks
+from mmoe.checkpoint.tree import join, merge, places, prune, split
+from mmoe.checkpoint.upgrade import from_format_1
 from mmoe.config.base import Config
 from mmoe.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # 1, still read, numbered the optimizer's states: only names mean the same in every layout
 PARTIAL, REPLACED = ".partial", ".replaced"
 MARGIN = 1 << 20  # bytes of names, headers and state.json
+
+Form = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its global shape and dtype
 
 
 class CheckpointConfig(Config):
@@ -50,7 +59,10 @@ class CheckpointConfig(Config):
 
 
 class CheckpointManager:
-    """Saves and loads states (`mmoe.checkpoint.tree`) under `folder`. Every failure is a CheckpointError."""
+    """Saves and loads states (`mmoe.checkpoint.tree`) under `folder`. Every failure is a CheckpointError.
+
+    `save` and `load` are for all ranks of the default process group at once: what fails on one raises on all.
+    """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig):
         self.folder, self.config = Path(folder), config
@@ -78,71 +90,55 @@ class CheckpointManager:
         An older checkpoint of that step is replaced. When anything fails, what was there before is left as it
         was, `latest` included, and the part that was written is removed.
         """
-        document, tensors = split(state)
-        needed = sum(t.numel() * t.element_size() for t in tensors.values()) + MARGIN
+        ranks = Ranks()
+        document, tensors = ranks.every(lambda: split(state))
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}  # of all shards
+        held = ranks.gather((document, sizes))
+        needed = ranks.first(lambda: sum(_union(sizes for _, sizes in held).values()) + MARGIN)
         final = self.folder / f"step-{step:08d}"
         partial, pointer = final.with_name(final.name + PARTIAL), self.folder / f"latest{PARTIAL}"
         with _write_errors(self.folder, needed):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._clean()
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
+            ranks.first(lambda: self._prepare(partial, needed))
             try:
-                self._write(partial, document, tensors, {"format": FORMAT, "step": step})
-                # The pointer's text is durable before anything moves: from here on nothing needs room.
-                CheckedFileSystem().write(pointer, f"{final.name}\n".encode())
-                self._commit(partial, final, pointer)
+                written = ranks.gather(_write(partial, tensors, ranks))
+                ranks.first(lambda: _finish(partial, step, [document for document, _ in held], _union(written)))
+                ranks.first(lambda: self._commit(partial, final, pointer))
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                pointer.unlink(missing_ok=True)
+                if ranks.rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    pointer.unlink(missing_ok=True)
                 raise
-            self._retire(step)
+            ranks.first(lambda: self._retire(step))
         return final
 
     def load(self, state: dict[str, Any], step: int | None = None) -> int:
         """Fill `state` from the checkpoint of `step` (None: the latest); returns its step.
 
         The keys of `state` choose the sections to read. A tensor of `state` is filled in place and must have
-        the name, shape and dtype of the saved one; a section without tensors takes whatever was saved, on the
-        CPU. Everything that is not a tensor is replaced.
+        the name, shape and dtype of the saved one; all ranks together hold all names of a section. A section
+        without tensors on any rank takes whatever was saved, on the CPU. Everything that is not a tensor is
+        replaced.
         """
-        folder, step = self._find(step)
+        ranks = Ranks()
+        folder, step = ranks.first(lambda: self._find(step))
         with _read_errors(folder):
-            manifest = _manifest(folder)
-            for name, file in manifest["files"].items():
-                check(folder / name, file["bytes"], file["crc32"])
-            document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            self._fill(folder, document, state)
+            manifest = ranks.first(lambda: _manifest(folder))
+            shared = list(manifest["files"].items())[ranks.rank :: ranks.size]
+            ranks.every(lambda: [check(folder / name, file["bytes"], file["crc32"]) for name, file in shared])
+            document = ranks.first(lambda: json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            _fill(folder, manifest["format"], document, state, ranks)
         return step
 
-    def _fill(self, folder: Path, document: dict[str, Any], state: dict[str, Any]) -> None:
-        if missing := state.keys() - document.keys():
-            raise CheckpointError(f"{folder}/state.json has no {sorted(missing)[0]!r}; it was saved by another program")
-        wanted = {name: document[name] for name in state}
-        _, given = split(state)
-        reader = dcp.FileSystemReader(folder)
-        saved = reader.read_metadata().state_dict_metadata
-        for section, part in wanted.items():
-            own = {name for name in given if name == section or name.startswith(f"{section}.")}
-            _match(folder, {name: given[name] for name in own}, {name: saved[name] for name in names(part)})
-        tensors = {name: given[name] if name in given else _empty(saved[name]) for name in names(wanted)}
-        with _single_process(), _unwrapped():
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-        state.update(join(wanted, tensors))
-
-    def _write(self, partial: Path, document: Any, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-        # The file system makes each file durable as it is closed, so torch need not.
-        writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=False)
-        writer.fs = files = CheckedFileSystem()
-        with _single_process(), _unwrapped():
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        files.write(partial / "state.json", json.dumps(document).encode())
-        manifest["files"] = {path.name: {"bytes": size, "crc32": crc} for path, (size, crc) in files.written.items()}
-        files.write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-        sync_folder(partial)
+    def _prepare(self, partial: Path, needed: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clean()
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
 
     def _commit(self, partial: Path, final: Path, pointer: Path) -> None:
+        # The pointer's text is durable before anything moves: from here on nothing needs room.
+        CheckedFileSystem().write(pointer, f"{final.name}\n".encode())
         replaced = final.with_name(final.name + REPLACED)
         if final.exists():
             final.rename(replaced)
@@ -206,35 +202,90 @@ def _manifest(folder: Path) -> dict[str, Any]:
         version = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is corrupt ({error}); resume from an earlier checkpoint") from error
-    if version != FORMAT:
+    if version not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{path} has format {version!r}, this mmoe reads {FORMAT}; load it with the version that wrote it"
+            f"{path} has format {version!r}, this mmoe reads 1 to {FORMAT}; load it with the version that wrote it"
         )
     return manifest
 
 
-def _empty(saved: TensorStorageMetadata) -> Tensor:
-    return torch.empty(saved.size, dtype=saved.properties.dtype)
+def _union(parts: Iterable[dict]) -> dict:
+    return {key: value for part in parts for key, value in part.items()}
 
 
-def _match(folder: Path, given: dict[str, Tensor], saved: dict[str, TensorStorageMetadata]) -> None:
-    """Raises CheckpointError unless `given` is empty or has the names, shapes and dtypes of `saved`."""
+def _write(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, tuple[int, int]]:
+    """Write this rank's share of the tensors; returns the size and CRC-32 of its files by name."""
+    # The file system makes each file durable as it is closed, so torch need not.
+    writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=False)
+    writer.fs = files = CheckedFileSystem()
+    with _single_process(), _unwrapped(ranks):
+        dcp.save(tensors, storage_writer=writer, no_dist=not ranks.grouped)
+    return {path.name: sums for path, sums in files.written.items()}
+
+
+def _finish(partial: Path, step: int, documents: list[Any], written: dict[str, tuple[int, int]]) -> None:
+    """Write what rank 0 writes for all ranks."""
+    for name, (size, _) in written.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size != size:
+            raise CheckpointError(
+                f"{partial / name} was written by another rank and is not whole where rank 0 looks; "
+                "put training.run on a file system that all ranks share"
+            )
+    files = CheckedFileSystem()
+    files.write(partial / "state.json", json.dumps(functools.reduce(merge, documents)).encode())
+    written = written | {path.name: sums for path, sums in files.written.items()}
+    sums = {name: {"bytes": size, "crc32": crc} for name, (size, crc) in written.items()}
+    manifest = {"format": FORMAT, "step": step, "files": sums}
+    files.write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+    sync_folder(partial)
+
+
+def _fill(folder: Path, version: int, document: dict[str, Any], state: dict[str, Any], ranks: Ranks) -> None:
+    if version == 1:
+        document = from_format_1(document)
+    given = ranks.every(lambda: _tensors(folder, document, state))
+    stored = places(document)
+    if version == 1:  # a parameter without a gradient had no state: this run's is the initial one
+        given = {name: given[name] for name in given if name in stored or not name.startswith("optimizer.")}
+    reader = dcp.FileSystemReader(folder)
+    saved = ranks.every(lambda: reader.read_metadata().state_dict_metadata)
+    forms = ranks.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in given.items()})
+    theirs = {name: (tuple(saved[key].size), saved[key].properties.dtype) for name, key in stored.items()}
+    sharded = ranks.first(lambda: {part for part in document if _match(folder, part, _union(forms), theirs)})
+    for part in state.keys() - sharded:
+        given |= {name: torch.empty(theirs[name][0], dtype=theirs[name][1]) for name in places(document[part], part)}
+    tensors = {stored[name]: tensor for name, tensor in given.items()}
+    with _single_process(), _unwrapped(ranks):
+        dcp.load(tensors, storage_reader=reader, no_dist=not ranks.grouped)
+    state.update(join(prune({part: document[part] for part in state}, tensors.keys()), tensors))
+
+
+def _tensors(folder: Path, document: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `state`; raises CheckpointError where `document` lacks one of its sections."""
+    if missing := state.keys() - document.keys():
+        raise CheckpointError(f"{folder}/state.json has no {sorted(missing)[0]!r}; it was saved by another program")
+    return split(state)[1]
+
+
+def _match(folder: Path, section: str, ours: dict[str, Form], theirs: dict[str, Form]) -> bool:
+    """Whether this run holds tensors of `section`; raises CheckpointError unless they are then the saved ones."""
+    given, saved = (
+        {name: form for name, form in forms.items() if name == section or name.startswith(f"{section}.")}
+        for forms in (ours, theirs)
+    )
     if not given:
-        return
+        return False
     remedy = "load it with the model.* and precision.* it was trained with (config.yaml of its run)"
     if odd := sorted(given.keys() ^ saved.keys()):
         where = "the checkpoint" if odd[0] in given else "this run"
         raise CheckpointError(f"{folder}: {odd[0]} is not in {where} ({len(odd)} names differ); {remedy}")
-    for name, tensor in given.items():
-        ours, theirs = (
-            (tuple(tensor.shape), tensor.dtype),
-            (tuple(saved[name].size), saved[name].properties.dtype),
-        )
-        if ours != theirs:
+    for name, (shape, dtype) in given.items():
+        if (shape, dtype) != saved[name]:
             raise CheckpointError(
-                f"{folder}: {name} was saved as {theirs[1]} {list(theirs[0])}, "
-                f"this run has {ours[1]} {list(ours[0])}; {remedy}"
+                f"{folder}: {name} was saved as {saved[name][1]} {list(saved[name][0])}, "
+                f"this run has {dtype} {list(shape)}; {remedy}"
             )
+    return True
 
 
 @contextmanager
@@ -267,12 +318,15 @@ def _read_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _unwrapped() -> Iterator[None]:
+def _unwrapped(ranks: Ranks) -> Iterator[None]:
     """torch wraps every error, Ctrl-C included, in a CheckpointException: raise what happened."""
     try:
         yield
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        rank, (failure, _) = next(iter(error.failures.items()))
+        if ranks.rank in error.failures:
+            raise error.failures[ranks.rank][0] from None
+        raise ranks.shared(failure, rank) from None
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 A state is a tree of dicts (keys: strings or integers), lists and tuples whose leaves are tensors, strings,
 numbers, booleans and None. `split` and `join` are each other's inverse, types included.
+
+Where processes hold different parts of a state (pipeline stages), its dicts may have different keys on each of
+them; lists and tuples are the same on all.
 """
 
+from collections.abc import Set
 from typing import Any
 
 from torch import Tensor
@@ -32,13 +36,41 @@ def join(document: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: join(value, tensors) for key, value in document.items()}
 
 
+def places(document: Any, path: str = "") -> dict[str, str]:
+    """The name of every tensor a document refers to, by the dotted path where it stands: equal after `split`."""
+    if isinstance(document, dict):
+        if TENSOR in document:
+            return {path: document[TENSOR]}
+        if TUPLE in document or INTEGER_KEYS in document:
+            return places(*document.values(), path)
+        children = document.items()
+    elif isinstance(document, list):
+        children = enumerate(document)
+    else:
+        return {}
+    nested = (places(value, f"{path}.{key}" if path else str(key)) for key, value in children)
+    return {place: name for part in nested for place, name in part.items()}
+
+
 def names(document: Any) -> set[str]:
     """The names of all tensors a document refers to."""
-    if isinstance(document, list):
-        return set().union(*(names(item) for item in document))
-    if isinstance(document, dict):
-        return {document[TENSOR]} if TENSOR in document else names(list(document.values()))
-    return set()
+    return set(places(document).values())
+
+
+def merge(document: Any, other: Any) -> Any:
+    """`document` with the tensors that only `other` refers to; all that is not a tensor is as in `document`."""
+    if not (isinstance(document, dict) and isinstance(other, dict)):
+        return document
+    both = {key: merge(value, other[key]) if key in other else value for key, value in document.items()}
+    return both | {key: value for key, value in other.items() if key not in document and names(value)}
+
+
+def prune(document: Any, kept: Set[str]) -> Any:
+    """`document` without the entries of its dicts that refer to tensors, but to none of `kept`."""
+    if not isinstance(document, dict) or TENSOR in document:
+        return document
+    held = {key: names(value) for key, value in document.items()}
+    return {key: prune(value, kept) for key, value in document.items() if not held[key] or held[key] & kept}
 
 
 def _encode(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:

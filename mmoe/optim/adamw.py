@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmoe.config.base import Config
 
@@ -44,14 +45,17 @@ def parameter_groups(
 
     Not decayed: norms and biases (every parameter of one dimension or none, and all that is named ``bias``),
     and embeddings of scalars. Pulling those to zero would change what they scale or shift, not how large the
-    model is.
+    model is. DTensors, of whatever meshes, stand apart from plain tensors: no operation takes both at once.
     """
-    named = [item for item in model.named_parameters() if item[0] not in exclude]
-    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    decayed = [item for item in trainable if _decays(*item)]
-    others = [item for item in trainable if not _decays(*item)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in exclude:
+            kind = (_decays(name, parameter), isinstance(parameter, DTensor))
+            groups.setdefault(kind, []).append((name, parameter))
+    return [
+        {"params": groups[kind], "weight_decay": weight_decay if kind[0] else 0.0}
+        for kind in sorted(groups, reverse=True)
+    ]
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
@@ -59,14 +63,14 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and path[-1] != "bias" and SCALAR_EMBEDDINGS.isdisjoint(path)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], config: ClipConfig) -> Tensor:
-    """Scale all gradients so that their L2 norm is at most `max_norm`; returns the norm before, a scalar.
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, config: ClipConfig) -> None:
+    """Scale all gradients, whose L2 norm over all ranks is `norm`, so that it is at most `max_norm`.
 
     A norm at or below the bound leaves every bit as it was. A norm that is not finite makes every gradient
-    NaN or zero: the caller reads the returned norm before it steps.
+    NaN or zero: the caller reads it before it steps.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
     if config.max_norm is not None and gradients:
-        torch._foreach_mul_(gradients, (config.max_norm / norm).clamp(max=1.0))
-    return norm
+        # Shards of several meshes do not mix in one call; what is here of them does.
+        here = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(here, (config.max_norm / norm).clamp(max=1.0).to(here[0]))

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from mmoe.config.base import Config
 from mmoe.optim.adamw import AdamWConfig, build_adamw
@@ -21,11 +23,43 @@ class MuonConfig(Config):
     weight_decay: float = Field(default=0.1, ge=0)
 
 
+class ShardedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` whose parameters may be sharded: the same update in every layout.
+
+    Momentum stays sharded; the matrix to be orthogonalised is gathered and every rank orthogonalises all of it,
+    because Newton-Schulz on shards would round otherwise (it runs in bfloat16), and keeps its own shard.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                average = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+                direction = parameter.grad.lerp(average, momentum) if group["nesterov"] else average
+                whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
+                update = _zeropower_via_newtonschulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                if isinstance(parameter, DTensor):  # every rank has the update: nothing is sent
+                    update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(update, alpha=-_adjust_lr(rate, group["adjust_lr_fn"], parameter.shape))
+
+
 class JointOptimizer:
-    """Several optimizers over disjoint parameters behind the interface of one; all groups share the schedule."""
+    """Several optimizers over disjoint parameters behind the interface of one; all groups share the schedule.
+
+    Every parameter has its state from the start, not from its first gradient: a checkpoint is loaded into it, each
+    rank its own shards, and holds the same names whatever has had a gradient so far.
+    """
 
     def __init__(self, parts: dict[str, torch.optim.Optimizer]):
         self.parts = parts
+        for part in parts.values():
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    part.state[parameter] = _initial_state(part, group, parameter)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -44,12 +78,35 @@ class JointOptimizer:
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The state of every parameter held here, by its fully qualified name.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        Hyperparameters are not in it: they are the config's, and the schedule's.
+        """
+        states = self.state
+        return {
+            name: dict(states[parameter])
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"])
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Copy in the states of the parameters held here; what `state` has beyond them is left alone."""
+        for name, own in self.state_dict().items():
+            for key, value in state[name].items():
+                own[key].copy_(value)
+
+
+def _initial_state(part: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """What torch gives a parameter at its first gradient."""
+    if isinstance(part, torch.optim.Muon):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    device = parameter.device if group["fused"] else torch.device("cpu")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def build_optimizer(model: nn.Module, adamw: AdamWConfig, muon: MuonConfig | None) -> JointOptimizer:
@@ -64,8 +121,8 @@ def build_optimizer(model: nn.Module, adamw: AdamWConfig, muon: MuonConfig | Non
         for name, parameter in model.named_parameters()
         if ".blocks." in name and parameter.ndim == 2 and ".router." not in name
     }
-    orthogonal = torch.optim.Muon(
-        list(matrices.values()),
+    orthogonal = ShardedMuon(
+        list(matrices.items()),
         lr=0.0,
         momentum=muon.momentum,
         weight_decay=muon.weight_decay,

@@ -363,8 +363,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names 'step-00000099', which is not there"):
         loaded(checkpoints)
     manifest = checkpoints.folder / "step-00000010/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="has format 2, this mmoe reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(CheckpointError, match="has format 3, this mmoe reads 1 to 2"):
         loaded(checkpoints, 10)
 
 

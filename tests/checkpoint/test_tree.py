@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.checkpoint.tree import join, names, split
+from mmoe.checkpoint.tree import join, merge, names, places, prune, split
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="."), max_size=5).filter(lambda s: not s.startswith("$"))
 LEAVES = (
@@ -50,7 +50,7 @@ def same(a: object, b: object) -> bool:
 def test_join_undoes_split_through_json(state: dict) -> None:
     document, tensors = split(state)
     document = json.loads(json.dumps(document))
-    assert names(document) == set(tensors)
+    assert places(document) == {name: name for name in tensors} and names(document) == set(tensors)
     assert same(join(document, tensors), state)
 
 
@@ -58,6 +58,29 @@ def test_names_are_dotted_paths() -> None:
     x = torch.zeros(1)
     _, tensors = split({"model": {"layer.0.weight": x}, "optimizer": {"state": {3: {"step": x}}, "list": [x]}})
     assert set(tensors) == {"model.layer.0.weight", "optimizer.state.3.step", "optimizer.list.0"}
+
+
+def test_parts_of_a_state_merge_into_all_of_its_tensors_and_the_first_of_everything_else() -> None:
+    x = torch.zeros(1)
+    first, _ = split({"model": {"a.b": x}, "optimizer": {"a.b": {"step": x}}, "trainer": {"step": 3, "list": [1]}})
+    other, _ = split({"model": {"a.b": x, "c": x}, "optimizer": {"c": {"step": x}}, "trainer": {"step": 4, "own": 5}})
+    whole, _ = split(
+        {
+            "model": {"a.b": x, "c": x},
+            "optimizer": {"a.b": {"step": x}, "c": {"step": x}},
+            "trainer": {"step": 3, "list": [1]},
+        }
+    )
+    assert merge(first, other) == whole and merge(other, first)["trainer"] == other["trainer"] != whole["trainer"]
+
+
+def test_a_pruned_document_keeps_what_is_not_a_tensor() -> None:
+    x = torch.zeros(1)
+    state = {"model": {"a": x, "b": {"c": x, "d": 1}}, "trainer": {"step": 3, "empty": {}}, "pairs": {1: (x, 2)}}
+    document, tensors = split(state)
+    assert prune(document, {"model.a"}) == split({"model": {"a": x}, "trainer": state["trainer"]})[0]
+    kept = join(prune(document, {"model.b.c", "pairs.1.0"}), tensors)
+    assert kept == {"model": {"b": {"c": x, "d": 1}}, "trainer": state["trainer"], "pairs": {1: (x, 2)}}
 
 
 @pytest.mark.parametrize(

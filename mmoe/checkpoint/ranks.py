@@ -1,0 +1,61 @@
+"""What several processes do together: all of it succeeds, or every process raises the failure of one."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from mmoe.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The ranks of the default process group, or one process where torch.distributed is not initialised."""
+
+    def __init__(self) -> None:
+        self.grouped = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.grouped else (0, 1)
+
+    def every(self, act: Callable[[], T]) -> T:
+        """What `act` returns here, once it has returned on every rank."""
+        result, failure = _attempt(act)
+        if self.grouped:
+            failures: list[BaseException | None] = [None] * self.size
+            dist.all_gather_object(failures, failure and self.shared(failure))
+            failure = failure or next(filter(None, failures), None)
+        if failure is not None:
+            raise failure
+        return result
+
+    def first(self, act: Callable[[], T]) -> T:
+        """What `act` returns on rank 0, which alone calls it."""
+        result, failure = _attempt(act) if self.rank == 0 else (None, None)
+        if self.grouped:
+            told: list[Any] = [result, failure and self.shared(failure)]
+            dist.broadcast_object_list(told, src=0)
+            result, failure = (result, failure) if self.rank == 0 else told
+        if failure is not None:
+            raise failure
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks on rank 0, an empty list elsewhere."""
+        if not self.grouped:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None, dst=0)
+        return values
+
+    def shared(self, failure: BaseException, rank: int | None = None) -> Exception:
+        """`failure`, of `rank` (None: this one), as the other ranks raise it."""
+        if isinstance(failure, OSError | CheckpointError):
+            return failure
+        return CheckpointError(f"rank {self.rank if rank is None else rank} failed ({failure!r}); see its own error")
+
+
+def _attempt(act: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return act(), None
+    except BaseException as failure:
+        return None, failure

@@ -1,0 +1,84 @@
+"""Checkpoints of format 1, whose optimizer states were numbered."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
+from mmoe.models.decoder import ModelConfig, MultimodalModel
+from mmoe.models.embeddings import ModelInputs
+from mmoe.models.moe.layer import MoEConfig
+from mmoe.optim.adamw import AdamWConfig
+from mmoe.optim.muon import JointOptimizer, MuonConfig, build_optimizer
+
+WITHOUT_GRADIENT = "embeddings.camera.weight"
+
+
+def model_of(seed: int) -> MultimodalModel:
+    moe = MoEConfig(experts=4, top_k=2, hidden=16, every=2, bias_rate=0.1)
+    config = ModelConfig(d_model=16, layers=2, heads=2, kv_heads=1, hidden=32, moe=moe)
+    return config.build(ModelInputs(40, patch_dim=8, state_dim=3, action_chunk=2, action_dim=2), seed=seed)
+
+
+def step(model: MultimodalModel, optimizer: JointOptimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = None if name == WITHOUT_GRADIENT else gradient
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    optimizer.step()
+
+
+def format_1(optimizer: JointOptimizer) -> dict[str, Any]:
+    """The optimizer's section as format 1 had it: torch's own, no names for Muon, no state without a gradient."""
+    section = {}
+    for name, part in optimizer.parts.items():
+        state = part.state_dict()
+        for group in state["param_groups"]:
+            names = group.pop("param_names") if name == "muon" else group["param_names"]
+            if WITHOUT_GRADIENT in names:
+                del state["state"][group["params"][names.index(WITHOUT_GRADIENT)]]
+        section[name] = state
+    return section
+
+
+def tensors(optimizer: JointOptimizer) -> dict[str, Tensor]:
+    states = optimizer.state_dict()
+    return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("muon", [MuonConfig(), None], ids=["muon", "adamw"])
+def test_a_training_goes_on_from_format_1(tmp_path: Path, muon: MuonConfig | None) -> None:
+    model, checkpoints = model_of(0), CheckpointManager(tmp_path, CheckpointConfig())
+    optimizer = build_optimizer(model, AdamWConfig(), muon)
+    for seed in range(2):
+        step(model, optimizer, seed)
+    saved = checkpoints.save(2, {"model": model.state_dict(), "optimizer": format_1(optimizer)})
+    manifest = saved / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+
+    other = model_of(1)
+    resumed = build_optimizer(other, AdamWConfig(), muon)
+    state = {"model": other.state_dict(), "optimizer": resumed.state_dict()}
+    checkpoints.load(state)
+    other.load_state_dict(state["model"])
+    resumed.load_state_dict(state["optimizer"])
+    assert tensors(resumed).keys() == tensors(optimizer).keys()
+    assert all(torch.equal(tensors(resumed)[name], value) for name, value in tensors(optimizer).items())
+    step(model, optimizer, 2)
+    step(other, resumed, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_weights_alone_are_read_from_format_1(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, CheckpointConfig())
+    saved = checkpoints.save(2, {"model": {"weight": torch.ones(3)}, "trainer": {"step": 2}})
+    manifest = saved / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    state: dict[str, Any] = {"model": {"weight": torch.zeros(3)}}
+    checkpoints.load(state)
+    assert state["model"]["weight"].tolist() == [1, 1, 1]
