@@ -37,16 +37,25 @@ def initialise(model: nn.Module, seed: int, std: float, layers: int) -> None:
         parameter.copy_(initial_value(name, parameter.shape, seed, std, layers))
 
 
-def initial_value(name: str, shape: torch.Size, seed: int, std: float, layers: int) -> Tensor:
-    """The whole, unsharded float32 value of the parameter called `name`."""
+def initial_value(
+    name: str, shape: torch.Size, seed: int, std: float, layers: int, experts: range | None = None
+) -> Tensor:
+    """The float32 value of the parameter called `name`, of the whole `shape`; of experts only those in `experts`."""
     if _matches(name, ONES):
         return torch.ones(shape)
     if _matches(name, ZEROS):
         return torch.zeros(shape)
     if _matches(name, EXPERTS):
         scale = _scale(name, shape[1], std, layers)
-        return scale * torch.stack([_normal(f"{name}.{expert}", shape[1:], seed) for expert in range(shape[0])])
+        return scale * torch.stack(
+            [_normal(f"{name}.{expert}", shape[1:], seed) for expert in experts or range(shape[0])]
+        )
     return _scale(name, shape[-1], std, layers) * _normal(name, shape, seed)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether the first axis of the parameter is that of the experts."""
+    return _matches(name, EXPERTS)
 
 
 def _scale(name: str, fan_in: int, std: float, layers: int) -> float:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mmoe.monitoring.memory import PeakMemory
@@ -30,8 +31,9 @@ class MetricsWriter(Callback):
     def on_start(self, trainer: Trainer) -> None:
         config = trainer.run.config.monitoring
         self._every, self._digests = config.log_every_steps, set(config.digest_steps)
-        self._file = (trainer.run.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(trainer.run.folder / "tensorboard") if config.tensorboard else None
+        first = trainer.run.ranks.first  # the others take part in digests alone
+        self._file = (trainer.run.folder / "metrics.jsonl").open("a", encoding="utf-8") if first else None
+        self._board = SummaryWriter(trainer.run.folder / "tensorboard") if first and config.tensorboard else None
         self._since = self._began = time.perf_counter()
         self._before = self.wall_seconds
         self._clear()
@@ -46,7 +48,8 @@ class MetricsWriter(Callback):
             self._write(trainer, result, digest)
 
     def on_end(self, trainer: Trainer) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
 
@@ -81,8 +84,9 @@ class MetricsWriter(Callback):
         }
         if digest:
             record["digest"] = state_digest(trainer)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._board:
             for key, value in record.items():
                 if isinstance(value, int | float):
@@ -124,7 +128,8 @@ def state_digest(trainer: Trainer) -> str:
     for name, weight, states in held:
         tensors = {"weight": weight, **states}
         for key in sorted(tensors):
-            value = torch.as_tensor(tensors[key]).detach().cpu().contiguous()
+            value = torch.as_tensor(tensors[key]).detach()
+            value = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
             digest.update(f"{name}.{key}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Gradients that lie on several ranks: summed where ranks hold copies, measured and clipped as one vector."""
+"""Gradients that lie on several ranks: summed where ranks hold copies, measured as one vector."""
 
 import torch
 import torch.distributed as dist
@@ -58,14 +58,3 @@ def total_norms(
     dist.all_reduce(sums)
     norms = sums.sqrt()
     return norms[0], norms[1:].view_as(rows_NE)
-
-
-def clip_local(gradients: list[Tensor], norm: Tensor, max_norm: float | None) -> None:
-    """Scale `gradients`, of whose total the norm is `norm`, so that it is at most `max_norm`.
-
-    A norm at or below the bound leaves every bit as it was. A norm that is not finite makes every gradient NaN or
-    zero: the caller reads it before it steps.
-    """
-    if max_norm is not None and gradients:
-        shards = [local(gradient) for gradient in gradients]
-        torch._foreach_mul_(shards, (max_norm / norm).clamp(max=1.0).to(shards[0]))

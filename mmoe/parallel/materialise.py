@@ -1,10 +1,11 @@
 """Initial values of a model that was built without memory: each rank makes its own shards."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mmoe.models.init import initial_value
+from mmoe.models.init import initial_value, is_of_experts
 
 
 @torch.no_grad()
@@ -14,8 +15,20 @@ def materialise(model: nn.Module, seed: int, std: float, layers: int, device: to
     for buffer in model.buffers():
         buffer.zero_()
     for name, parameter in model.named_parameters():
-        value = initial_value(name, parameter.shape, seed, std, layers).to(device, parameter.dtype)
-        if isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor):
+            parameter.copy_(initial_value(name, parameter.shape, seed, std, layers))
+        elif is_of_experts(name):
+            parameter.to_local().copy_(_own_experts(name, parameter, seed, std, layers))
+        else:
             # Every rank makes the whole value and keeps its part: nothing is sent.
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+            value = initial_value(name, parameter.shape, seed, std, layers).to(device, parameter.dtype)
+            whole = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(whole)
+
+
+def _own_experts(name: str, parameter: DTensor, seed: int, std: float, layers: int) -> Tensor:
+    """Only the experts here are drawn: there may be many more."""
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    experts = range(offset[0], offset[0] + shape[0])
+    value = initial_value(name, parameter.shape, seed, std, layers, experts)
+    return value[:, offset[1] : offset[1] + shape[1], offset[2] : offset[2] + shape[2]]

@@ -23,7 +23,7 @@ from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.statistics import RoutingStatistics, router_gradient_norms
 from mmoe.parallel.broadcast import shared_steps
 from mmoe.parallel.collectives import add_up, gather, gather_constant
-from mmoe.parallel.gradients import clip_local, sum_over_tensor_ranks, total_norms
+from mmoe.parallel.gradients import sum_over_tensor_ranks, total_norms
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import accumulate
 from mmoe.parallel.reports import sum_report, sum_routing
@@ -59,9 +59,6 @@ class Ranks(Protocol):
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
         """After the last backward pass: the norm of all gradients, and that of each expert's router weights [N, E]."""
 
-    def clip(self, model: MultimodalModel, norm: Tensor, max_norm: float | None) -> None:
-        """Scale the gradients, whose norm is `norm`, to at most `max_norm`."""
-
     def sum_over_data(self, x: Tensor) -> Tensor:
         """The sum over the data replicas, a new tensor."""
 
@@ -93,9 +90,6 @@ class OneProcess:
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients), router_gradient_norms(model.decoder.routers)
-
-    def clip(self, model: MultimodalModel, norm: Tensor, max_norm: float | None) -> None:
-        clip_local([p.grad for p in model.parameters() if p.grad is not None], norm, max_norm)
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         return x
@@ -167,9 +161,6 @@ class ManyRanks:
         layers, experts = self._routers()
         norm, rows_NE = total_norms(model, self.mesh, self.device, layers, 0, experts)
         return norm, rows_NE if layers else None
-
-    def clip(self, model: MultimodalModel, norm: Tensor, max_norm: float | None) -> None:
-        clip_local([p.grad for p in model.parameters() if p.grad is not None], norm, max_norm)
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         return add_up(x, self.mesh.group("data"))

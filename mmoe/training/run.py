@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from mmoe.checkpoint.manager import CheckpointManager
@@ -18,6 +19,8 @@ from mmoe.data.sample import Modality
 from mmoe.data.stream import heldout_batches
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelInputs, MultimodalModel
+from mmoe.parallel.build import build
+from mmoe.parallel.ranks import Ranks
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vision import COORDINATES
 
@@ -32,13 +35,20 @@ class Run:
     tokenizers: Tokenizers
     model: MultimodalModel
     device: torch.device
+    ranks: Ranks
 
     @classmethod
     def build(cls, config: RunConfig, console: Console | None = None) -> "Run":
-        """Prepare the sources that do not exist yet, check them, and initialise the model."""
+        """Prepare the sources that do not exist yet, check them, and initialise the model.
+
+        With a process group every rank calls this; the first one prepares, and each gets its part of the model.
+        """
         if config.parallel.threads:
             torch.set_num_threads(config.parallel.threads)
-        ensure_prepared(config.data.sources, config.tokenizers.text, console or Console())
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            ensure_prepared(config.data.sources, config.tokenizers.text, console or Console())
+        if dist.is_initialized():
+            dist.barrier()
         sources = Sources(config.data)
         tokenizers = config.tokenizers.build(sources.manifests)
         sources.check(tokenizers)
@@ -52,9 +62,8 @@ class Run:
             action_dim=0 if tokenizers.discrete_actions else tokenizers.dims[Modality.ACTION].size,
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = config.model.build(inputs, seed=config.training.seed)
-        model = model.to(device=device, dtype=config.precision.parameter_dtype)
-        return cls(config, Path(config.training.run), sources, tokenizers, model, device)
+        model, ranks = build(config, inputs, len(sources.names), device)
+        return cls(config, Path(config.training.run), sources, tokenizers, model, device, ranks)
 
     @classmethod
     def load(cls, folder: str | Path, step: int | None = None) -> "Run":
@@ -81,7 +90,7 @@ class Run:
             self.sources,
             self.tokenizers,
             seed=self.config.training.seed,
-            micro_sequences=self.config.training.micro_batch_sequences,
+            micro_sequences=self.config.training.heldout_sequences,
             label_weights=self.config.losses.label_weights(),
             isolated=isolated,
             **choices,

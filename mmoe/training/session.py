@@ -1,10 +1,12 @@
 """One call of `mmoe train`: build or resume the run, train, evaluate, report."""
 
 import shutil
+from pathlib import Path
 
+import torch.distributed as dist
 from rich.console import Console
 
-from mmoe.config.load import load
+from mmoe.config.load import dump, load
 from mmoe.config.tree import RunConfig
 from mmoe.errors import ConfigError
 from mmoe.evaluation.evaluate import evaluate, show
@@ -13,49 +15,85 @@ from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.monitoring.progress import ProgressBar
 from mmoe.monitoring.report import write_report
+from mmoe.parallel.launch import processes, rank_console, same_config
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
 
+LAYOUT = ("parallel.", "training.micro_batch_sequences")  # keys that say where and when a sequence runs
+
 
 def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int | None, from_step: int | None) -> None:
-    """Train to the end of the budget (or `stop_after` steps), then evaluate and report once the run is complete."""
+    """Train to the end of the budget (or `stop_after` steps), then evaluate and report once the run is complete.
+
+    Under torchrun every process calls this. The first one evaluates, alone, from the last checkpoint.
+    """
+    folder = Path(config.training.run)
     with PeakMemory() as memory:
-        run = Run.build(config, console)
-        if fresh and run.folder.exists():
-            shutil.rmtree(run.folder)
-        trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console)], stop_after)
-        _introduce(run, console)
-        if trainer.checkpoints.latest_step() is not None:
-            _check_same(config, run)
-            trainer.resume(from_step)
-            console.print(f"resumed {run.folder} at step {trainer.step}")
-        elif config.training.start_from is not None:
-            start(run, config.training.start_from, console)
-        run.save_config()
-        if trainer.step >= trainer.stop_at:
-            console.print(f"{run.folder} has its {trainer.step} steps already; --fresh starts over")
-        else:
-            trainer.train()
-        if trainer.step == trainer.last_step and config.training.evaluate_at_end:
+        with processes(config.parallel, folder, console) as world:
+            same_config(dump(config))
+            run, complete = _train(config, rank_console(console), memory, fresh, stop_after, from_step)
+        if complete and run.ranks.first and config.training.evaluate_at_end:
+            run = run if world == 1 else Run.load(folder)
             show(evaluate(run), console)
             write_report(run)
             console.print(f"wrote {run.folder / 'report.html'}")
 
 
+def _train(
+    config: RunConfig, console: Console, memory: PeakMemory, fresh: bool, stop_after: int | None, from_step: int | None
+) -> tuple[Run, bool]:
+    """The run, and whether it has had all its steps."""
+    run = Run.build(config, console)
+    if fresh:
+        _start_over(run)
+    trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console)], stop_after)
+    _introduce(run, console)
+    if trainer.checkpoints.latest_step() is not None:
+        _check_same(config, run)
+        trainer.resume(from_step)
+        console.print(f"resumed {run.folder} at step {trainer.step}")
+    elif config.training.start_from is not None:
+        if dist.is_initialized():
+            raise ConfigError(
+                "training.start_from reads whole models, which is done in one process: make the first step with "
+                "`python -m mmoe train ... --stop-after 1`, then go on with torchrun; checkpoints load in any layout"
+            )
+        start(run, config.training.start_from, console)
+    if run.ranks.first:
+        run.save_config()
+    if trainer.step >= trainer.stop_at:
+        console.print(f"{run.folder} has its {trainer.step} steps already; --fresh starts over")
+    else:
+        trainer.train()
+    return run, trainer.step == trainer.last_step
+
+
+def _start_over(run: Run) -> None:
+    if run.ranks.first and run.folder.exists():
+        shutil.rmtree(run.folder)
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def _introduce(run: Run, console: Console) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     console.print(f"{run.folder}: {parameters:,} parameters on {run.device}, {run.tokenizers.vocabulary.size} ids")
-    console.print(run.config.batch.table())
-    console.print(run.config.optim.describe(run.config.batch))
+    batch = run.config.batch_of(run.ranks.replicas)
+    for table in (*run.ranks.tables(), batch.table(), run.config.optim.describe(batch)):
+        console.print(table)
 
 
 def _check_same(config: RunConfig, run: Run) -> None:
-    """A resumed run must be the run that was started: only its folder's own config continues it exactly."""
+    """A resumed run must be the run that was started: only its folder's own config continues it exactly.
+
+    The layout may change, since every layout gives the same numbers.
+    """
     saved = load(RunConfig, run.folder / "config.yaml")
-    if saved == config:
-        return
     before, now = (dict(_flat(c.model_dump(mode="json"))) for c in (saved, config))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    keys = [key for key in before.keys() | now.keys() if not key.startswith(LAYOUT)]
+    changed = sorted(key for key in keys if before.get(key) != now.get(key))
+    if not changed:
+        return
     changes = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in changed)
     raise ConfigError(
         f"{run.folder}/config.yaml differs from this config in {changes}; "

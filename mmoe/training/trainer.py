@@ -14,13 +14,15 @@ from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.data.stream import StepData, Stream
 from mmoe.errors import DivergenceError
-from mmoe.losses.total import LossReport, PlannedCounts, compute
-from mmoe.models.moe.balance import StepLoads, update_choice_bias
-from mmoe.models.moe.statistics import router_gradient_norms
+from mmoe.losses.total import LossReport, PlannedCounts
+from mmoe.models.moe.balance import update_choice_bias
 from mmoe.monitoring.routing import RoutingWindow
 from mmoe.optim.adamw import clip_gradients
 from mmoe.optim.muon import build_optimizer
+from mmoe.parallel.launch import agreed
+from mmoe.parallel.watch import Watch
 from mmoe.training.callback import Callback
+from mmoe.training.gradients import StepSetting, step_gradients
 from mmoe.training.run import Run
 
 
@@ -45,7 +47,8 @@ class Trainer:
 
     def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None):
         config = run.config
-        self.run, self.callbacks, self.batch = run, callbacks, config.batch
+        self.run, self.callbacks, self.batch = run, callbacks, config.batch_of(run.ranks.replicas)
+        self.setting = StepSetting.of(config, run.tokenizers.vocabulary, run.device, run.ranks)
         self.last_step = self.batch.iterations
         self.stop_at = min(stop_at or self.last_step, self.last_step)
         self.schedule = config.optim.build_schedule(self.batch)
@@ -55,11 +58,13 @@ class Trainer:
             run.sources,
             run.tokenizers,
             seed=config.training.seed,
-            micro_sequences=config.training.micro_batch_sequences,
+            micro_sequences=self.batch.micro_batch_sequences,
             end=config.training.budget_positions,
             sequences=self.batch.sequences,
             group_sequences=config.contrastive_group,
             label_weights=config.losses.label_weights(),
+            replica=run.ranks.replica,
+            replicas=run.ranks.replicas,
             quarantine=run.folder / "quarantine.jsonl",
         )
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
@@ -67,15 +72,19 @@ class Trainer:
         self.session = 0
         self.stream_state = self.stream.state()
         self.interrupted = False
-        torch.manual_seed(config.training.seed)
 
     def train(self) -> None:
         for callback in self.callbacks:
             callback.on_start(self)
-        with _stop_on_interrupt(self):
-            steps = self.stream.steps()
+        with _stop_on_interrupt(self), Watch(self.run.config.parallel.timeout_seconds, self.run.folder) as watch:
+            steps = self.run.ranks.steps(self.stream, self.batch.accumulation)
             while self.step < self.stop_at and not self.interrupted:
-                result = self.train_step(next(steps))
+                watch.beat(self.step + 1, "data")
+                data = next(steps)
+                watch.beat(self.step + 1, "step")
+                result = self.train_step(data)
+                self.interrupted = agreed(self.interrupted)
+                watch.beat(self.step, "callbacks")
                 for callback in self.callbacks:
                     callback.on_step(self, result)
                 if self.checkpoints.config.due(self.step, self.last_step):
@@ -89,19 +98,11 @@ class Trainer:
         started = time.perf_counter()
         model, config = self.run.model, self.run.config
         model.train()
-        torch.manual_seed(_step_seed(config.training.seed, self.step))
         counts = PlannedCounts.of(data.counts, config.losses, sequences=self.batch.sequences)
-        report, routing, loads = LossReport.zero(), RoutingWindow(), StepLoads()
-        for batch in data.batches:
-            batch = batch.to(self.run.device)
-            with config.precision.autocast(self.run.device):
-                output = model(batch)
-                losses = compute(model, output, batch, counts, config.losses, self.run.tokenizers.vocabulary, loads)
-            losses.total.backward()
-            report = report + losses.detach()
-            routing.add(output.routing)
-        router_gradients = router_gradient_norms(model.decoder.routers)
-        grad_norm = clip_gradients(model.parameters(), config.optim.clip)
+        seed = _step_seed(config.training.seed, self.step)
+        gradients = step_gradients(model, data.batches, counts, self.setting, seed)
+        report, grad_norm, routing = gradients.report, gradients.norm, RoutingWindow()
+        routing.add(gradients.routing)
         if not grad_norm.isfinite():
             terms = ", ".join(f"{name} {float(value):.4g}" for name, value in report.terms.items())
             raise DivergenceError(
@@ -110,13 +111,14 @@ class Trainer:
                 f"no weight was changed: resume from {self.checkpoints.folder} with a lower optim.lr.peak, "
                 "or train again with a longer warmup"
             )
+        clip_gradients(model.parameters(), grad_norm, config.optim.clip)
         lr = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         if config.model.moe is not None and config.model.moe.bias_rate:
-            update_choice_bias(model.decoder.routers, loads.total(), config.model.moe.bias_rate)
+            update_choice_bias(model.decoder.routers, gradients.loads.total(), config.model.moe.bias_rate)
         self.step += 1
         self.stream_state = self.stream.state(data)
         return StepResult(
@@ -124,7 +126,7 @@ class Trainer:
             losses=report,
             lr=lr,
             grad_norm=float(grad_norm),
-            router_gradients=router_gradients,
+            router_gradients=gradients.router_norms_NE,
             positions=self.batch.global_batch_positions,
             useful_positions=data.counts.positions,
             seconds=time.perf_counter() - started,

@@ -1,0 +1,113 @@
+"""Where a run of several processes says what went wrong: RUN/errors.jsonl for all of them, a log for each.
+
+The terminal belongs to rank 0. Warnings of the others go to RUN/logs/rank-00003.log; the error that ends a process is
+one line of RUN/errors.jsonl, whichever rank it is of, and goes to torchrun too, which prints the first one it gets.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mmoe.errors import MmoeError
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted the processes of this run after an error (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """``[0, 1, 2, 5]`` -> ``ranks 0-2, 5``."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def record_error(
+    folder: Path, rank: int, error: BaseException, *, step: int | None = None, after: str | None = None
+) -> None:
+    """Add `error` to `folder`/errors.jsonl; `after` says which failure of another rank it follows from.
+
+    One that follows from none goes to torchrun too, which prints the first that it gets. One write to a file opened
+    for appending: lines of ranks that fail together do not mix on a local disk.
+    """
+    line = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "rank": rank,
+        "host": socket.gethostname(),
+        "restart": restart_count(),
+        "step": step,
+        "error": type(error).__name__,
+        "message": str(error) if isinstance(error, MmoeError) else f"{type(error).__name__}: {error}",
+        "after": after,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "errors.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+    finally:
+        os.close(descriptor)
+    if after is None:
+        _tell_torchrun(line, sentence=isinstance(error, MmoeError))
+
+
+def _tell_torchrun(line: dict[str, Any], *, sentence: bool) -> None:
+    """Write the file that torchrun reads once this process has ended, in the form of its own `ErrorHandler`."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    shown = line["message"] if sentence else line["traceback"]
+    extra = {"py_callstack": shown, "timestamp": str(int(time.time()))}
+    Path(path).write_text(json.dumps({"message": {"message": line["message"], "extraInfo": extra}}), encoding="utf-8")
+
+
+class _RankLog(logging.Handler):
+    """Warnings and errors of one rank in a file that exists only once there are any.
+
+    Every record opens the file anew: `--fresh` deletes the folder it lies in after logging has begun.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(logging.WARNING)
+        self.path = path
+        self.setFormatter(
+            logging.Formatter(f"%(asctime)s restart {restart_count()} %(levelname)s %(name)s %(message)s")
+        )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self.format(record) + "\n")
+
+
+@contextmanager
+def rank_log(folder: Path, rank: int) -> Iterator[None]:
+    """Warnings (of Python and of `logging`) go to `folder`/logs/rank-00003.log; rank 0 keeps the terminal.
+
+    torch's own loggers are left alone: they write to stderr, and every line of theirs names its rank.
+    """
+    if rank == 0:
+        yield
+        return
+    handler = _RankLog(folder / "logs" / f"rank-{rank:05d}.log")
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
