@@ -8,7 +8,6 @@ scaling"): no micro-batch divides by its own count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -25,12 +24,12 @@ from mmoe.losses.cached import CachedInfoNCE
 from mmoe.losses.contrastive import info_nce
 from mmoe.losses.cross_entropy import cross_entropy
 from mmoe.losses.part import WHOLE, Part, share
-from mmoe.models.moe.balance import BalanceConfig, StepLoads, balance_loss
+from mmoe.models.moe.balance import BalanceConfig, StepLoads
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from mmoe.data.plan import Counts
-    from mmoe.models.decoder import Auxiliary, ModelOutput, MultimodalModel
+    from mmoe.models.decoder import ModelOutput, MultimodalModel
 
 KINDS = len(Modality)
 
@@ -198,7 +197,7 @@ def compute(
         events = {
             "pairs": torch.full_like(nce.masked, len(compared)),
             "compared": compared.sum(),
-            "correct": nce.correct_P2[compared].double().sum() / 2,
+            "correct": (nce.correct_P2 & compared[:, None]).double().sum() / 2,
             "same_text": nce.masked,
         }
         terms["contrastive"] = _share(nce.items_P.sum(), counts.pairs, "contrastive pairs")
@@ -214,9 +213,7 @@ def compute(
     if output.auxiliary is not None:
         # Means over this micro-batch's sequences: weighted by their share of the step's.
         weight = batch.shape[0] / counts.sequences
-        loads.add(output.auxiliary.load_NE)
-        routing = dict(_balance_terms(output.auxiliary, loads, config.balance))
-        routing["router_z"] = output.auxiliary.z_loss
+        routing = output.auxiliary.terms(loads, config.balance)
         terms |= {name: term * weight for name, term in routing.items()}
         reported |= dict.fromkeys(routing, part.reports_routing)
 
@@ -231,16 +228,6 @@ def compute(
     shares = {name: term.detach() * reported.get(name, True) for name, term in terms.items()}
     total = sum((weights[name] * term for name, term in shares.items()), torch.zeros_like(objective.detach()))
     return LossReport(objective, total, shares, items, events)
-
-
-def _balance_terms(auxiliary: Auxiliary, loads: StepLoads, config: BalanceConfig) -> Iterator[tuple[str, Tensor]]:
-    """The load-balancing loss at each level that counts, a mean over the layers of experts."""
-    if config.sequence:
-        yield "balance_sequence", auxiliary.balance_loss
-    if config.micro_batch:
-        yield "balance_micro_batch", balance_loss(auxiliary.load_NE, auxiliary.probability_NE).mean()
-    if config.global_batch:
-        yield "balance_global_batch", balance_loss(loads.total(), auxiliary.probability_NE).mean()
 
 
 def target_modality(labels: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, L positions, D model width, V ids, n chosen positio
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from mmoe.models.heads import ActionHead, ContrastHead
 from mmoe.models.init import initialise
 from mmoe.models.layers import RMSNorm, SwiGLU
 from mmoe.models.layout import Layout
+from mmoe.models.moe.balance import BalanceConfig, StepLoads, balance_loss
 from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
 from mmoe.models.moe.layer import LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
@@ -103,6 +104,12 @@ class Block(nn.Module):
         return x_BLD + out, routing
 
 
+class RouterLosses(Protocol):
+    def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
+        """``balance_<level>`` of the levels that count, and ``router_z``: means over the batch's sequences and the
+        layers of experts. `loads` are those of the step before this batch; its own are added."""
+
+
 @dataclass(frozen=True)
 class Auxiliary:
     """What the router losses are made of, with gradient.
@@ -117,6 +124,18 @@ class Auxiliary:
     load_NE: Tensor
     probability_NE: Tensor
 
+    def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
+        """As `RouterLosses`."""
+        loads.add(self.load_NE)
+        terms = {}
+        if config.sequence:
+            terms["balance_sequence"] = self.balance_loss
+        if config.micro_batch:
+            terms["balance_micro_batch"] = balance_loss(self.load_NE, self.probability_NE).mean()
+        if config.global_batch:
+            terms["balance_global_batch"] = balance_loss(loads.total(), self.probability_NE).mean()
+        return terms | {"router_z": self.z_loss}
+
 
 @dataclass(frozen=True)
 class ModelOutput:
@@ -126,7 +145,7 @@ class ModelOutput:
     """
 
     hidden: Tensor
-    auxiliary: Auxiliary | None
+    auxiliary: RouterLosses | None
     routing: RoutingStatistics | None
 
 
@@ -139,23 +158,22 @@ class Decoder(nn.Module):
 
     @property
     def routers(self) -> list[Router]:
-        """Of the layers of experts, in the order of the routing statistics."""
-        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        """Of the layers of experts here, in the order of the routing statistics."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]  # not the nn.Identity of another stage
         return [block.network.router for block in blocks if isinstance(block.network, MoELayer)]
 
     def forward(self, x_BLD: Tensor, layout: Layout) -> ModelOutput:
         """The embedded batch through all blocks."""
-        x_BLD, routed = self.through(x_BLD, layout)
+        x_BLD, routed = self.through(x_BLD, layout, range(len(self.blocks)))
         return ModelOutput(self.norm(x_BLD), *gather_routing(routed))
 
-    def through(self, x_BLD: Tensor, layout: Layout) -> tuple[Tensor, list[LayerRouting]]:
-        """The blocks that are here, without the last norm; a layer of experts adds what it routed."""
+    def through(self, x_BLD: Tensor, layout: Layout, layers: range) -> tuple[Tensor, list[LayerRouting]]:
+        """The blocks of `layers`, without the last norm, and what each layer of experts routed."""
         routed: list[LayerRouting] = []
-        for block in self.blocks:
-            if isinstance(block, Block):  # the blocks of other pipeline stages leave an Identity in their place
-                x_BLD, routing = block(x_BLD, layout)
-                if routing is not None:
-                    routed.append(routing)
+        for number in layers:
+            x_BLD, routing = self.blocks[number](x_BLD, layout)
+            if routing is not None:
+                routed.append(routing)
         return x_BLD, routed
 
 

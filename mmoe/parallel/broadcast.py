@@ -55,7 +55,7 @@ def _send(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
     sizes = [_aligned(torch.Size(shape).numel() * dtype.itemsize) for shape, dtype in kinds]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8)
     for part, tensor in zip(buffer.split(sizes), tensors):
-        part[: tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
+        part[: tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten())
     buffer = buffer.to(device)
     dist.broadcast(buffer, group_src=0, group=group)
     parts = zip(buffer.split(sizes), kinds, strict=True)

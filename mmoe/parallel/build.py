@@ -7,7 +7,9 @@ from mmoe.config.tree import RunConfig
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.materialise import materialise
 from mmoe.parallel.mesh import Degrees, Mesh
-from mmoe.parallel.parallelize import check_layout, parallelize
+from mmoe.parallel.parallelize import check_layout, parallelize, recompute_and_compile
+from mmoe.parallel.pipeline import StageModel, check_stages, on_meta
+from mmoe.parallel.pipeline_schedule import Pipeline
 from mmoe.parallel.ranks import ManyRanks, OneProcess, Ranks
 from mmoe.parallel.sequence import check_length
 
@@ -16,15 +18,28 @@ def build(config: RunConfig, inputs: ModelInputs, sources: int, device: torch.de
     """Initialise the model, whole in one process, or this rank's part of it where there is a process group."""
     if not dist.is_initialized():
         model = config.model.build(inputs, seed=config.training.seed)
+        recompute_and_compile(model, config.parallel)
         return model.to(device=device, dtype=config.precision.parameter_dtype), OneProcess()
-    degrees = Degrees.of(config.parallel, dist.get_world_size())
+    degrees = degrees_of(config, dist.get_world_size())
+    return spread(config, inputs, sources, config.training.seed, Mesh(degrees, device.type), device)
+
+
+def degrees_of(config: RunConfig, world: int) -> Degrees:
+    """Of a run on `world` processes. Raises ConfigError where they, the model or the batch cannot be spread so."""
+    degrees = Degrees.of(config.parallel, world)
     check_layout(config.model, degrees)
     check_length(config.data.sequence_length, degrees.cp, degrees.tp)
     config.batch_of(degrees.replicas)  # raises where the batch does not divide
-    mesh = Mesh(degrees, device.type)
-    with torch.device("meta"):
-        model = MultimodalModel(config.model, inputs)
-    model.to(config.precision.parameter_dtype)
+    check_stages(config, degrees)
+    return degrees
+
+
+def spread(
+    config: RunConfig, inputs: ModelInputs, sources: int, seed: int, mesh: Mesh, device: torch.device
+) -> tuple[MultimodalModel, ManyRanks]:
+    """This rank's part of the model with its initial weights, and the rank."""
+    model = on_meta(config, inputs, mesh.degrees, mesh.rank("pp")).to(config.precision.parameter_dtype)
     parallelize(model, mesh, config.parallel, config.precision)
-    materialise(model, config.training.seed, config.model.init_std, config.model.layers, device)
-    return model, ManyRanks(mesh, config, sources, device)
+    materialise(model, seed, config.model.init_std, config.model.layers, device)
+    pipeline = Pipeline(model, mesh, config, device) if isinstance(model, StageModel) else None
+    return model, ManyRanks(mesh, config, sources, device, pipeline)

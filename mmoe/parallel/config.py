@@ -34,7 +34,7 @@ class ParallelConfig(Config):
     zero: Literal[1, 2, 3] = 3
     offload: bool = False  # parameters, gradients and optimizer states live in the CPU's memory
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # each block by torch.compile
+    compile: bool = False  # norms and dense networks by torch.compile
     schedule: Literal["1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
     stages_per_rank: int = Field(default=1, gt=0)  # more than one with interleaved_1f1b
     timeout_seconds: float = Field(default=600.0, gt=0)  # of a collective, before the run stops with a hang report

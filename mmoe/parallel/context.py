@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmoe.data.batch import PackedBatch
-from mmoe.models.attention import scaled_dot_product
+from mmoe.models.attention import differentiable, scaled_dot_product
 from mmoe.models.attention_rule import may_attend
 from mmoe.parallel.collectives import gather
 
@@ -57,7 +57,7 @@ class ContextPlan:
         k, v = (gather(x, self.group).flatten(0, 2)[self.order] for x in (k_BMGK, v_BMGK))
         q = q_BMHK.flatten(0, 1)
         parts = [_attend(piece, q[piece.start : piece.stop], k, v) for piece in self.pieces]
-        return torch.cat(parts).view(q_BMHK.shape)
+        return differentiable(torch.cat(parts), q, k, v).view(q_BMHK.shape)
 
 
 def _spans(own: list[int], border: list[int]) -> Iterator[tuple[int, int, int, int, int]]:

@@ -137,9 +137,7 @@ class VariableExchange:
         experts = self.local.experts
         expert = torch.where(dropped_HK, experts, expert_HK).flatten()  # dropped ones are sorted behind all others
         sent_SF = count(expert, experts + 1)[:-1].view(self.ranks, -1)
-        arrived_SF = torch.empty_like(sent_SF)
-        dist.all_to_all_single(arrived_SF, sent_SF, group=self.group)
-        received, sent = torch.stack([arrived_SF.sum(1), sent_SF.sum(1)]).tolist()
+        arrived_SF, received, sent = self._rows(sent_SF)
         rows = sum(sent)
         choice = expert.argsort(stable=True)
         row = torch.empty_like(choice)
@@ -153,6 +151,13 @@ class VariableExchange:
             dropped_TK=dropped_TK,
             complete=rows == len(choice),
         )
+
+    def _rows(self, sent_SF: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """Rows that come from each rank for each expert here, and the rows of each rank: received, sent."""
+        arrived_SF = torch.empty_like(sent_SF)
+        dist.all_to_all_single(arrived_SF, sent_SF, group=self.group)
+        received, sent = torch.stack([arrived_SF.sum(1), sent_SF.sum(1)]).tolist()
+        return arrived_SF, received, sent
 
     def _arrived(self, arrived_SF: Tensor, rows: int) -> Placement:
         """Rows arrive by rank, then by expert."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mmoe.models.decoder import MultimodalModel
+from mmoe.models.moe.router import Router
 from mmoe.parallel.mesh import Mesh
 
 
@@ -34,26 +34,33 @@ def _copied(parameter: Tensor) -> bool:
 
 
 def total_norms(
-    model: MultimodalModel, mesh: Mesh, device: torch.device, layers: int, first_layer: int, experts: int
+    parameters: list[nn.Parameter],
+    routers: list[Router],
+    rows: list[int],
+    shape: tuple[int, int],
+    mesh: Mesh,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The L2 norm of all gradients of the model, each parameter counted once, and that of each expert's router
-    weights [N, E], `layers` = N of the whole model, of which those here begin with `first_layer`. One reduction.
+    """The L2 norm of all gradients, each of the whole model's parameters counted once, and that of each expert's
+    router weights [N, E], the `shape` for the whole model, in which `rows` are those of the `routers` here.
+
+    `parameters` are those here, without copies of another pipeline stage's. One reduction.
     """
     degrees = mesh.degrees
     square = torch.zeros((), dtype=torch.float64, device=device)
     for copies in (False, True):
         held = degrees.dp_replicate * (degrees.tp if copies else 1)  # ranks that hold the same shard
-        gradients = [p.grad for p in model.parameters() if p.grad is not None and _copied(p) is copies]
+        gradients = [p.grad for p in parameters if p.grad is not None and _copied(p) is copies]
         shards = [shard for shard in map(local, gradients) if shard.numel()]
         if shards:
             square += nn.utils.get_total_norm(shards).double().to(device).square() / held
-    rows_NE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
-    for number, router in enumerate(model.decoder.routers, start=first_layer):
+    rows_NE = torch.zeros(shape, dtype=torch.float64, device=device)
+    for row, router in zip(rows, routers, strict=True):
         gradient = router.weight.grad
         if gradient is not None and local(gradient).numel():
             _, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
             norms = torch.linalg.vector_norm(local(gradient), dim=1).double().square()
-            rows_NE[number, offset[0] : offset[0] + len(norms)] = norms / (degrees.dp_replicate * degrees.tp)
+            rows_NE[row, offset[0] : offset[0] + len(norms)] = norms / (degrees.dp_replicate * degrees.tp)
     sums = torch.cat([square[None], rows_NE.flatten()])
     dist.all_reduce(sums)
     norms = sums.sqrt()

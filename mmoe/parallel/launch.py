@@ -25,7 +25,7 @@ from rich.console import Console
 
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.launch_errors import name_ranks, rank_log, record_error, restart_count
+from mmoe.parallel.launch_errors import StoppedError, name_ranks, rank_log, record_error, restart_count
 from mmoe.parallel.launch_store import join
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -40,8 +40,8 @@ def processes(config: ParallelConfig, run_folder: Path, console: Console) -> Ite
     """Join the process group that torchrun's environment describes; gives the number of processes.
 
     An error that leaves this context is written to RUN/errors.jsonl and given to torchrun, the group is left, and the
-    process ends non-zero: rank 0 by the error itself, the others by a silent exit. Raises `ConfigError` where the
-    degrees need several processes and torchrun has not started them.
+    process ends non-zero: rank 0 by the error (or a sentence on the one that came first elsewhere), the others by a
+    silent exit. Raises `ConfigError` where the degrees need several processes and torchrun has not started them.
     """
     if not all(name in os.environ for name in TORCHRUN):
         _check_one_process(config)
@@ -60,9 +60,11 @@ def processes(config: ParallelConfig, run_folder: Path, console: Console) -> Ite
         step, after = getattr(error, "at_step", None), getattr(error, "after", None)  # marked by the watcher
         record_error(run_folder, rank, error, step=step, after=after)
         _leave_after_error()
-        if rank == 0:
-            raise
-        raise SystemExit(1) from error
+        if rank > 0:
+            raise SystemExit(1) from error
+        if after is not None:
+            raise StoppedError(f"{after}; {run_folder / 'errors.jsonl'} has the errors of all ranks") from error
+        raise
     except BaseException:  # Ctrl-C, or an exit that somebody asked for
         _leave_after_error()
         raise

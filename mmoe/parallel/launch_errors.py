@@ -1,7 +1,7 @@
 """Where a run of several processes says what went wrong: RUN/errors.jsonl for all of them, a log for each.
 
 The terminal belongs to rank 0. Warnings of the others go to RUN/logs/rank-00003.log; the error that ends a process is
-one line of RUN/errors.jsonl, whichever rank it is of, and goes to torchrun too, which prints the first one it gets.
+one line of RUN/errors.jsonl, whichever rank it is of, and goes to torchrun too, which prints one of them.
 """
 
 import json
@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from mmoe.errors import MmoeError
+
+
+class StoppedError(MmoeError):
+    """A process that ends because the run hangs, another rank failed, or torchrun is gone."""
 
 
 def restart_count() -> int:
@@ -41,8 +44,8 @@ def record_error(
 ) -> None:
     """Add `error` to `folder`/errors.jsonl; `after` says which failure of another rank it follows from.
 
-    One that follows from none goes to torchrun too, which prints the first that it gets. One write to a file opened
-    for appending: lines of ranks that fail together do not mix on a local disk.
+    torchrun is told the cause too: it prints what the first process says that it sees end, not the first to fail.
+    One write to a file opened for appending: lines of ranks that fail together do not mix on a local disk.
     """
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -61,18 +64,17 @@ def record_error(
         os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
     finally:
         os.close(descriptor)
-    if after is None:
-        _tell_torchrun(line, sentence=isinstance(error, MmoeError))
+    shown = line["message"] if isinstance(error, MmoeError) else line["traceback"]
+    _tell_torchrun(shown if after is None else f"{after}; {folder / 'errors.jsonl'} has the errors of all ranks")
 
 
-def _tell_torchrun(line: dict[str, Any], *, sentence: bool) -> None:
+def _tell_torchrun(text: str) -> None:
     """Write the file that torchrun reads once this process has ended, in the form of its own `ErrorHandler`."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    shown = line["message"] if sentence else line["traceback"]
-    extra = {"py_callstack": shown, "timestamp": str(int(time.time()))}
-    Path(path).write_text(json.dumps({"message": {"message": line["message"], "extraInfo": extra}}), encoding="utf-8")
+    extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
 
 
 class _RankLog(logging.Handler):

@@ -6,28 +6,19 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
-from mmoe.models.layers import SwiGLU
+from mmoe.models.layers import RMSNorm, SwiGLU
 from mmoe.models.moe.experts import Experts
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.expert import ShardedExperts, shard_experts, split_tokens
 from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.parallel.selective import selective_contexts
 from mmoe.parallel.tensor import check_tensor, shard_tensors
 from mmoe.precision.config import PrecisionConfig
-
-# What selective checkpointing keeps: the products, which cost the most to compute again.
-KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-}
 
 
 def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, precision: PrecisionConfig) -> None:
@@ -45,12 +36,23 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
                 split_tokens(block.network, mesh.axis("ep"))
             elif degrees.ep > 1:
                 shard_experts(block.network, mesh.axis("ep"))
-    for block in blocks:
-        if config.activation_checkpointing != "none":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **_kept(config))
-        if config.compile:
-            block.compile()
+    recompute_and_compile(model, config)
     _shard(model, blocks, mesh, config, precision)
+
+
+def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> None:
+    """What needs no other rank, block by block; names of parameters stay."""
+    for block in model.decoder.blocks:
+        if isinstance(block, Block):
+            if config.activation_checkpointing != "none":
+                again = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **again)
+            if config.compile:
+                # Attention goes from document to document and experts from group to group: graphs of these would be
+                # made anew for every batch (docs/decisions.md).
+                for module in block.modules():
+                    if isinstance(module, RMSNorm | SwiGLU):
+                        module.compile()
 
 
 def check_layout(config: ModelConfig, degrees: Degrees) -> None:
@@ -72,16 +74,6 @@ def check_layout(config: ModelConfig, degrees: Degrees) -> None:
                 f"{name} is {width}, which the {degrees.expert_shard} ranks that share an expert (dp_shard x cp x tp / "
                 "ep) do not divide; raise parallel.ep, or use dp_replicate for some of dp_shard"
             )
-
-
-def _kept(config: ParallelConfig) -> dict:
-    if config.activation_checkpointing == "full":
-        return {}
-
-    def policy(_, operation, *arguments, **options) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
 
 
 def _shard(

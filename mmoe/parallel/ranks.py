@@ -26,6 +26,7 @@ from mmoe.parallel.collectives import add_up, gather, gather_constant
 from mmoe.parallel.gradients import sum_over_tensor_ranks, total_norms
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import accumulate
+from mmoe.parallel.pipeline_schedule import Pipeline
 from mmoe.parallel.reports import sum_report, sum_routing
 from mmoe.parallel.sequence import Sharding
 from mmoe.parallel.tensor import VocabularyHead
@@ -40,6 +41,7 @@ class Ranks(Protocol):
     replica: int
     replicas: int
     first: bool  # whether this rank writes the run's files
+    pipeline: Pipeline | None  # what takes the place of `forward` and of a loop over micro-batches
 
     def tables(self) -> list[Table]:
         """To be printed at the start of a run."""
@@ -70,7 +72,7 @@ class Ranks(Protocol):
 
 
 class OneProcess:
-    replica, replicas, first = 0, 1, True
+    replica, replicas, first, pipeline = 0, 1, True, None
 
     def tables(self) -> list[Table]:
         return []
@@ -104,14 +106,16 @@ class OneProcess:
 class ManyRanks:
     """One of the ranks of `mesh`."""
 
-    def __init__(self, mesh: Mesh, config: RunConfig, sources: int, device: torch.device):
-        self.mesh, self.config, self.sources, self.device = mesh, config, sources, device
+    def __init__(
+        self, mesh: Mesh, config: RunConfig, sources: int, device: torch.device, pipeline: Pipeline | None = None
+    ):
+        self.mesh, self.config, self.sources, self.device, self.pipeline = mesh, config, sources, device, pipeline
         self.replica, self.replicas = mesh.replica, mesh.replicas
         self.first = dist.get_rank() == 0
         self.contrast_axis = self._contrast_axis()
 
     def tables(self) -> list[Table]:
-        return [self.mesh.degrees.table()]
+        return [self.mesh.degrees.table(), *([self.pipeline.table()] if self.pipeline else [])]
 
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
         return shared_steps(stream, self.mesh, micro_batches, self.device)
@@ -157,10 +161,14 @@ class ManyRanks:
         accumulate(model, self.config.parallel, last)
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        parameters = list(model.parameters())
+        if self.pipeline is not None:
+            self.pipeline.sum_tied()
+            parameters = self.pipeline.counted()
         sum_over_tensor_ranks(model, self.mesh)
-        layers, experts = self._routers()
-        norm, rows_NE = total_norms(model, self.mesh, self.device, layers, 0, experts)
-        return norm, rows_NE if layers else None
+        shape = self._routers()
+        norm, rows_NE = total_norms(parameters, model.decoder.routers, self._rows(), shape, self.mesh, self.device)
+        return norm, rows_NE if shape[0] else None
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         return add_up(x, self.mesh.group("data"))
@@ -173,7 +181,11 @@ class ManyRanks:
         if not layers:
             return None
         counts = self.mesh.rank("sequence") == 0
-        return sum_routing(routing, (layers, self.sources, experts), 0, counts, self.device)
+        return sum_routing(routing, (layers, self.sources, experts), self._rows(), counts, self.device)
+
+    def _rows(self) -> list[int]:
+        """Of the routers here, among those of the whole model."""
+        return list(range(self._routers()[0])) if self.pipeline is None else self.pipeline.rows
 
     def _routers(self) -> tuple[int, int]:
         """Layers of experts of the whole model, and experts of each."""

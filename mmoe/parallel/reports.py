@@ -46,11 +46,11 @@ def sum_report(report: LossReport, sources: int, device: torch.device) -> LossRe
 
 
 def sum_routing(
-    routing: RoutingStatistics | None, shape: tuple[int, int, int], first_layer: int, counts: bool, device: torch.device
+    routing: RoutingStatistics | None, shape: tuple[int, int, int], rows: list[int], counts: bool, device: torch.device
 ) -> RoutingStatistics:
     """Of all ranks; `shape` is (layers of experts, sources, experts) of the whole model.
 
-    `routing` is of the layers from `first_layer` on; a rank whose peers counted the same tokens has `counts` False.
+    `routing` is of the layers `rows`; a rank whose peers counted the same tokens has `counts` False.
     """
     layers, sources, experts = shape
     by_cell = (layers, len(Modality), sources, experts)
@@ -61,8 +61,8 @@ def sum_routing(
     if routing is not None and counts:
         for name, table in zip(names, tables, strict=True):
             value = getattr(routing, name)
-            rows = table[first_layer : first_layer + len(value)]
-            (rows[:, :, : value.shape[2]] if value.ndim == 4 else rows).copy_(value)
+            for row, layer in zip(rows, value, strict=True):
+                (table[row, :, : layer.shape[1]] if value.ndim == 4 else table[row]).copy_(layer)
     flat = torch.cat([table.flatten() for table in tables])
     dist.all_reduce(flat)
     whole = {"load_NMSE", "drops_NMSE", "would_drop_NC", "tokens_N"}  # exact in float64 below 2^53

@@ -117,7 +117,8 @@ class VocabularyEmbedding(nn.Module):
         weight, group = self.weight.to_local(), self.mesh.get_group()
         ids_nBH = gather_constant(ids_BH, group) - first_id(self.weight.shape[0], self.mesh)
         here = (ids_nBH >= 0) & (ids_nBH < len(weight))
-        vectors = F.embedding(torch.where(here, ids_nBH, 0), weight) if len(weight) else weight.sum() * here[..., None]
+        none = weight.sum(0).expand(*here.shape, -1)  # of a rank without ids: zeros, with a gradient
+        vectors = F.embedding(torch.where(here, ids_nBH, 0), weight) if len(weight) else none
         return split_sum(torch.where(here[..., None], vectors, 0), group)
 
 

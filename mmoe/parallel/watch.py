@@ -29,17 +29,12 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
-from mmoe.errors import MmoeError
 from mmoe.parallel.launch import MARGIN_SECONDS
-from mmoe.parallel.launch_errors import record_error
+from mmoe.parallel.launch_errors import StoppedError, record_error
 from mmoe.parallel.watch_report import report, verdict
 from mmoe.parallel.watch_state import MainThread, State, blocking_call, collectives, place, stack
 
 STORE_SECONDS = 10.0  # for one question to the store; and the longest that a rank is waited for
-
-
-class StoppedError(MmoeError):
-    """A process that was ended by its watcher: the run hangs, another rank failed, or torchrun is gone."""
 
 
 class Watch:

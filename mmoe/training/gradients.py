@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from mmoe.data.batch import PackedBatch
 from mmoe.data.deal import Reach
 from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
 from mmoe.losses.total import LossReport, PlannedCounts, compute
-from mmoe.models.decoder import MultimodalModel
+from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import StepLoads
 from mmoe.models.moe.statistics import RoutingStatistics
+from mmoe.parallel.pipeline_schedule import Around, Losses
 from mmoe.parallel.ranks import Ranks
 from mmoe.tokenizers.vocabulary import Vocabulary
 
@@ -62,46 +63,70 @@ def step_gradients(
 
     `seed` is of all that the step draws: every micro-batch of every replica draws numbers of its own.
     """
-    ranks, losses = setting.ranks, setting.config.losses
-    report, routing, loads = LossReport.zero(), None, StepLoads(ranks.sum_over_data)
-    cached: Iterable[CachedInfoNCE | None] = repeat(None)
+    ranks, around = setting.ranks, partial(_forward, setting, seed)
+    cached: list[CachedInfoNCE | None] = [None] * setting.micro_batches
     if setting.cached and counts.pairs:
         batches = list(batches)
-        cached = _contrast(model, batches, setting, seed)
-    for number, (batch, contrast) in enumerate(zip(batches, cached)):
-        batch = batch.to(setting.device)
-        ranks.before_backward(model, last=number + 1 == setting.micro_batches)
-        with _forward(setting, seed, number):
-            output = ranks.forward(model, batch)
-            part = ranks.part(model)
-            part_report = compute(model, output, batch, counts, losses, setting.vocabulary, loads, part, contrast)
-        part_report.objective.backward()
-        report = report + part_report.detach()
-        if output.routing is not None:
-            routing = output.routing if routing is None else routing + output.routing
+        cached = _contrast(model, batches, setting, around)
+
+    def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: StepLoads) -> LossReport:
+        config, part = setting.config.losses, ranks.part(model)
+        return compute(model, output, batch, counts, config, setting.vocabulary, loads, part, cached[number])
+
+    if ranks.pipeline is None:
+        report, routing, loads = _one_by_one(model, batches, losses, setting, around)
+    else:
+        report, routing, loads = ranks.pipeline.run([batch.to(setting.device) for batch in batches], losses, around)
     norm, router_norms = ranks.finish_gradients(model)
     return StepGradients(ranks.sum_report(report), ranks.sum_routing(routing), loads, norm, router_norms)
 
 
-def _contrast(
-    model: MultimodalModel, batches: list[PackedBatch], setting: StepSetting, seed: int
-) -> list[CachedInfoNCE]:
-    """The first pass of two: the contrastive losses of all micro-batches and their gradients by embedding."""
-    embedded = []
-    part = setting.ranks.part(model)
+def _one_by_one(
+    model: MultimodalModel, batches: Iterable[PackedBatch], losses: Losses, setting: StepSetting, around: Around
+) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+    """Each micro-batch forward and backward before the next one."""
+    ranks = setting.ranks
+    report, routing, loads = LossReport.zero(), None, StepLoads(ranks.sum_over_data)
     for number, batch in enumerate(batches):
         batch = batch.to(setting.device)
-        with torch.no_grad(), _forward(setting, seed, number):
-            hidden = setting.ranks.forward(model, batch).hidden
-            pairs = part.own_pairs(batch.pairs)
-            embedded.append(Embedded(*model.contrast(hidden, pairs, batch.modality), pairs))
-    return cache(embedded, setting.config.losses.contrastive.tau, part.gather_pairs)
+        ranks.before_backward(model, last=number + 1 == setting.micro_batches)
+        with around(number):
+            output = ranks.forward(model, batch)
+            part_report = losses(output, batch, number, loads)
+        part_report.objective.backward()
+        report = report + part_report.detach()
+        if output.routing is not None:
+            routing = output.routing if routing is None else routing + output.routing
+    return report, routing, loads
+
+
+def _contrast(
+    model: MultimodalModel, batches: list[PackedBatch], setting: StepSetting, around: Around
+) -> list[CachedInfoNCE]:
+    """The first pass of two: the contrastive losses of all micro-batches and their gradients by embedding.
+
+    Of a pipeline, the ranks of the last stage have them; the list of the others is empty.
+    """
+    ranks, embedded = setting.ranks, []
+    part = ranks.part(model)
+    for number, batch in enumerate(batches):
+        batch = batch.to(setting.device)
+        with torch.no_grad():
+            if ranks.pipeline is not None:
+                hidden = ranks.pipeline.hidden(batch, number, around)
+            else:
+                with around(number):
+                    hidden = ranks.forward(model, batch).hidden
+            if hidden is not None:
+                pairs = part.own_pairs(batch.pairs)
+                embedded.append(Embedded(*model.contrast(hidden, pairs, batch.modality), pairs))
+    return cache(embedded, setting.config.losses.contrastive.tau, part.gather_pairs) if embedded else []
 
 
 @contextmanager
-def _forward(setting: StepSetting, seed: int, number: int) -> Iterator[None]:
-    """Around the forward pass of a micro-batch, which draws the same numbers whenever it is run."""
-    entropy = (seed, setting.ranks.replica * setting.micro_batches + number)
+def _forward(setting: StepSetting, seed: int, number: int, stage: int = 0) -> Iterator[None]:
+    """Around the forward pass of a micro-batch through a stage, which draws the same numbers whenever it is run."""
+    entropy = (seed, setting.ranks.replica * setting.micro_batches + number, stage)
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
     with setting.config.precision.autocast(setting.device):
         yield

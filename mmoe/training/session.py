@@ -1,5 +1,6 @@
 """One call of `mmoe train`: build or resume the run, train, evaluate, report."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int |
 
     Under torchrun every process calls this. The first one evaluates, alone, from the last checkpoint.
     """
+    _check_restarts(fresh, from_step)
     folder = Path(config.training.run)
     with PeakMemory() as memory:
         with processes(config.parallel, folder, console) as world:
@@ -66,6 +68,16 @@ def _train(
     else:
         trainer.train()
     return run, trainer.step == trainer.last_step
+
+
+def _check_restarts(fresh: bool, from_step: int | None) -> None:
+    """Raises ConfigError where torchrun would repeat at every restart what is meant for one start."""
+    option = "--fresh" if fresh else "--from-step" if from_step is not None else None
+    if option and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ConfigError(
+            f"{option} with torchrun --max-restarts would take the run back at every restart; begin with --max-restarts "
+            "0 and --stop-after, then start again without it"
+        )
 
 
 def _start_over(run: Run) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.checkpoint.rng import capture_rng, restore_rng
@@ -89,8 +90,9 @@ class Trainer:
                     callback.on_step(self, result)
                 if self.checkpoints.config.due(self.step, self.last_step):
                     self.save()
-        if self.step and self.step != self.checkpoints.latest_step():
-            self.save()
+            if self.step and self.step != self.checkpoints.latest_step():
+                watch.beat(self.step, "checkpoint")
+                self.save()
         for callback in self.callbacks:
             callback.on_end(self)
 
@@ -117,8 +119,9 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if config.model.moe is not None and config.model.moe.bias_rate:
-            update_choice_bias(model.decoder.routers, gradients.loads.total(), config.model.moe.bias_rate)
+        routers = model.decoder.routers  # a pipeline stage may have none
+        if routers and config.model.moe.bias_rate:
+            update_choice_bias(routers, gradients.loads.total(), config.model.moe.bias_rate)
         self.step += 1
         self.stream_state = self.stream.state(data)
         return StepResult(
@@ -179,11 +182,15 @@ def _broken_router(routing: RoutingWindow) -> str:
 
 @contextmanager
 def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the current step, saved; the second one kills it."""
+    """The first Ctrl-C (or SIGTERM) ends the run after the current step, saved; the second one kills it.
+
+    A second SIGTERM does nothing where there are other processes: a scheduler and torchrun may both send one.
+    """
 
     def handler(number: int, frame: Any) -> None:
         trainer.interrupted = True
-        signal.signal(number, previous[number])
+        alone = number == signal.SIGINT or not dist.is_initialized()
+        signal.signal(number, previous[number] if alone else signal.SIG_IGN)
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -17,3 +17,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     with Pool(4, tmp_path_factory.mktemp("four")) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    with Pool(8, tmp_path_factory.mktemp("eight")) as pool:
+        yield pool

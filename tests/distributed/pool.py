@@ -1,6 +1,8 @@
 """Gloo processes that stay: each runs the functions it is sent in turn, on one process group."""
 
 import os
+import queue
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,45 +13,71 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 120
+SECONDS = 120  # for one function
+GRACE = 5  # for the other ranks, once one has failed
 
 
 class Pool:
-    """`world` processes; a function is sent to all of them and must be importable. Use as a context manager."""
+    """`world` processes; a function is sent to all of them and must be importable. Use as a context manager.
+
+    After a failure the processes are started anew: those that waited for the failed one are of no use.
+    """
 
     def __init__(self, world: int, folder: Path):
-        context = mp.get_context("spawn")
-        self.world = world
-        self._tasks = [context.SimpleQueue() for _ in range(world)]
-        self._results = context.Queue()
-        store = folder / f"store-{world}"
-        self._processes = [
-            context.Process(
-                target=_serve, args=(rank, world, str(store), self._tasks[rank], self._results), daemon=True
-            )
-            for rank in range(world)
-        ]
+        self.world, self.folder, self.starts = world, folder, 0
 
     def __enter__(self) -> "Pool":
+        context = mp.get_context("spawn")
+        self._tasks = [context.SimpleQueue() for _ in range(self.world)]
+        self._results = context.Queue()
+        store = self.folder / f"store-{self.world}-{self.starts}"
+        self.starts += 1
+        self._processes = [
+            context.Process(
+                target=_serve, args=(rank, self.world, str(store), self._tasks[rank], self._results), daemon=True
+            )
+            for rank in range(self.world)
+        ]
         for process in self._processes:
             process.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for queue in self._tasks:
-            queue.put(None)
+        for tasks in self._tasks:
+            tasks.put(None)
         for process in self._processes:
-            process.join(5)
+            process.join(GRACE)
             process.kill()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `function(*arguments)` returned on every rank; raises AssertionError with the ranks' tracebacks."""
-        for queue in self._tasks:
-            queue.put((function, arguments))
-        answers = dict(self._results.get(timeout=SECONDS) for _ in range(self.world))
-        failures = [f"rank {rank}:\n{answer}" for rank, (failed, answer) in sorted(answers.items()) if failed]
-        assert not failures, "\n".join(failures)
-        return [answers[rank][1] for rank in range(self.world)]
+        for tasks in self._tasks:
+            tasks.put((function, arguments))
+        answers, failures = self._answers()
+        if failures:
+            for process in self._processes:
+                process.kill()
+            self.__enter__()
+        assert not failures, "\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
+        return [answers[rank] for rank in range(self.world)]
+
+    def _answers(self) -> tuple[dict[int, Any], dict[int, str]]:
+        """What the ranks returned, and how those failed that did."""
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        end = time.monotonic() + SECONDS
+        while len(answers) + len(failures) < self.world and time.monotonic() < end:
+            try:
+                rank, failed, answer = self._results.get(timeout=0.5)
+            except queue.Empty:
+                dead = {rank: "it has ended" for rank, p in enumerate(self._processes) if not p.is_alive()}
+                failures = dead | failures
+            else:
+                (failures if failed else answers)[rank] = answer
+            if failures:
+                end = min(end, time.monotonic() + GRACE)
+        silent = set(range(self.world)) - answers.keys() - failures.keys()
+        return answers, failures | {rank: "it has not answered" for rank in silent}
 
 
 def _serve(rank: int, world: int, store: str, tasks, results) -> None:
@@ -62,10 +90,13 @@ def _serve(rank: int, world: int, store: str, tasks, results) -> None:
         world_size=world,
         timeout=timedelta(seconds=SECONDS / 2),
     )
-    while (task := tasks.get()) is not None:
-        function, arguments = task
+    while True:
         try:
-            results.put((rank, (False, function(*arguments))))
+            task = tasks.get()  # imports the function's module
+            if task is None:
+                break
+            function, arguments = task
+            results.put((rank, False, function(*arguments)))
         except Exception:
-            results.put((rank, (True, traceback.format_exc())))
+            results.put((rank, True, traceback.format_exc()))
     dist.destroy_process_group()

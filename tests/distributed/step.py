@@ -1,11 +1,13 @@
 """One optimizer step on random packed multimodal documents, in any layout: what the layouts are compared by."""
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,16 +17,20 @@ from mmoe.data.deal import deal
 from mmoe.data.sample import Modality
 from mmoe.losses.total import LossConfig, PlannedCounts
 from mmoe.models.decoder import ModelConfig, MultimodalModel
+from mmoe.models.embeddings import ModelInputs
+from mmoe.models.moe.balance import update_choice_bias
+from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients
+from mmoe.optim.muon import MuonConfig, build_optimizer
+from mmoe.parallel.build import spread
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.materialise import materialise
 from mmoe.parallel.mesh import Degrees, Mesh
-from mmoe.parallel.parallelize import check_layout, parallelize
-from mmoe.parallel.ranks import ManyRanks, OneProcess
+from mmoe.parallel.parallelize import check_layout
+from mmoe.parallel.pipeline import check_stages
+from mmoe.parallel.ranks import OneProcess
 from mmoe.precision.config import PrecisionConfig
 from mmoe.training.gradients import StepGradients, StepSetting, step_gradients
-from tests.models.random_batch import INPUTS, VOCABULARY, pack, random_sequences
+from tests.models.random_batch import INPUTS, VOCABULARY, pack, random_document, random_sequences
 
-SEQUENCES = 4
 MODEL: dict[str, Any] = {
     "d_model": 32,
     "layers": 2,
@@ -40,47 +46,65 @@ LOSSES: dict[str, Any] = {"contrastive": {"weight": 0.3}, "action": {"weight": 0
 
 @dataclass(frozen=True)
 class Case:
-    """A step: `micro` sequences a micro-batch; keys of `model` and `losses` replace those above."""
+    """A step of `sequences`, `micro` of them a micro-batch; keys of `model` and `losses` replace those above.
+
+    The table of token vectors has `spare_ids` more rows than there are ids. Of the sequences named in `poor`, one is
+    of ``text`` alone, has one ``short`` text or holds ``nothing``.
+    """
 
     compute: str = "float64"
     micro: int = 1
-    model: dict[str, Any] | None = None
-    losses: dict[str, Any] | None = None
-    parallel: dict[str, Any] | None = None
+    sequences: int = 4
+    spare_ids: int = 0
+    poor: dict[int, str] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> ModelInputs:
+        return replace(INPUTS, vocabulary_size=INPUTS.vocabulary_size + self.spare_ids)
 
 
 def config_of(case: Case, replicas: int) -> SimpleNamespace:
     """The parts of a RunConfig that a step reads."""
-    losses = validate(LossConfig, {**LOSSES, **(case.losses or {})}, "case")
-    moe = {**MODEL["moe"], **(case.model or {}).get("moe", {})}
-    if case.compute == "float64":
+    losses = validate(LossConfig, {**LOSSES, **case.losses}, "case")
+    changed = case.model.get("moe", {})
+    moe = None if changed is None else {**MODEL["moe"], **changed}
+    if moe and case.compute == "float64":
         moe["engine"] = "loop"
-    model = validate(ModelConfig, {**MODEL, **(case.model or {}), "moe": moe}, "case")
-    group = losses.contrastive.group_sequences or SEQUENCES
+    model = validate(ModelConfig, {**MODEL, **case.model, "moe": moe}, "case")
     batch = SimpleNamespace(
-        sequences=SEQUENCES, micro_batch_sequences=case.micro, accumulation=SEQUENCES // (case.micro * replicas)
+        sequences=case.sequences,
+        micro_batch_sequences=case.micro,
+        accumulation=case.sequences // (case.micro * replicas),
     )
     return SimpleNamespace(
         model=model,
         losses=losses,
-        contrastive_group=group,
+        contrastive_group=losses.contrastive.group_sequences or case.sequences,
         precision=PrecisionConfig(compute=case.compute),
-        parallel=validate(ParallelConfig, case.parallel or {}, "case"),
+        parallel=validate(ParallelConfig, case.parallel, "case"),
         batch_of=lambda replicas: batch,
     )
 
 
-def batches_of(case: Case, group: int, replica: int, replicas: int) -> tuple[list[PackedBatch], PlannedCounts]:
+def batches_of(
+    case: Case, group: int, replica: int, replicas: int, seed: int = 3
+) -> tuple[list[PackedBatch], PlannedCounts]:
     """The micro-batches of a replica, and the counts of the whole step."""
-    sequences = random_sequences(3, SEQUENCES, 4)
+    sequences = random_sequences(seed, case.sequences, 4)
+    for number, kind in case.poor.items():
+        rng = np.random.default_rng(number)
+        documents = {"text": 3, "short": 1, "nothing": 0}[kind]
+        sequences[number] = [random_document(rng, "text") for _ in range(documents)]
     longest = max(sum(map(len, sequence)) for sequence in sequences) + 5
     length = -(-longest // 32) * 32
     whole = pack(sequences, length)
     labels = np.bincount(VOCABULARY.modality_of(whole.labels[whole.labels >= 0].numpy()), minlength=len(Modality))
     planned = SimpleNamespace(labels=labels, action_elements=int(whole.action_mask.sum()), pairs=len(whole.pairs.group))
-    losses = config_of(case, replicas).losses
-    counts = PlannedCounts.of(planned, losses, SEQUENCES)
-    costs = np.arange(SEQUENCES)
+    counts = PlannedCounts.of(planned, config_of(case, replicas).losses, case.sequences)
+    costs = np.arange(case.sequences)
     mine = deal(costs, group, case.micro, replicas)[replica].tolist()
     batches = []
     for first in range(0, len(mine), case.micro):
@@ -93,42 +117,97 @@ def batches_of(case: Case, group: int, replica: int, replicas: int) -> tuple[lis
     return batches, counts
 
 
+@functools.cache
+def mesh_of(degrees: Degrees) -> Mesh:
+    """Once in a process: to make its groups takes longer than a step."""
+    return Mesh(degrees)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A rank of a case, with its part of the model; all weights are a function of their names."""
+
+    case: Case
+    setting: StepSetting
+    model: MultimodalModel
+
+    @classmethod
+    def of(cls, case: Case, world: int) -> "Worker":
+        device, config = torch.device("cpu"), config_of(case, 1)
+        ranks: Any = OneProcess()
+        if world > 1:
+            degrees = Degrees.of(config.parallel, world)
+            config = config_of(case, degrees.replicas)
+            check_layout(config.model, degrees)
+            check_stages(config, degrees)
+            model, ranks = spread(config, case.inputs, 3, 7, mesh_of(degrees), device)
+        else:
+            model = config.model.build(case.inputs, 7).to(config.precision.parameter_dtype)
+        return cls(case, StepSetting.of(config, VOCABULARY, device, ranks), model.train())
+
+    def gradients(self, seed: int = 3) -> StepGradients:
+        ranks = self.setting.ranks
+        group = self.setting.config.contrastive_group
+        batches, counts = batches_of(self.case, group, ranks.replica, ranks.replicas, seed)
+        return step_gradients(self.model, batches, counts, self.setting, seed=11)
+
+    @property
+    def routers(self) -> list[int]:
+        """The layers of experts here, by their numbers among all."""
+        pipeline = self.setting.ranks.pipeline
+        return list(range(len(self.model.decoder.routers))) if pipeline is None else pipeline.rows
+
+    def of_all_stages(self, here: dict[Any, np.ndarray]) -> dict[Any, np.ndarray]:
+        """What all ranks of pp hold together; where several hold the same, it is equal in every bit."""
+        if self.setting.ranks.pipeline is None:
+            return here
+        mesh = self.setting.ranks.mesh
+        parts: list[dict[Any, np.ndarray]] = [{}] * mesh.size("pp")
+        dist.all_gather_object(parts, here, mesh.group("pp"))
+        together: dict[Any, np.ndarray] = {}
+        for name, value in (item for part in parts for item in part.items()):
+            assert np.array_equal(together.setdefault(name, value), value), name
+        return dict(sorted(together.items()))
+
+
 def run_step(case: Case, world: int) -> dict[str, Any]:
-    """Loss, norm, terms, and every gradient by name, whole."""
-    device, config = torch.device("cpu"), config_of(case, 1)
-    ranks: Any = OneProcess()
-    if world > 1:
-        degrees = Degrees.of(config.parallel, world)
-        config = config_of(case, degrees.replicas)
-        check_layout(config.model, degrees)
-        mesh = Mesh(degrees)
-        ranks = ManyRanks(mesh, config, 3, device)
-        with torch.device("meta"):
-            model = MultimodalModel(config.model, INPUTS)
-        model.to(config.precision.parameter_dtype)
-        parallelize(model, mesh, config.parallel, config.precision)
-        materialise(model, 7, config.model.init_std, config.model.layers, device)
-    else:
-        model = config.model.build(INPUTS, 7).to(config.precision.parameter_dtype)
-    model.train()
-    batches, counts = batches_of(case, config.contrastive_group, ranks.replica, ranks.replicas)
-    step = step_gradients(model, batches, counts, StepSetting.of(config, VOCABULARY, device, ranks), seed=11)
-    return summary(model, step)
-
-
-def summary(model: MultimodalModel, step: StepGradients) -> dict[str, Any]:
-    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    """All that a step leaves, the same on every rank; the gradients by name and whole, on the first only."""
+    worker = Worker.of(case, world)
+    ranks, step = worker.setting.ranks, worker.gradients()
+    gradients = {name: whole(p.grad).numpy() for name, p in worker.model.named_parameters() if p.grad is not None}
+    routing, loads = step.routing, {}
+    if rows := worker.routers:
+        loads = dict(zip(rows, step.loads.total().numpy(), strict=True))
+    merged = worker.of_all_stages(gradients)
     return {
         "loss": float(step.report.total),
         "norm": float(step.norm),
         "terms": {name: float(value) for name, value in step.report.terms.items()},
         "events": {name: float(value) for name, value in step.report.events.items()},
-        "items": {name: value.tolist() for name, value in step.report.items.items()},
-        "load": step.routing.load_NMSE.tolist(),
-        "drops": step.routing.drops_NMSE.tolist(),
-        "router_norms": step.router_norms_NE.tolist(),
-        "gradients": {name: value.numpy() for name, value in gradients.items()},
+        "items": {name: value.numpy() for name, value in step.report.items.items()},
+        "routing": {} if routing is None else {f.name: getattr(routing, f.name).numpy() for f in fields(routing)},
+        "loads": worker.of_all_stages(loads),
+        "router_norms": None if routing is None else step.router_norms_NE.numpy(),
+        "gradients": merged if ranks.first else {},
     }
+
+
+def train(case: Case, world: int, muon: bool, steps: int) -> dict[str, np.ndarray]:
+    """Every weight and buffer by name, whole, after so many optimizer steps; on the first rank."""
+    worker = Worker.of(case, world)
+    model, moe = worker.model, worker.setting.config.model.moe
+    optimizer = build_optimizer(model, AdamWConfig(), MuonConfig() if muon else None)
+    for number in range(steps):
+        step = worker.gradients(seed=number)
+        clip_gradients(model.parameters(), step.norm, ClipConfig(max_norm=0.5))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        optimizer.step()
+        optimizer.zero_grad()
+        if moe is not None and moe.bias_rate and model.decoder.routers:
+            update_choice_bias(model.decoder.routers, step.loads.total(), moe.bias_rate)
+    weights = worker.of_all_stages({name: whole(value).numpy() for name, value in model.state_dict().items()})
+    return weights if worker.setting.ranks.first else {}
 
 
 def whole(x: Tensor) -> Tensor:

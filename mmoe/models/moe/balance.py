@@ -52,6 +52,14 @@ class StepLoads:
         """Count a micro-batch of this rank."""
         self._load_NE = load_NE if self._load_NE is None else self._load_NE + load_NE
 
+    @classmethod
+    def join(cls, parts: "list[StepLoads]") -> "StepLoads":
+        """Of the layers of several, in that order; a part to which nothing was added has none."""
+        joined = cls(parts[0]._reduce)
+        if added := [part._load_NE for part in parts if part._load_NE is not None]:
+            joined.add(torch.cat(added))
+        return joined
+
     def total(self) -> Tensor:
         """[N, E] i64, of all ranks. Raises ValueError where nothing was added."""
         if self._load_NE is None:

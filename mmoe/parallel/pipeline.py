@@ -1,0 +1,150 @@
+"""Pipeline stages: which layers and heads are on which rank.
+
+A stage is a run of layers. Stage s is on rank s % pp of the axis, so that with several stages a rank every rank gets
+early and late layers (Narayanan et al. 2021, section 2.2). The embeddings go with the first stage, the last norm and
+all heads with the last one; a token table that is also the unembedding is on both.
+"""
+
+from functools import cache
+from itertools import accumulate, pairwise
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from mmoe.config.tree import RunConfig
+from mmoe.data.batch import PackedBatch
+from mmoe.errors import ConfigError
+from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel, gather_routing
+from mmoe.models.embeddings import ModelInputs
+from mmoe.models.layout import Layout
+from mmoe.models.moe.layer import MoELayer
+from mmoe.parallel.mesh import Degrees
+
+TIED = "embeddings.token.weight"
+
+
+class StageModel(MultimodalModel):
+    """The stages of one rank of pp: parameters that belong elsewhere are not there, the others keep their names.
+
+    ``layers[s]`` are the layers of stage s of the whole model, ``here`` the stages of this rank.
+    """
+
+    def __init__(self, config: ModelConfig, inputs: ModelInputs, stages: int, ranks: int, rank: int):
+        super().__init__(config, inputs)
+        self.costs = costs(self)
+        self.layers = deal_layers(self.costs, stages)
+        self.here = range(rank, stages, ranks)
+        self.tied = config.tie_embeddings
+        kept = {layer for stage in self.here for layer in self.layers[stage]}
+        for layer in range(config.layers):
+            if layer not in kept:
+                self.decoder.blocks[layer] = nn.Identity()
+        if not self.is_last(self.here[-1]):
+            self.decoder.norm = nn.Identity()
+            self.unembedding = self.action = self.contrastive = None
+        if self.here[0] > 0:
+            self._keep_table()
+
+    def is_last(self, stage: int) -> bool:
+        return stage == len(self.layers) - 1
+
+    @property
+    def copy(self) -> str | None:
+        """The parameter here that is a copy of the first stage's."""
+        return TIED if self.here[0] > 0 and self.embeddings is not None else None
+
+    def _keep_table(self) -> None:
+        """Of the embeddings, what the head needs."""
+        if self.tied and self.is_last(self.here[-1]):
+            self.embeddings.camera = self.embeddings.time = None
+            self.embeddings.values = nn.ModuleDict()
+        else:
+            self.embeddings = None
+
+    def forward(self, stage: int, layout: Layout, entering: PackedBatch | Tensor) -> ModelOutput:
+        """One `stage`, from the batch (of the positions here) or from the hidden states of the stage before.
+
+        `routing` and the router losses are of this stage's own layers, means over them.
+        """
+        x_BLD = self.embeddings(entering) if stage == 0 else entering
+        x_BLD, routed = self.decoder.through(x_BLD, layout, self.layers[stage])
+        return ModelOutput(self.decoder.norm(x_BLD) if self.is_last(stage) else x_BLD, *gather_routing(routed))
+
+    def table(self, ranks: int, micro_batches: int) -> Table:
+        """The stages, to be printed at the start of a run."""
+        table = Table("stage", "rank of pp", "layers", "work", title_justify="left")
+        total = sum(self.costs)
+        for stage, layers in enumerate(self.layers):
+            share = sum(self.costs[layers.start : layers.stop]) / total
+            table.add_row(str(stage), str(stage % ranks), f"{layers.start} to {layers.stop - 1}", f"{share:.1%}")
+        # The share of a step in which a rank waits, were all stages equal (Narayanan et al. 2021, section 2.2).
+        idle = (ranks - 1) / (len(self.here) * micro_batches + ranks - 1)
+        table.caption = f"{micro_batches} micro-batches a step leave a rank idle for {idle:.0%} of it"
+        return table
+
+
+def check_stages(config: RunConfig, degrees: Degrees) -> None:
+    """Raises ConfigError where the layers or the micro-batches do not fit the pipeline."""
+    pp, each, layers = degrees.pp, config.parallel.stages_per_rank, config.model.layers
+    if pp * each > layers:
+        raise ConfigError(
+            f"parallel.pp {pp} x parallel.stages_per_rank {each} = {pp * each} stages, but model.layers is {layers} "
+            "and every stage needs one; lower parallel.pp or parallel.stages_per_rank"
+        )
+    micro_batches = config.batch_of(degrees.replicas).accumulation
+    rounds = max(1, micro_batches // pp)
+    if each > 1 and micro_batches % rounds:
+        raise ConfigError(
+            f"a step has {micro_batches} micro-batches, which parallel.schedule interleaved_1f1b cannot cut into "
+            f"{rounds} equal rounds of at least parallel.pp {pp}; make them a multiple of {pp} with "
+            "training.micro_batch_sequences, or set schedule to 1f1b and stages_per_rank to 1"
+        )
+
+
+def costs(model: MultimodalModel) -> list[float]:
+    """Work of each layer by the weights that a position is multiplied with; the first has the embeddings' too, the
+    last the unembedding's. Attention scores are left out: they are the same in every layer."""
+    layers = [_active(block) for block in model.decoder.blocks]
+    tables = (model.embeddings.token, model.embeddings.camera)  # looked up
+    layers[0] += _active(model.embeddings) - sum(table.weight.numel() for table in tables)
+    layers[-1] += model.unembedding_weight.numel()
+    return layers
+
+
+def _active(module: nn.Module) -> float:
+    """Parameters, of experts those that a token goes through."""
+    total = float(sum(p.numel() for p in module.parameters()))
+    for layer in module.modules():
+        if isinstance(layer, MoELayer):
+            experts = sum(p.numel() for p in layer.experts.parameters())
+            total -= experts * (1 - layer.router.top_k / layer.router.weight.shape[0])
+    return total
+
+
+def deal_layers(costs: list[float], stages: int) -> list[range]:
+    """Runs of layers, none empty, of which the costliest is as cheap as can be."""
+    before = [0.0, *accumulate(costs)]
+
+    @cache
+    def best(stop: int, stages: int) -> tuple[float, tuple[int, ...]]:
+        """The cost of the costliest of so many stages of the layers before `stop`, and where they start."""
+        if stages == 1:
+            return before[stop], (0,)
+        cuts = []
+        for start in range(stages - 1, stop):
+            costliest, starts = best(start, stages - 1)
+            cuts.append((max(costliest, before[stop] - before[start]), (*starts, start)))
+        return min(cuts)
+
+    _, starts = best(len(costs), stages)
+    return [range(start, stop) for start, stop in pairwise((*starts, len(costs)))]
+
+
+def on_meta(config: RunConfig, inputs: ModelInputs, degrees: Degrees, pp_rank: int) -> MultimodalModel:
+    """The model, or the stages of one rank of pp, without memory."""
+    with torch.device("meta"):
+        if degrees.pp == 1:
+            return MultimodalModel(config.model, inputs)
+        stages = degrees.pp * config.parallel.stages_per_rank
+        return StageModel(config.model, inputs, stages, degrees.pp, pp_rank)

@@ -1,0 +1,69 @@
+"""Reports of ranks that have met different terms, sources and layers."""
+
+from dataclasses import fields, replace
+
+import torch
+import torch.distributed as dist
+
+from mmoe.data.sample import Modality
+from mmoe.losses.total import LossReport
+from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
+from mmoe.parallel.reports import sum_report, sum_routing
+from tests.distributed.pool import Pool
+
+KINDS = len(Modality)
+CPU = torch.device("cpu")
+
+
+def reported() -> LossReport:
+    rank = dist.get_rank()
+    one = torch.ones(())
+    items = {"ce": torch.full((rank + 1, KINDS, 2), 1.0 + rank, dtype=torch.float64)}
+    terms = {"ce": one * (rank + 1)}
+    events: dict[str, torch.Tensor] = {}
+    if rank == 1:
+        terms["contrastive"] = one * 5
+        events = {"pairs": torch.tensor(3), "compared": torch.tensor(2)}
+    return sum_report(LossReport(one, one * (rank + 2), terms, items, events), 3, CPU)
+
+
+def test_terms_and_sources_that_only_one_rank_has(two: Pool) -> None:
+    for report in two.run(reported):
+        assert float(report.total) == 5.0
+        assert {name: float(value) for name, value in report.terms.items()} == {"ce": 3.0, "contrastive": 5.0}
+        assert {name: float(value) for name, value in report.events.items()} == {"pairs": 3.0, "compared": 2.0}
+        assert list(report.items) == ["ce"] and report.items["ce"][:, 0, 0].tolist() == [3.0, 2.0, 0.0]
+
+
+def statistics(layers: int, sources: int, value: int) -> RoutingStatistics:
+    by_cell, by_expert = (layers, KINDS, sources, 4), (layers, 4)
+    shapes = (by_cell, by_cell, (layers, len(CAPACITY_FACTORS)), (layers,), by_expert, by_expert, by_expert, (layers,))
+    names = [field.name for field in fields(RoutingStatistics)]
+    whole = {"load_NMSE", "drops_NMSE", "would_drop_NC", "tokens_N"}
+    kinds = [torch.long if name in whole else torch.float64 for name in names]
+    return RoutingStatistics(*(torch.full(shape, value, dtype=kind) for shape, kind in zip(shapes, kinds)))
+
+
+def routed() -> RoutingStatistics:
+    """Rank 0 has layer 1 and one source, rank 1 layers 0 and 1 and two; a big count shows that none is rounded."""
+    rank = dist.get_rank()
+    mine = statistics(rank + 1, rank + 1, rank + 1)
+    mine = replace(mine, tokens_N=mine.tokens_N + 2**40)
+    return sum_routing(mine, (3, 2, 4), [1] if rank == 0 else [0, 1], True, CPU)
+
+
+def test_layers_and_sources_that_only_one_rank_has(two: Pool) -> None:
+    for found in two.run(routed):
+        assert found.load_NMSE[:, 0, :, 0].tolist() == [[2, 2], [3, 2], [0, 0]]
+        assert found.tokens_N.tolist() == [2**40 + 2, 2**41 + 3, 0] and found.tokens_N.dtype == torch.long
+        assert found.entropy_N.tolist() == [2.0, 3.0, 0.0]
+
+
+def uncounted() -> RoutingStatistics:
+    """Both ranks counted the same tokens; only the first says so."""
+    return sum_routing(statistics(1, 1, 7), (1, 1, 4), [0], dist.get_rank() == 0, CPU)
+
+
+def test_what_peers_counted_too_is_counted_once(two: Pool) -> None:
+    for found in two.run(uncounted):
+        assert found.tokens_N.tolist() == [7] and (found.load_NMSE == 7).all()

@@ -1,0 +1,121 @@
+"""Whole runs on several ranks: the same steps as one process, and checkpoints that go on in another layout."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmoe.config.load import validate
+from mmoe.config.tree import RunConfig
+from mmoe.data.sample import Modality
+from mmoe.monitoring.memory import PeakMemory
+from mmoe.monitoring.metrics import MetricsWriter
+from mmoe.parallel.broadcast import shared_steps
+from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.training.run import Run
+from mmoe.training.trainer import Trainer
+from tests.data.synthetic import MAKERS, fit_codec, write_source
+from tests.models.random_batch import random_batch
+from tests.training.test_trainer import config
+
+EXACT = {
+    "precision": {"compute": "float64"},
+    "model__moe__engine": "loop",
+    "model__moe__capacity_factor": 1.0,
+    "optim__muon": None,
+    "losses__contrastive": {"weight": 0.3},
+    "training__micro_batch_sequences": 1,
+}
+LAYOUTS = {"dp2": {}, "ep2": {"ep": 2}, "tp2": {"tp": 2}, "cp2": {"cp": 2}, "pp2": {"pp": 2}}
+FIGURES = ("loss", "grad_norm", "loss_ce", "loss_contrastive", "loss_action", "drop_rate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distributed")
+    for number, (name, make) in enumerate(MAKERS.items()):
+        rng = np.random.default_rng(number)
+        samples = {s: [make(rng, f"{name}-{s[0]}{i}") for i in range(n)] for s, n in (("train", 24), ("heldout", 6))}
+        write_source(root / name, samples)
+    fit_codec(root / "codec.safetensors")
+    return root
+
+
+def train(configuration: RunConfig, stop_at: int) -> list[dict]:
+    """The records of the run so far, after training (or going on) to step `stop_at`."""
+    run = Run.build(configuration)
+    run.folder.mkdir(exist_ok=True)
+    trainer = Trainer(run, [MetricsWriter(PeakMemory())], stop_at)
+    if trainer.checkpoints.latest_step() is not None:
+        trainer.resume()
+    trainer.train()
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(records: list[dict]) -> np.ndarray:
+    return np.array([[record[name] for name in FIGURES] for record in records])
+
+
+def tree(folder: Path, run: Path, **parallel) -> RunConfig:
+    configuration = config(folder, run, **EXACT).model_dump(mode="json")
+    return validate(RunConfig, configuration | {"parallel": configuration["parallel"] | parallel}, "test")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_steps_of_a_run_are_those_of_one_process_also_over_a_change_of_layout(two, folder, tmp_path, layout):
+    """Accumulation, contrastive groups over the whole batch, dropped tokens: three steps, saved, two more."""
+    expected = train(tree(folder, tmp_path / "one"), 5)
+    many = tree(folder, tmp_path / "many", **LAYOUTS[layout])
+    two.run(train, many, 3)
+    records = train(tree(folder, tmp_path / "many"), 5)  # one process goes on
+    np.testing.assert_allclose(figures(records), figures(expected), rtol=1e-10)
+    for ours, theirs in zip(records, expected, strict=True):
+        for name in ("expert_load", "expert_drops", "expert_load_by_source", "contrastive_pairs", "useful_positions"):
+            assert ours[name] == theirs[name]
+
+
+def test_one_process_goes_on_as_two(two, folder, tmp_path):
+    expected = train(tree(folder, tmp_path / "one"), 4)
+    train(tree(folder, tmp_path / "many"), 2)
+    records = two.run(train, tree(folder, tmp_path / "many", ep=2), 4)[0]
+    np.testing.assert_allclose(figures(records), figures(expected), rtol=1e-10)
+
+
+def received(folder: Path) -> list:
+    """What each rank gets of two steps of two batches, which only the first rank of a replica reads."""
+    mesh = Mesh(Degrees(tp=2))
+
+    class Once:
+        def steps(self):
+            assert dist.get_rank() == 0, "a peer decoded"
+            for step in range(2):
+                yield SimpleNamespace(
+                    counts=step,
+                    plan={"step": step},
+                    lost={},
+                    batches=iter([random_batch(2 * step + i) for i in (0, 1)]),
+                )
+
+    steps = shared_steps(Once(), mesh, 2, torch.device("cpu"))
+    return [(data.counts, data.plan, list(data.batches)) for data in islice(steps, 2)]
+
+
+def test_peers_receive_the_batches_that_one_rank_decodes(two, tmp_path):
+    for given in two.run(received, tmp_path):
+        for step, (counts, plan, batches) in enumerate(given):
+            assert (counts, plan) == (step, {"step": step})
+            for number, batch in enumerate(batches):
+                expected = random_batch(2 * step + number)
+                assert replace(batch, values={}).documents == expected.documents
+                for name in ("token_ids", "document", "offset_ns", "labels", "loss_weight", "action_mask"):
+                    assert torch.equal(getattr(batch, name), getattr(expected, name))
+                assert torch.equal(batch.pairs.span, expected.pairs.span)
+                for kind in Modality:
+                    if kind in expected.values:
+                        assert torch.equal(batch.values[kind].values, expected.values[kind].values)

@@ -1,0 +1,75 @@
+"""Layouts that a model cannot take are refused before any process group is needed, in one sentence."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmoe.config.load import validate
+from mmoe.errors import ConfigError
+from mmoe.models.decoder import ModelConfig
+from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.parallelize import check_layout
+from mmoe.parallel.sequence import PIECES, check_length
+from tests.distributed.step import MODEL
+
+
+def model(**changes: Any) -> ModelConfig:
+    return validate(ModelConfig, {**MODEL, **changes}, "test")
+
+
+@pytest.mark.parametrize(
+    ("degrees", "changes", "sentence"),
+    [
+        ({"tp": 3}, {}, "model.heads is 4, not a multiple of parallel.tp 3; change it, or parallel.tp"),
+        (
+            {"tp": 2},
+            {"heads": 6, "kv_heads": 3, "head_dim": 8},
+            "model.kv_heads is 3, neither a multiple nor a divisor of parallel.tp 2; change it, or parallel.tp",
+        ),
+        ({"tp": 4}, {"hidden": 50}, "model.hidden is 50, not a multiple of parallel.tp 4; change it, or parallel.tp"),
+        ({"ep": 2}, {"moe": None}, "parallel.ep is 2, but the model has no experts; set it to 1"),
+        (
+            {"dp_shard": 8, "ep": 8},
+            {},
+            "parallel.ep is 8, which does not divide the 4 experts of model.moe; lower it to a divisor",
+        ),
+        (
+            {"dp_shard": 3, "ep": 3},
+            {},
+            "parallel.ep is 3, which does not divide the 4 experts of model.moe; lower it to a divisor",
+        ),
+        (
+            {"dp_shard": 6, "ep": 2},
+            {},
+            "model.d_model is 32, which the 3 ranks that share an expert (dp_shard x cp x tp / ep) do not divide; "
+            "raise parallel.ep, or use dp_replicate for some of dp_shard",
+        ),
+        (
+            {"dp_shard": 16, "cp": 2},
+            {"moe": {**MODEL["moe"], "hidden": 48}},
+            "model.moe.hidden is 48, which the 32 ranks that share an expert (dp_shard x cp x tp / ep) do not divide; "
+            "raise parallel.ep, or use dp_replicate for some of dp_shard",
+        ),
+    ],
+)
+def test_a_layout_that_the_model_cannot_take(degrees: dict[str, int], changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_layout(model(**changes), Degrees(**degrees))
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 4}, {"dp_shard": 4, "ep": 4}, {"dp_shard": 8, "tp": 2}, {"cp": 8}], ids=str)
+def test_a_layout_that_it_can_take(degrees: dict[str, int]) -> None:
+    check_layout(model(), Degrees(**degrees))
+
+
+@given(st.integers(1, 600), st.integers(1, 5), st.integers(1, 5))
+def test_the_length_is_shared_evenly_or_refused(length: int, cp: int, tp: int) -> None:
+    unit = tp * (cp * PIECES if cp > 1 else 1)
+    if length % unit:
+        with pytest.raises(ConfigError, match=f"data.sequence_length is {length}, .* a multiple of {unit}, or"):
+            check_length(length, cp, tp)
+    else:
+        check_length(length, cp, tp)
