@@ -69,5 +69,6 @@ def info_nce(left_PE: Tensor, right_PE: Tensor, pairs: Pairs, tau: float, gather
     directions = [scores.masked_fill(~(negative | itself), -torch.inf) for scores in (forward_PC, backward_PC)]
     items = sum(F.cross_entropy(scores, partner, reduction="none") for scores in directions) / 2
     with torch.no_grad():
-        correct = torch.stack([((scores < scores.gather(1, partner[:, None])) | itself).all(1) for scores in directions], dim=1)
-        return InfoNCE(items, correct, negative.sum(1), (grouped & same_text & ~itself).sum(1))
+        beaten = [scores < scores.gather(1, partner[:, None]) for scores in directions]
+        correct_P2 = torch.stack([(below | itself).all(1) for below in beaten], dim=1)
+        return InfoNCE(items, correct_P2, negative.sum(1), (grouped & same_text & ~itself).sum(1))

@@ -75,8 +75,8 @@ def _check_restarts(fresh: bool, from_step: int | None) -> None:
     option = "--fresh" if fresh else "--from-step" if from_step is not None else None
     if option and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ConfigError(
-            f"{option} with torchrun --max-restarts would take the run back at every restart; begin with --max-restarts "
-            "0 and --stop-after, then start again without it"
+            f"{option} with torchrun --max-restarts would take the run back at every restart; begin with "
+            "--max-restarts 0 and --stop-after, then start again without it"
         )
 
 

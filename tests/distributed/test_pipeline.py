@@ -89,7 +89,7 @@ def test_fewer_micro_batches_than_stages(two: Pool, four: Pool, parallel: dict[s
 @pytest.mark.parametrize("moe", [{"every": 1}, {"every": 3}, {"every": 4}, None], ids=str)
 @pytest.mark.parametrize("parallel", SCHEDULES.values(), ids=SCHEDULES)
 def test_layers_of_experts_anywhere(two: Pool, parallel: dict[str, Any], moe: dict[str, int] | None) -> None:
-    """On all stages, on one in the middle or at the end, on none; the rows of statistics and loads are those of the whole model."""
+    """On all stages, on one in the middle or at the end, on none; statistics and loads have the whole model's rows."""
     check(two, case_of(parallel, model={"moe": moe}))
 
 

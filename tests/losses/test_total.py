@@ -22,6 +22,7 @@ from mmoe.losses.total import (
     compute,
     target_modality,
 )
+from mmoe.models.decoder import Auxiliary
 from mmoe.models.moe.balance import BalanceConfig, StepLoads
 from mmoe.tokenizers.vocabulary import Vocabulary
 
@@ -53,7 +54,7 @@ class Heads(nn.Module):
         # One number a sequence, averaged over the batch: what a router's losses are.
         each = hidden.square().mean((1, 2))
         load = torch.stack([batch.token_ids.flatten(), batch.labels.flatten().clamp(min=0)])
-        auxiliary = SimpleNamespace(
+        auxiliary = Auxiliary(
             balance_loss=each.mean(),
             z_loss=(each * 3).mean(),
             load_NE=F.one_hot(load % 3, 3).sum(1),
