@@ -85,10 +85,26 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
     stop_after: Annotated[int | None, typer.Option(help="end this session after that many steps in all")] = None,
     from_step: Annotated[int | None, typer.Option(help="resume from the checkpoint of this step")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="cost a step of --world-size ranks, without data")] = False,
+    world_size: Annotated[int, typer.Option(min=1, help="ranks of a dry run")] = 1,
+    rank: Annotated[list[int] | None, typer.Option(help="of a dry run; repeatable; default: one a stage")] = None,
+    imbalance: Annotated[float, typer.Option(help="of a dry run: the busiest rank of ep over the mean")] = 1.0,
+    documents: Annotated[int, typer.Option(min=1, help="of a dry run: documents that fill a sequence")] = 1,
+    vocabulary: Annotated[int | None, typer.Option(help="of a dry run: ids; default: the tokenizer's, or 2^17")] = None,
 ) -> None:
-    """Train a run, or resume it where its folder already holds checkpoints."""
+    """Train a run, or resume it where its folder already holds checkpoints.
+
+    With --dry-run nothing is trained: parameters, memory, collectives and operations of ranks that need not exist.
+    """
     from mmoe.config.load import load
     from mmoe.config.tree import RunConfig
+
+    if dry_run:
+        from mmoe.planning.dry_run_report import Plan, show_dry_run
+
+        plan = Plan.of(load(RunConfig, config, overrides), world_size, imbalance, documents, vocabulary)
+        show_dry_run(plan, rank or [], console)
+        return
     from mmoe.training.session import train as run
 
     run(load(RunConfig, config, overrides), console, fresh=fresh, stop_after=stop_after, from_step=from_step)

@@ -1,0 +1,171 @@
+"""What communication costs on gloo: two ranks that train one model, beside two copies that know nothing of each other.
+
+    python benchmarks/scaling_gloo.py [dp2 ep2]
+
+A mixture-of-experts model of 22 M parameters (width 512, four layers of eight experts), bfloat16 products on the CPU,
+8192 positions a step and rank, each process with one thread. Every process runs gradients, clipping norm and AdamW of
+one step after another: alone, then in the layouts, in turn (A B C A B C ...). A round's time is that of its slower
+process; the rate of a layout over that of the copies is the median of the rounds' ratios. The collectives of a step are
+counted in an extra one, not timed, and compared with the formula of `mmoe.planning`. Prints tables and a last line
+RESULT {json}.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+
+from mmoe.config.load import load
+from mmoe.config.tree import RunConfig
+from mmoe.optim.muon import build_optimizer
+from mmoe.parallel.build import spread
+from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.parallel.ranks import OneProcess, Ranks
+from mmoe.planning.communication import Communication, MicroBatch
+from mmoe.planning.communication_trace import CommunicationTrace
+from mmoe.planning.communication_traffic import Traffic
+from mmoe.planning.dry_run_batch import Assumed, Documents
+from mmoe.result import print_result, target
+from mmoe.training.gradients import StepSetting, step_gradients
+
+RANKS, ROUNDS, WARM = 2, 7, 1
+POSITIONS = 8192  # a step and rank
+DOCUMENTS = 4  # of a sequence of 1024
+SHARE = 0.85
+LAYOUTS = {"dp2": [], "ep2": ["parallel.ep=2"]}
+MODEL = """
+model.d_model=512 model.layers=4 model.heads=8 model.kv_heads=4 model.head_dim=64 model.hidden=1024
+model.moe.experts=8 model.moe.hidden=512 model.moe.top_k=2 data.sequence_length=1024 data.patches_per_sequence=256
+tokenizers.vision.max_patches=64 losses.contrastive.group_sequences=1 training.micro_batch_sequences=4 parallel.ep=1
+optim.lr.peak=3e-4
+""".split()
+VOCABULARY = 8192
+
+
+def config_of(layout: str | None) -> RunConfig:
+    """Of a layout, or of a copy alone."""
+    ranks = 1 if layout is None else RANKS
+    batch = f"training.global_batch_positions={POSITIONS * ranks}"
+    return load(RunConfig, "configs/moe_10b.yaml", [*MODEL, batch, *(LAYOUTS[layout] if layout else [])])
+
+
+class Side:
+    """One process's part of a layout, or its copy alone: `step` trains one step."""
+
+    def __init__(self, layout: str | None):
+        self.config = config_of(layout)
+        self.assumed = Assumed.of(self.config, VOCABULARY)
+        device, config = torch.device("cpu"), self.config
+        self.mesh: Mesh | None = None
+        ranks: Ranks = OneProcess()
+        if layout is None:
+            self.model = config.model.build(self.assumed.inputs, 0)
+        else:
+            self.mesh = Mesh(Degrees.of(config.parallel, RANKS))
+            self.model, ranks = spread(config, self.assumed.inputs, 1, 0, self.mesh, device)
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, config.optim.adamw, None)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-4
+        self.documents = Documents.of(config, config.batch_of(ranks.replicas).micro_batch_sequences, DOCUMENTS)
+        self.setting = StepSetting.of(config, self.assumed.vocabulary, device, ranks)
+        self.counts = self.documents.counts(config.batch.sequences, self.assumed)
+        self.batch = self.documents.batch(self.assumed)
+
+    def gradients(self) -> None:
+        batches = [self.batch] * self.setting.micro_batches
+        step_gradients(self.model, batches, self.counts, self.setting, seed=0)
+
+    def step(self) -> float:
+        """Seconds."""
+        begin = time.perf_counter()
+        self.gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - begin
+
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """Of a step: counted, and by the formula for capacity, whose exchange does not depend on what is routed."""
+        with CommunicationTrace(self.mesh) as trace:
+            self.gradients()
+        self.optimizer.zero_grad()
+        degrees = self.mesh.degrees
+        with torch.device("meta"):
+            whole = type(self.model)(self.config.model, self.assumed.inputs)
+        micro = MicroBatch(self.documents.sequences * self.documents.labels, self.documents.sequences * DOCUMENTS)
+        return trace.take(), Communication(self.config, degrees, whole).step(micro, sources=1)
+
+
+def serve(rank: int, store: str, layouts: list[str], results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "cpu:gloo",
+        store=dist.FileStore(store, RANKS),
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=300),
+    )
+    sides = {name: Side(name if name in LAYOUTS else None) for name in ("alone", *layouts)}
+    traffic = {name: sides[name].traffic() for name in layouts}
+    rounds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(WARM + ROUNDS):
+        for name, side in sides.items():
+            dist.barrier()  # both begin together, so that each has the machine's other half against it
+            seconds = side.step()
+            if number >= WARM:
+                rounds[name].append(seconds)
+    results.put((rank, rounds, traffic))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(layouts: list[str]) -> tuple[dict[str, list[float]], dict[str, tuple[Traffic, Traffic]]]:
+    """Seconds of each round, of its slower process; counted traffic and the formula's."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=serve, args=(rank, f"{folder}/store", layouts, results)) for rank in range(RANKS)
+        ]
+        for process in processes:
+            process.start()
+        answers = sorted((results.get(timeout=1800) for _ in processes), key=lambda answer: answer[0])
+        for process in processes:
+            process.join()
+    slower = {name: [max(pair) for pair in zip(*(answer[1][name] for answer in answers))] for name in answers[0][1]}
+    return slower, answers[0][2]
+
+
+def main() -> None:
+    layouts = sys.argv[1:] or list(LAYOUTS)
+    rounds, traffic = measure(layouts)
+    console, degrees = Console(width=110), {name: Degrees.of(config_of(name).parallel, RANKS) for name in layouts}
+    table = Table("", "s a step", "positions/s", "of two alone", title=f"{RANKS} processes of one thread")
+    figures: dict[str, Any] = {}
+    targets: dict[str, Any] = {}
+    for name, seconds in rounds.items():
+        share = statistics.median(alone / own for alone, own in zip(rounds["alone"], seconds))
+        median = statistics.median(seconds)
+        table.add_row(name, f"{median:.3f}", f"{RANKS * POSITIONS / median:,.0f}", f"{share:.3f}")
+        figures[f"{name}_seconds"] = median
+        if name in layouts:
+            targets[f"{name}_share"] = target(share, SHARE)
+    console.print(table)
+    for name, (counted, formula) in traffic.items():
+        console.print(counted.table(degrees[name], f"{name}: a step of one rank, counted"))
+        console.print(f"by axis: {counted.by_axis()}; formula: {formula.by_axis()}")
+        figures[f"{name}_bytes"], figures[f"{name}_formula_bytes"] = counted.by_axis(), formula.by_axis()
+        targets[f"{name}_bytes_as_formula"] = target(float(counted == formula), 1.0)
+    print_result("scaling_gloo", figures, targets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Bytes per optimizer step by axis and collective, from the config and the degrees alone.
+
+Left out: handing batches to peers (sizes of pickled objects), checkpoints, Muon's gathers of momentum, flags of the
+loop (8 bytes a step), and the first of two passes where contrastive groups are wider than what is embedded at once.
+
+Shape suffixes of the comments: B sequences of a micro-batch, L positions of which M = L / cp are in attention and
+H = M / tp elsewhere, D model width, E experts, K top_k, n labels, P pairs of a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmoe.config.tree import RunConfig
+from mmoe.data.deal import Reach
+from mmoe.data.sample import Modality
+from mmoe.models.moe.dispatch import CapacityDispatcher, _rounded
+from mmoe.models.moe.statistics import CAPACITY_FACTORS
+from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.pipeline import TIED, StageModel
+from mmoe.parallel.reports import EVENTS, ITEMS, TERMS
+from mmoe.planning.communication_traffic import Traffic, name_of, ranks_of
+from mmoe.planning.memory_shards import Place, by_unit, shards
+
+WIDE = 8  # bytes of an integer, and of what is added up for reports
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank sees of a micro-batch: `labels` and `pairs` that it works out, and, where rows travel as they are
+    routed, how many of them a layer `sent` and `received`."""
+
+    labels: int
+    pairs: int
+    sent: int = 0
+    received: int = 0
+
+
+class Communication:
+    """Of one rank at `place`, whose part of the model is `model` (on meta)."""
+
+    def __init__(self, config: RunConfig, degrees: Degrees, model: nn.Module, place: Place | None = None):
+        self.config, self.degrees = config, degrees
+        self.place = place or Place()
+        self.shards = shards(config, model, degrees, self.place)
+        self.batch = config.batch_of(degrees.replicas)
+        self.wide = config.precision.parameter_dtype.itemsize
+        self.narrow = 2 if config.precision.compute == "bfloat16" else self.wide
+        stages = model.layers if isinstance(model, StageModel) else [range(config.model.layers)]
+        self.here = model.here if isinstance(model, StageModel) else range(1)
+        self.first, self.last = self.here[0] == 0, self.here[-1] == len(stages) - 1
+        self.copy = model.copy if isinstance(model, StageModel) else None
+        self.layers = [layer for stage in self.here for layer in stages[stage]]
+        moe = config.model.moe
+        self.routed = [n for n in self.layers if moe is not None and moe.in_layer(n)]
+        self.traffic = Traffic()
+
+    def step(self, micro: MicroBatch, sources: int) -> Traffic:
+        """Of a whole step, each of its micro-batches like `micro`."""
+        self.traffic = Traffic()
+        self._weights()
+        for _ in range(self.batch.accumulation):
+            self._tensor()
+            self._context()
+            self._sequence()
+            self._experts(micro)
+            self._between_stages()
+            if self.last:
+                self._losses(micro)
+        self._finish(sources)
+        return self.traffic
+
+    def _add(self, axis: str, collective: str, size: int, calls: int = 1) -> None:
+        if ranks_of(self.degrees, axis) > 1:
+            self.traffic.add(name_of(self.degrees, axis), collective, size, calls)
+
+    def _weights(self) -> None:
+        """FSDP2: a gather and a reduction for each of its modules."""
+        steps, zero = self.batch.accumulation, self.config.parallel.zero
+        for unit, held in by_unit(self.shards).items():
+            axis = "expert_shard" if held[0].expert else "fsdp"
+            gathers = {1: 1, 2: steps, 3: 2 * steps}[zero]
+            if unit == "":  # the root stays gathered for the losses; that of a pipeline stage for the whole step
+                gathers = 1 if zero == 1 or self.degrees.pp > 1 else steps
+            reductions = 1 if zero == 1 else steps
+            self._add(axis, "all_gather", sum(shard.gathered * shard.width for shard in held), gathers)
+            self._add(axis, "reduce_scatter", sum(shard.gathered for shard in held) * self.wide, reductions)
+            self._add("dp_replicate", "all_reduce", sum(shard.chunk for shard in held) * self.wide, reductions)
+
+    @property
+    def _positions(self) -> int:
+        """B L."""
+        return self.batch.micro_batch_positions
+
+    @property
+    def _again(self) -> int:
+        """Forward passes of a block in a micro-batch."""
+        return 1 if self.config.parallel.activation_checkpointing == "none" else 2
+
+    def _there_and_back(self, axis: str, size: int, calls: int, again: int = 1) -> None:
+        """A gather, whose gradient is a reduce-scatter of the same size; `again`: forward passes."""
+        self._add(axis, "all_gather", size, calls * again)
+        self._add(axis, "reduce_scatter", size, calls)
+
+    def _tensor(self) -> None:
+        model, again = self.config.model, self._again
+        attended = self._positions // self.degrees.cp * model.d_model  # [B, M, D]
+        networks = len(self.layers) - len(self.routed)
+        # What enters attention and a dense network is gathered, what leaves is summed and split; gradients as well.
+        self._there_and_back("tp", attended * self.narrow, len(self.layers) + networks, again)
+        self._add("tp", "reduce_scatter", attended * self.narrow, len(self.layers) * again + networks)
+        self._add("tp", "all_gather", attended * self.narrow, len(self.layers) + networks)
+        if self.first:  # the token table: ids are gathered, vectors summed and split
+            self._add("tp", "all_gather", self._positions // self.degrees.cp * WIDE)
+            self._add("tp", "reduce_scatter", attended * self.wide)
+            self._add("tp", "all_gather", attended * self.wide)
+
+    def _context(self) -> None:
+        model = self.config.model
+        heads = max(model.kv_heads // self.degrees.tp, 1)
+        elements = self._positions * heads * model.head_width
+        for width in (max(self.wide, 4), self.narrow):  # rotated keys are wide, values are not
+            self._there_and_back("cp", elements * width, len(self.layers), self._again)
+
+    def _sequence(self) -> None:
+        model = self.config.model
+        if self.last:
+            self._there_and_back("sequence", self._positions * model.d_model * self.narrow, 1)
+        if model.moe is not None:
+            logits = self._positions * model.moe.experts * max(self.wide, 4)
+            self._add("sequence", "all_gather", logits, len(self.routed) * self._again)
+
+    @property
+    def _full(self) -> bool:
+        """Whether all places of a capacity travel and are computed, whatever is routed."""
+        return self.config.model.moe.capacity_factor is not None and self.degrees.sequence_ranks == 1
+
+    def expert_rows(self, micro: MicroBatch) -> int:
+        """That the experts here compute in a layer."""
+        moe = self.config.model.moe
+        if moe is None:
+            return 0
+        if self._full:
+            dispatcher = CapacityDispatcher(moe.experts, moe.capacity_factor)
+            capacity = dispatcher.capacity(self.batch.sequence_length, moe.top_k)
+            return moe.experts * _rounded(self.batch.micro_batch_sequences * capacity, moe.group_multiple)
+        here = moe.experts // self.degrees.ep
+        return (
+            micro.received
+            if moe.group_multiple == 1
+            else _rounded(micro.received + here * (moe.group_multiple - 1), moe.group_multiple)
+        )
+
+    def _experts(self, micro: MicroBatch) -> None:
+        moe, model, layers = self.config.model.moe, self.config.model, len(self.routed)
+        if moe is None:
+            return
+        row, again = model.d_model * self.narrow, self._again
+        if self._full:
+            self._add("ep", "all_to_all", self.expert_rows(micro) * row, 2 * layers * (1 + again))
+            return
+        self._add("ep", "all_to_all", moe.experts * WIDE, layers * again)
+        for rows in (micro.sent, micro.received):
+            self._add("ep", "all_to_all", rows * row, layers * (1 + again))
+
+    def _between_stages(self) -> None:
+        """Hidden states and, with experts, the router losses: to the next stage, and their gradients back."""
+        config = self.config
+        hidden = self._positions // self.degrees.sequence_ranks * config.model.d_model
+        levels = sum(1 for _, weight in config.losses.balance if weight) + 1
+        stages = self.degrees.pp * config.parallel.stages_per_rank
+        for stage in self.here:
+            for size in (hidden, *([levels] if config.model.moe is not None else [])):
+                forwards, backwards = int(stage < stages - 1), int(stage > 0)
+                self._add("pp", "send", size * self.wide, forwards + backwards)
+                self._add("pp", "receive", size * self.wide, forwards + backwards)
+
+    def _losses(self, micro: MicroBatch) -> None:
+        config, degrees = self.config, self.degrees
+        width = max(self.wide, 4)
+        # Cross-entropy, a chunk of labels at a time, once more in the backward pass.
+        chunk = config.losses.ce.chunk
+        for labels in [chunk] * (micro.labels // chunk) + [micro.labels % chunk]:
+            if labels:
+                self._add("tp", "all_reduce", labels * width, 2)
+                self._add("tp", "all_reduce", 2 * labels * width, 2)
+        reach = Reach.of(config.contrastive_group, self.batch.micro_batch_sequences, degrees.replicas)
+        axis = None
+        if reach is not Reach.MICRO_BATCH:
+            axis = "loss"
+        elif degrees.sequence_ranks > 1:
+            axis = "sequence"
+        if axis is not None:
+            ranks = ranks_of(degrees, axis)
+            self._add(axis, "all_gather", ranks * WIDE, 2)  # how many pairs, for each of the two below
+            self._add(axis, "all_gather", ranks * micro.pairs * 2 * WIDE)  # groups and captions
+            self._there_and_back(axis, ranks * micro.pairs * 2 * config.model.contrast_dim * width, 1)
+        if config.losses.balance.global_batch and self.routed:
+            self._add("data", "all_reduce", len(self.routed) * config.model.moe.experts * WIDE)
+
+    def _finish(self, sources: int) -> None:
+        """Gradients of what tp has copies of, the norm, and the reports."""
+        tied = self.config.model.tie_embeddings and (self.first or self.copy is not None)
+        for collective in ("send", "receive") if tied else ():  # between the first stage's table and the last one's
+            self._add("pp", collective, sum(s.held(self.place) for s in self.shards if s.name == TIED) * self.wide)
+        self._add("tp", "all_reduce", sum(s.held(self.place) for s in self.shards if s.copied) * self.wide)
+        moe, model = self.config.model.moe, self.config.model
+        layers = sum(map(moe.in_layer, range(model.layers))) if moe is not None else 0
+        experts = moe.experts if moe is not None else 0
+        self._add("all", "all_reduce", (1 + layers * experts) * WIDE)
+        kinds = len(Modality)
+        report = 1 + 2 * len(TERMS) + 2 * len(EVENTS) + len(ITEMS) * (1 + sources * kinds * 2)
+        self._add("all", "all_reduce", report * WIDE)
+        if layers:
+            table = 2 * kinds * sources * experts + len(CAPACITY_FACTORS) + 2 + 3 * experts
+            self._add("all", "all_reduce", layers * table * WIDE)

@@ -1,0 +1,74 @@
+"""Counts the collectives of what runs inside, by axis of the mesh, in a real run and in a dry one."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmoe.parallel.mesh import Mesh
+from mmoe.planning.communication_traffic import AXES, Traffic, name_of
+
+C10D, FUNCTIONAL = torch.ops.c10d, torch.ops._c10d_functional
+
+# By operation: the name of the collective, and which argument (or "result") is the whole tensor that it is about.
+COLLECTIVES: dict[Any, tuple[str, int | str]] = {
+    C10D._allgather_base_.default: ("all_gather", 0),
+    C10D.allgather_.default: ("all_gather", 0),
+    C10D._reduce_scatter_base_.default: ("reduce_scatter", 1),
+    C10D.reduce_scatter_.default: ("reduce_scatter", 1),
+    C10D.allreduce_.default: ("all_reduce", 0),
+    C10D.alltoall_base_.default: ("all_to_all", 1),
+    C10D.alltoall_.default: ("all_to_all", 1),
+    C10D.broadcast_.default: ("broadcast", 0),
+    C10D.send.default: ("send", 0),
+    C10D.recv_.default: ("receive", 0),
+    FUNCTIONAL.all_gather_into_tensor.default: ("all_gather", "result"),
+    FUNCTIONAL.reduce_scatter_tensor.default: ("reduce_scatter", 0),
+    FUNCTIONAL.all_reduce.default: ("all_reduce", 0),
+    FUNCTIONAL.all_reduce_.default: ("all_reduce", 0),
+    FUNCTIONAL.all_to_all_single.default: ("all_to_all", 0),
+    FUNCTIONAL.broadcast.default: ("broadcast", 0),
+}
+
+
+class CommunicationTrace(TorchDispatchMode):
+    """A context; `traffic` is what this rank took part in so far. Raises KeyError for a collective it does not know."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.traffic = Traffic()
+        self._axis = {mesh.group(axis).group_name: axis for axis in AXES if axis not in ("peers", "all")}
+        for device_mesh in (mesh.fsdp, mesh.expert_fsdp):
+            self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
+        self._axis[mesh.peers.group_name] = "peers"
+        self._axis[torch.distributed.group.WORLD.group_name] = name_of(mesh.degrees, "all")
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it becomes operations on what is here first
+        result = function(*arguments, **(options or {}))
+        self.note(function, arguments, result)
+        return result
+
+    def note(self, function: Any, arguments: tuple, result: Any) -> None:
+        """Count what was called."""
+        if function in collective_ops and function not in sync_ops:
+            group = CollectiveOp.get_process_group(function, arguments)
+            if group.size() > 1:
+                collective, whole = COLLECTIVES[function]
+                value = result if whole == "result" else arguments[whole]
+                self.traffic.add(self._axis[group.group_name], collective, _bytes(value))
+
+    def take(self) -> Traffic:
+        """What was counted since the last call."""
+        taken, self.traffic = self.traffic, Traffic()
+        return taken
+
+
+def _bytes(value: Any) -> int:
+    return sum(prod(x.shape) * x.dtype.itemsize for x in tree_leaves(value) if isinstance(x, Tensor))

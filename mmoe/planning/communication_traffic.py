@@ -1,0 +1,118 @@
+"""Bytes by axis of the mesh and collective: what is counted in a run, and what a formula says, in the same terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rich.table import Table
+
+from mmoe.parallel.mesh import Degrees
+
+# The groups of a run by what they are for, in the order in which a group of all ranks, which is one, is named.
+AXES = ("fsdp", "expert_shard", "ep", "tp", "cp", "sequence", "data", "loss", "pp", "dp_replicate", "peers", "all")
+
+
+class Kind(NamedTuple):
+    axis: str
+    collective: str
+
+
+@dataclass
+class Traffic:
+    """Calls and bytes of each kind, of one rank. A group of one rank sends nothing and is left out.
+
+    Bytes are those of the whole tensor that a collective is about: what an all-gather makes, what a reduce-scatter and
+    an all-to-all take, what an all-reduce or a broadcast shares, what is sent or received.
+    """
+
+    calls: dict[Kind, int] = field(default_factory=dict)
+    bytes: dict[Kind, int] = field(default_factory=dict)
+
+    def add(self, axis: str, collective: str, size: int, calls: int = 1) -> None:
+        """`calls` collectives of `size` bytes each."""
+        if calls:
+            kind = Kind(axis, collective)
+            self.calls[kind] = self.calls.get(kind, 0) + calls
+            self.bytes[kind] = self.bytes.get(kind, 0) + calls * size
+
+    def __add__(self, other: Traffic) -> Traffic:
+        total = Traffic(dict(self.calls), dict(self.bytes))
+        for kind, size in other.bytes.items():
+            total.calls[kind] = total.calls.get(kind, 0) + other.calls[kind]
+            total.bytes[kind] = total.bytes.get(kind, 0) + size
+        return total
+
+    def times(self, number: int) -> Traffic:
+        return Traffic(
+            {kind: number * calls for kind, calls in self.calls.items() if number},
+            {kind: number * size for kind, size in self.bytes.items() if number},
+        )
+
+    def over(self, number: int) -> Traffic:
+        """An equal share of it. Raises ValueError where it does not divide."""
+        if any(value % number for value in (*self.calls.values(), *self.bytes.values())):
+            raise ValueError(f"{self} is not {number} equal shares")
+        return Traffic(
+            {kind: calls // number for kind, calls in self.calls.items()},
+            {kind: size // number for kind, size in self.bytes.items()},
+        )
+
+    def split(self, collectives: tuple[str, ...]) -> tuple[Traffic, Traffic]:
+        """Of these collectives, and of all others."""
+        parts = Traffic(), Traffic()
+        for kind, calls, size in self.rows():
+            part = parts[kind.collective not in collectives]
+            part.calls[kind], part.bytes[kind] = calls, size
+        return parts
+
+    def rows(self) -> Iterator[tuple[Kind, int, int]]:
+        """(kind, calls, bytes), the largest first."""
+        for kind, size in sorted(self.bytes.items(), key=lambda item: (-item[1], item[0])):
+            yield kind, self.calls[kind], size
+
+    def by_axis(self) -> dict[str, int]:
+        """Bytes."""
+        sums: dict[str, int] = {}
+        for kind, _, size in self.rows():
+            sums[kind.axis] = sums.get(kind.axis, 0) + size
+        return sums
+
+    def table(self, degrees: Degrees, title: str) -> Table:
+        table = Table("axis", "ranks", "collective", "calls", "GB", "GB sent", title=title, title_justify="left")
+        for column in (1, 3, 4, 5):
+            table.columns[column].justify = "right"
+        for kind, calls, size in self.rows():
+            ranks = ranks_of(degrees, kind.axis)
+            sent = size * share_sent(kind.collective, ranks)
+            gigabytes = (f"{amount / 1e9:.4g}" for amount in (size, sent))
+            table.add_row(kind.axis, str(ranks), kind.collective, f"{calls:,}", *gigabytes)
+        return table
+
+
+def share_sent(collective: str, ranks: int) -> float:
+    """Of the bytes of a collective, what leaves each rank: by rings, and with evenly spread rows."""
+    if collective == "all_reduce":
+        return 2 * (ranks - 1) / ranks
+    if collective in ("all_gather", "reduce_scatter", "all_to_all"):
+        return (ranks - 1) / ranks
+    return 0.0 if collective == "receive" else 1.0
+
+
+def ranks_of(degrees: Degrees, axis: str) -> int:
+    """Ranks of one group of `axis`."""
+    joined = {
+        "data": degrees.replicas,
+        "sequence": degrees.sequence_ranks,
+        "loss": degrees.replicas * degrees.sequence_ranks,
+        "peers": degrees.pp * degrees.sequence_ranks,
+        "all": degrees.world,
+    }
+    return joined[axis] if axis in joined else getattr(degrees, axis)
+
+
+def name_of(degrees: Degrees, axis: str) -> str:
+    """`axis`, or the first axis of all ranks where it has them all: their group is one and the same."""
+    whole = [name for name in AXES if ranks_of(degrees, name) == degrees.world]
+    return whole[0] if axis in whole and axis != "peers" else axis

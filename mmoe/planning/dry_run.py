@@ -1,0 +1,136 @@
+"""One rank's part of an optimizer step of a mesh that is not there: the code of a real step, without contents."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from mmoe.config.tree import RunConfig
+from mmoe.models.decoder import MultimodalModel
+from mmoe.optim.muon import build_optimizer
+from mmoe.parallel.build import degrees_of
+from mmoe.parallel.gradients import local
+from mmoe.parallel.mesh import Mesh
+from mmoe.parallel.parallelize import parallelize
+from mmoe.parallel.pipeline import on_meta
+from mmoe.planning.communication_trace import CommunicationTrace
+from mmoe.planning.communication_traffic import Traffic
+from mmoe.planning.dry_run_batch import Assumed, Documents
+from mmoe.planning.dry_run_fake import DryMode, fake_rank
+from mmoe.planning.dry_run_passes import DEVICE, DryPipeline, DryRanks, Passes
+from mmoe.planning.dry_run_routing import Load, plan_routing
+from mmoe.planning.flops_count import FlopCount
+from mmoe.training.gradients import StepSetting, step_gradients
+
+KINDS = {
+    "Sharded Param": "weights",
+    "Unsharded Param": "gathered weights",
+    "Buffer": "weights",
+    "Sharded Grad": "gradients",
+    "Unsharded Grad": "gathered gradients",
+    "Activation": "activations",
+    "Temp": "activations",
+    "Inputs": "activations",
+    "All Gather": "communication",
+    "Reduce Scatter": "communication",
+}
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What one rank holds and does in an optimizer step.
+
+    `memory`, in bytes, is that of the step's peak by kind; `kept` passes through a stage have activations then.
+    `traffic` and `flops` (of matrix products and attention) are of the whole step of `micro_batches`.
+    """
+
+    rank: int
+    stage: int
+    parameters: int
+    memory: dict[str, int]
+    kept: int
+    traffic: Traffic
+    flops: int
+    micro_batches: int
+    seconds: float
+
+
+def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, documents: Documents, load: Load) -> RankCost:
+    """The cost of `rank` of `world`. Raises ConfigError where the config cannot run on so many."""
+    started = time.perf_counter()
+    degrees = degrees_of(config, world)
+    with fake_rank(rank, world):
+        mesh = Mesh(degrees)
+        model = on_meta(config, assumed.inputs, degrees, mesh.rank("pp")).to(config.precision.parameter_dtype)
+        parallelize(model, mesh, config.parallel, config.precision)
+        if config.model.moe is not None:
+            choices = documents.sequences * documents.length // degrees.sequence_ranks * config.model.moe.top_k
+            plan_routing(model, load, choices)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device=DEVICE)
+            return _step(config, mesh, model, assumed, documents, started)
+
+
+def _step(
+    config: RunConfig, mesh: Mesh, model: MultimodalModel, assumed: Assumed, documents: Documents, started: float
+) -> RankCost:
+    optimizer = build_optimizer(model, config.optim.adamw, config.optim.muon)
+    with DryMode():
+        batch = documents.batch(assumed)
+    counts = documents.counts(config.batch.sequences, assumed)
+    accumulation = config.batch_of(mesh.replicas).accumulation
+    differ = config.parallel.zero == 1 or mesh.degrees.pp > 1  # the first and the last micro-batch from the others
+    run = min(accumulation, 2 if differ else 1)
+    if accumulation > 1 and config.parallel.zero > 1:
+        for parameter in model.parameters():  # what the micro-batches before have left
+            parameter.grad = torch.zeros_like(parameter)
+    tracker, trace, flops = FSDPMemTracker(model), CommunicationTrace(mesh), FlopCount()
+    passes = Passes(run, accumulation, trace, flops, tracker, model)
+    with tracker, DryMode(trace.note, flops.note):
+        tracker.track_inputs(tuple(tree_leaves(vars(batch))))
+        ranks = DryRanks(mesh, config, model, passes)
+        setting = replace(StepSetting.of(config, assumed.vocabulary, DEVICE, ranks), micro_batches=run)
+        model.train()
+        step_gradients(model, [batch] * run, counts, setting, seed=0)
+        passes.mark()
+    memory = _by_kind(tracker.get_tracker_snapshot("peak")[DEVICE])
+    kept = 1
+    if isinstance(ranks.pipeline, DryPipeline):
+        kept = ranks.pipeline.kept(accumulation)
+        one = passes.activations[2] - passes.activations[1]
+        memory["activations"] += (kept - ranks.pipeline.kept(run)) * one
+    memory["optimizer"] = sum(_size(x) for x in tree_leaves([*optimizer.state.values()]) if isinstance(x, Tensor))
+    traffic, operations = passes.step()
+    return RankCost(
+        rank=torch.distributed.get_rank(),
+        stage=mesh.rank("pp"),
+        parameters=sum(local(p).numel() for p in model.parameters()),
+        memory=memory,
+        kept=kept,
+        traffic=traffic,
+        flops=operations,
+        micro_batches=accumulation,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _by_kind(snapshot: dict[Any, int]) -> dict[str, int]:
+    kinds = dict.fromkeys(KINDS.values(), 0)
+    for kind, size in snapshot.items():
+        name = getattr(kind, "value", kind)
+        if name in KINDS:
+            kinds[KINDS[name]] += size
+    return kinds
+
+
+def _size(x: Tensor) -> int:
+    x = x.to_local() if isinstance(x, DTensor) else x
+    return x.numel() * x.element_size()

@@ -1,0 +1,161 @@
+"""What a dry run is given in place of data: sizes of the model's inputs, and a full batch of stated documents."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmoe.config.tree import RunConfig
+from mmoe.data.batch import IGNORE, PackedBatch, Pairs, Values
+from mmoe.data.sample import NO_CAMERA, NO_SLICE, Modality
+from mmoe.errors import ConfigError
+from mmoe.losses.total import PlannedCounts
+from mmoe.models.embeddings import ModelInputs
+from mmoe.tokenizers.vision import COORDINATES
+from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary
+
+VOCABULARY = 131_072
+INERTIAL, STATE, ACTION = 6, 8, 8  # dimensions
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the data would say, where it is not there: every modality occurs, with the sizes above."""
+
+    inputs: ModelInputs
+    vocabulary: Vocabulary
+
+    @classmethod
+    def of(cls, config: RunConfig, vocabulary_size: int | None) -> "Assumed":
+        """With `vocabulary_size` ids; None: what the text tokenizer has where its file exists, else 131,072 in all."""
+        tokenizers = config.tokenizers
+        discrete = tokenizers.action.mode == "discrete"
+        bins = tokenizers.action.bins if discrete else 0
+        text = tokenizers.text
+        if vocabulary_size is None and (text.path is None or Path(text.path).is_file()):
+            vocabulary = Vocabulary(text.build().size, action_bins=bins)
+        else:
+            others = Vocabulary(0, action_bins=bins).size
+            vocabulary = Vocabulary((vocabulary_size or VOCABULARY) - others, action_bins=bins)
+        inputs = ModelInputs(
+            vocabulary_size=vocabulary.size,
+            patch_dim=tokenizers.vision.tubelet * tokenizers.vision.patch**2 * 3,
+            patch_coordinates=COORDINATES,
+            inertial_dim=INERTIAL,
+            state_dim=STATE,
+            action_chunk=tokenizers.action.chunk,
+            action_dim=0 if discrete else ACTION,
+        )
+        return cls(inputs, vocabulary)
+
+    def sentence(self) -> str:
+        inputs = self.inputs
+        return (
+            f"vocabulary {inputs.vocabulary_size:,}, patches of {inputs.patch_dim} + {inputs.patch_coordinates} "
+            f"numbers, inertial {inputs.inertial_dim}, state {inputs.state_dim}, actions {inputs.action_chunk} x "
+            f"{inputs.action_dim}"
+        )
+
+
+@dataclass(frozen=True)
+class Documents:
+    """`count` equally long documents fill each of `sequences` of `length` positions: a picture of `patches`, an
+    inertial, a state and an action vector each, and labelled text. The picture and the text are a contrastive pair."""
+
+    sequences: int
+    length: int
+    count: int
+    patches: int
+    patch_budget: int  # vectors that a sequence's share of a batch has room for
+
+    @classmethod
+    def of(cls, config: RunConfig, sequences: int, count: int) -> "Documents":
+        """Raises ConfigError where so many documents do not fill a sequence."""
+        length = config.data.sequence_length
+        if length % count or length // count < 16:
+            raise ConfigError(
+                f"--documents is {count}, but data.sequence_length {length} must be so many documents of equally many "
+                "positions, 16 at least; choose a smaller divisor"
+            )
+        patches = min(config.tokenizers.vision.max_patches, length // count // 2, config.data.patch_budget // count)
+        return cls(sequences, length, count, patches, config.data.patch_budget)
+
+    @property
+    def size(self) -> int:
+        """Positions of a document."""
+        return self.length // self.count
+
+    @property
+    def labels(self) -> int:
+        """Of one sequence."""
+        return self.count * (self.size - self.patches - 4)
+
+    def sentence(self) -> str:
+        return (
+            f"{self.count} document{'s' * (self.count > 1)} of {self.size:,} positions a sequence, without padding: "
+            f"{self.patches} patches, 3 vectors and {self.labels // self.count:,} labels each"
+        )
+
+    def counts(self, steps_sequences: int, assumed: Assumed) -> PlannedCounts:
+        """Of a step of so many sequences."""
+        inputs, documents = assumed.inputs, steps_sequences * self.count
+        elements = documents * inputs.action_chunk * inputs.action_dim
+        return PlannedCounts(float(steps_sequences * self.labels), elements, documents, steps_sequences)
+
+    def batch(self, assumed: Assumed) -> PackedBatch:
+        size, patches, documents = self.size, self.patches, self.sequences * self.count
+        text = assumed.vocabulary.ranges["text"]
+        modality = np.full(size, Modality.TEXT, np.uint8)
+        modality[:patches] = Modality.VISION
+        modality[patches : patches + 3] = Modality.INERTIAL, Modality.STATE, Modality.ACTION
+        ids = np.full(size, text.start, np.int64)
+        ids[:patches], ids[patches] = Placeholder.VISION, Placeholder.INERTIAL
+        ids[patches + 1 : patches + 3] = Structure.STATE, Structure.ACTION
+        labels = np.where(modality == Modality.TEXT, ids, IGNORE)
+        labels[-1] = IGNORE
+        slices = np.where(modality == Modality.VISION, 0, NO_SLICE).astype(np.int32)
+        first = size * torch.arange(documents)
+
+        def everywhere(row: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.tile(row, documents)).view(self.sequences, self.length)
+
+        def values(width: int, index: torch.Tensor, room: int) -> Values:
+            spare = torch.full((room - len(index),), -1)
+            return Values(torch.zeros(room, width), torch.cat([index, spare]))
+
+        inputs = assumed.inputs
+        picture = (first[:, None] + torch.arange(patches)).flatten()
+        spans = torch.stack([first, first + patches, first + patches + 3, first + size], 1).view(-1, 2, 2)
+        order = np.arange(size, dtype=np.int32)
+        continuous = documents if inputs.action_dim else 0
+        return PackedBatch(
+            token_ids=everywhere(ids),
+            modality=everywhere(modality),
+            document=torch.arange(self.count, dtype=torch.int32).repeat_interleave(size).repeat(self.sequences, 1),
+            slice=everywhere(slices),
+            position=everywhere(order)[..., None].expand(-1, -1, 3).contiguous(),
+            camera=everywhere(np.full(size, NO_CAMERA, np.int8)),
+            offset_ns=everywhere(order.astype(np.int64) // max(patches, 1)),
+            source=everywhere(np.zeros(size, np.int16)),
+            labels=everywhere(labels),
+            loss_weight=torch.ones(self.sequences, self.length),
+            values={
+                Modality.VISION: values(
+                    inputs.patch_dim + inputs.patch_coordinates, picture, self.sequences * self.patch_budget
+                ),
+                Modality.INERTIAL: values(inputs.inertial_dim, first + patches, documents),
+                Modality.STATE: values(inputs.state_dim, first + patches + 1, documents),
+            },
+            action_target=torch.zeros(continuous, inputs.action_chunk, inputs.action_dim),
+            action_mask=torch.ones(continuous, inputs.action_chunk, inputs.action_dim, dtype=torch.bool),
+            action_index=(first + patches + 2)[:continuous],
+            pairs=Pairs(
+                span=spans,
+                modality=torch.tensor([[Modality.VISION, Modality.TEXT]], dtype=torch.uint8).repeat(documents, 1),
+                text_hash=torch.arange(documents),
+                group=torch.zeros(documents, dtype=torch.int64),
+            ),
+            cu_seqlens=(size * torch.arange(documents + 1)).int(),
+            documents=[[(0, 0, row, 0) for row in range(self.count)]] * self.sequences,
+        )

@@ -1,0 +1,123 @@
+"""What the parts of a step cost: its forward and backward passes one by one, and the whole step from them.
+
+A dry step runs few micro-batches. Of the forward passes the last one stands for those that were not run, of the
+backward passes the first one: what is done once a step (FSDP keeps the root of a pipeline stage gathered, ZeRO-1
+everything) is done in the first forward and the last backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+from mmoe.config.tree import RunConfig
+from mmoe.data.batch import PackedBatch
+from mmoe.models.decoder import ModelOutput, MultimodalModel
+from mmoe.parallel.mesh import Mesh
+from mmoe.parallel.pipeline import StageModel
+from mmoe.parallel.pipeline_schedule import Pipeline
+from mmoe.parallel.ranks import ManyRanks
+from mmoe.planning.communication_trace import CommunicationTrace
+from mmoe.planning.communication_traffic import Traffic
+from mmoe.planning.flops_count import FlopCount
+
+DEVICE = torch.device("cpu")
+BETWEEN_STAGES = ("send", "receive")
+
+
+@dataclass
+class Passes:
+    """Splits what is counted: `mark` begins a part, which `times` of the step are alike; `step` adds them up.
+
+    ``activations`` are bytes at each mark.
+    """
+
+    run: int  # micro-batches of the dry step
+    accumulation: int  # of a step
+    trace: CommunicationTrace
+    flops: FlopCount
+    tracker: FSDPMemTracker
+    root: nn.Module
+    parts: list[tuple[int | None, Traffic, int]] = field(default_factory=list)
+    activations: list[int] = field(default_factory=list)
+    _times: int | None = 1
+
+    def forward(self, number: int) -> None:
+        self.mark(self.accumulation - self.run + 1 if number == self.run - 1 else 1)
+        # The tracker is for one pass through the root, and refuses a second one of a root that it knows.
+        self.tracker.memory_tracking.pop(self.root, None)
+
+    def backward(self, number: int) -> None:
+        self.mark(self.accumulation - self.run + 1 if number == 0 else 1)
+
+    def mark(self, times: int | None = None) -> None:
+        """None: once a step."""
+        self.parts.append((self._times, self.trace.take(), self.flops.take()))
+        self._times = times
+        snapshot = self.tracker.get_tracker_snapshot().get(DEVICE, {})
+        self.activations.append(sum(size for kind, size in snapshot.items() if "Activation" in str(kind)))
+
+    def step(self) -> tuple[Traffic, int]:
+        """Traffic and operations of a whole step; what goes from stage to stage is the same for all micro-batches."""
+        traffic, between, operations = Traffic(), Traffic(), 0
+        for times, part, flops in self.parts:
+            if times is None:
+                traffic += part
+            else:
+                sent, rest = part.split(BETWEEN_STAGES)
+                traffic, between = traffic + rest.times(times), between + sent
+            operations += flops * (times or 1)
+        return traffic + between.times(self.accumulation).over(self.run), operations
+
+
+class DryRanks(ManyRanks):
+    """A rank that notes its passes."""
+
+    def __init__(self, mesh: Mesh, config: RunConfig, model: MultimodalModel, passes: Passes):
+        pipeline = DryPipeline(model, mesh, config, passes) if isinstance(model, StageModel) else None
+        super().__init__(mesh, config, len(config.data.sources), DEVICE, pipeline)
+        self.passes, self._forwards, self._backwards = passes, 0, 0
+
+    def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        self.passes.forward(self._forwards % self.passes.run)
+        self._forwards += 1
+        output = super().forward(model, batch)
+        if output.hidden.requires_grad:
+            output.hidden.register_hook(self._backward)
+        return output
+
+    def _backward(self, gradient: Tensor) -> None:
+        """The heads' part of the backward pass, the same in every one, comes before."""
+        self.passes.backward(self._backwards)
+        self._backwards += 1
+
+    def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        self.passes.mark()
+        return super().finish_gradients(model)
+
+
+class DryPipeline(Pipeline):
+    """A pipeline that notes its passes."""
+
+    def __init__(self, model: StageModel, mesh: Mesh, config: RunConfig, passes: Passes):
+        super().__init__(model, mesh, config, DEVICE)
+        self.passes, self._backwards = passes, 0
+
+    def forward(self, stage: int, number: int, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.passes.forward(number)
+        return super().forward(stage, number, entering)
+
+    def before_backward(self) -> None:
+        self.passes.backward(self._backwards // len(self.model.here))
+        self._backwards += 1
+        super().before_backward()
+
+    def kept(self, micro_batches: int) -> int:
+        """Passes through a stage whose activations are kept at the same time, of a step of so many micro-batches."""
+        pp, each, rank = self.mesh.size("pp"), len(self.model.here), self.mesh.rank("pp")
+        if each > 1:
+            return min(2 * (pp - rank - 1) + (each - 1) * pp + 1, micro_batches * each)
+        return min(pp - rank, micro_batches) if micro_batches >= pp else micro_batches

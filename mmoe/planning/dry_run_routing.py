@@ -1,0 +1,68 @@
+"""Routing without a router: where the choices of a batch go, from a stated load, as whole numbers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmoe.errors import ConfigError
+from mmoe.models.decoder import ModelConfig
+from mmoe.models.moe.dispatch import CapacityDispatcher, LocalDispatcher
+from mmoe.models.moe.layer import MoELayer
+from mmoe.parallel.expert import VariableExchange
+from mmoe.parallel.mesh import Degrees
+
+
+@dataclass(frozen=True)
+class Load:
+    """The ranks of an `ep` group share the choices evenly, but the rank that is looked at gets `imbalance` times the
+    mean. Capacity keeps what an expert has room for."""
+
+    imbalance: float = 1.0
+
+    @classmethod
+    def of(cls, imbalance: float, model: ModelConfig, degrees: Degrees) -> "Load":
+        """Raises ConfigError where no routing has that imbalance."""
+        if model.moe is not None and not 1 <= imbalance <= degrees.ep:
+            raise ConfigError(
+                f"--imbalance is {imbalance:g}, the load of the busiest rank of ep over the mean: with parallel.ep "
+                f"{degrees.ep} it is between 1 and {degrees.ep}; change it, or parallel.ep"
+            )
+        return cls(imbalance)
+
+    def sent(self, choices: int, ranks: int, busiest: int, room: float | None) -> list[int]:
+        """Rows that a rank with so many choices sends to each rank, of which `busiest` is the busiest."""
+        shares = [(ranks - self.imbalance) / (ranks - 1) if ranks > 1 else 1.0] * ranks
+        shares[busiest] = min(self.imbalance, ranks)
+        if room is not None:
+            shares = [min(share, room) for share in shares]
+        return [round(share * choices / ranks) for share in shares]
+
+
+class PlannedExchange(VariableExchange):
+    """A variable exchange whose numbers of rows are those of `load`, of `choices` on every rank."""
+
+    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup, load: Load, choices: int):
+        super().__init__(local, group)
+        self.load, self.choices = load, choices
+
+    def _rows(self, sent_SF: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        dist.all_to_all_single(torch.empty_like(sent_SF), sent_SF, group=self.group)
+        rank = dist.get_rank(self.group)
+        room = self.local.capacity_factor if isinstance(self.local, CapacityDispatcher) else None
+        sent = self.load.sent(self.choices, self.ranks, rank, room)
+        arrived_SF = torch.tensor([_even(sent[rank], sent_SF.shape[1])] * self.ranks)
+        return arrived_SF, [sent[rank]] * self.ranks, sent
+
+
+def plan_routing(model: nn.Module, load: Load, choices: int) -> None:
+    """Give every exchange of `model` whose sizes depend on what is routed those of `load`."""
+    for module in model.modules():
+        if isinstance(module, MoELayer) and isinstance(module.dispatcher, VariableExchange):
+            module.dispatcher = PlannedExchange(module.dispatcher.local, module.dispatcher.group, load, choices)
+
+
+def _even(number: int, parts: int) -> list[int]:
+    """`number` in parts that differ by 1 at most."""
+    return [number // parts + (part < number % parts) for part in range(parts)]

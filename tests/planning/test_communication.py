@@ -1,0 +1,73 @@
+"""The bytes of the formula are those that a step's collectives are counted to have, in every layout."""
+
+import pytest
+
+from mmoe.parallel.mesh import Degrees
+from mmoe.planning.communication_traffic import Kind, Traffic, name_of, share_sent
+from tests.planning.dry_run_small import plan
+
+LAYOUTS = [
+    (4, ""),
+    (4, "parallel.zero=2"),
+    (4, "parallel.zero=1"),
+    (4, "parallel.dp_replicate=2"),
+    (4, "parallel.dp_replicate=2 parallel.ep=2 parallel.activation_checkpointing=full"),
+    (4, "parallel.ep=4 model.moe.capacity_factor=null"),
+    (4, "parallel.ep=2 losses.contrastive.group_sequences=2 losses.balance.global_batch=0.1"),
+    (4, "parallel.ep=2 precision.compute=float32"),
+    (4, "parallel.tp=4"),
+    (4, "parallel.tp=2 parallel.ep=2 parallel.activation_checkpointing=selective"),
+    (4, "parallel.tp=2 model.moe=null parallel.activation_checkpointing=full"),
+    (4, "parallel.cp=2 parallel.ep=2"),
+    (8, "parallel.cp=2 parallel.tp=2 parallel.ep=4 parallel.activation_checkpointing=full"),
+    (8, "parallel.cp=2 parallel.tp=2 parallel.ep=4 model.moe.capacity_factor=null"),
+    (4, "parallel.pp=2 parallel.ep=2"),
+    (4, "parallel.pp=2 parallel.zero=1"),
+    (4, "parallel.pp=2 parallel.tp=2 model.tie_embeddings=true"),
+    (4, "parallel.pp=4 model.layers=4 training.global_batch_positions=256"),
+    (2, "parallel.pp=2 parallel.stages_per_rank=2 parallel.schedule=interleaved_1f1b model.layers=4"),
+]
+
+
+@pytest.mark.parametrize("world, overrides", LAYOUTS, ids=lambda value: str(value).replace("parallel.", ""))
+def test_a_dry_step_has_the_traffic_of_the_formula(world: int, overrides: str) -> None:
+    step = plan(world, overrides)
+    for rank in {0, world - 1} if step.degrees.pp > 1 or step.degrees.tp > 1 else {world - 1}:
+        counted, formula = step.cost(rank).traffic, step.traffic(rank)
+        assert sorted(counted.rows()) == sorted(formula.rows())
+        assert counted.bytes
+
+
+def test_imbalance_travels_in_a_variable_exchange_only() -> None:
+    dropless = "parallel.ep=2 model.moe.capacity_factor=null"
+    even, uneven = (plan(4, dropless, imbalance) for imbalance in (1.0, 1.5))
+    kind = Kind("ep", "all_to_all")
+    assert uneven.cost(0).traffic.bytes[kind] > 1.1 * even.cost(0).traffic.bytes[kind]
+    assert uneven.cost(0).traffic == uneven.traffic(0)
+    full = [plan(4, "parallel.ep=2", imbalance).traffic(0) for imbalance in (1.0, 1.5)]
+    assert full[0] == full[1]
+
+
+def test_traffic_adds_scales_and_shares() -> None:
+    one = Traffic()
+    one.add("tp", "send", 10, calls=3)
+    one.add("tp", "all_reduce", 4)
+    assert (one + one).bytes == one.times(2).bytes == {("tp", "send"): 60, ("tp", "all_reduce"): 8}
+    assert one.times(2).over(2) == one
+    sends, rest = one.split(("send",))
+    assert sends.calls == {("tp", "send"): 3} and rest.bytes == {("tp", "all_reduce"): 4}
+    assert one.by_axis() == {"tp": 34}
+    with pytest.raises(ValueError, match="not 2 equal shares"):
+        one.over(2)
+
+
+def test_what_leaves_a_rank_of_four() -> None:
+    kinds = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce", "send", "receive", "broadcast")
+    assert [share_sent(kind, 4) for kind in kinds] == [0.75, 0.75, 0.75, 1.5, 1, 0, 1]
+
+
+def test_groups_of_all_ranks_have_one_name() -> None:
+    data = Degrees(dp_shard=4)
+    assert {name_of(data, axis) for axis in ("fsdp", "data", "loss", "all")} == {"fsdp"}
+    assert name_of(Degrees(dp_replicate=2, dp_shard=2), "all") == "data"
+    assert name_of(Degrees(dp_shard=2, tp=2), "fsdp") == "fsdp"

@@ -1,0 +1,76 @@
+"""A dry run needs neither data nor devices, and says what is wrong with a question."""
+
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from typer.testing import CliRunner
+
+from mmoe.cli import app
+from mmoe.errors import ConfigError
+from mmoe.planning.dry_run_fake import DryMode
+from mmoe.planning.dry_run_routing import Load
+from tests.planning.dry_run_small import SMALL, plan
+
+
+def test_integers_are_computed_and_floats_are_not() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), DryMode():
+        numbers = torch.arange(6)
+        assert numbers[numbers > 3].tolist() == [4, 5]
+        assert isinstance(numbers.float(), FakeTensor)
+        assert isinstance(torch.zeros(3).argsort(), FakeTensor)
+        buffer = torch.empty(2, dtype=torch.long)
+        buffer[1] = 7
+        assert buffer[1].item() == 7
+        assert isinstance(torch.ones(2000, 2000, dtype=torch.bool), FakeTensor)
+
+
+def test_a_load_fills_the_busiest_rank() -> None:
+    assert Load(1.5).sent(800, 4, 1, None) == [167, 300, 167, 167]
+    assert Load(1.5).sent(800, 4, 1, 1.25) == [167, 250, 167, 167]
+    assert Load().sent(800, 1, 0, None) == [800]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"overrides": "parallel.ep=2", "imbalance": 3.0}, "between 1 and 2"),
+        ({"imbalance": 0.5}, "--imbalance is 0.5"),
+        ({"documents": 3}, "--documents is 3"),
+        ({"overrides": "parallel.dp_shard=3"}, "= 3, but there are 4 processes"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(4, **options)
+
+
+def test_a_rank_beyond_the_world_is_refused() -> None:
+    command = ["train", "configs/moe_10b.yaml", "--dry-run", "--world-size", "4", "--rank", "4", *SMALL]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, ConfigError) and "--rank is 4" in str(result.exception)
+
+
+def test_the_command_reports_a_rank_of_each_stage() -> None:
+    command = ["train", "configs/moe_10b.yaml", "--dry-run", "--world-size", "8", "parallel.pp=4"]
+    result = CliRunner().invoke(app, [*command, *SMALL, "model.layers=4"])
+    assert result.exit_code == 0, result.output
+    assert [f"rank {rank}, stage {rank // 2}" in result.output for rank in (0, 4, 6)] == [True] * 3
+    assert result.output.count("equal to the formula") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep", [8, 16])
+def test_the_main_run_on_256_ranks(ep: int) -> None:
+    command = [sys.executable, "-m", "mmoe", "train", "configs/moe_10b.yaml", "--dry-run", "--world-size", "256"]
+    started = time.perf_counter()
+    done = subprocess.run([*command, "--imbalance", "1.3", f"parallel.ep={ep}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 90
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 2**20  # KiB
+    assert "equal to the formula" in done.stdout

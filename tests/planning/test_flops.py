@@ -1,0 +1,56 @@
+"""Parameter counts and operations: of the 10B run against its published figures, of a small one against a count."""
+
+import pytest
+
+from mmoe.config.load import load
+from mmoe.config.tree import RunConfig
+from mmoe.models.embeddings import ModelInputs
+from mmoe.planning.flops import ParameterCounts, attention_forward, model_flops
+from tests.planning.dry_run_small import plan
+
+MAIN = load(RunConfig, "configs/moe_10b.yaml").model
+INPUTS = ModelInputs(131_072)
+
+
+def test_the_main_run_has_the_parameters_of_its_recipe() -> None:
+    counts = ParameterCounts.of(MAIN, INPUTS)
+    assert counts.total == pytest.approx(9.925e9, rel=1e-4)
+    # Both figures of the recipe leave the routers out.
+    routers = MAIN.layers * MAIN.d_model * MAIN.moe.experts
+    assert counts.active - routers == pytest.approx(2.525e9, rel=2e-4)
+    assert counts.multiplied - routers == pytest.approx(2.257e9, rel=2e-4)
+
+
+def test_operations_of_a_token_of_the_main_run() -> None:
+    tokens = 8192
+    whole = model_flops(MAIN, INPUTS, [tokens])
+    attention = 3 * attention_forward(MAIN, [tokens])
+    assert attention / tokens == pytest.approx(3.22e9, rel=1e-3)
+    assert (whole - attention) / tokens == pytest.approx(13.54e9, rel=1e-3)
+
+
+def test_attention_depends_on_the_lengths_of_documents() -> None:
+    assert attention_forward(MAIN, [4096, 4096]) * 2 == attention_forward(MAIN, [8192])
+
+
+WIDE = "model.d_model=256 model.hidden=512 model.moe.hidden=512 model.heads=8 model.kv_heads=4 model.head_dim=32"
+
+
+@pytest.mark.parametrize(
+    "world, overrides",
+    [
+        (4, "parallel.ep=2"),
+        (4, "parallel.ep=2 parallel.activation_checkpointing=full"),
+        (4, "parallel.ep=4 model.moe.capacity_factor=null parallel.activation_checkpointing=selective"),
+        (4, "parallel.tp=2 parallel.ep=2"),
+        (4, "parallel.cp=2"),
+        (4, "parallel.pp=2"),
+    ],
+    ids=str,
+)
+def test_counted_operations_are_those_of_the_formula(world: int, overrides: str) -> None:
+    shape = "model.layers=8 data.sequence_length=512 training.global_batch_positions=8192"
+    step = plan(world, f"{WIDE} {shape} {overrides}")
+    for rank in {0, world - 1} if step.degrees.pp > 1 else {0}:
+        # What the formula leaves out is a larger share of a small model: embeddings of patches and time, the heads.
+        assert step.flops(rank) == pytest.approx(step.cost(rank).flops, rel=0.08)

@@ -1,0 +1,44 @@
+"""What a rank keeps by the formula is what the sharded tensors of the real model have."""
+
+import pytest
+
+from tests.planning.dry_run_small import plan
+
+
+@pytest.mark.parametrize(
+    "world, overrides",
+    [
+        (4, ""),
+        (4, "parallel.dp_replicate=2 parallel.ep=2"),
+        (4, "parallel.tp=2 parallel.ep=4"),
+        (4, "parallel.tp=4 optim.muon={}"),
+        (3, "training.global_batch_positions=1536 model.d_model=48 model.moe.hidden=48"),
+        (4, "parallel.pp=2 model.tie_embeddings=true"),
+    ],
+    ids=str,
+)
+def test_the_formula_is_what_is_held(world: int, overrides: str) -> None:
+    step = plan(world, overrides)
+    for rank in range(0, world, world - 1):
+        cost, closed = step.cost(rank), step.memory(rank)
+        assert closed.parameters == cost.parameters
+        held = {kind: cost.memory[kind] for kind in ("weights", "gradients", "optimizer")}
+        assert held == {"weights": closed.weights, "gradients": closed.gradients, "optimizer": closed.optimizer}
+
+
+def test_zero_1_keeps_whole_gradients_within_a_step() -> None:
+    assert plan(4, "parallel.zero=1").memory(0).whole_gradients > 0
+    assert plan(4, "parallel.zero=2").memory(0).whole_gradients == 0
+
+
+def test_checkpointing_and_shards_save_what_they_should() -> None:
+    none, full = (plan(4, f"parallel.activation_checkpointing={kind}").cost(0).memory for kind in ("none", "full"))
+    assert full["activations"] < 0.7 * none["activations"]
+    assert full["weights"] == none["weights"]
+
+
+def test_an_early_pipeline_stage_keeps_more_passes() -> None:
+    step = plan(4, "parallel.pp=4 model.layers=4")
+    first, last = step.cost(0), step.cost(3)
+    assert (first.kept, last.kept) == (4, 1)
+    assert first.micro_batches > 4
