@@ -44,7 +44,7 @@ LAYOUTS = {"dp2": [], "ep2": ["parallel.ep=2"]}
 MODEL = """
 model.d_model=512 model.layers=4 model.heads=8 model.kv_heads=4 model.head_dim=64 model.hidden=1024
 model.moe.experts=8 model.moe.hidden=512 model.moe.top_k=2 data.sequence_length=1024 data.patches_per_sequence=256
-tokenizers.vision.max_patches=64 losses.contrastive.group_sequences=1 training.micro_batch_sequences=4 parallel.ep=1
+tokenizers.vision.max_patches=64 losses.contrastive.group_sequences=1 training.micro_batch_sequences=8 parallel.ep=1
 optim.lr.peak=3e-4
 """.split()
 VOCABULARY = 8192

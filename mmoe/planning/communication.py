@@ -74,7 +74,7 @@ class Communication:
 
     def _add(self, axis: str, collective: str, size: int, calls: int = 1) -> None:
         if ranks_of(self.degrees, axis) > 1:
-            self.traffic.add(name_of(self.degrees, axis), collective, size, calls)
+            self.traffic.add(name_of(self.degrees, axis, collective), collective, size, calls)
 
     def _weights(self) -> None:
         """FSDP2: a gather and a reduction for each of its modules."""

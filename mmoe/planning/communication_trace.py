@@ -41,12 +41,12 @@ class CommunicationTrace(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self.traffic = Traffic()
+        self.traffic, self._degrees = Traffic(), mesh.degrees
         self._axis = {mesh.group(axis).group_name: axis for axis in AXES if axis not in ("peers", "all")}
         for device_mesh in (mesh.fsdp, mesh.expert_fsdp):
             self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
         self._axis[mesh.peers.group_name] = "peers"
-        self._axis[torch.distributed.group.WORLD.group_name] = name_of(mesh.degrees, "all")
+        self._axis[torch.distributed.group.WORLD.group_name] = "all"
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -62,7 +62,8 @@ class CommunicationTrace(TorchDispatchMode):
             if group.size() > 1:
                 collective, whole = COLLECTIVES[function]
                 value = result if whole == "result" else arguments[whole]
-                self.traffic.add(self._axis[group.group_name], collective, _bytes(value))
+                axis = name_of(self._degrees, self._axis[group.group_name], collective)
+                self.traffic.add(axis, collective, _bytes(value))
 
     def take(self) -> Traffic:
         """What was counted since the last call."""

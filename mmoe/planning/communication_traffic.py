@@ -10,8 +10,19 @@ from rich.table import Table
 
 from mmoe.parallel.mesh import Degrees
 
-# The groups of a run by what they are for, in the order in which a group of all ranks, which is one, is named.
+# The groups of a run by what they are for.
 AXES = ("fsdp", "expert_shard", "ep", "tp", "cp", "sequence", "data", "loss", "pp", "dp_replicate", "peers", "all")
+GATHERED = ("fsdp", "expert_shard", "tp", "cp", "sequence", "loss")
+# What a collective among all ranks is counted for: the first of these axes that has them all.
+WHOLE = {
+    "all_gather": GATHERED,
+    "reduce_scatter": GATHERED,
+    "all_to_all": ("ep",),
+    "all_reduce": ("dp_replicate", "tp", "all"),
+    "broadcast": ("peers", "all"),
+    "send": ("pp",),
+    "receive": ("pp",),
+}
 
 
 class Kind(NamedTuple):
@@ -112,7 +123,8 @@ def ranks_of(degrees: Degrees, axis: str) -> int:
     return joined[axis] if axis in joined else getattr(degrees, axis)
 
 
-def name_of(degrees: Degrees, axis: str) -> str:
-    """`axis`, or the first axis of all ranks where it has them all: their group is one and the same."""
-    whole = [name for name in AXES if ranks_of(degrees, name) == degrees.world]
-    return whole[0] if axis in whole and axis != "peers" else axis
+def name_of(degrees: Degrees, axis: str, collective: str) -> str:
+    """`axis`, or what a group of all ranks is called for this collective: torch has one such group for all purposes."""
+    if ranks_of(degrees, axis) < degrees.world:
+        return axis
+    return next((name for name in WHOLE[collective] if ranks_of(degrees, name) == degrees.world), axis)

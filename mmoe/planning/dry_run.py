@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -76,6 +77,10 @@ def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, document
             plan_routing(model, load, choices)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=DEVICE)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    # Moves uneven shards to padded memory, which the tracker would take for activations later.
+                    module._get_fsdp_state()._fsdp_param_group.lazy_init()
             return _step(config, mesh, model, assumed, documents, started)
 
 

@@ -101,6 +101,7 @@ def test_contrastive_groups_of_any_width(two: Pool, parallel: dict[str, Any], gr
     check(two, Case(losses={"contrastive": {"weight": 0.3, "group_sequences": group}}, parallel=parallel))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, {"cp": 2}, {"tp": 2}, {"dp_replicate": 2}], ids=str)
 @pytest.mark.parametrize("group", [2, 4, 8])
 def test_contrastive_groups_of_any_width_on_four(four: Pool, parallel: dict[str, Any], group: int) -> None:
@@ -139,7 +140,7 @@ def test_a_model_whose_layers_all_have_experts_without_shared_ones(two: Pool, pa
 
 
 @pytest.mark.parametrize("poor", ["text", "short", "nothing"])
-@pytest.mark.parametrize("sequences", [(0, 3), (1, 2)], ids=str)
+@pytest.mark.parametrize("sequences", [(0, 3), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2}, {"tp": 2}, {"cp": 2}, {"tp": 2, "ep": 2}], ids=str)
 def test_a_replica_that_lacks_what_others_have(
     two: Pool, parallel: dict[str, Any], sequences: tuple[int, int], poor: str

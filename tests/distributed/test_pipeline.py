@@ -73,19 +73,20 @@ def test_sharded_heads_of_fewer_micro_batches_than_stages(eight: Pool, zero: int
     check(eight, case_of({"pp": 4, "zero": zero}, sequences=6))
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("parallel", SCHEDULES.values(), ids=SCHEDULES)
 def test_four_micro_batches_accumulate_at_every_stage_of_zero(four: Pool, parallel: dict[str, Any], zero: int) -> None:
     check(four, case_of({**parallel, "zero": zero, "ep": 2}))
 
 
 @pytest.mark.parametrize("parallel", [*SCHEDULES.values(), {"pp": 4}], ids=str)
-@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+@pytest.mark.parametrize("micro_batches", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3))])
 def test_fewer_micro_batches_than_stages(two: Pool, four: Pool, parallel: dict[str, Any], micro_batches: int) -> None:
     pool = four if parallel["pp"] == 4 else two
     check(pool, case_of(parallel, sequences=2 * micro_batches, micro=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe", [{"every": 1}, {"every": 3}, {"every": 4}, None], ids=str)
 @pytest.mark.parametrize("parallel", SCHEDULES.values(), ids=SCHEDULES)
 def test_layers_of_experts_anywhere(two: Pool, parallel: dict[str, Any], moe: dict[str, int] | None) -> None:
@@ -117,6 +118,7 @@ def test_contrastive_groups_wider_than_a_micro_step(two: Pool, parallel: dict[st
     check(two, case_of(parallel, sequences=4, losses={"contrastive": {"weight": 0.3, "group_sequences": group}}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"pp": 2}, {"pp": 2, "cp": 2, **INTERLEAVED}], ids=str)
 def test_wide_contrastive_groups_on_four(four: Pool, parallel: dict[str, Any]) -> None:
     check(four, case_of(parallel, sequences=4, losses={"contrastive": {"weight": 0.3, "group_sequences": 4}}))

@@ -5,13 +5,13 @@ from mmoe.config.tree import RunConfig
 from mmoe.planning.dry_run_report import Plan
 
 SMALL = """
-model.d_model=64 model.layers=3 model.heads=4 model.kv_heads=2 model.head_dim=16 model.hidden=96 model.moe.experts=4
+model.d_model=64 model.layers=2 model.heads=4 model.kv_heads=2 model.head_dim=16 model.hidden=96 model.moe.experts=4
 model.moe.hidden=64 model.moe.every=2 data.sequence_length=128 data.patches_per_sequence=64
 tokenizers.vision.max_patches=16 losses.ce.chunk=24 losses.contrastive.group_sequences=1
 training.global_batch_positions=2048 optim.lr.peak=1e-4 parallel.ep=1
 """.split()
 
 
-def plan(world: int, overrides: str = "", imbalance: float = 1.0, documents: int = 2) -> Plan:
+def plan(world: int, overrides: str = "", imbalance: float = 1.0, documents: int = 4) -> Plan:
     config = load(RunConfig, "configs/moe_10b.yaml", [*SMALL, *overrides.split()])
     return Plan.of(config, world, imbalance, documents, 500)

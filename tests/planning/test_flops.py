@@ -14,11 +14,11 @@ INPUTS = ModelInputs(131_072)
 
 def test_the_main_run_has_the_parameters_of_its_recipe() -> None:
     counts = ParameterCounts.of(MAIN, INPUTS)
-    assert counts.total == pytest.approx(9.925e9, rel=1e-4)
-    # Both figures of the recipe leave the routers out.
+    assert counts.total == pytest.approx(9.925e9, abs=0.5e6)
+    # The other two figures of the recipe leave the routers out.
     routers = MAIN.layers * MAIN.d_model * MAIN.moe.experts
-    assert counts.active - routers == pytest.approx(2.525e9, rel=2e-4)
-    assert counts.multiplied - routers == pytest.approx(2.257e9, rel=2e-4)
+    assert counts.active - routers == pytest.approx(2.525e9, abs=0.5e6)
+    assert counts.multiplied - routers == pytest.approx(2.257e9, abs=0.5e6)
 
 
 def test_operations_of_a_token_of_the_main_run() -> None:
@@ -49,8 +49,7 @@ WIDE = "model.d_model=256 model.hidden=512 model.moe.hidden=512 model.heads=8 mo
     ids=str,
 )
 def test_counted_operations_are_those_of_the_formula(world: int, overrides: str) -> None:
-    shape = "model.layers=8 data.sequence_length=512 training.global_batch_positions=8192"
+    shape = "model.layers=4 data.sequence_length=512 training.global_batch_positions=8192"
     step = plan(world, f"{WIDE} {shape} {overrides}")
-    for rank in {0, world - 1} if step.degrees.pp > 1 else {0}:
-        # What the formula leaves out is a larger share of a small model: embeddings of patches and time, the heads.
-        assert step.flops(rank) == pytest.approx(step.cost(rank).flops, rel=0.08)
+    # What the formula leaves out is a larger share of a small model: embeddings of patches and time, the heads.
+    assert step.flops(world - 1) == pytest.approx(step.cost(world - 1).flops, rel=0.08)
