@@ -78,9 +78,10 @@ def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, document
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=DEVICE)
             for module in model.modules():
-                if isinstance(module, FSDPModule):
+                group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+                if group is not None:  # the root of a middle pipeline stage has no parameters of its own
                     # Moves uneven shards to padded memory, which the tracker would take for activations later.
-                    module._get_fsdp_state()._fsdp_param_group.lazy_init()
+                    group.lazy_init()
             return _step(config, mesh, model, assumed, documents, started)
 
 

@@ -21,8 +21,10 @@ def test_the_formula_is_what_is_held(world: int, overrides: str) -> None:
     step = plan(world, overrides)
     cost, closed = step.cost(world - 1), step.memory(world - 1)
     assert closed.parameters == cost.parameters
-    held = {kind: cost.memory[kind] for kind in ("weights", "gradients", "optimizer")}
-    assert held == {"weights": closed.weights, "gradients": closed.gradients, "optimizer": closed.optimizer}
+    assert cost.memory["gradients"] == closed.gradients
+    assert cost.memory["optimizer"] == closed.optimizer
+    # FSDP2 pads weights that the ranks cannot share evenly.
+    assert closed.weights <= cost.memory["weights"] <= 1.05 * closed.weights
 
 
 def test_zero_1_keeps_whole_gradients_within_a_step() -> None:
