@@ -171,3 +171,12 @@ def fit_codec(path: Path) -> AudioConfig:
     waves = [rng.uniform(-0.3, 0.3, 4000).astype(np.float32) for _ in range(4)]
     MelCodec.fit(waves, config, seed=0).save(path)
     return config
+
+
+def write_sources(root: Path) -> None:
+    """One source of every maker in `root`, 24 training and 6 held-out samples each, and their codec."""
+    for number, (name, make) in enumerate(MAKERS.items()):
+        rng = np.random.default_rng(number)
+        samples = {s: [make(rng, f"{name}-{s[0]}{i}") for i in range(n)] for s, n in (("train", 24), ("heldout", 6))}
+        write_source(root / name, samples)
+    fit_codec(root / "codec.safetensors")

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mmoe.config.load import dump
 from tests.conftest import REPOSITORY
-from tests.data.synthetic import MAKERS, fit_codec, write_source
+from tests.data.synthetic import write_sources
 from tests.distributed.test_training import FIGURES, train, tree
 
 SCRIPT = """
@@ -51,11 +50,7 @@ with processes(config.parallel, folder, Console()):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("restart")
-    for number, (name, make) in enumerate(MAKERS.items()):
-        rng = np.random.default_rng(number)
-        samples = {s: [make(rng, f"{name}-{s[0]}{i}") for i in range(n)] for s, n in (("train", 24), ("heldout", 6))}
-        write_source(root / name, samples)
-    fit_codec(root / "codec.safetensors")
+    write_sources(root)
     return root
 
 

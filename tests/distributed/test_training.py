@@ -20,7 +20,7 @@ from mmoe.parallel.broadcast import shared_steps
 from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
-from tests.data.synthetic import MAKERS, fit_codec, write_source
+from tests.data.synthetic import write_sources
 from tests.models.random_batch import random_batch
 from tests.training.test_trainer import config
 
@@ -39,11 +39,7 @@ FIGURES = ("loss", "grad_norm", "loss_ce", "loss_contrastive", "loss_action", "d
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
-    for number, (name, make) in enumerate(MAKERS.items()):
-        rng = np.random.default_rng(number)
-        samples = {s: [make(rng, f"{name}-{s[0]}{i}") for i in range(n)] for s, n in (("train", 24), ("heldout", 6))}
-        write_source(root / name, samples)
-    fit_codec(root / "codec.safetensors")
+    write_sources(root)
     return root
 
 

@@ -22,17 +22,13 @@ from mmoe.training import session
 from mmoe.training.callback import Callback
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
-from tests.data.synthetic import MAKERS, MEL, fit_codec, write_source
+from tests.data.synthetic import MAKERS, MEL, write_sources
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
-    for number, (name, make) in enumerate(MAKERS.items()):
-        rng = np.random.default_rng(number)
-        samples = {s: [make(rng, f"{name}-{s[0]}{i}") for i in range(n)] for s, n in (("train", 24), ("heldout", 6))}
-        write_source(root / name, samples)
-    fit_codec(root / "codec.safetensors")
+    write_sources(root)
     return root
 
 
