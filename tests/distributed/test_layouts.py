@@ -45,15 +45,21 @@ EIGHT: dict[str, dict[str, Any]] = {
     "dp_replicate2 dp_shard4 ep4": {"dp_replicate": 2, "ep": 4},
     "tp4 dp2 ep4": {"tp": 4, "ep": 4},
 }
-MODES = {"dropless": None, "capacity": 1.0}
+MODES = {
+    "dropless-float64": (None, "float64"),
+    "capacity-float64": (1.0, "float64"),
+    "dropless-float32": (None, "float32"),
+    "capacity-float32": (1.0, "float32"),
+}
 
 
-def in_every_mode(layouts: dict[str, dict[str, Any]]) -> Any:
-    """Marks a test to run for each of `layouts` in both precisions and modes."""
-    modes = pytest.mark.parametrize("capacity_factor", MODES.values(), ids=MODES)
-    precisions = pytest.mark.parametrize("compute", ["float64", "float32"])
+def in_every_mode(layouts: dict[str, dict[str, Any]], quick: int) -> Any:
+    """Marks a test to run for each of `layouts` in both precisions and modes, all but `quick` of these as slow."""
+    slow = [[], [pytest.mark.slow]]
+    numbered = enumerate(MODES.items())
+    modes = [pytest.param(*mode, id=name, marks=slow[number >= quick]) for number, (name, mode) in numbered]
     each = pytest.mark.parametrize("parallel", layouts.values(), ids=layouts)
-    return lambda test: modes(precisions(each(test)))
+    return lambda test: pytest.mark.parametrize("capacity_factor, compute", modes)(each(test))
 
 
 def check_step(pool: Pool, parallel: dict[str, Any], compute: str, capacity_factor: float | None) -> None:
@@ -72,18 +78,17 @@ def check_step(pool: Pool, parallel: dict[str, Any], compute: str, capacity_fact
     assert expected["events"]["compared"] > 0
 
 
-@in_every_mode(TWO)
+@in_every_mode(TWO, quick=3)
 def test_two_ranks(two: Pool, parallel: dict[str, Any], compute: str, capacity_factor: float | None) -> None:
     check_step(two, parallel, compute, capacity_factor)
 
 
-@in_every_mode(FOUR)
+@in_every_mode(FOUR, quick=2)
 def test_four_ranks(four: Pool, parallel: dict[str, Any], compute: str, capacity_factor: float | None) -> None:
     check_step(four, parallel, compute, capacity_factor)
 
 
-@pytest.mark.slow
-@in_every_mode(EIGHT)
+@in_every_mode(EIGHT, quick=0)
 def test_eight_ranks(eight: Pool, parallel: dict[str, Any], compute: str, capacity_factor: float | None) -> None:
     check_step(eight, parallel, compute, capacity_factor)
 
