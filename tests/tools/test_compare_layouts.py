@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
 
 
+@pytest.mark.slow
 def test_layouts_agree_and_one_that_cannot_be_is_named(folder: Path) -> None:
     done, result = call(folder, "--layouts", "hsdp2", "ep2,tp2", "tp3", "--precision", "float64")
     assert result["targets"]["hsdp2"]["ok"] and result["targets"]["ep2,tp2"]["ok"], done.stdout + done.stderr
