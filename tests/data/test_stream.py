@@ -244,7 +244,7 @@ def test_the_watchdog_says_what_every_worker_is_doing(capfd):
     assert list(loaded(["a", "late", "b"], seconds=0.3)) == ["a", "late", "b"]
     said = capfd.readouterr().err
     assert re.search(r"no batch for \d+ s; worker 0 \(pid \d+, for \d+ s: decoding late\)", said)
-    assert list(loaded(["a", "b"], seconds=0.3)) == ["a", "b"]
+    assert list(loaded(["a", "b"], seconds=20.0)) == ["a", "b"]  # a worker alone may take a second to begin
     assert capfd.readouterr().err == ""
 
 
