@@ -155,13 +155,13 @@ class Mesh:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """Of dense parameters: dp_replicate x fsdp."""
-        return self._weights["dp_replicate", "fsdp"]
+        """Of dense parameters: fsdp, or dp_replicate x fsdp where there are copies."""
+        return self._weights[("dp_replicate", "fsdp") if self.degrees.dp_replicate > 1 else "fsdp"]
 
     @property
     def expert_fsdp(self) -> DeviceMesh:
-        """Of experts: dp_replicate x expert_shard."""
-        return self._sparse["dp_replicate", "expert_shard"]
+        """Of experts: expert_shard, or dp_replicate x expert_shard where there are copies."""
+        return self._sparse[("dp_replicate", "expert_shard") if self.degrees.dp_replicate > 1 else "expert_shard"]
 
     @property
     def replica(self) -> int:

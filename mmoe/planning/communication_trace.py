@@ -43,8 +43,9 @@ class CommunicationTrace(TorchDispatchMode):
         super().__init__()
         self.traffic, self._degrees = Traffic(), mesh.degrees
         self._axis = {mesh.group(axis).group_name: axis for axis in AXES if axis not in ("peers", "all")}
-        for device_mesh in (mesh.fsdp, mesh.expert_fsdp):
-            self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
+        if mesh.degrees.dp_replicate > 1:
+            for device_mesh in (mesh.fsdp, mesh.expert_fsdp):
+                self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
         self._axis[mesh.peers.group_name] = "peers"
         self._axis[torch.distributed.group.WORLD.group_name] = "all"
 
