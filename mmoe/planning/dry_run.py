@@ -25,7 +25,7 @@ from mmoe.parallel.pipeline import on_meta
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.dry_run_batch import Assumed, Documents
-from mmoe.planning.dry_run_fake import DryMode, fake_rank
+from mmoe.planning.dry_run_fake import DryMode, fake_rank, shapes_apart
 from mmoe.planning.dry_run_passes import DEVICE, DryPipeline, DryRanks, Passes
 from mmoe.planning.dry_run_routing import Load, plan_routing
 from mmoe.planning.flops_count import FlopCount
@@ -75,7 +75,7 @@ def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, document
         if config.model.moe is not None:
             choices = documents.sequences * documents.length // degrees.sequence_ranks * config.model.moe.top_k
             plan_routing(model, load, choices)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), shapes_apart():
             model.to_empty(device=DEVICE)
             for module in model.modules():
                 group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 MOST_COMPUTED = 1 << 20  # elements; larger integer tensors are masks, whose values no shape depends on
@@ -33,6 +33,24 @@ def fake_rank(rank: int, world: int) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()  # which knows groups by name, and meshes that look the same
+
+
+@contextmanager
+def shapes_apart() -> Iterator[None]:
+    """DTensor finds a result's shape by running the operation once on whole fake tensors. Inside, that is seen by no
+    mode: it is not work of this rank, and would be counted as a product and as memory of the global size."""
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    whole = propagator._propagate_tensor_meta_non_cached
+
+    def unseen(operation: Any) -> Any:
+        with _disable_current_modes():
+            return whole(operation)
+
+    propagator._propagate_tensor_meta_non_cached = unseen
+    try:
+        yield
+    finally:
+        del propagator._propagate_tensor_meta_non_cached
 
 
 class DryMode(TorchDispatchMode):
