@@ -56,6 +56,9 @@ def test_train_prepares_what_is_missing_evaluates_and_reports(root):
     [
         (["train", "configs/demo.yaml", "optim.lr.peek=1"], "did you mean optim.lr.peak?"),
         (["train", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["train", "configs/demo.yaml", "parallel.offload=true"], "parallel.offload is true, which is FSDP's work"),
+        (["train", "configs/demo.yaml", "--world-size", "8"], "--world-size is for --dry-run, which was not given"),
+        (["train", "configs/demo.yaml", "--dry-run", "--fresh"], "--fresh is for training, not for --dry-run"),
         (["prepare", "txt", "a", "b"], "did you mean text?"),
         (["evaluate", "nowhere"], "nowhere is not a run; train it first"),
         (["evaluate", "nowhere", "--blank", "sight"], "'sight' is not a modality; choose from"),

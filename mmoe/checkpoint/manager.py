@@ -61,7 +61,8 @@ class CheckpointConfig(Config):
 class CheckpointManager:
     """Saves and loads states (`mmoe.checkpoint.tree`) under `folder`. Every failure is a CheckpointError.
 
-    `save` and `load` are for all ranks of the default process group at once: what fails on one raises on all.
+    `latest_step`, `save` and `load` are for all ranks of the default process group at once: what fails on one raises on
+    all.
     """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig):
@@ -73,6 +74,9 @@ class CheckpointManager:
 
     def latest_step(self) -> int | None:
         """The step `latest` points to; None where nothing was saved yet."""
+        return Ranks().first(self._latest)  # what other machines see of a shared folder may be some seconds old
+
+    def _latest(self) -> int | None:
         pointer = self.folder / "latest"
         if not pointer.is_file():
             return None
@@ -178,7 +182,7 @@ class CheckpointManager:
         return {step: path for step, path in found.items() if step is not None}
 
     def _find(self, step: int | None) -> tuple[Path, int]:
-        chosen = self.latest_step() if step is None else step
+        chosen = self._latest() if step is None else step
         if chosen is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint; train the run first")
         committed = self._committed()

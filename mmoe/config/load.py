@@ -63,6 +63,14 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys in place of mappings in mappings; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     """``["optim.lr.peak=1e-3"]`` -> ``{"optim": {"lr": {"peak": 0.001}}}``; values are read as YAML."""
     tree: dict[str, Any] = {}

@@ -10,18 +10,6 @@ from rich.table import Table
 from mmoe.errors import ConfigError
 
 
-def data_replicas(processes: int, tensor: int = 1, pipeline: int = 1, context: int = 1) -> int:
-    """D = processes / (TP * PP * CP): how many replicas see different data."""
-    model = tensor * pipeline * context
-    if processes % model:
-        raise ConfigError(
-            f"{processes} processes do not divide into replicas of {model} (tensor {tensor} x pipeline "
-            f"{pipeline} x context {context}); change a degree in parallel.*, or start "
-            f"{processes // model * model or model} processes"
-        )
-    return processes // model
-
-
 @dataclass(frozen=True)
 class BatchArithmetic:
     """One optimizer step is `accumulation` micro-batches of `micro_batch_sequences` on each of `replicas`."""

@@ -43,6 +43,7 @@ class ShardedMuon(torch.optim.Muon):
                 update = _zeropower_via_newtonschulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 if isinstance(parameter, DTensor):  # every rank has the update: nothing is sent
                     update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                    update = update.to(parameter.device)  # an offloaded parameter is not where its mesh is
                 parameter.mul_(1 - rate * group["weight_decay"])
                 parameter.add_(update, alpha=-_adjust_lr(rate, group["adjust_lr_fn"], parameter.shape))
 

@@ -40,6 +40,7 @@ def spread(
     """This rank's part of the model with its initial weights, and the rank."""
     model = on_meta(config, inputs, mesh.degrees, mesh.rank("pp")).to(config.precision.parameter_dtype)
     parallelize(model, mesh, config.parallel, config.precision)
-    materialise(model, seed, config.model.init_std, config.model.layers, device)
+    shards = torch.device("cpu") if config.parallel.offload else device
+    materialise(model, seed, config.model.init_std, config.model.layers, shards, device)
     pipeline = Pipeline(model, mesh, config, device) if isinstance(model, StageModel) else None
     return model, ManyRanks(mesh, config, sources, device, pipeline)

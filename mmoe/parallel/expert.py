@@ -107,7 +107,8 @@ class VariablePlacement:
     """The choices of the tokens here in the order in which they travel, and the rows here in that of the experts.
 
     `row_HK` is the place of each choice among the `choice_R` that travel, their number where it was dropped; `arrived`
-    places what arrives in rows sorted by expert.
+    places what arrives in rows sorted by expert. `complete` is about all tokens of the routing, `all_travel` about the
+    choices of those here.
     """
 
     row_HK: Tensor
@@ -117,6 +118,7 @@ class VariablePlacement:
     exchange: Exchange
     dropped_TK: Tensor
     complete: bool
+    all_travel: bool
 
     @property
     def ends_E(self) -> Tensor:
@@ -149,7 +151,8 @@ class VariableExchange:
             arrived=self._arrived(arrived_SF, sum(received)),
             exchange=Exchange(received, sent, self.group),
             dropped_TK=dropped_TK,
-            complete=rows == len(choice),
+            complete=local.complete,
+            all_travel=rows == len(choice),
         )
 
     def _rows(self, sent_SF: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -168,7 +171,7 @@ class VariableExchange:
 
     def dispatch(self, x_HD: Tensor, placement: VariablePlacement) -> Tensor:
         row_HK = placement.row_HK
-        rows = copy_rows(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.complete)
+        rows = copy_rows(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.all_travel)
         return placement.exchange.start(rows)
 
     def arrive(self, rows_RD: Tensor, placement: VariablePlacement) -> Tensor:
@@ -181,4 +184,4 @@ class VariableExchange:
         rows = copy_rows(y_RD, arrived.row_TK.flatten(), arrived.choice_R, complete=arrived.complete)
         weight_HK = weight_TK if placement.here_T is None else weight_TK[placement.here_T]
         back = placement.exchange.back(rows)
-        return weighted_rows(back, weight_HK, placement.row_HK, placement.choice_R, placement.complete)
+        return weighted_rows(back, weight_HK, placement.row_HK, placement.choice_R, placement.all_travel)

@@ -6,33 +6,38 @@ group; without them the run is one process, and nothing here does anything.
 
 import faulthandler
 import hashlib
+import itertools
 import math
 import os
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
 from rich.console import Console
 
-from mmoe.errors import ConfigError
+from mmoe.config.load import flatten
+from mmoe.errors import ConfigError, MmoeError
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.launch_errors import StoppedError, name_ranks, rank_log, record_error, restart_count
+from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, rank_log, record_error, restart_count
 from mmoe.parallel.launch_store import join
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # A group's own timeout ends the process with a sentence about one socket or one kernel: it waits until the watcher
 # (`mmoe.parallel.watch`), which knows what all ranks do, has had its time.
 MARGIN_SECONDS = 30
+PERIOD_SECONDS = 0.1  # between two questions to the store
 CLOSING_SECONDS = 10  # for the group's end after an error, when other ranks may never answer again
+
+
+_turns = itertools.count()  # of `first_alone`: equal on all ranks
 
 
 @contextmanager
@@ -57,7 +62,8 @@ def processes(config: ParallelConfig, run_folder: Path, console: Console) -> Ite
                 console.print(_introduction(world, backend))
             yield world
     except Exception as error:
-        step, after = getattr(error, "at_step", None), getattr(error, "after", None)  # marked by the watcher
+        step = getattr(error, "at_step", None)
+        after = error.after if hasattr(error, "after") else _first_failure(rank, error)  # marked by the watcher
         record_error(run_folder, rank, error, step=step, after=after)
         _leave_after_error()
         if rank > 0:
@@ -91,7 +97,7 @@ def same_config(text: str) -> None:
         box = [text]
         dist.broadcast_object_list(box, src=members[0], device=torch.device("cpu"))
         texts.append(box[0])
-    kinds = [dict(_flat(yaml.safe_load(kind))) for kind in texts]
+    kinds = [flatten(yaml.safe_load(kind)) for kind in texts]
     keys = sorted({key for kind in kinds for key in kind if len({repr(other.get(key)) for other in kinds}) > 1})
     differences = "; ".join(
         f"{key} is "
@@ -111,6 +117,31 @@ def agreed(flag: bool) -> bool:
     answer = torch.tensor(int(flag))
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
+
+
+def first_alone(work: Callable[[], None]) -> None:
+    """Rank 0 does `work`, however long it takes; the others wait for its end, without the timeout of a collective.
+
+    Raises `MmoeError` on the others where it fails.
+    """
+    if not dist.is_initialized():
+        work()
+        return
+    # A connection of its own: a question to the store keeps no other thread waiting.
+    store = dist.distributed_c10d._get_default_store().clone()
+    key = f"alone/{next(_turns)}"
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except BaseException:
+            store.set(key, "failed")
+            raise
+        store.set(key, "done")
+        return
+    while not store.check([key]):
+        time.sleep(PERIOD_SECONDS)
+    if store.get(key) == b"failed":
+        raise MmoeError("rank 0 failed at what it does for all ranks; see its error")
 
 
 def rank_console(console: Console) -> Console:
@@ -140,6 +171,10 @@ def _join(timeout_seconds: float) -> str:
     return "nccl"
 
 
+def _first_failure(rank: int, error: Exception) -> str | None:
+    return first_failure(dist.distributed_c10d._get_default_store(), rank, error) if dist.is_initialized() else None
+
+
 def _leave_after_error() -> None:
     """Leave the group; peers that hang must not keep this process, so the attempt has an end of its own."""
     if not dist.is_initialized():
@@ -158,6 +193,11 @@ def _check_one_process(config: ParallelConfig) -> None:
     shard = config.dp_shard if config.dp_shard > 0 else config.ep // math.gcd(config.ep, sequence)
     world = max(config.pp * config.dp_replicate * shard * sequence, config.ep)
     if world == 1:
+        if config.offload:
+            raise ConfigError(
+                "parallel.offload is true, which is FSDP's work and needs a process group; "
+                "set it to false, or start by: torchrun --nproc-per-node 1 -m mmoe " + shlex.join(sys.argv[1:])
+            )
         return
     degrees = [f"parallel.{name}={getattr(config, name)}" for name in ("pp", "dp_replicate", "cp", "tp", "ep")]
     given = [text for text in degrees if not text.endswith("=1")]
@@ -180,10 +220,3 @@ def _set_aside_hang_report(folder: Path) -> None:
     if report.is_file():
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(report.stat().st_mtime))
         report.rename(folder / f"hang-report-{written}.txt")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + str(key), value)]
-    return items

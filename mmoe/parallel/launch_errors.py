@@ -11,11 +11,15 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch.distributed as dist
+
 from mmoe.errors import MmoeError
+
+FAILED = "watch/failed"  # the key of the first failure of an attempt
 
 
 class StoppedError(MmoeError):
@@ -37,6 +41,18 @@ def name_ranks(ranks: list[int]) -> str:
             runs.append([rank, rank])
     text = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def first_failure(store: dist.Store, rank: int, error: BaseException, killed: str = "") -> str | None:
+    """Tell all ranks that share `store` of an `error` of this one; gives what failed before it, if anything did.
+
+    `killed` is a failure of ranks that cannot speak, of which the error is the consequence.
+    """
+    own = f"rank {rank} failed: {type(error).__name__}: {error}"
+    with suppress(dist.DistError):  # the store may be gone with what made the error
+        first = store.compare_set(FAILED, "", killed or own).decode()
+        return None if first == own else first
+    return None
 
 
 def record_error(

@@ -9,11 +9,15 @@ from mmoe.models.init import initial_value, is_of_experts
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, seed: int, std: float, layers: int, device: torch.device) -> None:
-    """Give the meta tensors of `model` memory on `device` and the values of `mmoe.models.init`, buffers zeros."""
+def materialise(
+    model: nn.Module, seed: int, std: float, layers: int, device: torch.device, compute: torch.device
+) -> None:
+    """Give the meta tensors of `model` memory: parameters on `device`, with the values of `mmoe.models.init`, and
+    buffers, zeros, on `compute`."""
     model.to_empty(device=device)
-    for buffer in model.buffers():
-        buffer.zero_()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=compute))
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             parameter.copy_(initial_value(name, parameter.shape, seed, std, layers))

@@ -57,6 +57,11 @@ def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> Non
 
 def check_layout(config: ModelConfig, degrees: Degrees) -> None:
     """Raises ConfigError where the model cannot be spread over these degrees."""
+    if degrees.cp > 1 and config.attention != "sdpa_documents":
+        raise ConfigError(
+            f"parallel.cp is {degrees.cp}, but model.attention is {config.attention}, which has no form for positions "
+            "of several ranks; set it to sdpa_documents, or parallel.cp to 1"
+        )
     if degrees.tp > 1:
         check_tensor(config, degrees.tp)
     if config.moe is None:

@@ -20,6 +20,7 @@ from mmoe.models.embeddings import ModelInputs
 from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.tensor import check_vocabulary
 
 TIED = "embeddings.token.weight"
 
@@ -142,7 +143,8 @@ def deal_layers(costs: list[float], stages: int) -> list[range]:
 
 
 def on_meta(config: RunConfig, inputs: ModelInputs, degrees: Degrees, pp_rank: int) -> MultimodalModel:
-    """The model, or the stages of one rank of pp, without memory."""
+    """The model, or the stages of one rank of pp, without memory. Raises ConfigError where it cannot be spread."""
+    check_vocabulary(inputs.vocabulary_size, degrees.tp, degrees.fsdp)
     with torch.device("meta"):
         if degrees.pp == 1:
             return MultimodalModel(config.model, inputs)

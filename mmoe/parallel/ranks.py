@@ -46,6 +46,9 @@ class Ranks(Protocol):
     def tables(self) -> list[Table]:
         """To be printed at the start of a run."""
 
+    def parameters(self, model: MultimodalModel) -> int:
+        """How many the whole model has."""
+
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
         """The steps of this rank's replica, each of so many micro-batches."""
 
@@ -76,6 +79,9 @@ class OneProcess:
 
     def tables(self) -> list[Table]:
         return []
+
+    def parameters(self, model: MultimodalModel) -> int:
+        return sum(p.numel() for p in model.parameters())
 
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
         return stream.steps()
@@ -116,6 +122,12 @@ class ManyRanks:
 
     def tables(self) -> list[Table]:
         return [self.mesh.degrees.table(), *([self.pipeline.table()] if self.pipeline else [])]
+
+    def parameters(self, model: MultimodalModel) -> int:
+        if self.pipeline is None:
+            return sum(p.numel() for p in model.parameters())
+        here = torch.tensor(sum(p.numel() for p in self.pipeline.counted()))
+        return int(add_up(here, self.mesh.group("pp")))
 
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
         return shared_steps(stream, self.mesh, micro_batches, self.device)

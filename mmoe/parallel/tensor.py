@@ -40,6 +40,19 @@ def check_tensor(config: ModelConfig, tp: int) -> None:
         raise ConfigError(f"model.hidden is {config.hidden}, not a multiple of parallel.tp {tp}; {remedy}")
 
 
+def check_vocabulary(size: int, tp: int, fsdp: int) -> None:
+    """Raises ConfigError where the table of `size` ids cannot be cut by `tp` and then by `fsdp`.
+
+    FSDP2 cuts each of tp's unequal parts by itself; DTensor, which loads and saves them, expects other borders then.
+    """
+    if tp > 1 and fsdp > 2 and size % tp:
+        raise ConfigError(
+            f"the vocabulary has {size:,} ids, not a multiple of parallel.tp {tp}, and more than two ranks of "
+            f"dp_shard x cp ({fsdp}) share each part; take a text tokenizer with {-size % tp} more ids, another "
+            "parallel.tp, or parallel.dp_replicate for dp_shard"
+        )
+
+
 def shard_tensors(model: MultimodalModel, mesh: DeviceMesh) -> None:
     """Apply tensor parallelism over `mesh` to the parts of the model that are here."""
     for block in model.decoder.blocks:

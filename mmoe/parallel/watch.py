@@ -30,10 +30,11 @@ import psutil
 import torch.distributed as dist
 
 from mmoe.parallel.launch import MARGIN_SECONDS
-from mmoe.parallel.launch_errors import StoppedError, record_error
+from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, record_error
 from mmoe.parallel.watch_report import report, verdict
 from mmoe.parallel.watch_state import MainThread, State, blocking_call, collectives, place, stack
 
+SILENT_PERIODS = 4  # without a heartbeat, until a rank counts as killed
 STORE_SECONDS = 10.0  # for one question to the store; and the longest that a rank is waited for
 
 
@@ -100,13 +101,33 @@ class _Watcher(threading.Thread):
         """End the thread. An `error` of the main thread is told to the other ranks; gives what failed before it."""
         first = None
         if error is not None:
-            failure = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+            killed = ""
             with suppress(dist.DistError):  # the store may be gone with what made the error
-                first = self.store.compare_set("watch/failed", "", failure).decode()
-            first = None if first == failure else first
+                killed = self._killed() if isinstance(error, RuntimeError) else ""
+            first = first_failure(self.store, self.rank, error, killed)
         self.stopped.set()
         self.join(2 * STORE_SECONDS)
         return first
+
+    def _killed(self) -> str:
+        """A broken connection is the end of another rank, which could not speak if it was killed: who went silent.
+
+        A rank with an error goes on to send heartbeats while it asks the same.
+        """
+        if self._has("failed"):
+            return ""
+        before = self._heartbeats()
+        self._until(lambda: self._has("failed"), SILENT_PERIODS * self.period)
+        now = self._heartbeats()
+        silent = [rank for rank in before if rank != self.rank and now[rank] == before[rank]]
+        if not silent or self._has("failed"):
+            return ""
+        verb = "gives" if len(silent) == 1 else "give"
+        return f"{name_ranks(silent)} {verb} no sign of life: killed (out of memory?), or the machine is gone"
+
+    def _heartbeats(self) -> dict[int, str]:
+        """The last one of each rank that has sent one."""
+        return {rank: self._get(f"beat/{rank}") for rank in range(self.world) if self._has(f"beat/{rank}")}
 
     def run(self) -> None:
         while not self.stopped.is_set():

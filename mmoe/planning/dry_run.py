@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,12 +60,10 @@ class RankCost:
     traffic: Traffic
     flops: int
     micro_batches: int
-    seconds: float
 
 
 def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, documents: Documents, load: Load) -> RankCost:
     """The cost of `rank` of `world`. Raises ConfigError where the config cannot run on so many."""
-    started = time.perf_counter()
     degrees = degrees_of(config, world)
     with fake_rank(rank, world):
         mesh = Mesh(degrees)
@@ -82,12 +79,10 @@ def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, document
                 if group is not None:  # the root of a middle pipeline stage has no parameters of its own
                     # Moves uneven shards to padded memory, which the tracker would take for activations later.
                     group.lazy_init()
-            return _step(config, mesh, model, assumed, documents, started)
+            return _step(config, mesh, model, assumed, documents)
 
 
-def _step(
-    config: RunConfig, mesh: Mesh, model: MultimodalModel, assumed: Assumed, documents: Documents, started: float
-) -> RankCost:
+def _step(config: RunConfig, mesh: Mesh, model: MultimodalModel, assumed: Assumed, documents: Documents) -> RankCost:
     optimizer = build_optimizer(model, config.optim.adamw, config.optim.muon)
     with DryMode():
         batch = documents.batch(assumed)
@@ -124,7 +119,6 @@ def _step(
         traffic=traffic,
         flops=operations,
         micro_batches=accumulation,
-        seconds=time.perf_counter() - started,
     )
 
 

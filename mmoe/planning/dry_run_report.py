@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -110,21 +110,11 @@ def show_dry_run(plan: Plan, ranks: list[int], console: Console) -> None:
     _introduce(plan, console)
     # A process each: torch keeps the groups of a mesh that it has seen, and ranks that cost the same run at once.
     workers = min(len(ranks), os.cpu_count() or 1)
-    with get_context("spawn").Pool(workers, initializer=_one_thread, maxtasksperchild=1) as pool:
-        costs = pool.map(partial(_cost, plan), ranks, chunksize=1)
+    with get_context("spawn").Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+        costs = pool.map(plan.cost, ranks, chunksize=1)
     for cost in costs:
         _show(plan, cost, console)
     console.print(f"{len(ranks)} of {world} ranks in {time.perf_counter() - started:.0f} s")
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _cost(plan: Plan, rank: int) -> RankCost:
-    return plan.cost(rank)
 
 
 def _introduce(plan: Plan, console: Console) -> None:

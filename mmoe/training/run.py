@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from mmoe.checkpoint.manager import CheckpointManager
@@ -20,6 +19,7 @@ from mmoe.data.stream import heldout_batches
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.build import build
+from mmoe.parallel.launch import first_alone
 from mmoe.parallel.ranks import Ranks
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vision import COORDINATES
@@ -45,10 +45,8 @@ class Run:
         """
         if config.parallel.threads:
             torch.set_num_threads(config.parallel.threads)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            ensure_prepared(config.data.sources, config.tokenizers.text, console or Console())
-        if dist.is_initialized():
-            dist.barrier()
+        text = config.tokenizers.text
+        first_alone(lambda: ensure_prepared(config.data.sources, text, console or Console()))
         sources = Sources(config.data)
         tokenizers = config.tokenizers.build(sources.manifests)
         sources.check(tokenizers)

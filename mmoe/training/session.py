@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
-from mmoe.config.load import dump, load
+from mmoe.config.load import dump, flatten, load
 from mmoe.config.tree import RunConfig
 from mmoe.errors import ConfigError
 from mmoe.evaluation.evaluate import evaluate, show
@@ -88,7 +88,7 @@ def _start_over(run: Run) -> None:
 
 
 def _introduce(run: Run, console: Console) -> None:
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = run.ranks.parameters(run.model)
     console.print(f"{run.folder}: {parameters:,} parameters on {run.device}, {run.tokenizers.vocabulary.size} ids")
     batch = run.config.batch_of(run.ranks.replicas)
     for table in (*run.ranks.tables(), batch.table(), run.config.optim.describe(batch)):
@@ -101,7 +101,7 @@ def _check_same(config: RunConfig, run: Run) -> None:
     The layout may change, since every layout gives the same numbers.
     """
     saved = load(RunConfig, run.folder / "config.yaml")
-    before, now = (dict(_flat(c.model_dump(mode="json"))) for c in (saved, config))
+    before, now = (flatten(c.model_dump(mode="json")) for c in (saved, config))
     keys = [key for key in before.keys() | now.keys() if not key.startswith(LAYOUT)]
     changed = sorted(key for key in keys if before.get(key) != now.get(key))
     if not changed:
@@ -111,10 +111,3 @@ def _check_same(config: RunConfig, run: Run) -> None:
         f"{run.folder}/config.yaml differs from this config in {changes}; "
         "undo the change, set another training.run, or start over with --fresh"
     )
-
-
-def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
-    items: list[tuple[str, object]] = []
-    for key, value in tree.items():
-        items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return items

@@ -72,7 +72,9 @@ class Trainer:
         self.step = 0
         self.session = 0
         self.stream_state = self.stream.state()
-        self.interrupted = False
+        self.saved = 0  # the step of the last checkpoint
+        self.stop_requested = False  # by a signal to this process
+        self.interrupted = False  # by one to any process, known to all after the same step
 
     def train(self) -> None:
         for callback in self.callbacks:
@@ -84,13 +86,13 @@ class Trainer:
                 data = next(steps)
                 watch.beat(self.step + 1, "step")
                 result = self.train_step(data)
-                self.interrupted = agreed(self.interrupted)
+                self.interrupted = agreed(self.stop_requested)
                 watch.beat(self.step, "callbacks")
                 for callback in self.callbacks:
                     callback.on_step(self, result)
                 if self.checkpoints.config.due(self.step, self.last_step):
                     self.save()
-            if self.step and self.step != self.checkpoints.latest_step():
+            if self.step != self.saved:
                 watch.beat(self.step, "checkpoint")
                 self.save()
         for callback in self.callbacks:
@@ -139,6 +141,7 @@ class Trainer:
 
     def save(self) -> None:
         self.checkpoints.save(self.step, self._state())
+        self.saved = self.step
 
     def resume(self, step: int | None = None) -> None:
         """Continue from the latest checkpoint, or from the one after `step`."""
@@ -152,6 +155,7 @@ class Trainer:
             trainer["session"] + 1,
             trainer["stream"],
         )
+        self.saved = self.step
         self.stream.restore(self.stream_state)
         restore_rng(state["rng"])
         for callback in self.callbacks:
@@ -188,7 +192,7 @@ def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
     """
 
     def handler(number: int, frame: Any) -> None:
-        trainer.interrupted = True
+        trainer.stop_requested = True
         alone = number == signal.SIGINT or not dist.is_initialized()
         signal.signal(number, previous[number] if alone else signal.SIG_IGN)
 

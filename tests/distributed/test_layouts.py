@@ -93,9 +93,11 @@ def test_eight_ranks(eight: Pool, parallel: dict[str, Any], compute: str, capaci
     check_step(eight, parallel, compute, capacity_factor)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_four_micro_batches_accumulate_at_every_stage_of_zero(two: Pool, zero: int) -> None:
-    check(two, Case(sequences=8, parallel={"zero": zero, "ep": 2}))
+@in_every_mode({f"zero{zero}": {"zero": zero, "ep": 2} for zero in (1, 2, 3)}, quick=2)
+def test_four_micro_batches_accumulate_at_every_stage_of_zero(
+    two: Pool, parallel: dict[str, Any], compute: str, capacity_factor: float | None
+) -> None:
+    check(two, Case(compute, sequences=8, model={"moe": {"capacity_factor": capacity_factor}}, parallel=parallel))
 
 
 @pytest.mark.parametrize("parallel", [{}, {"dp_replicate": 2}, {"ep": 2}, {"tp": 2}, {"cp": 2}], ids=str)

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -9,7 +10,9 @@ from mmoe.data.sample import Modality
 from mmoe.losses.total import LossReport
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
 from mmoe.parallel.reports import sum_report, sum_routing
+from tests.distributed.compare import check
 from tests.distributed.pool import Pool
+from tests.distributed.step import Case
 
 KINDS = len(Modality)
 CPU = torch.device("cpu")
@@ -67,3 +70,10 @@ def uncounted() -> RoutingStatistics:
 def test_what_peers_counted_too_is_counted_once(two: Pool) -> None:
     for found in two.run(uncounted):
         assert found.tokens_N.tolist() == [7] and (found.load_NMSE == 7).all()
+
+
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"cp": 2}], ids=str)
+def test_drops_late_in_a_sequence_are_counted_where_the_first_rank_has_none(two: Pool, parallel: dict) -> None:
+    moe = {"capacity_factor": 1.3, "drop": "position"}
+    expected = check(two, Case(model={"moe": moe}, parallel=parallel))
+    assert expected["routing"]["drops_NMSE"].sum() > 0

@@ -83,6 +83,23 @@ def test_one_process_goes_on_as_two(two, folder, tmp_path):
     np.testing.assert_allclose(figures(records), figures(expected), rtol=1e-10)
 
 
+CHAINS = {
+    "two": [{"tp": 2}, {"pp": 2}, {"cp": 2, "ep": 2}],
+    "four": [{"tp": 2, "ep": 2}, {"pp": 2, "tp": 2}, {"cp": 2, "ep": 4}, {"pp": 2, "ep": 2, "zero": 1}],
+}
+
+
+@pytest.mark.parametrize("pool", ["two", pytest.param("four", marks=pytest.mark.slow)])
+def test_a_run_goes_on_from_layout_to_layout(request, folder, tmp_path, pool):
+    """Weights and optimizer states that one mesh has cut are put together and cut anew for the next."""
+    chain, ranks = CHAINS[pool], request.getfixturevalue(pool)
+    expected = train(tree(folder, tmp_path / "one"), len(chain))
+    for step, layout in enumerate(chain, 1):
+        records = ranks.run(train, tree(folder, tmp_path / "many", **layout), step)[0]
+    assert [record["session"] for record in records] == list(range(len(chain)))
+    np.testing.assert_allclose(figures(records), figures(expected), rtol=1e-10)
+
+
 def received(folder: Path) -> list:
     """What each rank gets of two steps of two batches, which only the first rank of a replica reads."""
     mesh = Mesh(Degrees(tp=2))

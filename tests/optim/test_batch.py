@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mmoe.errors import ConfigError
-from mmoe.optim.batch import BatchArithmetic, data_replicas
+from mmoe.optim.batch import BatchArithmetic
+from mmoe.parallel.config import ParallelConfig
+from mmoe.parallel.mesh import Degrees
 
 TRILLION = 10**12
 
@@ -29,7 +31,7 @@ def test_iterations_of_a_trillion_positions(power: int, iterations: int) -> None
 
 
 def test_worked_example() -> None:
-    replicas = data_replicas(64, tensor=4, pipeline=1)
+    replicas = Degrees.of(ParallelConfig(tp=4), 64).replicas
     batch = arithmetic(4096, 4, 4_194_304, replicas)
     assert (replicas, batch.micro_batch_positions, batch.accumulation) == (16, 16_384, 16)
 
@@ -47,7 +49,7 @@ def test_worked_example() -> None:
 )
 def test_dense_family_on_64_gpus(length: int, sequences: int, size: int, micro: int, accumulation: int) -> None:
     """With tensor parallel 8 only 8 replicas see different data: not the source's A = 1, 4, 8 but 8 times that."""
-    batch = arithmetic(length, sequences, size, data_replicas(64, tensor=8))
+    batch = arithmetic(length, sequences, size, Degrees.of(ParallelConfig(tp=8), 64).replicas)
     assert (batch.micro_batch_positions, batch.accumulation) == (micro, accumulation)
 
 
@@ -87,12 +89,6 @@ def test_without_a_micro_batch_it_is_all_of_a_replicas_share() -> None:
 def test_a_budget_below_one_step_is_refused() -> None:
     with pytest.raises(ConfigError, match="training.budget_positions 100 is less than one step"):
         arithmetic(512, 4, 4096, 2, budget=100)
-
-
-@pytest.mark.parametrize(("processes", "start"), [(12, 8), (4, 8)])
-def test_processes_that_do_not_divide_are_refused(processes: int, start: int) -> None:
-    with pytest.raises(ConfigError, match=f"replicas of 8 .* start {start} processes"):
-        data_replicas(processes, tensor=4, context=2)
 
 
 def test_the_table_shows_every_factor() -> None:

@@ -20,12 +20,13 @@ from mmoe.parallel.launch_errors import name_ranks
 
 BEGIN = """
 import os, signal, sys, time, warnings
+from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 from mmoe.errors import MmoeError
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.launch import agreed, processes, rank_console, same_config
+from mmoe.parallel.launch import agreed, first_alone, processes, rank_console, same_config
 from mmoe.parallel.watch import Watch
 
 folder, timeout = Path("run"), 3.0
@@ -115,6 +116,22 @@ def test_a_dying_rank_ends_all_and_both_say_why_in_one_file(tmp_path):
     assert [path.name for path in (run.run / "logs").iterdir()] == ["rank-00001.log"]
 
 
+def test_a_rank_that_dies_before_the_training_begins_is_the_one_that_is_blamed(tmp_path):
+    run = Torchrun(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        if rank == 1:
+            raise MemoryError("no room for the model")
+        agreed(False)
+        """,
+    )
+    assert run.wait() != 0
+    errors = run.errors()
+    assert errors[1]["after"] is None
+    assert errors[0]["after"] == "rank 1 failed: MemoryError: no room for the model"
+
+
 def test_different_configs_stop_every_rank_with_the_same_sentence(tmp_path):
     run = Torchrun(
         tmp_path,
@@ -162,6 +179,22 @@ def test_torchrun_restarts_the_run_which_goes_on_where_it_was(tmp_path):
     assert not (run.run / "hang-report.txt").exists()
     assert [path.read_text() for path in run.run.glob("hang-report-*.txt")] == ["of the first attempt"]
     assert {line["restart"] for line in run.errors().values()} == {0}
+
+
+def test_what_the_first_rank_does_alone_may_take_longer_than_a_collective(tmp_path):
+    run = Torchrun(
+        tmp_path,
+        """
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        first_alone(lambda: time.sleep(3))
+        agreed(False)
+        first_alone(lambda: Path("missing").read_text())
+        """,
+    )
+    assert run.wait() != 0
+    errors = run.errors()
+    assert errors[0]["error"] == "FileNotFoundError"
+    assert errors[1]["message"] == "rank 0 failed at what it does for all ranks; see its error"
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):

@@ -1,10 +1,14 @@
 """Layouts that a model cannot take are refused before any process group is needed, in one sentence."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from mmoe.config.load import validate
 from mmoe.errors import ConfigError
@@ -12,6 +16,7 @@ from mmoe.models.decoder import ModelConfig
 from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.parallelize import check_layout
 from mmoe.parallel.sequence import PIECES, check_length
+from mmoe.parallel.tensor import check_vocabulary
 from tests.distributed.step import MODEL
 
 
@@ -29,6 +34,12 @@ def model(**changes: Any) -> ModelConfig:
             "model.kv_heads is 3, neither a multiple nor a divisor of parallel.tp 2; change it, or parallel.tp",
         ),
         ({"tp": 4}, {"hidden": 50}, "model.hidden is 50, not a multiple of parallel.tp 4; change it, or parallel.tp"),
+        (
+            {"cp": 2},
+            {"attention": "dense"},
+            "parallel.cp is 2, but model.attention is dense, which has no form for positions of several ranks; "
+            "set it to sdpa_documents, or parallel.cp to 1",
+        ),
         ({"ep": 2}, {"moe": None}, "parallel.ep is 2, but the model has no experts; set it to 1"),
         (
             {"dp_shard": 8, "ep": 8},
@@ -58,6 +69,27 @@ def test_a_layout_that_the_model_cannot_take(degrees: dict[str, int], changes: d
     with pytest.raises(ConfigError) as caught:
         check_layout(model(**changes), Degrees(**degrees))
     assert str(caught.value) == sentence
+
+
+def test_a_vocabulary_that_two_kinds_of_shards_would_cut_differently() -> None:
+    """What FSDP2 holds of tp's part, against what DTensor says that (_StridedShard, Shard) holds."""
+    for size, tp, fsdp in product(range(80, 100), (2, 4), (2, 3, 4)):
+        mesh = {"mesh_shape": (fsdp, tp), "placements": [_StridedShard(0, split_factor=tp), Shard(0)]}
+        differ = False
+        for place in product(range(fsdp), range(tp)):
+            shape, _ = _compute_local_shape_and_global_offset((size,), my_coordinate=place.__getitem__, **mesh)
+            differ |= shape[0] != part(part(size, tp, place[1]), fsdp, place[0])
+        if differ:
+            with pytest.raises(ConfigError, match=f"{size} ids, not a multiple of parallel.tp {tp}.*{-size % tp} more"):
+                check_vocabulary(size, tp, fsdp)
+        elif size % tp == 0 or fsdp == 2:
+            check_vocabulary(size, tp, fsdp)
+
+
+def part(size: int, parts: int, number: int) -> int:
+    """Of `size` in equal parts, rounded up."""
+    each = -(-size // parts)
+    return max(0, min(each, size - number * each))
 
 
 @pytest.mark.parametrize("degrees", [{"tp": 4}, {"dp_shard": 4, "ep": 4}, {"dp_shard": 8, "tp": 2}, {"cp": 8}], ids=str)

@@ -38,7 +38,8 @@ def test_a_hang_is_reported_with_the_collective_and_the_ranks_that_are_missing(t
     text = (run.run / "hang-report.txt").read_text()
     assert "rank 2 gives no answer: its last heartbeat is " in text and "step 3, forward): killed, stopped" in text
     assert "rank 0 waits since " in text
-    assert "in gloo:barrier, number 3 of group mesh_tp (ranks 0-1), which rank 1 has not called (rank 1: step 3, data"
+    waits = "in gloo:barrier, number 3 of group mesh_tp (ranks 0-1), which rank 1 has not called (rank 1: step 3, data"
+    assert waits in text
     assert "__main__:" in text.split("main thread of rank 1")[1]
     errors = run.errors()
     assert "mesh_tp" in errors[0]["message"] and errors[0]["step"] == 3

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmoe.config.load import flatten
 from mmoe.data.sources.base import Item
 from mmoe.errors import DataError
 
@@ -66,8 +67,8 @@ class Job:
             self.restart()
             _write(path, pins)
             return False
-        before = _flat(json.loads(path.read_text()))
-        now = _flat(pins)
+        before = flatten(json.loads(path.read_text()))
+        now = flatten(pins)
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
             said = "; ".join(_said(key, before.get(key), now.get(key)) for key in changed)
@@ -136,10 +137,3 @@ def _said(key: str, before: Any, now: Any) -> str:
     if isinstance(before, str) and isinstance(now, str) and len(before) == len(now) == 64:  # digests
         return f"the {key} has changed"
     return f"{key} was {json.dumps(before)}, is now {json.dumps(now)}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
