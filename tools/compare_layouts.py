@@ -6,8 +6,12 @@
 A layout is a comma-separated list of degrees: dp (parallel.dp_shard), hsdp (dp_replicate), tp, cp, pp, ep. It takes
 as many processes of this machine as dp x hsdp x tp x cp x pp; ep borrows from dp, cp and tp, and raises dp where none
 is given. Loss, gradient norm and the gradient of each parameter family (its name without layer numbers) are compared
-by their relative difference. Everything runs on the CPU, and nothing is written to the run's folder. The exit status
-is 1 where a layout differs from one process, or cannot be taken.
+by their relative difference. The exit status is 1 where a layout differs from one process, or cannot be taken.
+
+The step is that of the config but for what would hide or forge a difference: float32 (or --precision) instead of its
+own, in float64 with the `loop` engine; no compilation, no data workers, a micro-batch that all layouts can take; router
+noise and the balance losses of a micro-step are left out, since they mean something else in each layout (it says so).
+Everything runs on the CPU, and nothing is written to the run's folder.
 """
 
 import argparse

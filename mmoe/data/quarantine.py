@@ -5,8 +5,12 @@ Their place in the sequence becomes padding and stays in the planned counts, so 
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from mmoe.errors import DataError
 
@@ -25,7 +29,7 @@ class Quarantined(NamedTuple):
 
 
 class Quarantine:
-    """Counts of parts met and quarantined, by source; `add` raises DataError beyond the error budget.
+    """Counts of parts met and quarantined by all data replicas, by source.
 
     `path` is the ``quarantine.jsonl`` to append to, one object a line.
     """
@@ -34,11 +38,13 @@ class Quarantine:
         self.names, self.budget, self.path = names, budget, path
         self.met: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
+        self._new = torch.zeros(len(names), 2, dtype=torch.int64)  # met and lost here since `settle`
+        self._examples: dict[int, str] = {}
 
     def add(self, met: dict[int, int], quarantined: tuple[Quarantined, ...]) -> None:
-        """A batch: parts by source number (the quarantined among them), and those that are lost."""
-        self.met.update({self.names[source]: number for source, number in met.items()})
+        """A batch here: parts by source number (the quarantined among them), and those that are lost."""
+        for source, number in met.items():
+            self._new[source, 0] += number
         if quarantined and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -46,18 +52,29 @@ class Quarantine:
                     record = item._asdict() | {"source": self.names[item.source]}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         for item in quarantined:
-            self.lost[self.names[item.source]] += 1
-            self._examples.setdefault(self.names[item.source], item.reason)
-        for name in {self.names[item.source] for item in quarantined}:
-            if self.lost[name] > max(FEW, self.budget * self.met[name]):
+            self._new[item.source, 1] += 1
+            self._examples.setdefault(item.source, item.reason)
+
+    def settle(self, sum_over_data: Callable[[Tensor], Tensor]) -> None:
+        """After a step: count what all replicas met and lost in it.
+
+        Raises DataError, on all of them, beyond the error budget.
+        """
+        for source, (met, lost) in enumerate(sum_over_data(self._new).tolist()):
+            name = self.names[source]
+            self.met[name] += met
+            self.lost[name] += lost
+            if lost and self.lost[name] > max(FEW, self.budget * self.met[name]):
+                example = f"one: {self._examples[source]}; " if source in self._examples else ""
                 raise DataError(
                     f"source {name}: {self.lost[name]} of {self.met[name]} documents could not be decoded, more than "
-                    f"data.error_budget {self.budget:.2%} allows; the first: {self._examples[name]} (all are in "
-                    f"{self.path or 'no file'}); repair or prepare the source again, or raise the budget"
+                    f"data.error_budget {self.budget:.2%} allows ({example}all are in {self.path or 'no file'}); "
+                    "repair or prepare the source again, or raise the budget"
                 )
+        self._new.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"met": dict(self.met), "lost": dict(self.lost)}
+        return {"met": dict(+self.met), "lost": dict(+self.lost)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.met, self.lost = Counter(state["met"]), Counter(state["lost"])

@@ -169,7 +169,7 @@ class Stream:
             yield StepData(micro(), counts, plan, lost)
 
     def _taken(self, arriving: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-        """The batches, with what they met and lost counted."""
+        """The batches, with what they met and lost counted (until a step's end, by each replica for itself)."""
         for batch in arriving:
             parts = {tuple(origin) for sequence in batch.documents for origin in sequence}
             met = Counter(source for source, *_ in parts) + Counter(item.source for item in batch.quarantined)

@@ -104,8 +104,8 @@ class MetricsWriter(Callback):
 def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """Where the data stands: the stage, what the mixture planned and gave by source, and all that was lost so far.
 
-    Planned and served positions are those of the packing windows before the present one; `storage` counts what this
-    session has asked of remote stores, retries among it.
+    Planned and served positions are those of the packing windows before the present one; `storage` counts what the
+    first data replica has asked of remote stores in this session, retries among it.
     """
     stream, plan = trainer.stream, result.data.plan
     served, owed = plan["served"], plan["owed"]
@@ -114,7 +114,7 @@ def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
         "planned_positions": {n: s + o for n, s, o in zip(trainer.run.sources.names, served, owed)},
         "served_positions": dict(zip(trainer.run.sources.names, served)),
         "lost": result.data.lost,
-        "quarantined": dict(stream.quarantine.lost),
+        "quarantined": dict(+stream.quarantine.lost),
         "storage": {name: count for name, count in stream.reads.items() if count},
     }
 

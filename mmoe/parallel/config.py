@@ -38,7 +38,7 @@ class ParallelConfig(Config):
     schedule: Literal["1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
     stages_per_rank: int = Field(default=1, gt=0)  # more than one with interleaved_1f1b
     timeout_seconds: float = Field(default=600.0, gt=0)  # of a collective, before the run stops with a hang report
-    threads: int = Field(default=0, ge=0)  # CPU threads of one process; 0: as many as torch finds cores
+    threads: int = Field(default=0, ge=0)  # CPU threads of one process; 0: torch's own choice, or OMP_NUM_THREADS
 
     @model_validator(mode="after")
     def _consistent(self) -> "ParallelConfig":

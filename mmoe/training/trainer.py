@@ -125,6 +125,7 @@ class Trainer:
         if routers and config.model.moe.bias_rate:
             update_choice_bias(routers, gradients.loads.total(), config.model.moe.bias_rate)
         self.step += 1
+        self.stream.quarantine.settle(self.run.ranks.sum_over_data)
         self.stream_state = self.stream.state(data)
         return StepResult(
             step=self.step,

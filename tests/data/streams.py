@@ -74,7 +74,9 @@ def take(stream: Stream, steps: int) -> list:
     """(batches, counts, state) of each step."""
     out = []
     for _, data in zip(range(steps), stream.steps()):
-        out.append((list(data.batches), data.counts, stream.state(data)))
+        batches = list(data.batches)
+        stream.quarantine.settle(lambda counts: counts)
+        out.append((batches, data.counts, stream.state(data)))
     return out
 
 

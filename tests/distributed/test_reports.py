@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mmoe.data.quarantine import FEW, Quarantine, Quarantined
 from mmoe.data.sample import Modality
+from mmoe.errors import DataError
 from mmoe.losses.total import LossReport
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
+from mmoe.parallel.collectives import add_up
 from mmoe.parallel.reports import sum_report, sum_routing
 from tests.distributed.compare import check
 from tests.distributed.pool import Pool
@@ -77,3 +80,20 @@ def test_drops_late_in_a_sequence_are_counted_where_the_first_rank_has_none(two:
     moe = {"capacity_factor": 1.3, "drop": "position"}
     expected = check(two, Case(model={"moe": moe}, parallel=parallel))
     assert expected["routing"]["drops_NMSE"].sum() > 0
+
+
+def quarantined(lost: int) -> tuple[dict[str, dict[str, int]], str]:
+    """Each rank meets 50 parts of source b; the second loses `lost` of them."""
+    counts = Quarantine(["a", "b"], 0.01, None)
+    bad = tuple(Quarantined(1, "shard", row, str(row), "cannot be read", 7) for row in range(lost * dist.get_rank()))
+    counts.add({1: 50}, bad)
+    try:
+        counts.settle(lambda x: add_up(x, dist.group.WORLD))
+    except DataError as error:
+        return counts.state_dict(), str(error).split(" of ")[0]
+    return counts.state_dict(), ""
+
+
+def test_every_replica_knows_and_judges_what_any_of_them_has_lost(two: Pool) -> None:
+    assert two.run(quarantined, 3) == [({"met": {"b": 100}, "lost": {"b": 3}}, "")] * 2
+    assert [said for _, said in two.run(quarantined, FEW + 1)] == [f"source b: {FEW + 1}"] * 2
