@@ -54,6 +54,7 @@ class ContextPlan:
         return cls(tuple(pieces), order, group)
 
     def attend(self, q_BMHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
+        """[B, M, H, K]: of the queries here, over the keys and values of all ranks."""
         k, v = (gather(x, self.group).flatten(0, 2)[self.order] for x in (k_BMGK, v_BMGK))
         q = q_BMHK.flatten(0, 1)
         parts = [_attend(piece, q[piece.start : piece.stop], k, v) for piece in self.pieces]

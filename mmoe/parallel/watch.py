@@ -32,7 +32,7 @@ import torch.distributed as dist
 from mmoe.parallel.launch import MARGIN_SECONDS
 from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, record_error
 from mmoe.parallel.watch_report import report, verdict
-from mmoe.parallel.watch_state import MainThread, State, blocking_call, collectives, place, stack
+from mmoe.parallel.watch_state import MainThread, State, blocking_call, pending_collectives, place, stack
 
 SILENT_PERIODS = 4  # without a heartbeat, until a rank counts as killed
 STORE_SECONDS = 10.0  # for one question to the store; and the longest that a rank is waited for
@@ -161,12 +161,12 @@ class _Watcher(threading.Thread):
         """Whether the main thread has waited for other ranks for `timeout` seconds."""
         if blocked and self.main.seconds > self.watch.timeout:
             return True
-        waits, _ = collectives()
+        waits, _ = pending_collectives()
         return bool(waits) and waits[0].seconds > self.watch.timeout
 
     def _state(self) -> State:
         frame = self.main.look()
-        waits, called = collectives()
+        waits, called = pending_collectives()
         return State(
             rank=self.rank,
             host=socket.gethostname(),

@@ -59,7 +59,7 @@ class State:
         return cls(**{**tree, "waits": waits, "stack": tuple(tree["stack"])})
 
 
-def collectives() -> tuple[tuple[Collective, ...], dict[str, int]]:
+def pending_collectives() -> tuple[tuple[Collective, ...], dict[str, int]]:
     """What has not ended, the oldest first, and the number of the last one called by the group's name."""
     members = {group.group_name: tuple(dist.get_process_group_ranks(group)) for group in _groups()}
     dumps = [c10d._dump_fr_trace_json()] + ([c10d._dump_nccl_trace_json()] if torch.cuda.is_available() else [])

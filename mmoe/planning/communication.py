@@ -16,7 +16,7 @@ from torch import nn
 from mmoe.config.tree import RunConfig
 from mmoe.data.deal import Reach
 from mmoe.data.sample import Modality
-from mmoe.models.moe.dispatch import CapacityDispatcher, _rounded
+from mmoe.models.moe.dispatch import CapacityDispatcher, rounded_up
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
 from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.pipeline import TIED, StageModel
@@ -55,6 +55,7 @@ class Communication:
         self.layers = [layer for stage in self.here for layer in stages[stage]]
         moe = config.model.moe
         self.routed = [n for n in self.layers if moe is not None and moe.in_layer(n)]
+        self.reach = Reach.of(config.contrastive_group, self.batch.micro_batch_sequences, degrees.replicas)
         self.traffic = Traffic()
 
     def step(self, micro: MicroBatch, sources: int) -> Traffic:
@@ -62,13 +63,16 @@ class Communication:
         self.traffic = Traffic()
         self._weights()
         for _ in range(self.batch.accumulation):
-            self._tensor()
-            self._context()
-            self._sequence()
-            self._experts(micro)
-            self._between_stages()
+            if self.reach is Reach.STEP:  # embeddings of all micro-batches, before any has a gradient
+                self._through(micro, again=1, back=0)
+            self._through(micro, again=self._again, back=1)
             if self.last:
-                self._losses(micro)
+                self._cross_entropy(micro)
+                self._balance()
+                if self.reach is not Reach.STEP:
+                    self._contrast(micro.pairs)
+        if self.last and self.reach is Reach.STEP:
+            self._contrast(micro.pairs * self.batch.accumulation)
         self._finish(sources)
         return self.traffic
 
@@ -77,13 +81,19 @@ class Communication:
             self.traffic.add(name_of(self.degrees, axis, collective), collective, size, calls)
 
     def _weights(self) -> None:
-        """FSDP2: a gather and a reduction for each of its modules."""
+        """FSDP2: a gather and a reduction for each of its modules. What stays gathered until a backward pass serves the
+        first of two forward passes too."""
         steps, zero = self.batch.accumulation, self.config.parallel.zero
-        for unit, held in by_unit(self.shards).items():
+        passes = 3 if self.reach is Reach.STEP else 2
+        units = by_unit(self.shards)
+        rooted = "" in units
+        for unit, held in units.items():
             axis = "expert_shard" if held[0].expert else "fsdp"
-            gathers = {1: 1, 2: steps, 3: 2 * steps}[zero]
+            gathers = {1: 1, 2: steps, 3: passes * steps}[zero]
             if unit == "":  # the root stays gathered for the losses; that of a pipeline stage for the whole step
                 gathers = 1 if zero == 1 or self.degrees.pp > 1 else steps
+            if self.reach is Reach.STEP and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
+                gathers += 1  # FSDP2 prefetches it for a backward pass of the embedding pass, which does not come
             reductions = 1 if zero == 1 else steps
             self._add(axis, "all_gather", sum(shard.gathered * shard.width for shard in held), gathers)
             self._add(axis, "reduce_scatter", sum(shard.gathered for shard in held) * self.wide, reductions)
@@ -99,38 +109,46 @@ class Communication:
         """Forward passes of a block in a micro-batch."""
         return 1 if self.config.parallel.activation_checkpointing == "none" else 2
 
-    def _there_and_back(self, axis: str, size: int, calls: int, again: int = 1) -> None:
-        """A gather, whose gradient is a reduce-scatter of the same size; `again`: forward passes."""
-        self._add(axis, "all_gather", size, calls * again)
-        self._add(axis, "reduce_scatter", size, calls)
+    def _through(self, micro: MicroBatch, again: int, back: int) -> None:
+        """A micro-batch `again` times forward through the blocks here, once through the rest, and `back` times back."""
+        self._tensor(again, back)
+        self._context(again, back)
+        self._sequence(again, back)
+        self._experts(micro, again, back)
+        self._between_stages(back)
 
-    def _tensor(self) -> None:
-        model, again = self.config.model, self._again
+    def _there_and_back(self, axis: str, size: int, calls: int, again: int, back: int) -> None:
+        """A gather, whose gradient is a reduce-scatter of the same size."""
+        self._add(axis, "all_gather", size, calls * again)
+        self._add(axis, "reduce_scatter", size, calls * back)
+
+    def _tensor(self, again: int, back: int) -> None:
+        model = self.config.model
         attended = self._positions // self.degrees.cp * model.d_model  # [B, M, D]
         networks = len(self.layers) - len(self.routed)
         # What enters attention and a dense network is gathered, what leaves is summed and split; gradients as well.
-        self._there_and_back("tp", attended * self.narrow, len(self.layers) + networks, again)
+        self._there_and_back("tp", attended * self.narrow, len(self.layers) + networks, again, back)
         self._add("tp", "reduce_scatter", attended * self.narrow, len(self.layers) * again + networks)
-        self._add("tp", "all_gather", attended * self.narrow, len(self.layers) + networks)
+        self._add("tp", "all_gather", attended * self.narrow, (len(self.layers) + networks) * back)
         if self.first:  # the token table: ids are gathered, vectors summed and split
             self._add("tp", "all_gather", self._positions // self.degrees.cp * WIDE)
             self._add("tp", "reduce_scatter", attended * self.wide)
-            self._add("tp", "all_gather", attended * self.wide)
+            self._add("tp", "all_gather", attended * self.wide, back)
 
-    def _context(self) -> None:
+    def _context(self, again: int, back: int) -> None:
         model = self.config.model
         heads = max(model.kv_heads // self.degrees.tp, 1)
         elements = self._positions * heads * model.head_width
         for width in (max(self.wide, 4), self.narrow):  # rotated keys are wide, values are not
-            self._there_and_back("cp", elements * width, len(self.layers), self._again)
+            self._there_and_back("cp", elements * width, len(self.layers), again, back)
 
-    def _sequence(self) -> None:
+    def _sequence(self, again: int, back: int) -> None:
         model = self.config.model
         if self.last:
-            self._there_and_back("sequence", self._positions * model.d_model * self.narrow, 1)
+            self._there_and_back("sequence", self._positions * model.d_model * self.narrow, 1, 1, back)
         if model.moe is not None:
             logits = self._positions * model.moe.experts * max(self.wide, 4)
-            self._add("sequence", "all_gather", logits, len(self.routed) * self._again)
+            self._add("sequence", "all_gather", logits, len(self.routed) * again)
 
     @property
     def _full(self) -> bool:
@@ -145,60 +163,60 @@ class Communication:
         if self._full:
             dispatcher = CapacityDispatcher(moe.experts, moe.capacity_factor)
             capacity = dispatcher.capacity(self.batch.sequence_length, moe.top_k)
-            return moe.experts * _rounded(self.batch.micro_batch_sequences * capacity, moe.group_multiple)
+            return moe.experts * rounded_up(self.batch.micro_batch_sequences * capacity, moe.group_multiple)
         here = moe.experts // self.degrees.ep
         return (
             micro.received
             if moe.group_multiple == 1
-            else _rounded(micro.received + here * (moe.group_multiple - 1), moe.group_multiple)
+            else rounded_up(micro.received + here * (moe.group_multiple - 1), moe.group_multiple)
         )
 
-    def _experts(self, micro: MicroBatch) -> None:
+    def _experts(self, micro: MicroBatch, again: int, back: int) -> None:
         moe, model, layers = self.config.model.moe, self.config.model, len(self.routed)
         if moe is None:
             return
-        row, again = model.d_model * self.narrow, self._again
+        row = model.d_model * self.narrow
         if self._full:
-            self._add("ep", "all_to_all", self.expert_rows(micro) * row, 2 * layers * (1 + again))
+            self._add("ep", "all_to_all", self.expert_rows(micro) * row, 2 * layers * (again + back))
             return
         self._add("ep", "all_to_all", moe.experts * WIDE, layers * again)
         for rows in (micro.sent, micro.received):
-            self._add("ep", "all_to_all", rows * row, layers * (1 + again))
+            self._add("ep", "all_to_all", rows * row, layers * (again + back))
 
-    def _between_stages(self) -> None:
+    def _between_stages(self, back: int) -> None:
         """Hidden states and, with experts, the router losses: to the next stage, and their gradients back."""
         config = self.config
         hidden = self._positions // self.degrees.sequence_ranks * config.model.d_model
         levels = sum(1 for _, weight in config.losses.balance if weight) + 1
         stages = self.degrees.pp * config.parallel.stages_per_rank
         for stage in self.here:
-            for size in (hidden, *([levels] if config.model.moe is not None else [])):
-                forwards, backwards = int(stage < stages - 1), int(stage > 0)
-                self._add("pp", "send", size * self.wide, forwards + backwards)
-                self._add("pp", "receive", size * self.wide, forwards + backwards)
+            for size in (hidden, *([levels] if config.model.moe is not None and back else [])):
+                after, before = int(stage < stages - 1), int(stage > 0)
+                self._add("pp", "send", size * self.wide, after + back * before)
+                self._add("pp", "receive", size * self.wide, before + back * after)
 
-    def _losses(self, micro: MicroBatch) -> None:
-        config, degrees = self.config, self.degrees
-        width = max(self.wide, 4)
-        # Cross-entropy, a chunk of labels at a time, once more in the backward pass.
-        chunk = config.losses.ce.chunk
+    def _cross_entropy(self, micro: MicroBatch) -> None:
+        """A chunk of labels at a time, once more in the backward pass."""
+        width, chunk = max(self.wide, 4), self.config.losses.ce.chunk
         for labels in [chunk] * (micro.labels // chunk) + [micro.labels % chunk]:
             if labels:
                 self._add("tp", "all_reduce", labels * width, 2)
                 self._add("tp", "all_reduce", 2 * labels * width, 2)
-        reach = Reach.of(config.contrastive_group, self.batch.micro_batch_sequences, degrees.replicas)
-        axis = None
-        if reach is not Reach.MICRO_BATCH:
-            axis = "loss"
-        elif degrees.sequence_ranks > 1:
-            axis = "sequence"
-        if axis is not None:
-            ranks = ranks_of(degrees, axis)
-            self._add(axis, "all_gather", ranks * WIDE, 2)  # how many pairs, for each of the two below
-            self._add(axis, "all_gather", ranks * micro.pairs * 2 * WIDE)  # groups and captions
-            self._there_and_back(axis, ranks * micro.pairs * 2 * config.model.contrast_dim * width, 1)
-        if config.losses.balance.global_batch and self.routed:
-            self._add("data", "all_reduce", len(self.routed) * config.model.moe.experts * WIDE)
+
+    def _contrast(self, pairs: int) -> None:
+        """The embeddings of so many pairs here, and those of all who have pairs of the same groups."""
+        within = self.reach is Reach.MICRO_BATCH
+        if within and self.degrees.sequence_ranks == 1:
+            return
+        axis = "sequence" if within else "loss"
+        ranks, width = ranks_of(self.degrees, axis), max(self.wide, 4)
+        self._add(axis, "all_gather", ranks * WIDE, 2)  # how many pairs, for each of the two below
+        self._add(axis, "all_gather", ranks * pairs * 2 * WIDE)  # groups and captions
+        self._there_and_back(axis, ranks * pairs * 2 * self.config.model.contrast_dim * width, 1, 1, 1)
+
+    def _balance(self) -> None:
+        if self.config.losses.balance.global_batch and self.routed:
+            self._add("data", "all_reduce", len(self.routed) * self.config.model.moe.experts * WIDE)
 
     def _finish(self, sources: int) -> None:
         """Gradients of what tp has copies of, the norm, and the reports."""

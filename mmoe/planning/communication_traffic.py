@@ -103,7 +103,7 @@ class Traffic:
 
 
 def share_sent(collective: str, ranks: int) -> float:
-    """Of the bytes of a collective, what leaves each rank: by rings, and with evenly spread rows."""
+    """Of the bytes of a collective, what leaves each rank: by rings (Patarasuk and Yuan 2009), rows evenly spread."""
     if collective == "all_reduce":
         return 2 * (ranks - 1) / ranks
     if collective in ("all_gather", "reduce_scatter", "all_to_all"):

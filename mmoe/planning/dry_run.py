@@ -88,8 +88,9 @@ def _step(config: RunConfig, mesh: Mesh, model: MultimodalModel, assumed: Assume
         batch = documents.batch(assumed)
     counts = documents.counts(config.batch.sequences, assumed)
     accumulation = config.batch_of(mesh.replicas).accumulation
-    differ = config.parallel.zero == 1 or mesh.degrees.pp > 1  # the first and the last micro-batch from the others
-    run = min(accumulation, 2 if differ else 1)
+    # The first and the last micro-batch differ from the others with ZeRO-1, and in a pipeline each backward pass knows
+    # whether another one follows (`Passes`).
+    run = min(accumulation, 3 if mesh.degrees.pp > 1 else 2 if config.parallel.zero == 1 else 1)
     if accumulation > 1 and config.parallel.zero > 1:
         for parameter in model.parameters():  # what the micro-batches before have left
             parameter.grad = torch.zeros_like(parameter)
@@ -106,8 +107,7 @@ def _step(config: RunConfig, mesh: Mesh, model: MultimodalModel, assumed: Assume
     kept = 1
     if isinstance(ranks.pipeline, DryPipeline):
         kept = ranks.pipeline.kept(accumulation)
-        one = passes.activations[2] - passes.activations[1]
-        memory["activations"] += (kept - ranks.pipeline.kept(run)) * one
+        memory["activations"] += (kept - ranks.pipeline.kept(run)) * ranks.pipeline.kept_by_pass
     memory["optimizer"] = sum(_size(x) for x in tree_leaves([*optimizer.state.values()]) if isinstance(x, Tensor))
     traffic, operations = passes.step()
     return RankCost(

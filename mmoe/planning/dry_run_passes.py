@@ -1,13 +1,15 @@
 """What the parts of a step cost: its forward and backward passes one by one, and the whole step from them.
 
 A dry step runs few micro-batches. Of the forward passes the last one stands for those that were not run, of the
-backward passes the first one: what is done once a step (FSDP keeps the root of a pipeline stage gathered, ZeRO-1
-everything) is done in the first forward and the last backward pass.
+backward passes the middle one: what is done once a step (FSDP keeps the root of a pipeline stage gathered, ZeRO-1
+everything) is done in the first forward and the last backward pass, and of backward passes in a row each but the last
+gathers a block for the next one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,14 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import PackedBatch
+from mmoe.data.deal import Reach
+from mmoe.losses.total import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
+from mmoe.models.moe.balance import StepLoads
+from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.pipeline import StageModel
-from mmoe.parallel.pipeline_schedule import Pipeline
+from mmoe.parallel.pipeline_schedule import Around, Pipeline
 from mmoe.parallel.ranks import ManyRanks
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
@@ -30,10 +36,7 @@ BETWEEN_STAGES = ("send", "receive")
 
 @dataclass
 class Passes:
-    """Splits what is counted: `mark` begins a part, which `times` of the step are alike; `step` adds them up.
-
-    ``activations`` are bytes at each mark.
-    """
+    """Splits what is counted: `mark` begins a part, which `times` of the step are alike; `step` adds them up."""
 
     run: int  # micro-batches of the dry step
     accumulation: int  # of a step
@@ -42,23 +45,28 @@ class Passes:
     tracker: FSDPMemTracker
     root: nn.Module
     parts: list[tuple[int | None, Traffic, int]] = field(default_factory=list)
-    activations: list[int] = field(default_factory=list)
     _times: int | None = 1
 
     def forward(self, number: int) -> None:
         self.mark(self.accumulation - self.run + 1 if number == self.run - 1 else 1)
-        # The tracker is for one pass through the root, and refuses a second one of a root that it knows.
+        self.through_root()
+
+    def through_root(self) -> None:
+        """The tracker is for one pass through the root, and refuses a second one of a root that it knows."""
         self.tracker.memory_tracking.pop(self.root, None)
 
     def backward(self, number: int) -> None:
-        self.mark(self.accumulation - self.run + 1 if number == 0 else 1)
+        self.mark(self.accumulation - self.run + 1 if number == (self.run - 1) // 2 else 1)
 
     def mark(self, times: int | None = None) -> None:
         """None: once a step."""
         self.parts.append((self._times, self.trace.take(), self.flops.take()))
         self._times = times
+
+    def activations(self) -> int:
+        """Bytes, now."""
         snapshot = self.tracker.get_tracker_snapshot().get(DEVICE, {})
-        self.activations.append(sum(size for kind, size in snapshot.items() if "Activation" in str(kind)))
+        return sum(size for kind, size in snapshot.items() if "Activation" in str(kind))
 
     def step(self) -> tuple[Traffic, int]:
         """Traffic and operations of a whole step; what goes from stage to stage is the same for all micro-batches."""
@@ -80,6 +88,8 @@ class DryRanks(ManyRanks):
         pipeline = DryPipeline(model, mesh, config, passes) if isinstance(model, StageModel) else None
         super().__init__(mesh, config, len(config.data.sources), DEVICE, pipeline)
         self.passes, self._forwards, self._backwards = passes, 0, 0
+        batch = config.batch_of(mesh.replicas)
+        self.reach = Reach.of(config.contrastive_group, batch.micro_batch_sequences, mesh.replicas)
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
         self.passes.forward(self._forwards % self.passes.run)
@@ -94,6 +104,14 @@ class DryRanks(ManyRanks):
         self.passes.backward(self._backwards)
         self._backwards += 1
 
+    def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Of groups wider than a micro-step, once a step: those of all its micro-batches, also the ones not run."""
+        if self.reach is not Reach.STEP:
+            return super().gather_pairs(rows)
+        self.passes.mark()
+        whole = torch.arange(len(rows) // self.passes.run * self.passes.accumulation) % max(len(rows), 1)
+        return super().gather_pairs(rows[whole])
+
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
         self.passes.mark()
         return super().finish_gradients(model)
@@ -105,10 +123,26 @@ class DryPipeline(Pipeline):
     def __init__(self, model: StageModel, mesh: Mesh, config: RunConfig, passes: Passes):
         super().__init__(model, mesh, config, DEVICE)
         self.passes, self._backwards = passes, 0
+        self.kept_by_pass = 0  # bytes of activations, by the last pass
+
+    def run(self, *arguments: Any) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+        self.passes.mark(1)  # what is received before the first forward pass belongs to it
+        return super().run(*arguments)
 
     def forward(self, stage: int, number: int, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self.passes.forward(number)
-        return super().forward(stage, number, entering)
+        before = self.passes.activations()
+        leaving = super().forward(stage, number, entering)
+        self.kept_by_pass = self.passes.activations() - before
+        return leaving
+
+    def hidden(self, batch: PackedBatch, number: int, around: Around) -> Tensor | None:
+        self.passes.forward(number)
+        return super().hidden(batch, number, around)
+
+    def _through(self, stage: int, batch: PackedBatch, x_BHD: Tensor | None) -> ModelOutput:
+        self.passes.through_root()
+        return super()._through(stage, batch, x_BHD)
 
     def before_backward(self) -> None:
         self.passes.backward(self._backwards // len(self.model.here))

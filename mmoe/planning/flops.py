@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from mmoe.config.tree import RunConfig
+from mmoe.data.deal import Reach
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.parallel.mesh import Degrees
 
-BACKWARD_ATTENTION = 5 / 2  # products of attention in the backward pass, over the two of the forward pass
+# Products of attention in the backward pass, scores computed again among them, over the two of the forward pass (Dao et
+# al. 2022).
+BACKWARD_ATTENTION = 5 / 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def attention_forward(config: ModelConfig, documents: Iterable[int]) -> int:
 
 
 def model_flops(config: ModelConfig, inputs: ModelInputs, documents: list[int]) -> int:
-    """Forward and backward of these documents."""
+    """Forward and backward of documents of so many positions: 6 N a token and attention (Chowdhery et al. 2022,
+    appendix B, with causal documents in place of a full window)."""
     multiplied = ParameterCounts.of(config, inputs).multiplied
     return 3 * (2 * multiplied * sum(documents) + attention_forward(config, documents))
 
@@ -70,8 +74,10 @@ class RankWork:
     rows: int
 
 
-def computed_flops(config: RunConfig, degrees: Degrees, vocabulary: int, layers: list[int], head: bool, work: RankWork):
-    """Of a micro-batch in `layers` of the model, and in the `head` where the rank has it."""
+def computed_flops(
+    config: RunConfig, degrees: Degrees, vocabulary: int, layers: list[int], head: bool, work: RankWork
+) -> int:
+    """Operations of a micro-batch in `layers` of the model, and in the `head` where the rank has it."""
     model, shared = config.model, degrees.sequence_ranks
     size, moe = model.d_model, model.moe
     attention = size * model.head_width * (2 * model.heads + 2 * model.kv_heads)
@@ -86,6 +92,9 @@ def computed_flops(config: RunConfig, degrees: Degrees, vocabulary: int, layers:
         products += work.rows * 3 * size * moe.hidden
     scores = attention_forward(model, work.documents) / model.layers * len(layers) / shared
     again = 1 if config.parallel.activation_checkpointing == "full" else 0
+    micro_sequences = config.batch_of(degrees.replicas).micro_batch_sequences
+    if Reach.of(config.contrastive_group, micro_sequences, degrees.replicas) is Reach.STEP:
+        again += 1  # the pass that embeds all micro-batches
     total = (3 + again) * 2 * products + (1 + again + BACKWARD_ATTENTION) * scores
     if head:
         total += 4 * 2 * work.labels * size * vocabulary / degrees.tp

@@ -6,6 +6,7 @@ from mmoe.parallel.mesh import Degrees
 from mmoe.planning.communication_traffic import Kind, Traffic, name_of, share_sent
 from tests.planning.dry_run_small import plan
 
+WIDER = "losses.contrastive.group_sequences=16"  # than a micro-step: two forward passes
 QUICK = [
     (4, 3, "parallel.dp_replicate=2 parallel.ep=2 parallel.activation_checkpointing=full"),
     (4, 0, "parallel.ep=2 losses.contrastive.group_sequences=2 losses.balance.global_batch=0.1"),
@@ -13,6 +14,11 @@ QUICK = [
     (4, 3, "parallel.pp=2 parallel.zero=1"),
 ]
 SLOW = [
+    (4, 0, f"{WIDER} parallel.zero=2"),
+    (4, 0, f"{WIDER} parallel.tp=2"),
+    (4, 1, f"{WIDER} parallel.cp=2 parallel.ep=4 model.moe.capacity_factor=null"),
+    (8, 4, f"{WIDER} parallel.pp=4 model.layers=8 model.moe.every=1"),
+    (8, 4, f"{WIDER} parallel.pp=4 parallel.zero=1 model.layers=8 model.moe.every=1"),
     (4, 0, ""),
     (4, 0, "parallel.zero=2"),
     (4, 3, "parallel.zero=1"),

@@ -45,6 +45,7 @@ WIDE = "model.d_model=256 model.hidden=512 model.moe.hidden=512 model.heads=8 mo
         (4, "parallel.tp=2 parallel.ep=2"),
         (4, "parallel.cp=2"),
         (4, "parallel.pp=2"),
+        (4, "parallel.pp=2 losses.contrastive.group_sequences=16"),
     ],
     ids=str,
 )

@@ -80,8 +80,8 @@ def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> Placement:
     if multiple == 1:
         row[choice] = rank
         return Placement(row.view_as(expert_TK), choice, sizes.cumsum(0).int(), complete=True)
-    rows = _rounded(len(choice) + experts * (multiple - 1), multiple)
-    padded = _rounded(sizes, multiple)
+    rows = rounded_up(len(choice) + experts * (multiple - 1), multiple)
+    padded = rounded_up(sizes, multiple)
     shift = (padded.cumsum(0) - padded) - (sizes.cumsum(0) - sizes)
     row_of_choice = rank + shift[expert[choice]]
     row[choice] = row_of_choice
@@ -92,7 +92,7 @@ def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> Placement:
     return Placement(row.view_as(expert_TK), choice_in_row, ends.int(), complete=False)
 
 
-def _rounded(rows, multiple: int):
+def rounded_up(rows, multiple: int):
     """`rows` (a number or a tensor) up to a multiple."""
     return -(-rows // multiple) * multiple
 
@@ -126,7 +126,7 @@ class CapacityDispatcher(LocalDispatcher):
 
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
         capacity, sequences = self.capacity(tokens.length, routing.expert_TK.shape[1]), tokens.sequences
-        rows_of_expert = _rounded(sequences * capacity, self.group_multiple)
+        rows_of_expert = rounded_up(sequences * capacity, self.group_multiple)
         rows = self.experts * rows_of_expert
         group = (routing.expert_TK * sequences + tokens.sequence_T[:, None]).flatten()
         if self.drop == "position":
