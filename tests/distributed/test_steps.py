@@ -44,7 +44,7 @@ def modes(*quick: str) -> Any:
     return pytest.mark.parametrize("capacity_factor, compute", chosen)
 
 
-@modes("capacity-float64", "capacity-float32", "dropless-float64")
+@modes("capacity-float64", "dropless-float64")
 @pytest.mark.parametrize(
     "parallel",
     [{}, {"ep": 2}, {"tp": 2}, {"cp": 2}, {"zero": 1}, {"zero": 2}, {"offload": True}, {"dp_replicate": 2}],
