@@ -164,8 +164,7 @@ class ManyRanks:
         return torch.cat([part[:count] for part, count in zip(parts, counts)]), sum(counts[:rank])
 
     def _contrast_axis(self) -> str | None:
-        micro = self.config.batch_of(self.replicas).micro_batch_sequences
-        if Reach.of(self.config.contrastive_group, micro, self.replicas) is not Reach.MICRO_BATCH:
+        if self.config.contrastive_reach(self.replicas) is not Reach.MICRO_BATCH:
             return "loss"
         return "sequence" if self.mesh.degrees.sequence_ranks > 1 else None
 

@@ -55,7 +55,7 @@ class Communication:
         self.layers = [layer for stage in self.here for layer in stages[stage]]
         moe = config.model.moe
         self.routed = [n for n in self.layers if moe is not None and moe.in_layer(n)]
-        self.reach = Reach.of(config.contrastive_group, self.batch.micro_batch_sequences, degrees.replicas)
+        self.embeds_first = config.embeds_first(degrees.replicas)
         self.traffic = Traffic()
 
     def step(self, micro: MicroBatch, sources: int) -> Traffic:
@@ -63,15 +63,15 @@ class Communication:
         self.traffic = Traffic()
         self._weights()
         for _ in range(self.batch.accumulation):
-            if self.reach is Reach.STEP:  # embeddings of all micro-batches, before any has a gradient
+            if self.embeds_first:
                 self._through(micro, again=1, back=0)
             self._through(micro, again=self._again, back=1)
             if self.last:
                 self._cross_entropy(micro)
                 self._balance()
-                if self.reach is not Reach.STEP:
+                if not self.embeds_first:
                     self._contrast(micro.pairs)
-        if self.last and self.reach is Reach.STEP:
+        if self.last and self.embeds_first:
             self._contrast(micro.pairs * self.batch.accumulation)
         self._finish(sources)
         return self.traffic
@@ -84,7 +84,7 @@ class Communication:
         """FSDP2: a gather and a reduction for each of its modules. What stays gathered until a backward pass serves the
         first of two forward passes too."""
         steps, zero = self.batch.accumulation, self.config.parallel.zero
-        passes = 3 if self.reach is Reach.STEP else 2
+        passes = 3 if self.embeds_first else 2
         units = by_unit(self.shards)
         rooted = "" in units
         for unit, held in units.items():
@@ -92,7 +92,7 @@ class Communication:
             gathers = {1: 1, 2: steps, 3: passes * steps}[zero]
             if unit == "":  # the root stays gathered for the losses; that of a pipeline stage for the whole step
                 gathers = 1 if zero == 1 or self.degrees.pp > 1 else steps
-            if self.reach is Reach.STEP and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
+            if self.embeds_first and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
                 gathers += 1  # FSDP2 prefetches it for a backward pass of the embedding pass, which does not come
             reductions = 1 if zero == 1 else steps
             self._add(axis, "all_gather", sum(shard.gathered * shard.width for shard in held), gathers)
@@ -205,7 +205,7 @@ class Communication:
 
     def _contrast(self, pairs: int) -> None:
         """The embeddings of so many pairs here, and those of all who have pairs of the same groups."""
-        within = self.reach is Reach.MICRO_BATCH
+        within = self.config.contrastive_reach(self.degrees.replicas) is Reach.MICRO_BATCH
         if within and self.degrees.sequence_ranks == 1:
             return
         axis = "sequence" if within else "loss"

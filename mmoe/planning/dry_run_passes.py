@@ -17,7 +17,6 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import PackedBatch
-from mmoe.data.deal import Reach
 from mmoe.losses.total import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import StepLoads
@@ -88,8 +87,6 @@ class DryRanks(ManyRanks):
         pipeline = DryPipeline(model, mesh, config, passes) if isinstance(model, StageModel) else None
         super().__init__(mesh, config, len(config.data.sources), DEVICE, pipeline)
         self.passes, self._forwards, self._backwards = passes, 0, 0
-        batch = config.batch_of(mesh.replicas)
-        self.reach = Reach.of(config.contrastive_group, batch.micro_batch_sequences, mesh.replicas)
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
         self.passes.forward(self._forwards % self.passes.run)
@@ -106,7 +103,7 @@ class DryRanks(ManyRanks):
 
     def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
         """Of groups wider than a micro-step, once a step: those of all its micro-batches, also the ones not run."""
-        if self.reach is not Reach.STEP:
+        if not self.config.embeds_first(self.replicas):
             return super().gather_pairs(rows)
         self.passes.mark()
         whole = torch.arange(len(rows) // self.passes.run * self.passes.accumulation) % max(len(rows), 1)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 
 from mmoe.config.tree import RunConfig
-from mmoe.data.deal import Reach
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.parallel.mesh import Degrees
@@ -92,9 +91,7 @@ def computed_flops(
         products += work.rows * 3 * size * moe.hidden
     scores = attention_forward(model, work.documents) / model.layers * len(layers) / shared
     again = 1 if config.parallel.activation_checkpointing == "full" else 0
-    micro_sequences = config.batch_of(degrees.replicas).micro_batch_sequences
-    if Reach.of(config.contrastive_group, micro_sequences, degrees.replicas) is Reach.STEP:
-        again += 1  # the pass that embeds all micro-batches
+    again += config.embeds_first(degrees.replicas)
     total = (3 + again) * 2 * products + (1 + again + BACKWARD_ATTENTION) * scores
     if head:
         total += 4 * 2 * work.labels * size * vocabulary / degrees.tp

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import PackedBatch
-from mmoe.data.deal import Reach
 from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
 from mmoe.losses.total import LossReport, PlannedCounts, compute
 from mmoe.models.decoder import ModelOutput, MultimodalModel
@@ -50,10 +49,8 @@ class StepSetting:
 
     @classmethod
     def of(cls, config: RunConfig, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
-        batch = config.batch_of(ranks.replicas)
-        reach = Reach.of(config.contrastive_group, batch.micro_batch_sequences, ranks.replicas)
-        cached = config.losses.contrastive.weight > 0 and reach is Reach.STEP
-        return cls(config, vocabulary, device, ranks, batch.accumulation, cached)
+        accumulation = config.batch_of(ranks.replicas).accumulation
+        return cls(config, vocabulary, device, ranks, accumulation, config.embeds_first(ranks.replicas))
 
 
 def step_gradients(

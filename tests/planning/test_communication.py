@@ -14,6 +14,7 @@ QUICK = [
     (4, 3, "parallel.pp=2 parallel.zero=1"),
 ]
 SLOW = [
+    (4, 0, f"{WIDER} losses.contrastive.weight=0"),
     (4, 0, f"{WIDER} parallel.zero=2"),
     (4, 0, f"{WIDER} parallel.tp=2"),
     (4, 1, f"{WIDER} parallel.cp=2 parallel.ep=4 model.moe.capacity_factor=null"),
