@@ -78,18 +78,27 @@ def fit_tokenizer(
     console.print(f"{output}: {tokenizer.size} ids, fingerprint {tokenizer.fingerprint[:12]}")
 
 
+DRY_RUN = ("world_size", "rank", "imbalance", "documents", "vocabulary")  # options of `train` for --dry-run alone
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether the command line has the option, be it with its default."""
+    return context.get_parameter_source(name).name == "COMMANDLINE"
+
+
 @app.command()
 def train(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/demo.yaml")],
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
     stop_after: Annotated[int | None, typer.Option(help="end this session after that many steps in all")] = None,
     from_step: Annotated[int | None, typer.Option(help="resume from the checkpoint of this step")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="cost a step of --world-size ranks, without data")] = False,
-    world_size: Annotated[int | None, typer.Option(min=1, help="ranks of a dry run; default: 1")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="ranks of a dry run")] = 1,
     rank: Annotated[list[int] | None, typer.Option(help="of a dry run; repeatable; default: one a stage")] = None,
-    imbalance: Annotated[float | None, typer.Option(help="of a dry run: the busiest rank of ep over the mean")] = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="of a dry run: that fill a sequence; default: 1")] = None,
+    imbalance: Annotated[float, typer.Option(help="of a dry run: the busiest rank of ep over the mean")] = 1.0,
+    documents: Annotated[int, typer.Option(min=1, help="of a dry run: documents that fill a sequence")] = 1,
     vocabulary: Annotated[
         int | None, typer.Option(min=1, help="of a dry run: ids; default: the tokenizer's, or 2^17")
     ] = None,
@@ -102,18 +111,15 @@ def train(
     from mmoe.config.tree import RunConfig
     from mmoe.errors import ConfigError
 
-    dry = {"world-size": world_size, "rank": rank, "imbalance": imbalance, "documents": documents}
-    dry["vocabulary"] = vocabulary
-    real = {"fresh": fresh or None, "stop-after": stop_after, "from-step": from_step}
-    if ignored := [f"--{name}" for name, value in (real if dry_run else dry).items() if value is not None]:
+    others = ("fresh", "stop_after", "from_step") if dry_run else DRY_RUN
+    if ignored := [f"--{name.replace('_', '-')}" for name in others if _given(context, name)]:
         verb = "is" if len(ignored) == 1 else "are"
         kind = "training, not for --dry-run" if dry_run else "--dry-run, which was not given"
         raise ConfigError(f"{', '.join(ignored)} {verb} for {kind}; drop one or the other")
     if dry_run:
         from mmoe.planning.dry_run_report import Plan, show_dry_run
 
-        load_of_busiest = 1.0 if imbalance is None else imbalance
-        plan = Plan.of(load(RunConfig, config, overrides), world_size or 1, load_of_busiest, documents or 1, vocabulary)
+        plan = Plan.of(load(RunConfig, config, overrides), world_size, imbalance, documents, vocabulary)
         show_dry_run(plan, rank or [], console)
         return
     from mmoe.training.session import train as run
