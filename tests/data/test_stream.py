@@ -245,7 +245,7 @@ def test_the_watchdog_says_what_every_worker_is_doing(capfd):
     said = capfd.readouterr().err
     assert re.search(r"no batch for \d+ s; worker 0 \(pid \d+, for \d+ s: decoding late\)", said)
     assert list(loaded(["a", "b"], seconds=20.0)) == ["a", "b"]  # a worker alone may take a second to begin
-    assert capfd.readouterr().err == ""
+    assert "no batch for" not in capfd.readouterr().err
 
 
 def test_a_watchdog_speaks_again_and_ends_with_its_loader(capfd):
