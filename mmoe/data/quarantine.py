@@ -58,7 +58,7 @@ class Quarantine:
     def settle(self, sum_over_data: Callable[[Tensor], Tensor]) -> None:
         """After a step: count what all replicas met and lost in it.
 
-        Raises DataError, on all of them, beyond the error budget.
+        Raises DataError, on every rank that reads for a replica, beyond the error budget.
         """
         for source, (met, lost) in enumerate(sum_over_data(self._new).tolist()):
             name = self.names[source]

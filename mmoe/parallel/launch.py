@@ -27,15 +27,13 @@ from mmoe.config.load import flatten
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, rank_log, record_error, restart_count
-from mmoe.parallel.launch_store import join
+from mmoe.parallel.launch_store import PERIOD_SECONDS, join
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # A group's own timeout ends the process with a sentence about one socket or one kernel: it waits until the watcher
 # (`mmoe.parallel.watch`), which knows what all ranks do, has had its time.
 MARGIN_SECONDS = 30
-PERIOD_SECONDS = 0.1  # between two questions to the store
 CLOSING_SECONDS = 10  # for the group's end after an error, when other ranks may never answer again
-
 
 _turns = itertools.count()  # of `first_alone`: equal on all ranks
 

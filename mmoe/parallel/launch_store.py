@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mmoe.errors import MmoeError
 from mmoe.parallel.launch_errors import name_ranks
 
-PERIOD_SECONDS = 0.1  # of asking the store, which serves all ranks
+PERIOD_SECONDS = 0.1  # between two questions to the store, which serves all ranks
 
 
 class JoinError(MmoeError):
