@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mmoe.interchange.folder import TensorReader, read_json, write_tensors
 from mmoe.interchange.names import Row, rows
 from mmoe.models.decoder import MultimodalModel
 from mmoe.models.embeddings import ModelInputs
+from mmoe.parallel.materialise import assign
 
 SHARD_BYTES = 5_000_000_000
 VOCABULARY_KEY = "mmoe_text_ids"  # of config.json: [start, stop) of the text ids, where structure ids come first
@@ -60,7 +61,7 @@ class Pretrained(Mapping[str, Tensor]):
         """The model with these weights, in their dtype; what text does not go through has initial values."""
         model = self.config.build(ModelInputs(self.vocabulary_size), seed=0)
         model = model.to(self["embeddings.token.weight"].dtype)
-        fill(model, self)
+        fill(model, self.items())
         self.check_read()
         return model
 
@@ -76,17 +77,17 @@ class Pretrained(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def fill(model: MultimodalModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the tensors of their names; raises DataError where a shape differs."""
+def fill(model: MultimodalModel, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole tensors into those of their names, of which this rank may hold a part; raises DataError where a shape
+    differs."""
     parameters = model.state_dict()
-    for name in weights:
-        value = weights[name]
+    for name, value in weights:
         if value.shape != parameters[name].shape:
             raise DataError(
                 f"{name} is {list(value.shape)}, the model has {list(parameters[name].shape)}; "
                 "the weights do not fit their config"
             )
-        parameters[name].copy_(value)
+        assign(parameters[name], value)
 
 
 def save(

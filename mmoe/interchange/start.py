@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
+from mmoe.checkpoint.manager import CheckpointManager
+from mmoe.checkpoint.ranks import Ranks
+from mmoe.config.load import load
+from mmoe.config.tree import RunConfig
 from mmoe.errors import ConfigError
 from mmoe.interchange.families import NEUTRAL, NEUTRAL_MOE
 from mmoe.interchange.huggingface import Pretrained, fill
@@ -14,7 +20,7 @@ from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.config import StartConfig
-from mmoe.training.run import Run
+from mmoe.training.run import Run, prepared
 
 TABLES = ("embeddings.token.weight", "unembedding.weight")
 MATRICES = ("gate", "up", "down")
@@ -23,15 +29,19 @@ MATRICES = ("gate", "up", "down")
 def start(run: Run, config: StartConfig, console: Console) -> None:
     """Give the model of `run` the weights that `config` names, and say which of its parameters keep their own.
 
+    All ranks of the run call this. Each reads the weights whole into its memory, and copies its part of them.
     Raises ConfigError where the function that the weights were trained for is not the one that the run computes.
     """
     weights, source = _load(run, config)
     _check_same_function(source, run.config.model, config.weights)
-    given = dict(_expanded(weights, source, run.config.model, config.noise, run.config.training.seed))
-    own = run.model.state_dict()
-    fill(run.model, {name: value for name, value in given.items() if name in own})
+    given = _Expanded(weights, source, run.config.model, config.noise, run.config.training.seed)
+    here = run.model.state_dict()
+    fill(run.model, ((name, given[name]) for name in here if name in given))
+    # Stages of a pipeline hold some of the names each. The first rank has all sizes, and is the one that speaks.
+    sizes = Ranks().gather({name: value.numel() for name, value in here.items()})
+    own = {name: size for part in sizes for name, size in part.items()}
     kept, unused = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    taken = sum(own[name].numel() for name in own.keys() & given.keys())
+    taken = sum(own[name] for name in own.keys() & given.keys())
     console.print(f"{config.weights}: {taken:,} parameters of {run.folder} begin with these weights", soft_wrap=True)
     for what, names in (("keep their initial values", kept), ("of the weights are not used", unused)):
         if names:
@@ -41,14 +51,17 @@ def start(run: Run, config: StartConfig, console: Console) -> None:
 def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:
     """The weights by our names, their token tables with the ids of `run`, and the model they are of."""
     if (Path(config.weights) / "config.yaml").is_file():
-        other = Run.load(config.weights, config.step)
-        _check_tokenizer(other.tokenizers.text, run, config.weights)
-        if other.tokenizers.vocabulary != run.tokenizers.vocabulary:
+        other = load(RunConfig, Path(config.weights) / "config.yaml")
+        _, tokenizers = prepared(other)
+        _check_tokenizer(tokenizers.text, run, config.weights)
+        if tokenizers.vocabulary != run.tokenizers.vocabulary:
             raise ConfigError(
                 f"training.start_from: the vocabulary of {config.weights} is not that of this run; "
                 "give both the same tokenizers.*"
             )
-        return dict(other.model.state_dict()), other.config.model
+        state: dict[str, Any] = {"model": {}}  # whatever was saved
+        CheckpointManager(Path(config.weights) / "checkpoints", other.checkpoint).load(state, config.step)
+        return state["model"], other.model
     if config.step is not None:
         raise ConfigError(f"training.start_from.step is {config.step}, but {config.weights} is no run; leave it out")
     pretrained = Pretrained(config.weights)
@@ -73,15 +86,16 @@ def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelCon
             f"training.start_from: {config.weights} has {pretrained.vocabulary_size} ids, fewer than the {len(text)} "
             f"of this run's text tokenizer; set tokenizers.text.path to {tokenizer}"
         )
-    return weights | {name: _text_rows(run, name, weights[name]) for name in TABLES if name in weights}, (
-        pretrained.config
-    )
+    tables = {name: _text_rows(run, name, weights[name]) for name in TABLES if name in weights}
+    return weights | tables, pretrained.config
 
 
 def _text_rows(run: Run, name: str, theirs: Tensor) -> Tensor:
     """The run's initial table with their rows in its range of text ids."""
     text = run.tokenizers.vocabulary.ranges["text"]
-    table = run.model.state_dict()[name].clone()
+    model = run.config.model
+    shape = (run.tokenizers.vocabulary.size, model.d_model)
+    table = initial_value(name, shape, run.config.training.seed, model.init_std, model.layers)
     table[text.start : text.stop] = theirs[: len(text)].to(table)
     return table
 
@@ -147,30 +161,40 @@ def _has_experts(config: ModelConfig, number: int) -> bool:
     return config.moe is not None and config.moe.in_layer(number)
 
 
-def _expanded(
-    weights: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig, noise: float, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, the dense networks of layers that have experts in `target` made into theirs.
+class _Expanded(Mapping[str, Tensor]):
+    """`weights`, the dense networks of layers that have experts in `target` made into theirs when they are asked for.
 
     An expert is a copy (Komatsuzaki et al. 2023, "Sparse Upcycling") plus Gaussian noise of `noise` times the
     standard deviation of each matrix. Shared experts begin with zeros in `down`, so that their output is zero.
     """
-    layers = {f"decoder.blocks.{n}.network." for n in range(target.layers) if _has_experts(target, n)}
-    layers -= {f"decoder.blocks.{n}.network." for n in range(source.layers) if _has_experts(source, n)}
-    replaced = {f"{layer}{matrix}.weight" for layer in layers for matrix in MATRICES}
-    for name, value in weights.items():
-        if name not in replaced:
-            yield name, value
-    for layer in sorted(layers):
-        for matrix in MATRICES:
-            dense = weights[f"{layer}{matrix}.weight"].T
-            copies = dense.expand(target.moe.experts, *dense.shape)
-            if noise:
-                normal = initial_value(f"{layer}experts.{matrix}.upcycling", copies.shape, seed, 1.0, target.layers)
-                copies = copies + noise * dense.std() * normal.to(dense) / normal.std()
-            yield f"{layer}experts.{matrix}", copies
-        if target.moe.shared_experts:
-            yield (
-                f"{layer}shared.down.weight",
-                dense.new_zeros(target.d_model, target.moe.shared_experts * target.moe.hidden),
-            )
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig, noise: float, seed: int
+    ):
+        self.weights, self.target, self.noise, self.seed = weights, target, noise, seed
+        numbers = [n for n in range(target.layers) if _has_experts(target, n) and not _has_experts(source, n)]
+        layers = [f"decoder.blocks.{n}.network." for n in numbers]
+        self._experts = {f"{at}experts.{matrix}": f"{at}{matrix}.weight" for at in layers for matrix in MATRICES}
+        shared = layers if target.moe is not None and target.moe.shared_experts else []
+        self._zeros = {f"{at}shared.down.weight" for at in shared}
+        self._names = sorted((weights.keys() - self._experts.values()) | self._experts.keys() | self._zeros)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._experts:
+            return self._copies(name, self.weights[self._experts[name]].T)
+        if name in self._zeros:
+            return torch.zeros(self.target.d_model, self.target.moe.shared_experts * self.target.moe.hidden)
+        return self.weights[name]
+
+    def _copies(self, name: str, dense: Tensor) -> Tensor:
+        copies = dense.expand(self.target.moe.experts, *dense.shape)
+        if not self.noise:
+            return copies
+        normal = initial_value(f"{name}.upcycling", copies.shape, self.seed, 1.0, self.target.layers)
+        return copies + self.noise * dense.std() * normal.to(dense) / normal.std()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

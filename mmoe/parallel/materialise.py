@@ -19,15 +19,20 @@ def materialise(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros_like(buffer, device=compute))
     for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor):
-            parameter.copy_(initial_value(name, parameter.shape, seed, std, layers))
-        elif is_of_experts(name):
+        if isinstance(parameter, DTensor) and is_of_experts(name):
             parameter.to_local().copy_(_own_experts(name, parameter, seed, std, layers))
         else:
-            # Every rank makes the whole value and keeps its part: nothing is sent.
-            value = initial_value(name, parameter.shape, seed, std, layers).to(device, parameter.dtype)
-            whole = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(whole)
+            assign(parameter, initial_value(name, parameter.shape, seed, std, layers))
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, whole: Tensor) -> None:
+    """Give a tensor, or this rank's part of it, its values. Every rank has the whole: nothing is sent."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    value = whole.to(parameter.device, parameter.dtype)
+    parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 def _own_experts(name: str, parameter: DTensor, seed: int, std: float, layers: int) -> Tensor:

@@ -25,6 +25,18 @@ from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vision import COORDINATES
 
 
+def prepared(config: RunConfig, console: Console | None = None) -> tuple[Sources, Tokenizers]:
+    """The sources, prepared where they do not exist yet and checked, and the tokenizers of the run.
+
+    With a process group every rank calls this; the first one prepares.
+    """
+    first_alone(lambda: ensure_prepared(config.data.sources, config.tokenizers.text, console or Console()))
+    sources = Sources(config.data)
+    tokenizers = config.tokenizers.build(sources.manifests)
+    sources.check(tokenizers)
+    return sources, tokenizers
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's config, folder, data and model (weights as initialised, or as loaded)."""
@@ -45,11 +57,7 @@ class Run:
         """
         if config.parallel.threads:
             torch.set_num_threads(config.parallel.threads)
-        text = config.tokenizers.text
-        first_alone(lambda: ensure_prepared(config.data.sources, text, console or Console()))
-        sources = Sources(config.data)
-        tokenizers = config.tokenizers.build(sources.manifests)
-        sources.check(tokenizers)
+        sources, tokenizers = prepared(config, console)
         inputs = ModelInputs(
             vocabulary_size=tokenizers.vocabulary.size,
             patch_dim=tokenizers.vision.patch_dim if tokenizers.value_dims[Modality.VISION] else 0,

@@ -55,11 +55,6 @@ def _train(
         trainer.resume(from_step)
         console.print(f"resumed {run.folder} at step {trainer.step}")
     elif config.training.start_from is not None:
-        if dist.is_initialized():
-            raise ConfigError(
-                "training.start_from reads whole models, which is done in one process: make the first step with "
-                "`python -m mmoe train ... --stop-after 1`, then go on with torchrun; checkpoints load in any layout"
-            )
         start(run, config.training.start_from, console)
     if run.ranks.first:
         run.save_config()
