@@ -47,8 +47,7 @@ def random_tokens() -> Tokens:
         sequence_T=position // LENGTH,
         modality_T=torch.randint(len(Modality), (count,)),
         source_T=torch.randint(SOURCES, (count,)),
-        sequences=SEQUENCES,
-        length=LENGTH,
+        id_BL=torch.zeros(SEQUENCES, LENGTH, dtype=torch.long),
         sources=SOURCES,
     )
 

@@ -9,8 +9,8 @@ is given. Loss, gradient norm and the gradient of each parameter family (its nam
 by their relative difference. The exit status is 1 where a layout differs from one process, or cannot be taken.
 
 The step is that of the config but for what would hide or forge a difference: float32 (or --precision) instead of its
-own, in float64 with the `loop` engine; no compilation, no data workers, a micro-batch that all layouts can take; router
-noise and the balance losses of a micro-step are left out, since they mean something else in each layout (it says so).
+own, in float64 with the `loop` engine; no compilation, no data workers, a micro-batch that all layouts can take; the
+balance losses of a micro-step are left out, since they mean something else in each layout (it says so).
 Everything runs on the CPU, and nothing is written to the run's folder.
 """
 
@@ -144,13 +144,14 @@ def plan(arguments: argparse.Namespace) -> tuple[RunConfig, list[Layout], dict[s
         "parallel": single | {"compile": False},
         "data": {"workers": 0},  # the processes here may have no children
     }
-    for key, reason in left_out(config).items():
-        console.print(f"[bold]{key}[/] is set to 0: {reason}", highlight=False, soft_wrap=True)
-        *path, last = key.split(".")
-        change: dict[str, Any] = {last: 0.0}
-        for part in reversed(path):
-            change = {part: change}
-        changes = merge(changes, change)
+    if levels := [level for level in ("micro_batch", "global_batch") if getattr(config.losses.balance, level)]:
+        for level in levels:
+            console.print(
+                f"[bold]losses.balance.{level}[/] is set to 0: it depends on how a step is cut into micro-batches",
+                highlight=False,
+                soft_wrap=True,
+            )
+        changes = merge(changes, {"losses": {"balance": dict.fromkeys(levels, 0.0)}})
     if config.model.moe is not None and arguments.precision == "float64":
         changes = merge(changes, {"model": {"moe": {"engine": "loop"}}})
     reference = changed(config, changes)
@@ -162,18 +163,6 @@ def plan(arguments: argparse.Namespace) -> tuple[RunConfig, list[Layout], dict[s
         except ConfigError as error:
             refused[name] = str(error)
     return reference, layouts, refused
-
-
-def left_out(config: RunConfig) -> dict[str, str]:
-    """Keys that are to be 0 here, with the reason."""
-    found = {}
-    balance, moe = config.losses.balance, config.model.moe
-    for level in ("micro_batch", "global_batch"):
-        if getattr(balance, level):
-            found[f"losses.balance.{level}"] = "that loss depends on how a step is cut into micro-batches"
-    if moe is not None and moe.noise:
-        found["model.moe.noise"] = "every replica draws noise of its own"
-    return found
 
 
 def read_layout(name: str) -> dict[str, int]:

@@ -89,7 +89,7 @@ class Block(nn.Module):
         self.attention = Attention(size, config.heads, config.kv_heads, config.head_width, config.qk_norm, eps)
         self.network_norm = RMSNorm(size, eps)
         self.network: nn.Module = (
-            MoELayer(size, config.moe)
+            MoELayer(size, config.moe, number)
             if config.moe is not None and config.moe.in_layer(number)
             else SwiGLU(size, config.hidden)
         )

@@ -35,10 +35,8 @@ from mmoe.parallel.sequence import Sharding
 if TYPE_CHECKING:
     from mmoe.config.tree import RunConfig
 
-# The losses of a numbered micro-batch, given the model's output on it and the loads of the step before it; and what
-# stands around the forward pass of a micro-batch through a stage, by their numbers.
+# The losses of a numbered micro-batch, given the model's output on it and the loads of the step before it.
 Losses = Callable[[ModelOutput, PackedBatch, int, StepLoads], LossReport]
-Around = Callable[..., AbstractContextManager]
 Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 
 
@@ -59,7 +57,6 @@ class _Step:
 
     batches: list[PackedBatch]
     losses: Losses
-    around: Around
     backwards: int
     loads: dict[int, StepLoads]
     report: LossReport = field(default_factory=LossReport.zero)
@@ -83,16 +80,14 @@ class Pipeline:
         self._schedule: Schedule | None = None
         dist.barrier(mesh.group("pp"))  # the first exchange between two ranks alone may not open a group
 
-    def run(
-        self, batches: list[PackedBatch], losses: Losses, around: Around
-    ) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+    def run(self, batches: list[PackedBatch], losses: Losses) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
         """Gradients of all micro-batches; the report (zero but on the last stage), and the statistics and loads of
         this rank's layers."""
         here, form = self.model.here, (len(batches), batches[0].shape)
         if self._form != form:
             self._form, self._schedule = form, self._made(len(batches), batches[0])
         loads = {stage: StepLoads(self._sum_over_data) for stage in here}
-        self._step = step = _Step(batches, losses, around, len(here) * len(batches), loads)
+        self._step = step = _Step(batches, losses, len(here) * len(batches), loads)
         numbers = list(range(len(batches)))
         numbered = [{"number": number} for number in numbers]
         self._schedule.step(kwarg_mbs=numbered, target_mbs=numbers, return_outputs=False)
@@ -101,7 +96,7 @@ class Pipeline:
         return step.report, RoutingStatistics.stack(routing) if routing else None, StepLoads.join(list(loads.values()))
 
     @torch.no_grad()
-    def hidden(self, batch: PackedBatch, number: int, around: Around) -> Tensor | None:
+    def hidden(self, batch: PackedBatch) -> Tensor | None:
         """[B, L, D] after the last norm, without gradient, on the ranks of the last stage; None on the others."""
         group, pp = self.mesh.group("pp"), self.mesh.size("pp")
         sending: list[dist.Work] = []
@@ -110,7 +105,7 @@ class Pipeline:
             if stage > 0:
                 x = self._border(batch, self.device)[0]
                 dist.recv(x, group=group, group_src=(stage - 1) % pp)
-            with around(number, stage):
+            with self._autocast():
                 x = self._through(stage, batch, x).hidden.contiguous()
             if not self.model.is_last(stage):
                 sending.append(dist.isend(x, group=group, group_dst=(stage + 1) % pp))
@@ -169,7 +164,7 @@ class Pipeline:
     def forward(self, stage: int, number: int, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the schedule runs: one stage on one micro-batch."""
         step = self._step
-        with step.around(number, stage):
+        with self._autocast():
             output = self._through(stage, step.batches[number], entering[0] if entering else None)
             leaving = [output.hidden.contiguous()]
             if self._names:
@@ -202,11 +197,14 @@ class Pipeline:
         step = self._step
         passed = PassedLosses(self._names, leaving[1]) if self._names else None
         last = self.model.here[-1]
-        with step.around(number, last):
+        with self._autocast():
             output = ModelOutput(leaving[0], passed, None)
             report = step.losses(output, step.batches[number], number, step.loads[last])
         step.report = step.report + report.detach()
         return report.objective
+
+    def _autocast(self) -> AbstractContextManager:
+        return self.config.precision.autocast(self.device)
 
     def _sum_over_data(self, x: Tensor) -> Tensor:
         return add_up(x, self.mesh.group("data"))

@@ -23,7 +23,7 @@ from mmoe.models.moe.balance import StepLoads
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.pipeline import StageModel
-from mmoe.parallel.pipeline_schedule import Around, Pipeline
+from mmoe.parallel.pipeline_schedule import Pipeline
 from mmoe.parallel.ranks import ManyRanks
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
@@ -119,7 +119,7 @@ class DryPipeline(Pipeline):
 
     def __init__(self, model: StageModel, mesh: Mesh, config: RunConfig, passes: Passes):
         super().__init__(model, mesh, config, DEVICE)
-        self.passes, self._backwards = passes, 0
+        self.passes, self._embedded, self._backwards = passes, 0, 0
         self.kept_by_pass = 0  # bytes of activations, by the last pass
 
     def run(self, *arguments: Any) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
@@ -133,9 +133,10 @@ class DryPipeline(Pipeline):
         self.kept_by_pass = self.passes.activations() - before
         return leaving
 
-    def hidden(self, batch: PackedBatch, number: int, around: Around) -> Tensor | None:
-        self.passes.forward(number)
-        return super().hidden(batch, number, around)
+    def hidden(self, batch: PackedBatch) -> Tensor | None:
+        self.passes.forward(self._embedded)
+        self._embedded += 1
+        return super().hidden(batch)
 
     def _through(self, stage: int, batch: PackedBatch, x_BHD: Tensor | None) -> ModelOutput:
         self.passes.through_root()

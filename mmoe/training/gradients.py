@@ -1,11 +1,9 @@
 """The gradients of one optimizer step: its micro-batches forward and backward, alone or with the other ranks."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from mmoe.losses.total import LossReport, PlannedCounts, compute
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import StepLoads
 from mmoe.models.moe.statistics import RoutingStatistics
-from mmoe.parallel.pipeline_schedule import Around, Losses
+from mmoe.parallel.pipeline_schedule import Losses
 from mmoe.parallel.ranks import Ranks
 from mmoe.tokenizers.vocabulary import Vocabulary
 
@@ -52,34 +50,39 @@ class StepSetting:
         accumulation = config.batch_of(ranks.replicas).accumulation
         return cls(config, vocabulary, device, ranks, accumulation, config.embeds_first(ranks.replicas))
 
+    def autocast(self) -> AbstractContextManager:
+        """The context of forward passes and losses."""
+        return self.config.precision.autocast(self.device)
+
 
 def step_gradients(
     model: MultimodalModel, batches: Iterable[PackedBatch], counts: PlannedCounts, setting: StepSetting, seed: int
 ) -> StepGradients:
     """Accumulate the gradients of `batches` (of this replica) in the parameters, summed over the ranks.
 
-    `seed` is of all that the step draws: every micro-batch of every replica draws numbers of its own.
+    `seed` is of all that the step draws, on every rank: gating noise, which differs by token (`mmoe.models.moe.noise`).
     """
-    ranks, around = setting.ranks, partial(_forward, setting, seed)
+    torch.manual_seed(seed)
+    ranks = setting.ranks
     cached: list[CachedInfoNCE | None] = [None] * setting.micro_batches
     if setting.cached and counts.pairs:
         batches = list(batches)
-        cached = _contrast(model, batches, setting, around)
+        cached = _contrast(model, batches, setting)
 
     def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: StepLoads) -> LossReport:
         config, part = setting.config.losses, ranks.part(model)
         return compute(model, output, batch, counts, config, setting.vocabulary, loads, part, cached[number])
 
     if ranks.pipeline is None:
-        report, routing, loads = _one_by_one(model, batches, losses, setting, around)
+        report, routing, loads = _one_by_one(model, batches, losses, setting)
     else:
-        report, routing, loads = ranks.pipeline.run([batch.to(setting.device) for batch in batches], losses, around)
+        report, routing, loads = ranks.pipeline.run([batch.to(setting.device) for batch in batches], losses)
     norm, router_norms = ranks.finish_gradients(model)
     return StepGradients(ranks.sum_report(report), ranks.sum_routing(routing), loads, norm, router_norms)
 
 
 def _one_by_one(
-    model: MultimodalModel, batches: Iterable[PackedBatch], losses: Losses, setting: StepSetting, around: Around
+    model: MultimodalModel, batches: Iterable[PackedBatch], losses: Losses, setting: StepSetting
 ) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
     """Each micro-batch forward and backward before the next one."""
     ranks = setting.ranks
@@ -87,7 +90,7 @@ def _one_by_one(
     for number, batch in enumerate(batches):
         batch = batch.to(setting.device)
         ranks.before_backward(model, last=number + 1 == setting.micro_batches)
-        with around(number):
+        with setting.autocast():
             output = ranks.forward(model, batch)
             part_report = losses(output, batch, number, loads)
         part_report.objective.backward()
@@ -97,33 +100,22 @@ def _one_by_one(
     return report, routing, loads
 
 
-def _contrast(
-    model: MultimodalModel, batches: list[PackedBatch], setting: StepSetting, around: Around
-) -> list[CachedInfoNCE]:
+def _contrast(model: MultimodalModel, batches: list[PackedBatch], setting: StepSetting) -> list[CachedInfoNCE]:
     """The first pass of two: the contrastive losses of all micro-batches and their gradients by embedding.
 
     Of a pipeline, the ranks of the last stage have them; the list of the others is empty.
     """
     ranks, embedded = setting.ranks, []
     part = ranks.part(model)
-    for number, batch in enumerate(batches):
+    for batch in batches:
         batch = batch.to(setting.device)
         with torch.no_grad():
             if ranks.pipeline is not None:
-                hidden = ranks.pipeline.hidden(batch, number, around)
+                hidden = ranks.pipeline.hidden(batch)
             else:
-                with around(number):
+                with setting.autocast():
                     hidden = ranks.forward(model, batch).hidden
             if hidden is not None:
                 pairs = part.own_pairs(batch.pairs)
                 embedded.append(Embedded(*model.contrast(hidden, pairs, batch.modality), pairs))
     return cache(embedded, setting.config.losses.contrastive.tau, part.gather_pairs) if embedded else []
-
-
-@contextmanager
-def _forward(setting: StepSetting, seed: int, number: int, stage: int = 0) -> Iterator[None]:
-    """Around the forward pass of a micro-batch through a stage, which draws the same numbers whenever it is run."""
-    entropy = (seed, setting.ranks.replica * setting.micro_batches + number, stage)
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-    with setting.config.precision.autocast(setting.device):
-        yield

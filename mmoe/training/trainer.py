@@ -173,7 +173,7 @@ class Trainer:
 
 
 def _step_seed(seed: int, step: int) -> int:
-    """Of all that a step draws (gating noise): neither a resumed loader nor an evaluation in between changes it."""
+    """Of all that a step draws (gating noise), which neither a resumed loader nor an evaluation in between changes."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 

@@ -39,7 +39,7 @@ MODEL: dict[str, Any] = {
     "hidden": 48,
     "qk_norm": True,
     "bidirectional_slices": True,
-    "moe": {"experts": 4, "top_k": 2, "hidden": 32, "shared_experts": 1, "every": 2},
+    "moe": {"experts": 4, "top_k": 2, "hidden": 32, "shared_experts": 1, "every": 2, "noise": 0.3},
 }
 LOSSES: dict[str, Any] = {"contrastive": {"weight": 0.3}, "action": {"weight": 0.7}, "balance": {"sequence": 0.05}}
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from mmoe.models.layers import SwiGLU
 from mmoe.models.moe.balance import balance_loss, expert_load, expert_probability, sequence_counts, z_loss
 from mmoe.models.moe.dispatch import CapacityDispatcher, Dispatcher, Drop, DroplessDispatcher
 from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE, Engine, Experts
+from mmoe.models.moe.noise import gaussian
 from mmoe.models.moe.router import GroupLimitConfig, Router, Routing, Score
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.models.moe.tokens import Tokens
@@ -104,8 +106,11 @@ class LayerRouting:
 
 
 class MoELayer(nn.Module):
-    def __init__(self, size: int, config: MoEConfig):
+    """The network of layer `number`: a router, its experts, and those that every token goes through."""
+
+    def __init__(self, size: int, config: MoEConfig, number: int = 0):
         super().__init__()
+        self.config, self.number = config, number
         self.router = Router(
             size,
             config.experts,
@@ -114,7 +119,6 @@ class MoELayer(nn.Module):
             config.scale,
             config.score,
             config.groups,
-            config.noise,
             biased=config.bias_rate > 0,
         )
         self.experts = Experts(config.experts, size, config.hidden, config.engine)
@@ -129,7 +133,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, LayerRouting]:
         """[B, L, D] -> [B, L, D] and what was routed. Padding is not routed and gets zeros."""
         x_TD = tokens.take(x_BLD)
-        routing = self.router(x_TD, tokens.join)
+        routing = self.router(x_TD, tokens.join, self._noise(tokens))
         placement = self.dispatcher.plan(routing, tokens)
         on_their_way = self.dispatcher.dispatch(x_TD, placement)
         shared_TD = self._shared(x_TD)  # while the rows travel
@@ -140,6 +144,12 @@ class MoELayer(nn.Module):
         load_BE = expert_load(routing, tokens)
         statistics = RoutingStatistics.of(routing, placement, tokens, load_BE) if self.training else None
         return tokens.put(y_TD), LayerRouting.of(routing, tokens, load_BE, statistics)
+
+    def _noise(self, tokens: Tokens) -> Tensor | None:
+        """[T, E] to choose with, in training: a step that seeds torch anew has noise of its own."""
+        if not (self.training and self.config.noise):
+            return None
+        return self.config.noise * gaussian(tokens.key_T, self.config.experts, torch.initial_seed(), self.number)
 
     def _shared(self, x_TD: Tensor) -> Tensor | None:
         if self.shared is None:

@@ -60,9 +60,8 @@ class Router(nn.Module):
     every score has underflowed.
 
     Experts are chosen by logit, and with a bias or groups by score + bias. Of two equal ones the lower number wins,
-    on every device; so does the lower of two equal groups. `noise` is the standard deviation of Gaussian noise
-    on the logits, in training and for the choice only: the weights are those of the clean logits. It comes from
-    torch's generator of the device, which a training step seeds anew and activation recomputation replays.
+    on every device; so does the lower of two equal groups. Noise on the logits is for the choice only: the weights
+    are those of the clean logits.
 
     With `biased` there is a buffer `choice_bias` [E], added to the scores for the choice only; training moves it
     (`balance.update_choice_bias`), never a gradient.
@@ -80,32 +79,34 @@ class Router(nn.Module):
         scale: float,
         score: Score = "softmax",
         groups: GroupLimitConfig | None = None,
-        noise: float = 0.0,
         biased: bool = False,
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size))
         self.top_k, self.scale = top_k, scale
         self.sigmoid, self.normalise = score == "sigmoid", normalise or score == "softmax_topk"
-        self.groups, self.noise = groups, noise
+        self.groups = groups
         self.register_buffer("choice_bias", torch.zeros(experts) if biased else None)
 
-    def forward(self, x_TD: Tensor, join: Callable[[Tensor], Tensor] = lambda logits_TE: logits_TE) -> Routing:
+    def forward(
+        self,
+        x_TD: Tensor,
+        join: Callable[[Tensor], Tensor] = lambda logits_TE: logits_TE,
+        noise_TE: Tensor | None = None,
+    ) -> Routing:
         """Routes whole sequences: `join` makes the logits of all their tokens of those that are here."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits = join(F.linear(widen(x_TD), widen(self.weight)))
         log_scores = F.logsigmoid(logits) if self.sigmoid else logits  # of a softmax, up to a constant of the token
         probability = log_scores.softmax(dim=-1)
         scores = logits.sigmoid() if self.sigmoid else probability
-        expert = self._choose(logits.detach())
+        expert = self._choose(logits.detach() if noise_TE is None else logits.detach() + noise_TE)
         score = scores.gather(1, expert)
         weight = log_scores.gather(1, expert).softmax(dim=-1) if self.normalise else score
         return Routing(logits, scores, probability, expert, score, weight * self.scale)
 
     def _choose(self, value_TE: Tensor) -> Tensor:
         """[T, K] i64: the experts chosen by these logits."""
-        if self.training and self.noise:
-            value_TE = value_TE + self.noise * torch.randn_like(value_TE)
         if self.choice_bias is not None or self.groups is not None:
             value_TE = value_TE.sigmoid() if self.sigmoid else value_TE.softmax(dim=-1)
         if self.choice_bias is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmoe.data.batch import PackedBatch
+from mmoe.models.moe.noise import token_keys
 from mmoe.models.moe.rows import copy_rows
 
 
@@ -14,7 +15,7 @@ class Tokens:
     """The T valid positions of a batch, found once a forward pass. Padding is not among them.
 
     `position_T` is ascending over the N = B L flattened positions, `number_N` the number of the token at each, T
-    at padding. `sequences` is B, `length` L, `sources` the number of sources that a table by source has to have.
+    at padding. `id_BL` are the batch's token ids, `sources` the number of sources that a table by source has to have.
     """
 
     position_T: Tensor
@@ -22,25 +23,37 @@ class Tokens:
     sequence_T: Tensor
     modality_T: Tensor
     source_T: Tensor
-    sequences: int
-    length: int
+    id_BL: Tensor
     sources: int
 
     @classmethod
     def of(cls, batch: PackedBatch) -> "Tokens":
-        sequences, length = batch.shape
         valid = batch.valid.flatten()
         position = valid.nonzero().squeeze(1)
         return cls(
             position_T=position,
             number_N=torch.where(valid, valid.cumsum(0) - 1, len(position)),
-            sequence_T=position // length,
+            sequence_T=position // batch.shape[1],
             modality_T=batch.modality.flatten()[position].long(),
             source_T=batch.source.flatten()[position].long(),
-            sequences=sequences,
-            length=length,
+            id_BL=batch.token_ids,
             sources=1 + max((origin[0] for documents in batch.documents for origin in documents), default=0),
         )
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return self.id_BL.shape[0]
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.id_BL.shape[1]
+
+    @property
+    def key_T(self) -> Tensor:
+        """i64, of each token; the same in every batch that its sequence may be part of."""
+        return token_keys(self.id_BL).flatten()[self.position_T]
 
     def take(self, x_BLD: Tensor) -> Tensor:
         """[T, D]: the tokens' rows."""

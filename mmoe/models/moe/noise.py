@@ -1,0 +1,44 @@
+"""Gating noise: a pure function of the step's seed, the layer, the token and the expert.
+
+No generator is drawn from, so the noise of a token is the same in every layout, however a step is cut into
+micro-batches, and whenever its forward pass is run again. A token is known by its place in its sequence and the ids of
+that sequence.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea & Flood 2014): the increment and the multipliers of its finaliser, as signed numbers.
+INCREMENT, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+BITS = 24  # of a uniform number, which float32 holds exactly
+
+
+def token_keys(id_BL: Tensor) -> Tensor:
+    """[B, L] i64 -> [B, L] i64: of every position, other ones in other sequences and at other places."""
+    place_L = INCREMENT * torch.arange(1, id_BL.shape[1] + 1, device=id_BL.device)
+    sequence_B1 = _mixed(id_BL + place_L).sum(1, keepdim=True)
+    return _mixed(sequence_B1 + place_L)
+
+
+def gaussian(key_T: Tensor, experts: int, seed: int, layer: int) -> Tensor:
+    """[T, E] float32 of mean 0 and variance 1, independent of each other and of other seeds and layers."""
+    stream = np.random.SeedSequence((seed, layer)).generate_state(1, np.uint64).view(np.int64)[0]
+    expert_E = INCREMENT * torch.arange(1, experts + 1, device=key_T.device)
+    word_TE = _mixed(_mixed(key_T ^ int(stream))[:, None] + expert_E)
+    odd_TE = 2 * _shifted(word_TE, 64 - BITS) + 1 - (1 << BITS)  # odd, and smaller than 2^24 on either side of 0
+    return math.sqrt(2) * torch.erfinv(odd_TE.float() / (1 << BITS))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64: a bijection of 64 bits whose every output bit depends on every input bit."""
+    x = (x ^ _shifted(x, 30)) * FIRST
+    x = (x ^ _shifted(x, 27)) * SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left: torch's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
