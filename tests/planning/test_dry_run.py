@@ -2,10 +2,7 @@
 
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -72,33 +69,11 @@ def test_the_command_reports_a_rank_of_each_stage() -> None:
     assert result.output.count("equal to the formula") == 3
 
 
-def memory_of_all(process: psutil.Process) -> int:
-    """Bytes that a process and its descendants hold, with a page of several counted once (PSS), or RSS without it."""
-    total = 0
-    for one in (process, *process.children(recursive=True)):
-        try:
-            memory = one.memory_full_info()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
-            continue
-        total += getattr(memory, "pss", memory.rss)
-    return total
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides, stages", [("parallel.ep=8", 1), ("parallel.ep=16", 1), ("parallel.pp=4", 3)])
-def test_the_main_run_on_256_ranks(tmp_path: Path, overrides: str, stages: int) -> None:
-    """In 90 seconds and 3 GiB, of the ranks shown together: they are processes of their own."""
+def test_the_main_run_on_256_ranks(overrides: str, stages: int) -> None:
+    """What it costs is measured by `benchmarks/dry_run.py`."""
     command = [sys.executable, "-m", "mmoe", "train", "configs/moe_10b.yaml", "--dry-run", "--world-size", "256"]
-    started, peak, output = time.perf_counter(), 0, tmp_path / "output"
-    with output.open("w") as file:
-        command = [*command, "--imbalance", "1.3", overrides]
-        with psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT) as running:
-            while running.poll() is None:
-                peak = max(peak, memory_of_all(running))
-                time.sleep(0.1)
-    seconds, shown = time.perf_counter() - started, output.read_text()
-    print(f"{seconds:.0f} s, {peak / 2**30:.2f} GiB")
-    assert running.returncode == 0, shown
-    assert shown.count("equal to the formula") == stages
-    assert seconds < 90
-    assert 2**28 < peak < 3 * 2**30
+    done = subprocess.run([*command, "--imbalance", "1.3", overrides], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal to the formula") == stages
