@@ -1,15 +1,18 @@
 """What communication costs on gloo: two ranks that train one model, beside two copies that know nothing of each other.
 
-    python benchmarks/scaling_gloo.py [dp2 ep2]
+    python benchmarks/scaling_gloo.py [dp2 ep2 dp2_zero3]
 
 A mixture-of-experts model of 22 M parameters (width 512, four layers of eight experts), bfloat16 products on the CPU,
-8192 positions a step and rank, each process with one thread. Every process runs gradients, clipping norm and AdamW of
-one step after another: alone, then in the layouts, in turn (A B C A B C ...). A round's time is that of its slower
-process; the rate of a layout over that of the copies is the median of the rounds' ratios. The collectives of a step are
-counted in an extra one, not timed, and compared with the formula of `mmoe.planning`. Prints tables and a last line
-RESULT {json}.
+8192 positions a step and rank, each process with one thread; ZeRO stage 2, since weights of this size need not be
+gathered a second time for the backward pass, and stage 3 beside it. Every process runs gradients, clipping norm and
+AdamW of one step after another: alone, then in the layouts, in turn (A B C A B C ...). A round's time is that of its
+slower process; the rate of a layout over that of the copies is the median of the rounds' ratios. All processes keep
+freed memory (glibc's MALLOC_* settings), which the kernel would else zero again for every gathered weight. The
+collectives of a step are counted in an extra one, not timed, and compared with the formula of `mmoe.planning`. Prints
+tables and a last line RESULT {json}.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -40,14 +43,16 @@ RANKS, ROUNDS, WARM = 2, 7, 1
 POSITIONS = 8192  # a step and rank
 DOCUMENTS = 4  # of a sequence of 1024
 SHARE = 0.85
-LAYOUTS = {"dp2": [], "ep2": ["parallel.ep=2"]}
+LAYOUTS = {"dp2": [], "ep2": ["parallel.ep=2"], "dp2_zero3": ["parallel.zero=3"]}
 MODEL = """
 model.d_model=512 model.layers=4 model.heads=8 model.kv_heads=4 model.head_dim=64 model.hidden=1024
 model.moe.experts=8 model.moe.hidden=512 model.moe.top_k=2 data.sequence_length=1024 data.patches_per_sequence=256
 tokenizers.vision.max_patches=64 losses.contrastive.group_sequences=1 training.micro_batch_sequences=8 parallel.ep=1
+parallel.zero=2
 optim.lr.peak=3e-4
 """.split()
 VOCABULARY = 8192
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33)}  # read at a process's start
 
 
 def config_of(layout: str | None) -> RunConfig:
@@ -129,6 +134,7 @@ def serve(rank: int, store: str, layouts: list[str], results: Any) -> None:
 
 def measure(layouts: list[str]) -> tuple[dict[str, list[float]], dict[str, tuple[Traffic, Traffic]]]:
     """Seconds of each round, of its slower process; counted traffic and the formula's."""
+    os.environ |= KEEP_MEMORY
     context = mp.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
