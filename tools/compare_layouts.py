@@ -45,7 +45,7 @@ from mmoe.losses.total import PlannedCounts
 from mmoe.parallel.build import degrees_of
 from mmoe.result import print_result, target
 from mmoe.training.gradients import step_gradients
-from mmoe.training.run import Run
+from mmoe.training.run import Run, prepared
 from mmoe.training.trainer import Trainer
 
 AXES = {"dp": "dp_shard", "hsdp": "dp_replicate", "tp": "tp", "cp": "cp", "pp": "pp", "ep": "ep"}
@@ -204,8 +204,9 @@ def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 def compare(reference: RunConfig, layouts: list[Layout]) -> dict[str, Comparison | str]:
     """By layout; a text says why its processes did not come to an end."""
+    prepared(reference, console)  # here: processes of `start` may have no children, which preparing may need
     with tempfile.TemporaryDirectory(prefix="mmoe-layouts-") as folder:
-        with console.status("one process: preparing the data where it is not there, then the first step"):
+        with console.status("one process"):
             answer = start(Layout("one process", reference, 1), Path(folder))
         if isinstance(answer, str):
             raise MmoeError(f"the step of one process failed: {answer}")

@@ -76,6 +76,27 @@ def test_a_fault_is_noticed(folder: Path, tmp_path: Path, fault: str, layout: st
     assert (layout in result["figures"]["not_compared"]) == (verdict == "failed")
 
 
+CHILDLESS = """
+import multiprocessing
+import mmoe.data.preparation.ready as ready
+prepare = ready.prepare
+def checked(*arguments, **options):
+    assert not multiprocessing.current_process().daemon, "prepared by a process that may have no children"
+    prepare(*arguments, **options)
+ready.prepare = checked
+"""
+
+
+@pytest.mark.slow
+def test_data_that_is_not_there_is_prepared_where_processes_may_be_started(tmp_path: Path) -> None:
+    """Which a large source does, and the few recordings here do not."""
+    script = tmp_path / "checked.py"
+    script.write_text(FAULT.format(fault=CHILDLESS, tool=str(TOOL)))
+    done, result = call(tmp_path, "--layouts", "dp2", script=script)
+    assert done.returncode == 0 and result["targets"]["dp2"]["ok"], done.stdout + done.stderr
+    assert "preparing source drive" in " ".join(done.stdout.split())
+
+
 def tool():
     specification = importlib.util.spec_from_file_location("compare_layouts", TOOL)
     module = importlib.util.module_from_spec(specification)
