@@ -18,7 +18,7 @@ import torch
 from plotly.subplots import make_subplots
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmoe.data.batch import IGNORE, PackedBatch, Pairs
 from mmoe.data.sample import Modality
@@ -165,7 +165,8 @@ def train(setting: Setting, seed: int) -> Trace:
             report = compute(model, model(batch), batch, counts, setting.losses, VOCABULARY, loads)
             report.objective.backward()
             ce += float(report.terms["ce"])
-        clip_gradients(model.parameters(), ClipConfig())
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        clip_gradients(model.parameters(), norm, ClipConfig())
         optimizer.step()
         optimizer.zero_grad()
         load = loads.total()
