@@ -1,6 +1,7 @@
 """What the layers of experts need to know of a batch's tokens beside their hidden states."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,9 +51,9 @@ class Tokens:
         """L."""
         return self.id_BL.shape[1]
 
-    @property
+    @cached_property
     def key_T(self) -> Tensor:
-        """i64, of each token; the same in every batch that its sequence may be part of."""
+        """i64, of each token; the same in every batch that its sequence may be part of. Worked out for all layers."""
         return token_keys(self.id_BL).flatten()[self.position_T]
 
     def take(self, x_BLD: Tensor) -> Tensor:
