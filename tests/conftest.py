@@ -1,10 +1,22 @@
 """Fixtures shared by every test."""
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script outside the package, as a module."""
+    specification = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # where dataclasses look for it
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

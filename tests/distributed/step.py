@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmoe.config.load import validate
+from mmoe.config.tree import RunConfig
 from mmoe.data.batch import PackedBatch
-from mmoe.data.deal import Reach, deal
+from mmoe.data.deal import deal
 from mmoe.data.sample import Modality
 from mmoe.losses.total import LossConfig, PlannedCounts
 from mmoe.models.decoder import ModelConfig, MultimodalModel
@@ -74,23 +75,22 @@ def config_of(case: Case, replicas: int) -> SimpleNamespace:
     if moe and case.compute == "float64":
         moe["engine"] = "loop"
     model = validate(ModelConfig, {**MODEL, **case.model, "moe": moe}, "case")
-    group = losses.contrastive.group_sequences or case.sequences
-    reach = Reach.of(group, case.micro, replicas)
     batch = SimpleNamespace(
         sequences=case.sequences,
         micro_batch_sequences=case.micro,
         accumulation=case.sequences // (case.micro * replicas),
     )
-    return SimpleNamespace(
+    config = SimpleNamespace(
         model=model,
         losses=losses,
-        contrastive_group=group,
+        contrastive_group=losses.contrastive.group_sequences or case.sequences,
         precision=PrecisionConfig(compute=case.compute),
         parallel=validate(ParallelConfig, case.parallel, "case"),
         batch_of=lambda replicas: batch,
-        contrastive_reach=lambda replicas: reach,
-        embeds_first=lambda replicas: losses.contrastive.weight > 0 and reach is Reach.STEP,
     )
+    config.contrastive_reach = functools.partial(RunConfig.contrastive_reach, config)
+    config.embeds_first = functools.partial(RunConfig.embeds_first, config)
+    return config
 
 
 def batches_of(

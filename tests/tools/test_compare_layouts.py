@@ -1,6 +1,5 @@
 """The command on the demo's data, made small: what it prints, what it refuses, and that it notices a fault."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmoe.errors import ConfigError
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, load_script
 
 TOOL = REPOSITORY / "tools" / "compare_layouts.py"
 SMALL = [
@@ -97,16 +96,8 @@ def test_data_that_is_not_there_is_prepared_where_processes_may_be_started(tmp_p
     assert "preparing source drive" in " ".join(done.stdout.split())
 
 
-def tool():
-    specification = importlib.util.spec_from_file_location("compare_layouts", TOOL)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["compare_layouts"] = module
-    specification.loader.exec_module(module)
-    return module
-
-
 def test_names_of_layouts_and_families() -> None:
-    module = tool()
+    module = load_script(TOOL)
     assert module.read_layout("ep2,dp4,hsdp2") == {"ep": 2, "dp": 4, "hsdp": 2}
     for wrong in ("dp", "dp0", "xp2", "dp2,dp2", "dp2,", "2"):
         with pytest.raises(ConfigError, match="is not one more degree"):
