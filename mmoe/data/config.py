@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 from mmoe.data.blocks import Limits
+from mmoe.data.bounds import Bounds
 from mmoe.data.mixture import StageConfig, check_stages
 from mmoe.data.storage import StorageConfig
 
@@ -38,6 +39,7 @@ class DataConfig(Config):
     error_budget: float = Field(default=0.01, ge=0, le=1)  # share of a source's documents that may be quarantined
     watchdog_seconds: float = Field(default=120.0, gt=0)  # without a batch, until the workers are listed
     storage: StorageConfig = StorageConfig()
+    bounds: Bounds = Bounds()  # of what is read of one file
 
     @model_validator(mode="after")
     def _stages(self) -> "DataConfig":

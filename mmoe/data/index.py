@@ -31,7 +31,7 @@ from mmoe.data.sample import SEGMENT_DTYPE
 from mmoe.data.storage import DEFAULT, Storage, join, local_path, with_suffix
 from mmoe.errors import DataError
 
-FORMAT = 2
+FORMAT = 3  # 2 had neither checksums of members nor the proof that decord may read them
 MANIFEST = "source.json"
 SPLITS = ("train", "heldout")
 
@@ -47,7 +47,17 @@ INDEX_SCHEMA = pa.schema(
         ("content_hash", pa.int64()),
         (
             "members",
-            pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])),
+            pa.list_(
+                pa.struct(
+                    [
+                        ("name", pa.string()),
+                        ("offset", pa.int64()),
+                        ("size", pa.int64()),
+                        ("crc32", pa.uint32()),  # of the content
+                        ("decord", pa.bool_()),  # of a video: proven to give the frames that PyAV gives
+                    ]
+                )
+            ),
         ),
         ("text_ids", pa.list_(pa.int32())),
         ("segments", pa.list_(_SEGMENT_STRUCT)),
@@ -158,6 +168,8 @@ class ShardIndex(SegmentTable):
     recordings: list[str]
     member_names: pa.StringArray  # there are many, and few are asked for
     member_ranges: np.ndarray  # [members, 2] byte offset and size in the tar
+    member_crc32: np.ndarray  # u32 [members]
+    member_decord: np.ndarray  # bool [members]: a video that decord was proven to read as PyAV does
     member_offsets: np.ndarray
     text_ids: np.ndarray
     text_offsets: np.ndarray
@@ -181,6 +193,8 @@ class ShardIndex(SegmentTable):
             recordings=table["recording"].to_pylist(),
             member_names=flat_members.field("name"),
             member_ranges=np.stack(ranges, axis=1) if len(flat_members) else np.zeros((0, 2), np.int64),
+            member_crc32=flat_members.field("crc32").to_numpy(zero_copy_only=False),
+            member_decord=flat_members.field("decord").to_numpy(zero_copy_only=False),
             member_offsets=_offsets(members),
             text_ids=text.flatten().to_numpy(zero_copy_only=False),
             text_offsets=_offsets(text),
@@ -224,15 +238,24 @@ class ShardIndex(SegmentTable):
         offset, size = self.member_ranges[at]
         return self.member_names[at].as_py(), int(offset), int(size)
 
+    def row_crc32(self, row: int, member: int) -> int:
+        """CRC-32 of the content of a row's member, as it was written."""
+        return int(self.member_crc32[self.member_offsets[row] + member])
+
+    def row_decord(self, row: int, member: int) -> bool:
+        """Whether preparation proved that decord reads this video of a row as PyAV does."""
+        return bool(self.member_decord[self.member_offsets[row] + member])
+
 
 def write_index(tar: str | Path, rows: list[dict]) -> None:
     """Write the index beside `tar`: one dict a sample with the fields of `INDEX_SCHEMA`.
 
-    `segments` is a `SEGMENT_DTYPE` array, `text_ids` an i32 array, `members` a list of (name, offset, size).
+    `segments` is a `SEGMENT_DTYPE` array, `text_ids` an i32 array, `members` a list of (name, offset, size, crc32,
+    decord) as in the schema.
     """
     columns = {name: [row[name] for row in rows] for name in ("key", "recording", "content_hash", "text_ids")}
     columns["members"] = [
-        [{"name": name, "offset": offset, "size": size} for name, offset, size in row["members"]] for row in rows
+        [dict(zip(("name", "offset", "size", "crc32", "decord"), member)) for member in row["members"]] for row in rows
     ]
     lengths = np.array([len(row["segments"]) for row in rows])
     flat = np.concatenate([row["segments"] for row in rows]) if rows else np.empty(0, SEGMENT_DTYPE)

@@ -6,6 +6,7 @@ path component and lower-cases the field, so names for which that would lose or 
 
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,10 @@ class ShardWriter:
         content_hash: int,
         text_ids: np.ndarray,
         segments: np.ndarray,
+        decord: frozenset[str] = frozenset(),
     ) -> None:
-        """Append one sample: `text_ids` [n] i32, `segments` [m] `SEGMENT_DTYPE`.
+        """Append one sample: `text_ids` [n] i32, `segments` [m] `SEGMENT_DTYPE`; `decord` names the
+        videos that decord is proven to read as PyAV does.
 
         Raises DataError for a key or member name that WebDataset would change, and for a key seen before.
         """
@@ -105,7 +108,10 @@ class ShardWriter:
         if self._file is None:
             self._file = self._temporary.open("wb")
         row = {"key": key, "recording": recording, "content_hash": content_hash}
-        row["members"] = [(field, *self._append(f"{key}.{field}", content)) for field, content in members.items()]
+        row["members"] = [
+            (field, *self._append(f"{key}.{field}", content), zlib.crc32(content), field in decord)
+            for field, content in members.items()
+        ]
         self._rows.append(row | {"text_ids": text_ids, "segments": segments})
 
     @property

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from mmoe.backends import require
 from mmoe.data.batch import PackedBatch
+from mmoe.data.bounds import Bounds, bounded_by
 from mmoe.data.collate import Collator
 from mmoe.data.config import DataConfig
 from mmoe.data.deal import check_dealing, deal
@@ -44,21 +45,24 @@ class SequenceDataset(Dataset):
     does not answer raises in any case: that is no fault of the sample.
     """
 
-    def __init__(self, decoder: Decoder, collator: Collator, group: int, activity: Activity, strict: bool):
-        self.decoder, self.collator, self.group = decoder, collator, group
+    def __init__(
+        self, decoder: Decoder, collator: Collator, group: int, activity: Activity, bounds: Bounds, strict: bool
+    ):
+        self.decoder, self.collator, self.group, self.bounds = decoder, collator, group, bounds
         self.activity, self.strict = activity, strict
 
     def __getitem__(self, sequences: list[SequencePlan]) -> PackedBatch:
         lost: list[Quarantined] = []
         self.activity.say("reading")
         self.decoder.prefetch(ref for sequence in sequences for ref in sequence.documents)
-        decoded = [
-            [
-                (ref, self._documents(ref, length, lost))
-                for ref, length in zip(sequence.documents, sequence.parts["length"].tolist(), strict=True)
+        with bounded_by(self.bounds):
+            decoded = [
+                [
+                    (ref, self._documents(ref, length, lost))
+                    for ref, length in zip(sequence.documents, sequence.parts["length"].tolist(), strict=True)
+                ]
+                for sequence in sequences
             ]
-            for sequence in sequences
-        ]
         self.activity.say("collating")
         batch = self.collator(decoded, [sequence.number // self.group for sequence in sequences], tuple(lost))
         self.activity.say("waiting for the next plan")
@@ -128,7 +132,9 @@ class Stream:
         self.collator = make_collator(config, tokenizers, label_weights)
         decoder = Decoder(sources.files("train"), tokenizers, config.video_backend, storage=sources.storage)
         self.activity = Activity(config.workers)
-        self.dataset = SequenceDataset(decoder, self.collator, group_sequences, self.activity, strict=False)
+        self.dataset = SequenceDataset(
+            decoder, self.collator, group_sequences, self.activity, config.bounds, strict=False
+        )
 
     def state(self, data: StepData | None = None) -> dict[str, Any]:
         """What to resume from, after step `data` (its batches taken), or before the first."""
@@ -219,7 +225,7 @@ def heldout_batches(
     decoder = Decoder(sources.files(split), tokenizers, config.video_backend, ablation, skip, sources.storage)
     activity = Activity(config.workers)
     collator = make_collator(config, tokenizers, label_weights, skip)
-    dataset = SequenceDataset(decoder, collator, 1, activity, strict=True)
+    dataset = SequenceDataset(decoder, collator, 1, activity, config.bounds, strict=True)
     plans = [sequences[i : i + micro_sequences] for i in range(0, len(sequences), micro_sequences)]
     yield from _load(dataset, plans, config, activity)
 

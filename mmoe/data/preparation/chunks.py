@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
+from mmoe.data.bounds import Bounds, bounded_by
 from mmoe.data.index import ShardEntry, ShardIndex
 from mmoe.data.media import Backend, load_array
 from mmoe.data.preparation.hygiene import FilterConfig, find_fault
@@ -43,6 +44,7 @@ class ChunkConfig(Config):
     video_backend: Backend = "decord"  # that checks the videos
     filters: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
+    bounds: Bounds = Bounds()  # of what is read of one file
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,7 @@ class Make:
 
     def __call__(self, chunk: Chunk) -> int:
         refused, removed = [], []
-        with _Writer(self.folder / chunk.name, self.config) as writer:
+        with bounded_by(self.config.bounds), _Writer(self.folder / chunk.name, self.config) as writer:
             for number, item in enumerate(chunk.items):
                 row = self.row(item)
                 if isinstance(row, Refused):

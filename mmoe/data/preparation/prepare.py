@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmoe.config.base import Config
 from mmoe.config.load import validate
+from mmoe.data.bounds import bounded_by
 from mmoe.data.index import FORMAT, SPLITS, ShardEntry, ShardIndex, SourceManifest, VectorStats
 from mmoe.data.media import load_audio
 from mmoe.data.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
@@ -98,11 +99,12 @@ def prepare(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")
     listed: list[tuple[str, Refused]] = []
-    sides = _split_items(source, Path(input), reader, config, lambda key, refusal: listed.append((key, refusal)))
+    with bounded_by(config.bounds):
+        sides = _split_items(source, Path(input), reader, config, lambda key, refusal: listed.append((key, refusal)))
+        source = source.of(Path(input), reader)
     items = sides.heldout + sides.train
-    source = source.of(Path(input), reader)
     references = find_references(config.dedup, text_tokenizer)
-    with Job(output) as job:
+    with bounded_by(config.bounds), Job(output) as job:
         if fresh:
             job.restart()
         pins = {
@@ -161,9 +163,12 @@ def prepare(
 def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None = None) -> Iterator[str]:
     """Every text of the training part in order, to train a text tokenizer on; refused items are passed over."""
     source, reader, config = _settings(kind, options)
-    for item in _split_items(source, Path(input), reader, config, lambda key, refusal: None).train:
+    with bounded_by(config.bounds):
+        items = _split_items(source, Path(input), reader, config, lambda key, refusal: None).train
+    for item in items:
         try:
-            sample = item.make()
+            with bounded_by(config.bounds):
+                sample = item.make()
         except DataError:
             continue  # `prepare` counts it and says why
         yield from (segment.text for segment in sample.segments if segment.modality is Modality.TEXT)
