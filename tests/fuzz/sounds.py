@@ -1,0 +1,34 @@
+"""Sounds: WAV, FLAC, OGG and MP3 bytes, whole and in pieces."""
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from mmoe.data.media import audio_info, load_audio
+from mmoe.data.sources.encode import flac_piece
+from mmoe.tokenizers.audio import resample
+from tests.fuzz.mutate import damage
+
+
+def build(_: Path) -> Callable[[random.Random], bytes]:
+    wave = 0.3 * np.sin(np.arange(4000) * 0.05)
+    stereo = np.stack([wave, -wave], axis=1)
+    kinds = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "PCM_24"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")]
+    kinds += [("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16"), ("W64", "PCM_16"), ("WAV", "ALAW"), ("CAF", "ALAC_16")]
+    seeds = []
+    for number, (kind, subtype) in enumerate(kinds):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, stereo if number % 2 else wave, 8000, format=kind, subtype=subtype)
+        seeds.append(buffer.getvalue())
+    return lambda rng: damage(rng.choice(seeds), seeds, rng)
+
+
+def run(data: bytes, _: Path) -> None:
+    samples, rate = audio_info(data, "s.wav")
+    wave, rate = load_audio(data, 0, samples, "s.wav")
+    resample(wave, rate, 8000)
+    flac_piece(data, samples // 4, samples // 2 + 1, "s.wav")
