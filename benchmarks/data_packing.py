@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.deal import deal
 from mmoe.data.extent import Extent
 from mmoe.data.index import FORMAT, INDEX_SCHEMA, ShardEntry, SourceManifest, SplitEntry, VectorStats
+from mmoe.data.index_file import write_table
 from mmoe.data.mixture import StageConfig
 from mmoe.data.packing import best_fit
 from mmoe.data.plan import Planner
@@ -101,7 +101,7 @@ def write_source(folder: Path, make, shards: int, rows: int) -> None:
             "segments": pa.ListArray.from_arrays(offsets, struct),
         }
         written.append(folder / "train" / f"shard-{number:06d}.parquet")
-        pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), written[-1], compression="zstd")
+        write_table(pa.table(columns, schema=INDEX_SCHEMA), written[-1])
         if number == 0:
             for row in np.split(segments, np.cumsum(counts)[:-1]):
                 extent.add(row)

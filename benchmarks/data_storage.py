@@ -72,14 +72,10 @@ def read_samples(
 
 def read_sample(index: ShardIndex, row: int, storage: Storage) -> int:
     """Read all members of a row; returns their bytes."""
-    members = []
-    for number in range(index.member_offsets[row + 1] - index.member_offsets[row]):
-        name, offset, size = index.row_member(row, number)
-        members.append((f"{index.keys[row]}.{name}", offset, size))
     total = 0
-    for span in spans(members):
-        content = storage.read_range(index.tar, span.start, span.stop, span.members[0][0])
-        total += sum(map(len, span.cut(content, index.tar)))
+    for span in spans(index.member(row, number) for number in range(index.row_members(row))):
+        content = storage.read_range(index.tar, span.start, span.stop, span.members[0].name)
+        total += sum(len(span.cut(content, index.tar, member.name)) for member in span.members)
     return total
 
 

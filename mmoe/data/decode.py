@@ -13,7 +13,7 @@ from mmoe.data.index import ShardIndex
 from mmoe.data.media import VideoFrames, is_video, load_array, load_audio, load_image, reduced_size
 from mmoe.data.plan import DocumentRef
 from mmoe.data.sample import Modality
-from mmoe.data.shards import GAP, Span, read_member, spans
+from mmoe.data.shards import GAP, Span, read_stored, spans
 from mmoe.data.storage import DEFAULT, Reading, Storage, StorageError, local_path
 from mmoe.errors import DataError
 from mmoe.tokenizers.audio import serialise
@@ -132,11 +132,11 @@ class _Row:
         for kind in Modality:
             if kind is Modality.TEXT or kind in self.decoder.skip or self._is_taken_away(kind):
                 wanted &= chosen["modality"] != kind
-        members = [self._member(int(number)) for number in np.unique(chosen["member"][wanted])]
+        members = [self.index.member(self.ref.row, int(n)) for n in np.unique(chosen["member"][wanted])]
         for span in spans(members, GAP if local_path(tar) is None else 0):
-            what = span.members[0][0] + (f" to {span.members[-1][0]}" if len(span.members) > 1 else "")
+            what = span.members[0].name + (f" to {span.members[-1].name}" if len(span.members) > 1 else "")
             reading = self.decoder.storage.begin(tar, span.start, span.stop, what)
-            self._coming |= {name: (span, reading) for name, _, _ in span.members}
+            self._coming |= {member.name: (span, reading) for member in span.members}
         return self
 
     def _chosen(self) -> np.ndarray:
@@ -298,21 +298,16 @@ class _Row:
         return self.index.row_member(self.ref.row, int(segment["member"]))[0]
 
     def _where(self, segment: np.void) -> str:
-        return f"{self.index.tar}: {self._member(int(segment['member']))[0]}"
-
-    def _member(self, number: int) -> tuple[str, int, int]:
-        """A member's full name, and its offset and size in the tar."""
-        name, offset, size = self.index.row_member(self.ref.row, number)
-        return f"{self.index.keys[self.ref.row]}.{name}", offset, size
+        return f"{self.index.tar}: {self.index.member(self.ref.row, int(segment['member'])).name}"
 
     def _bytes(self, segment: np.void) -> bytes:
-        name, offset, size = self._member(int(segment["member"]))
+        number = int(segment["member"])
+        name = self.index.member(self.ref.row, number).name
         if name not in self._members and name in self._coming:
             span, reading = self._coming[name]
-            names = [name for name, _, _ in span.members]
-            self._members |= zip(names, span.cut(reading.result(), self.index.tar))
+            self._members[name] = span.cut(reading.result(), self.index.tar, name)
         elif name not in self._members:  # a donor's: which of its members stand in is known only now
-            self._members[name] = read_member(self.index.tar, offset, size, name, self.decoder.storage)
+            self._members[name] = read_stored(self.index, self.ref.row, number, self.decoder.storage).content
         return self._members[name]
 
     def _frames(self, segment: np.void, least: tuple[int, int]) -> np.ndarray:

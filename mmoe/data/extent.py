@@ -8,11 +8,13 @@ many sizes, so sizes are rounded, ever more coarsely, until there are no more th
 from collections import Counter
 
 import numpy as np
+from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.sample import Modality
 
 MOST_GROUPS = 512
+MOST = 1 << 50  # of anything that is counted
 
 
 class SegmentGroup(Config):
@@ -21,11 +23,11 @@ class SegmentGroup(Config):
     modality: str
     sliced: bool  # they stand in time slices
     camera: bool  # they are pictures of a known camera
-    height: int
-    width: int
-    rate: int
-    count: int
-    span: int
+    height: int = Field(ge=0, le=MOST)
+    width: int = Field(ge=0, le=MOST)
+    rate: int = Field(ge=0, le=MOST)
+    count: int = Field(ge=0, le=MOST)
+    span: int = Field(ge=0, le=MOST)
 
 
 class Extent:

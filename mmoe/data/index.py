@@ -13,20 +13,21 @@ The parquet row holds the key, the recording, the byte range of every member in 
 is one range read), the token ids of the sample's text, and its segments (`SEGMENT_DTYPE`).
 """
 
-import io
 import os
 import tarfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from mmoe.config.base import Config
-from mmoe.data.extent import SegmentGroup
+from mmoe.data.extent import MOST, SegmentGroup
+from mmoe.data.index_check import check_members, check_segments
+from mmoe.data.index_file import read_table, write_table
 from mmoe.data.sample import SEGMENT_DTYPE
 from mmoe.data.storage import DEFAULT, Storage, join, local_path, with_suffix
 from mmoe.errors import DataError
@@ -34,11 +35,11 @@ from mmoe.errors import DataError
 FORMAT = 3  # 2 had neither checksums of members nor the proof that decord may read them
 MANIFEST = "source.json"
 SPLITS = ("train", "heldout")
+_MOST_ROWS = 10_000_000  # of a shard: an epoch is shuffled a block of shards at a time
 
 # Of a segment, what its token count follows from.
 PLANNED = ("modality", "slice", "camera", "start", "stop", "height", "width", "rate", "pair")
 _PLANNED_DTYPE = np.dtype([(name, SEGMENT_DTYPE[name]) for name in PLANNED])
-_ONE_REQUEST = 1 << 20  # bytes of a remote index below which picking columns would cost more than it saves
 _SEGMENT_STRUCT = pa.struct([(name, pa.from_numpy_dtype(SEGMENT_DTYPE[name])) for name in SEGMENT_DTYPE.names])
 INDEX_SCHEMA = pa.schema(
     [
@@ -79,22 +80,28 @@ class VectorStats(Config):
 
 class ShardEntry(Config):
     path: str  # of the tar, relative to the source folder; the index has the same stem
-    rows: int
-    bytes: int
+    rows: int = Field(ge=0, le=_MOST_ROWS)
+    bytes: int = Field(ge=0, le=MOST)
 
 
 class SplitEntry(Config):
-    samples: int
-    recordings: int
+    samples: int = Field(ge=0, le=MOST)
+    recordings: int = Field(ge=0, le=MOST)
     shards: tuple[ShardEntry, ...]
-    clips: int  # samples made of time slices
-    slices: int
+    clips: int = Field(ge=0, le=MOST)  # samples made of time slices
+    slices: int = Field(ge=0, le=MOST)
     groups: tuple[SegmentGroup, ...]
     flagged: dict[str, int] = {}  # "<stream>: <what>" -> members of slices; see `mmoe.data.slices`
 
     def segments(self, modality: str) -> int:
         """Number of segments of the modality of this name."""
         return sum(group.count for group in self.groups if group.modality == modality)
+
+
+class _Format(BaseModel):
+    """What every version of a manifest holds."""
+
+    format: int
 
 
 class SourceManifest(Config):
@@ -115,18 +122,31 @@ class SourceManifest(Config):
         path = join(folder, MANIFEST)
         if local_path(path) and not Path(local_path(path)).is_file():
             raise DataError(f"{path} does not exist: {folder} is not a prepared source; run `mmoe prepare` to write it")
+        content = storage.read(path, "the source")
         try:
-            manifest = cls.model_validate_json(storage.read(path, "the source"))
+            found = _Format.model_validate_json(content).format
+            if found != FORMAT:
+                raise DataError(f"{path} has format {found}, this version reads {FORMAT}; prepare it again")
+            return cls.model_validate_json(content)
         except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
             raise DataError(
-                f"{path} is not a source manifest ({error.errors()[0]['msg']}); prepare it again"
+                f"{path} is not a source manifest ({where + ': ' if where else ''}{fault['msg']}); copy it again or "
+                "prepare the source again"
             ) from error
-        if manifest.format != FORMAT:
-            raise DataError(f"{path} has format {manifest.format}, this version reads {FORMAT}; prepare it again")
-        return manifest
 
     def save(self, folder: str | Path) -> None:
         (Path(folder) / MANIFEST).write_text(self.model_dump_json(indent=1))
+
+
+class Member(NamedTuple):
+    """A member of a tar: ``<key>.<field>``, byte offset and size of its content, and the CRC-32 that it must have."""
+
+    name: str
+    offset: int
+    size: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -143,15 +163,11 @@ class SegmentTable:
     @classmethod
     def read(cls, tar: str | Path, storage: Storage = DEFAULT) -> "SegmentTable":
         path = with_suffix(tar, ".parquet")
-        try:
-            with pq.ParquetFile(_source(path, storage), pre_buffer=True) as file:
-                if not file.schema_arrow.equals(INDEX_SCHEMA):
-                    raise pa.ArrowInvalid("its columns are others")
-                table = file.read([f"segments.list.element.{name}" for name in PLANNED]).combine_chunks()
-        except pa.ArrowInvalid as error:
-            raise _unreadable(path, error) from error
-        segments = _chunk(table, "segments")
-        return cls(os.fspath(tar), _records(segments.flatten(), _PLANNED_DTYPE), _offsets(segments))
+        columns = [f"segments.list.element.{name}" for name in PLANNED]
+        segments = _chunk(read_table(path, INDEX_SCHEMA, storage, columns), "segments")
+        records = _records(segments.flatten(), _PLANNED_DTYPE)
+        check_segments(path, records)
+        return cls(os.fspath(tar), records, _offsets(segments))
 
     def __len__(self) -> int:
         return len(self.segment_offsets) - 1
@@ -166,6 +182,7 @@ class ShardIndex(SegmentTable):
 
     keys: list[str]
     recordings: list[str]
+    content_hashes: np.ndarray  # i64 [rows]
     member_names: pa.StringArray  # there are many, and few are asked for
     member_ranges: np.ndarray  # [members, 2] byte offset and size in the tar
     member_crc32: np.ndarray  # u32 [members]
@@ -177,20 +194,17 @@ class ShardIndex(SegmentTable):
     @classmethod
     def read(cls, tar: str | Path, storage: Storage = DEFAULT) -> "ShardIndex":
         path = with_suffix(tar, ".parquet")
-        content = storage.read(path, f"the index of the shard {os.fspath(tar).rpartition('/')[2]}")
-        try:
-            table = pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA).combine_chunks()
-        except pa.ArrowInvalid as error:
-            raise _unreadable(path, error) from error
+        table = read_table(path, INDEX_SCHEMA, storage)
         members, text, segments = (_chunk(table, name) for name in ("members", "text_ids", "segments"))
         flat_members = members.flatten()
         ranges = [flat_members.field(name).to_numpy(zero_copy_only=False) for name in ("offset", "size")]
-        return cls(
+        index = cls(
             tar=os.fspath(tar),
             segments=_records(segments.flatten(), SEGMENT_DTYPE),
             segment_offsets=_offsets(segments),
             keys=table["key"].to_pylist(),
             recordings=table["recording"].to_pylist(),
+            content_hashes=table["content_hash"].to_numpy(),
             member_names=flat_members.field("name"),
             member_ranges=np.stack(ranges, axis=1) if len(flat_members) else np.zeros((0, 2), np.int64),
             member_crc32=flat_members.field("crc32").to_numpy(zero_copy_only=False),
@@ -199,6 +213,9 @@ class ShardIndex(SegmentTable):
             text_ids=text.flatten().to_numpy(zero_copy_only=False),
             text_offsets=_offsets(text),
         )
+        check_segments(path, index.segments)
+        check_members(path, index.segments, index.segment_offsets, index.member_ranges, index.member_offsets)
+        return index
 
     def check_tar(self, storage: Storage = DEFAULT) -> None:
         """Raises DataError where the tar is missing, or not as long as the one that was indexed."""
@@ -218,6 +235,8 @@ class ShardIndex(SegmentTable):
     @property
     def tar_bytes(self) -> int:
         """Bytes of the tar that was indexed: up to its last member, two blocks of zeros, rounded up to a record."""
+        if not len(self.member_ranges):
+            return tarfile.RECORDSIZE
         offset, size = self.member_ranges[self.member_ranges[:, 0].argmax()].tolist()
         end = offset + size + -size % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
         return end + -end % tarfile.RECORDSIZE
@@ -242,6 +261,15 @@ class ShardIndex(SegmentTable):
         """CRC-32 of the content of a row's member, as it was written."""
         return int(self.member_crc32[self.member_offsets[row] + member])
 
+    def member(self, row: int, member: int) -> Member:
+        """A row's member as it lies in the tar, under its full name ``<key>.<field>``."""
+        name, offset, size = self.row_member(row, member)
+        return Member(f"{self.keys[row]}.{name}", offset, size, self.row_crc32(row, member))
+
+    def row_members(self, row: int) -> int:
+        """How many members a row has."""
+        return int(self.member_offsets[row + 1] - self.member_offsets[row])
+
     def row_decord(self, row: int, member: int) -> bool:
         """Whether preparation proved that decord reads this video of a row as PyAV does."""
         return bool(self.member_decord[self.member_offsets[row] + member])
@@ -265,47 +293,7 @@ def write_index(tar: str | Path, rows: list[dict]) -> None:
     )
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     columns["segments"] = pa.ListArray.from_arrays(offsets, struct)
-    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), Path(tar).with_suffix(".parquet"), compression="zstd")
-
-
-class _RangeFile(io.RawIOBase):
-    """A remote file as pyarrow wants it, read by ranges."""
-
-    def __init__(self, url: str, size: int, storage: Storage):
-        self._url, self._size, self._storage, self._at = url, size, storage, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self._size if size < 0 else min(self._at + size, self._size)
-        content = self._storage.read_range(self._url, self._at, stop, "a shard index") if stop > self._at else b""
-        self._at += len(content)
-        return content
-
-
-def _source(path: str, storage: Storage) -> str | pa.NativeFile:
-    """The index file as pyarrow opens it: by path, or far away in one request or by ranges."""
-    size = storage.size(path)
-    if (local := local_path(path)) is not None:
-        return local
-    if size is None or size <= _ONE_REQUEST:
-        return pa.BufferReader(storage.read(path))
-    return pa.PythonFile(_RangeFile(path, size, storage), mode="r")
-
-
-def _unreadable(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be read as a shard index ({error}); prepare the source again")
+    write_table(pa.table(columns, schema=INDEX_SCHEMA), Path(tar).with_suffix(".parquet"))
 
 
 def _records(flat: pa.StructArray, dtype: np.dtype) -> np.ndarray:

@@ -7,13 +7,13 @@ path component and lower-cases the field, so names for which that would lose or 
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.index import ShardEntry, write_index
+from mmoe.data.index import Member, ShardEntry, ShardIndex, write_index
 from mmoe.data.storage import DEFAULT, Storage
 from mmoe.errors import DataError
 
@@ -147,15 +147,34 @@ class ShardWriter:
         self._rows, self._file = [], None
 
 
-def read_member(tar: str | Path, offset: int, size: int, name: str = "", storage: Storage = DEFAULT) -> bytes:
+def read_member(
+    tar: str | Path, offset: int, size: int, name: str = "", storage: Storage = DEFAULT, crc32: int | None = None
+) -> bytes:
     """The `size` bytes at `offset` of a local or remote tar, as one range read.
 
     `name` is ``<key>.<field>``; without one any name will do. The tar header in front of the content is read along,
-    to notice an index that belongs to another tar. Raises DataError when the tar is missing, shorter than its index
-    says, or not the tar that was indexed.
+    to notice an index that belongs to another tar. Of a member that stands in an index, `read_stored` compares the
+    checksum too. Raises DataError when the tar is missing, shorter than its index says, not the tar that was indexed,
+    or where the content has not the checksum `crc32`.
     """
     content = storage.read_range(tar, offset - _BLOCK, offset + size, name or "member")
-    return _content(content, _BLOCK, size, tar, offset, name)
+    return _content(content, _BLOCK, size, tar, offset, name, crc32)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A member of a stored row: `name` is its field, `where` names tar, key and field in messages."""
+
+    name: str
+    content: bytes
+    where: str
+
+
+def read_stored(index: ShardIndex, row: int, member: int, storage: Storage = DEFAULT) -> Stored:
+    """Read a member of a row as it was written. Raises DataError as `read_member`, and for another checksum."""
+    name, offset, size, crc32 = index.member(row, member)
+    content = read_member(index.tar, offset, size, name, storage, crc32)
+    return Stored(index.row_member(row, member)[0], content, f"{index.tar}: {name}")
 
 
 @dataclass(frozen=True)
@@ -164,36 +183,44 @@ class Span:
 
     start: int
     stop: int
-    members: tuple[tuple[str, int, int], ...]  # name, offset, size
+    members: tuple[Member, ...]
 
-    def cut(self, content: bytes, tar: str | Path) -> Iterator[bytes]:
-        """Each member's bytes, out of those of the span. Raises DataError for a tar that is not the one indexed."""
-        for name, offset, size in self.members:
-            yield _content(content, offset - self.start, size, tar, offset, name)
+    def cut(self, content: bytes, tar: str | Path, name: str) -> bytes:
+        """The bytes of the member `name`, out of those of the span.
+
+        Raises DataError for a tar that is not the one indexed, and for a member that is not as it was written.
+        """
+        name, offset, size, crc32 = next(member for member in self.members if member.name == name)
+        return _content(content, offset - self.start, size, tar, offset, name, crc32)
 
 
-def spans(members: Iterable[tuple[str, int, int]], gap: int = GAP) -> list[Span]:
-    """The ranges to read for members (``<key>.<field>``, offset, size): one for those less than `gap` bytes apart."""
-    found: list[list[tuple[str, int, int]]] = []
+def spans(members: Iterable[Member], gap: int = GAP) -> list[Span]:
+    """The ranges to read for members: one for those less than `gap` bytes apart."""
+    found: list[list[Member]] = []
     end = None
-    for member in sorted(members, key=lambda m: m[1]):
-        _, offset, size = member
-        if end is None or offset - _BLOCK - end >= gap:
+    for member in sorted(members, key=lambda m: m.offset):
+        if end is None or member.offset - _BLOCK - end >= gap:
             found.append([])
         found[-1].append(member)
-        end = offset + size
-    return [Span(run[0][1] - _BLOCK, run[-1][1] + run[-1][2], tuple(run)) for run in found]
+        end = member.offset + member.size
+    return [Span(run[0].offset - _BLOCK, run[-1].offset + run[-1].size, tuple(run)) for run in found]
 
 
-def _content(span: bytes, at: int, size: int, tar: str | Path, offset: int, name: str) -> bytes:
-    """The member whose content begins at `at` of the span, after its header has been checked."""
+def _content(span: bytes, at: int, size: int, tar: str | Path, offset: int, name: str, crc32: int | None) -> bytes:
+    """The member whose content begins at `at` of the span, after its header and checksum have been compared."""
     header = span[at - _BLOCK : at]
     if _stated_size(header) != size or name and _stated_name(header) != name.encode()[: tarfile.LENGTH_NAME]:
         raise DataError(
             f"{tar} is not the tar its index describes: there is no {name or 'member'} of {size} bytes at byte "
             f"{offset}; one of the two is older: copy both again or prepare the source again"
         )
-    return span[at : at + size]
+    content = span[at : at + size]
+    if crc32 is not None and zlib.crc32(content) != crc32:
+        raise DataError(
+            f"{tar}: {name} ({size} bytes at byte {offset}) is not what was written: its checksum differs; copy the "
+            "tar again or prepare the source again"
+        )
+    return content
 
 
 def _stated_size(header: bytes) -> int | None:

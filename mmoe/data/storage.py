@@ -276,6 +276,8 @@ def _read_local(path: str, url: str, start: int = 0, stop: int | None = None, wh
     try:
         with open(path, "rb", buffering=0 if stop is not None and stop - start < _REQUEST_BYTES else -1) as file:
             file.seek(start)
+            if stop is not None and stop > os.fstat(file.fileno()).st_size:  # asked before room is made for them
+                raise _truncated(url, stop, what)
             content = file.read(-1 if stop is None else stop - start)
     except OSError as error:
         raise _local_error(url, error, what) from error

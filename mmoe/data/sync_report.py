@@ -15,7 +15,7 @@ from rich.table import Table
 from mmoe.config.load import validate
 from mmoe.data import sync
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest
-from mmoe.data.shards import read_member
+from mmoe.data.shards import read_stored
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources import find_source
 from mmoe.data.sources.base import Refused
@@ -140,10 +140,9 @@ def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncRep
 
 
 def _member(index: ShardIndex, row: int, key: str) -> Clocks | None:
-    for member in range(int(index.member_offsets[row + 1] - index.member_offsets[row])):
-        name, offset, size = index.row_member(row, member)
-        if name == CLOCKS:
-            return Clocks.from_bytes(read_member(index.tar, offset, size, f"{key}.{name}"))
+    for member in range(index.row_members(row)):
+        if index.row_member(row, member)[0] == CLOCKS:
+            return Clocks.from_bytes(read_stored(index, row, member).content)
     return None
 
 

@@ -13,7 +13,7 @@ from mmoe.data.index import ShardIndex
 from mmoe.data.media import load_array
 from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
-from mmoe.data.shards import read_member
+from mmoe.data.shards import read_stored
 from mmoe.data.storage import Storage
 from mmoe.tokenizers.bundle import Tokenizers
 
@@ -159,6 +159,5 @@ def error_tables(
 
 
 def _table(storage: Storage, index: ShardIndex, row: int, member: int) -> np.ndarray:
-    name, offset, size = index.row_member(row, member)
-    where = f"{index.keys[row]}.{name}"
-    return load_array(read_member(index.tar, offset, size, where, storage), f"{index.tar}: {where}")
+    stored = read_stored(index, row, member, storage)
+    return load_array(stored.content, stored.where)

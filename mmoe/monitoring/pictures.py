@@ -12,7 +12,7 @@ from PIL import Image
 from mmoe.data.index import ShardIndex
 from mmoe.data.media import Backend, VideoFrames, is_video, load_image
 from mmoe.data.sample import Camera, Modality
-from mmoe.data.shards import read_member
+from mmoe.data.shards import read_stored
 from mmoe.data.storage import Storage
 from mmoe.training.run import Run
 
@@ -85,12 +85,10 @@ def data_uri(picture: np.ndarray) -> str:
 
 
 def _picture(storage: Storage, index: ShardIndex, row: int, segment: np.void, backend: Backend) -> np.ndarray:
-    name, offset, size = index.row_member(row, int(segment["member"]))
-    where = f"{index.keys[row]}.{name}"
-    data, where = read_member(index.tar, offset, size, where, storage), f"{index.tar}: {where}"
-    if is_video(name):
-        return VideoFrames(data, backend, where).frames(np.array([segment["start"]]))[0]
-    return load_image(data, where)
+    stored = read_stored(index, row, int(segment["member"]), storage)
+    if is_video(stored.name):
+        return VideoFrames(stored.content, backend, stored.where).frames(np.array([segment["start"]]))[0]
+    return load_image(stored.content, stored.where)
 
 
 def _figure(picture: np.ndarray | None, name: str) -> str:

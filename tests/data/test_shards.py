@@ -1,6 +1,7 @@
 """Shards: WebDataset and tarfile read what we wrote, the index finds every byte, what they would lose is refused."""
 
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.index import PLANNED, SegmentTable, ShardIndex
+from mmoe.data.index import PLANNED, Member, SegmentTable, ShardIndex
 from mmoe.data.sample import SEGMENT_DTYPE
 from mmoe.data.shards import ShardWriter, check_key, read_member, spans
 from mmoe.errors import DataError
@@ -185,16 +186,16 @@ def test_spans_hold_every_member_and_leave_out_every_wide_gap(sizes, data):
         header = tarfile.TarInfo(f"k.{number}")
         header.size = size
         tar += header.tobuf()
-        members.append((f"k.{number}", len(tar), size))
+        members.append(Member(f"k.{number}", len(tar), size, zlib.crc32(bytes([number]) * size)))
         tar += bytes([number]) * size + bytes(-size % 512)
     chosen = data.draw(st.lists(st.sampled_from(members), unique=True, min_size=1))
     gap = data.draw(st.sampled_from([0, 512, 2048, 1 << 20]))
     found = spans(chosen, gap)
     cut = {}
     for span in found:
-        names = [name for name, _, _ in span.members]
-        cut |= zip(names, span.cut(bytes(tar[span.start : span.stop]), "tar"))
-    assert cut == {name: bytes(tar[offset : offset + size]) for name, offset, size in chosen}
+        content = bytes(tar[span.start : span.stop])
+        cut |= {member.name: span.cut(content, "tar", member.name) for member in span.members}
+    assert cut == {name: bytes(tar[offset : offset + size]) for name, offset, size, _ in chosen}
     assert all(b.start - a.stop >= gap for a, b in zip(found, found[1:]))
     inside = [(b[1] - 512) - (a[1] + a[2]) for s in found for a, b in zip(s.members, s.members[1:])]
     assert all(between < gap for between in inside)

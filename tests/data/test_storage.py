@@ -221,7 +221,7 @@ def test_manifest_index_and_members_are_read_from_a_bucket(folder, uploaded):
 
 
 def test_a_large_index_is_read_by_its_columns(tmp_path, server, monkeypatch):
-    monkeypatch.setattr("mmoe.data.index._ONE_REQUEST", 0)
+    monkeypatch.setattr("mmoe.data.index_file.ONE_REQUEST", 0)
     rng = np.random.default_rng(0)
     write_source(tmp_path / "s", {"train": [MAKERS["clip"](rng, f"c-{i}", 4) for i in range(40)]}, 1000)
     tar = tmp_path / "s" / "train" / "shard-000000.tar"

@@ -185,7 +185,7 @@ def test_a_bad_sample_becomes_padding_and_everything_else_stays_as_it_was(damage
     assert set(lost) <= set(bad) and len(lost) > 0
     lines = [json.loads(line) for line in (root / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == lost and all(line["source"] == "audio" for line in lines)
-    assert "cannot be read as a sound" in lines[0]["reason"] and lines[0]["shard"].endswith(".tar")
+    assert "its checksum differs" in lines[0]["reason"] and lines[0]["shard"].endswith(".tar")
     assert data.state()["quarantine"]["lost"] == {"audio": len(lost)}
 
 
@@ -214,7 +214,7 @@ def test_too_many_bad_samples_stop_the_run_with_a_summary(damaged):
 def test_held_out_samples_that_cannot_be_decoded_are_an_error(damaged):
     root, _, _ = damaged
     config, sources, tokenizers = setup(root, names=("text", "audio"))
-    with pytest.raises(DataError, match="cannot be read as a sound"):
+    with pytest.raises(DataError, match="its checksum differs"):
         choices = {"seed": 0, "micro_sequences": 1, "label_weights": WEIGHTS, "isolated": False, "split": "train"}
         list(heldout_batches(config, sources, tokenizers, **choices))
 

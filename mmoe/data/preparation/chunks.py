@@ -29,7 +29,7 @@ from mmoe.data.preparation.rows import Row, make_row
 from mmoe.data.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
 from mmoe.data.preparation.tally import Tally
 from mmoe.data.sample import NO_SLICE, Modality, Sample
-from mmoe.data.shards import ShardWriter, read_member
+from mmoe.data.shards import ShardWriter, read_stored
 from mmoe.data.sources.base import Item, Refused
 from mmoe.tokenizers.text import TextTokenizer
 
@@ -236,9 +236,9 @@ def _sizes(row: Row) -> list[tuple[int, int]]:
 
 def _stored_row(index: ShardIndex, at: int, content_hash: int, text_bytes: int, flags: Counter[str]) -> Row:
     segments, members = index.row_segments(at), {}
-    for number in range(int(index.member_offsets[at + 1] - index.member_offsets[at])):
-        name, offset, size = index.row_member(at, number)
-        members[name] = read_member(index.tar, offset, size, f"{index.keys[at]}.{name}")
+    for number in range(index.row_members(at)):
+        stored = read_stored(index, at, number)
+        members[stored.name] = stored.content
     names = list(members)
     vectors: dict[Modality, list[np.ndarray]] = {}
     payloads = zip(segments["modality"].tolist(), segments["member"].tolist())

@@ -39,7 +39,7 @@ from mmoe.data.preparation.splits import GAP_NS, Split, split
 from mmoe.data.preparation.statistics import KNOTS
 from mmoe.data.preparation.tally import ItemLog, Tally, summary
 from mmoe.data.sample import Modality
-from mmoe.data.shards import read_member
+from mmoe.data.shards import read_stored
 from mmoe.data.sources import find_source
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.errors import DataError
@@ -360,13 +360,11 @@ def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iter
     """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
     for shard in manifest.splits[name].shards:
         index = ShardIndex.read(folder / shard.path)
-        for row, key in enumerate(index.keys):
+        for row in range(len(index)):
             for segment in index.row_segments(row):
                 if segment["modality"] == Modality.AUDIO:
-                    member, offset, size = index.row_member(row, int(segment["member"]))
-                    where = f"{key}.{member}"
-                    sound = read_member(index.tar, offset, size, where)
-                    wave, found = load_audio(sound, int(segment["start"]), int(segment["stop"]), where)
+                    stored = read_stored(index, row, int(segment["member"]))
+                    wave, found = load_audio(stored.content, int(segment["start"]), int(segment["stop"]), stored.where)
                     yield resample(wave, found, rate).numpy()
 
 

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest
 from mmoe.data.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
 from mmoe.data.sample import Modality
-from mmoe.data.shards import read_member
-from mmoe.data.storage import DEFAULT, join, with_suffix
+from mmoe.data.shards import read_stored
+from mmoe.data.storage import join
 from mmoe.errors import DataError
 from mmoe.tokenizers.text import TextTokenizer
 
@@ -42,20 +40,18 @@ class Sign:
 
     def __call__(self, reference: Reference) -> int:
         index = ShardIndex.read(join(reference.source, reference.shard))
-        column = DEFAULT.read(with_suffix(index.tar, ".parquet"), f"the index of {index.tar}")
-        contents = pq.read_table(pa.BufferReader(column), columns=["content_hash"])["content_hash"].to_pylist()
+        contents = index.content_hashes.tolist()
         builder = SignatureBuilder(self.config)
         for row, content in enumerate(contents):
-            count = int(index.member_offsets[row + 1] - index.member_offsets[row])
-            ranges = {name: where for name, *where in (index.row_member(row, number) for number in range(count))}
+            numbers = {index.row_member(row, number)[0]: number for number in range(index.row_members(row))}
 
-            def read(name: str, row: int = row, ranges: dict[str, list[int]] = ranges) -> bytes:
-                return read_member(index.tar, *ranges[name], f"{index.keys[row]}.{name}")
+            def read(name: str, row: int = row, numbers: dict[str, int] = numbers) -> bytes:
+                return read_stored(index, row, numbers[name]).content
 
             def texts(row: int = row) -> list[str]:
                 return _texts(index, row, self.tokenizer)
 
-            builder.add(row, content, index.row_segments(row), list(ranges), texts, read)
+            builder.add(row, content, index.row_segments(row), list(numbers), texts, read)
         labels = [[f"{reference.source}: {key}" for key in index.keys], index.recordings]
         (self.folder / f"{reference.name}.json").write_text(json.dumps(labels), encoding="ascii")
         temporary = self.folder / f".{reference.name}.npz"
