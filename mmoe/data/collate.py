@@ -2,13 +2,13 @@
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from mmoe.data.batch import IGNORE, PackedBatch, Pairs, Values
 from mmoe.data.document import Document
 from mmoe.data.plan import DocumentRef
 from mmoe.data.quarantine import Quarantined
 from mmoe.data.sample import NO_CAMERA, NO_SLICE, Modality
+from mmoe.data.workers import is_worker
 from mmoe.tokenizers.vocabulary import Structure, Vocabulary
 
 CONTINUOUS = (Modality.VISION, Modality.INERTIAL, Modality.STATE)
@@ -136,7 +136,7 @@ class Collator:
 def _handed_over(shape: tuple[int, int]) -> torch.Tensor:
     """An empty f32 tensor, in a worker in the memory that is handed to the training process: the patches of a batch
     are tens of megabytes, so every byte is written once."""
-    if get_worker_info() is None:
+    if not is_worker():
         return torch.empty(shape)
     size = shape[0] * shape[1] * torch.float32.itemsize
     return torch.empty(0).set_(torch.UntypedStorage._new_shared(size)).resize_(shape) if size else torch.empty(shape)

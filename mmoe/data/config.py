@@ -33,7 +33,9 @@ class DataConfig(Config):
     patches_per_sequence: int = Field(default=0, ge=0)  # 0: as many as a sequence has positions
     window_documents: int = Field(default=4096, gt=0)
     isolated_pair_share: float = Field(default=0.5, ge=0, le=1)
-    workers: int = Field(default=0, ge=0)  # decoding processes; 0 decodes in the training process
+    # Decoding processes. With 0 the training process decodes, and a decoder that crashes takes the run with it, at
+    # every restart again; a worker's crash costs its sample.
+    workers: int = Field(default=0, ge=0)
     prefetch: int = Field(default=4, gt=0)  # micro-batches a worker holds ready
     video_backend: Literal["decord", "pyav"] = "decord"
     error_budget: float = Field(default=0.01, ge=0, le=1)  # share of a source's documents that may be quarantined

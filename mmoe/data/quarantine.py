@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmoe.errors import DataError
 
+ENDED_WORKER = "the decoding of a sample ended its process"  # how the reason begins of one that is not tried again
 FEW = 8  # of a source: never enough to stop a run, whatever their share
 
 
@@ -55,6 +56,29 @@ class Quarantine:
             self._new[item.source, 1] += 1
             self._examples.setdefault(item.source, item.reason)
 
+    def known_bad(self, tars: list[tuple[str, ...]]) -> dict[tuple[int, int, int], str]:
+        """Reasons by source, shard and row of the samples that ended a decoding process in an earlier session.
+
+        `tars` are each source's shards. They are read from the file, where every replica has written its own: a run
+        that goes on does not die of the same sample again. Delete their lines to have them tried again.
+        """
+        numbers = {(self.names[n], _tail(tar)): (n, s) for n, found in enumerate(tars) for s, tar in enumerate(found)}
+        bad = {}
+        for line in self._lines():
+            try:
+                record = json.loads(line)
+                place = numbers.get((record["source"], _tail(record["shard"])))
+                if place is not None and record["reason"].startswith(ENDED_WORKER):
+                    bad[(*place, int(record["row"]))] = record["reason"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a kill
+        return bad
+
+    def _lines(self) -> list[str]:
+        if self.path is None or not self.path.is_file():
+            return []
+        return self.path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+
     def settle(self, sum_over_data: Callable[[Tensor], Tensor]) -> None:
         """After a step: count what all replicas met and lost in it.
 
@@ -78,3 +102,8 @@ class Quarantine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.met, self.lost = Counter(state["met"]), Counter(state["lost"])
+
+
+def _tail(tar: str) -> tuple[str, ...]:
+    """Split and name of a shard: what stays when a source is moved."""
+    return tuple(str(tar).split("/")[-2:])

@@ -1,13 +1,13 @@
 """The stream: prepared sources -> optimizer steps of `PackedBatch`es, planned here and decoded by workers."""
 
+import traceback
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from mmoe.backends import require
 from mmoe.data.batch import PackedBatch
@@ -17,13 +17,14 @@ from mmoe.data.config import DataConfig
 from mmoe.data.deal import check_dealing, deal
 from mmoe.data.decode import Ablation, Decoder
 from mmoe.data.document import Document
+from mmoe.data.loader import batches
 from mmoe.data.plan import Counts, DocumentRef, Planner, SequencePlan, plan_once
 from mmoe.data.prepared import Sources
-from mmoe.data.quarantine import Quarantine, Quarantined
+from mmoe.data.quarantine import ENDED_WORKER, Quarantine, Quarantined
 from mmoe.data.sample import Modality
 from mmoe.data.storage import StorageError
-from mmoe.data.workers import Activity, batches
-from mmoe.errors import DataError
+from mmoe.data.workers import Activity, Place, WorkerError
+from mmoe.errors import DataError, MmoeError
 from mmoe.tokenizers.bundle import Tokenizers
 
 
@@ -38,11 +39,11 @@ class StepData:
     lost: dict[str, int]
 
 
-class SequenceDataset(Dataset):
-    """Map-style over *plans*: the sampler hands a worker a list of sequences, the worker returns the batch.
+class SequenceDataset:
+    """Decodes plans: of a list of sequences, their batch.
 
-    A part that cannot be decoded becomes padding and is named in the batch; with `strict` it raises. A store that
-    does not answer raises in any case: that is no fault of the sample.
+    A part that cannot be decoded becomes padding and is named in the batch, whatever its decoder raised; with
+    `strict` a DataError names it. A store that does not answer raises in any case: that is no fault of the sample.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class SequenceDataset(Dataset):
     ):
         self.decoder, self.collator, self.group, self.bounds = decoder, collator, group, bounds
         self.activity, self.strict = activity, strict
+        self.known_bad: dict[Place, str] = {}  # samples that are not decoded, with the reason
 
     def __getitem__(self, sequences: list[SequencePlan]) -> PackedBatch:
         lost: list[Quarantined] = []
         self.activity.say("reading")
-        self.decoder.prefetch(ref for sequence in sequences for ref in sequence.documents)
+        refs = (ref for sequence in sequences for ref in sequence.documents)
+        self.decoder.prefetch(ref for ref in refs if _place(ref) not in self.known_bad)
         with bounded_by(self.bounds):
             decoded = [
                 [
@@ -70,28 +73,53 @@ class SequenceDataset(Dataset):
 
     def _documents(self, ref: DocumentRef, length: int, lost: list[Quarantined]) -> list[Document] | int:
         source = self.decoder.sources[ref.source]
-        self.activity.say(f"decoding row {ref.row} of {source.tars[ref.shard]}")
+        tar = source.tars[ref.shard]
+        self.activity.say(f"decoding row {ref.row} of {tar}", _place(ref))
         try:
+            if (reason := self.known_bad.get(_place(ref))) is not None:
+                raise DataError(reason)
             documents = self.decoder(ref)
             found = sum(map(len, documents))
             if found != length and not self.decoder.skip:
                 raise DataError(
-                    f"{source.tars[ref.shard]}: row {ref.row} decodes to {found} positions, its index says {length}; "
-                    "prepare the source again"
+                    f"{tar}: row {ref.row} decodes to {found} positions, its index says {length}; prepare the source "
+                    "again"
                 )
             return documents
         except StorageError:
             raise
-        except DataError as error:
+        except Exception as error:
+            if isinstance(error, MmoeError) and not isinstance(error, DataError):
+                raise  # a package that is missing, a setting: no sample is to blame
+            key = self._key(ref)
             if self.strict:
-                raise
-            reason, key = str(error), ""
-            try:
-                key = self.decoder.index(ref.source, ref.shard).keys[ref.row]
-            except DataError:
-                pass  # the index itself cannot be read: the reason says so
-            lost.append(Quarantined(ref.source, source.tars[ref.shard], ref.row, key, reason, length))
+                if isinstance(error, DataError):
+                    raise
+                raise DataError(f"{tar}: {key or f'row {ref.row}'} cannot be decoded: {_unforeseen(error)}") from error
+            reason = str(error) if isinstance(error, DataError) else _unforeseen(error)
+            lost.append(Quarantined(ref.source, tar, ref.row, key, reason, length))
             return length
+
+    def _key(self, ref: DocumentRef) -> str:
+        try:
+            return self.decoder.index(ref.source, ref.shard).keys[ref.row]
+        except DataError:
+            return ""  # the index itself cannot be read: the reason says so
+
+    def name(self, place: Place) -> str:
+        """What a sample is called in messages."""
+        source, shard, row = place
+        return f"row {row} of {self.decoder.sources[source].tars[shard]}"
+
+
+def _place(ref: DocumentRef) -> Place:
+    return int(ref.source), int(ref.shard), int(ref.row)
+
+
+def _unforeseen(error: Exception) -> str:
+    """An exception that no reader translates, with the place that raised it: a damaged file, or a fault of the code."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
 
 
 class Stream:
@@ -135,6 +163,7 @@ class Stream:
         self.dataset = SequenceDataset(
             decoder, self.collator, group_sequences, self.activity, config.bounds, strict=False
         )
+        self.dataset.known_bad = self.quarantine.known_bad([files.tars for files in decoder.sources])
 
     def state(self, data: StepData | None = None) -> dict[str, Any]:
         """What to resume from, after step `data` (its batches taken), or before the first."""
@@ -160,7 +189,7 @@ class Stream:
                 for first in range(0, len(mine), self.micro_sequences):
                     yield [step[i] for i in mine[first : first + self.micro_sequences]]
 
-        arriving = self._taken(_load(self.dataset, plans(), self.config, self.activity))
+        arriving = self._taken(_load(self.dataset, plans(), self.config, self.activity, self._condemn))
         micro_batches = self.sequences // (self.replicas * self.micro_sequences)
         while True:
             # The first micro-batch is fetched before the counts are read: fetching is what makes the plan advance.
@@ -173,6 +202,9 @@ class Stream:
                     yield next(arriving)
 
             yield StepData(micro(), counts, plan, lost)
+
+    def _condemn(self, place: Place, how: str) -> None:
+        self.dataset.known_bad[place] = f"{ENDED_WORKER} ({how}): {self.dataset.name(place)}"
 
     def _taken(self, arriving: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches, with what they met and lost counted (until a step's end, by each replica for itself)."""
@@ -227,10 +259,18 @@ def heldout_batches(
     collator = make_collator(config, tokenizers, label_weights, skip)
     dataset = SequenceDataset(decoder, collator, 1, activity, config.bounds, strict=True)
     plans = [sequences[i : i + micro_sequences] for i in range(0, len(sequences), micro_sequences)]
-    yield from _load(dataset, plans, config, activity)
+
+    def condemn(place: Place, how: str) -> None:
+        raise WorkerError(
+            f"{ENDED_WORKER} ({how}): {dataset.name(place)}; prepare the source again, or leave the sample out"
+        )
+
+    yield from _load(dataset, plans, config, activity, condemn)
 
 
-def _load(dataset: SequenceDataset, plans: Any, config: DataConfig, activity: Activity) -> Iterator[PackedBatch]:
+def _load(
+    dataset: SequenceDataset, plans: Any, config: DataConfig, activity: Activity, condemn: Callable[[Place, str], None]
+) -> Iterator[PackedBatch]:
     return batches(
         dataset,
         plans,
@@ -238,4 +278,5 @@ def _load(dataset: SequenceDataset, plans: Any, config: DataConfig, activity: Ac
         prefetch=config.prefetch,
         activity=activity,
         watchdog_seconds=config.watchdog_seconds,
+        condemn=condemn,
     )

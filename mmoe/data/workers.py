@@ -1,47 +1,70 @@
-"""Decoding processes that can be watched: what each is doing, who is late, and who died."""
+"""What decoding processes are doing, for all to see: whoever is late, and what one was at when it died."""
 
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmoe.errors import MmoeError
 
+Place = tuple[int, int, int]  # a sample: its source's number, shard and row
+
 _WIDTH = 512  # bytes of what a worker says
-_ENDED = "exited unexpectedly", "is killed by signal"  # how torch's loader speaks of a dead worker
+_here: int | None = None  # the number of this process among the workers
 
 
 class WorkerError(MmoeError):
     """A decoding process that ended by itself: killed, out of memory, or crashed in a decoder."""
 
 
+def become_worker(number: int) -> None:
+    """Called once in a decoding process."""
+    global _here
+    _here = number
+
+
+def is_worker() -> bool:
+    """Whether this is a decoding process, and not the training process."""
+    return _here is not None
+
+
 class Activity:
-    """What each worker is doing, in memory shared with the training process: a time, a pid, a line of text."""
+    """What each worker does, in memory shared with the training process: a time, a pid, a sample, a line of text."""
 
     def __init__(self, workers: int):
         self._numbers = torch.zeros(max(workers, 1), 2, dtype=torch.float64).share_memory_()
+        self._places = torch.full((max(workers, 1), 3), -1, dtype=torch.int64).share_memory_()
         self._texts = torch.zeros(max(workers, 1), _WIDTH, dtype=torch.uint8).share_memory_()
 
-    def say(self, text: str) -> None:
-        """Called where the work is done, in a worker or in the training process."""
-        info = get_worker_info()
-        worker = info.id if info else 0
-        line = text.encode()[:_WIDTH].ljust(_WIDTH, b"\0")
+    def say(self, text: str, place: Place | None = None) -> None:
+        """Called where the work is done, in a worker or in the training process; `place` is the sample in hand."""
+        worker = _here or 0
+        line = text.encode(errors="backslashreplace")[:_WIDTH].ljust(_WIDTH, b"\0")
         self._texts[worker] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
+        self._places[worker] = torch.tensor(place or (-1, -1, -1))
         self._numbers[worker, 0], self._numbers[worker, 1] = time.time(), os.getpid()
+
+    def place(self, worker: int) -> Place | None:
+        """The sample that a worker has in hand."""
+        source, shard, row = self._places[worker].tolist()
+        return None if source < 0 else (source, shard, row)
+
+    def text(self, worker: int) -> str:
+        return bytes(self._texts[worker].tolist()).rstrip(b"\0").decode(errors="replace")
+
+    def clear(self, worker: int) -> None:
+        """Before another process becomes this worker."""
+        self._numbers[worker], self._places[worker], self._texts[worker] = 0.0, -1, 0
 
     def lines(self) -> list[str]:
         """One sentence a worker."""
         now, sentences = time.time(), []
-        for worker, ((since, pid), text) in enumerate(zip(self._numbers.tolist(), self._texts)):
-            said = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
-            doing = f"pid {int(pid)}, for {now - since:.0f} s: {said}" if since else "has not begun"
+        for worker, (since, pid) in enumerate(self._numbers.tolist()):
+            doing = f"pid {int(pid)}, for {now - since:.0f} s: {self.text(worker)}" if since else "has not begun"
             sentences.append(f"worker {worker} ({doing})")
         return sentences
 
@@ -78,44 +101,3 @@ class Watchdog:
             if late - told >= self.seconds:
                 print(f"no batch for {late:.0f} s; " + "; ".join(self.activity.lines()), file=sys.stderr, flush=True)
                 told = late
-
-
-def batches(
-    dataset: Dataset, plans: Iterable[Any], *, workers: int, prefetch: int, activity: Activity, watchdog_seconds: float
-) -> Iterator[Any]:
-    """``dataset[plan]`` of every plan, in order, decoded ahead by `workers` processes (0: in this one).
-
-    Raises WorkerError, naming what it was doing, when a worker dies.
-    """
-    loader = DataLoader(
-        dataset,
-        sampler=plans,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_one_thread,
-    )
-    watchdog = Watchdog(watchdog_seconds, activity)
-    try:
-        arriving = iter(loader)
-        while True:
-            try:
-                with watchdog.waiting():
-                    batch = next(arriving)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not any(ended in str(error) for ended in _ENDED):
-                    raise
-                doing = "; ".join(activity.lines())
-                raise WorkerError(
-                    f"a decoding process ended by itself ({str(error).splitlines()[0]}); it was killed (often for "
-                    f"memory: lower data.workers or data.prefetch) or crashed in a decoder. {doing}"
-                ) from error
-            yield batch
-    finally:
-        watchdog.close()
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

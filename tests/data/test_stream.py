@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from mmoe.data.prepared import Sources
 from mmoe.data.quarantine import FEW
 from mmoe.data.sample import Modality
 from mmoe.data.stream import heldout_batches
-from mmoe.data.workers import Activity, Watchdog, WorkerError, batches
 from mmoe.errors import ConfigError, DataError
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer
@@ -217,46 +214,3 @@ def test_held_out_samples_that_cannot_be_decoded_are_an_error(damaged):
     with pytest.raises(DataError, match="its checksum differs"):
         choices = {"seed": 0, "micro_sequences": 1, "label_weights": WEIGHTS, "isolated": False, "split": "train"}
         list(heldout_batches(config, sources, tokenizers, **choices))
-
-
-class Sleepy(torch.utils.data.Dataset):
-    """Item "late" takes a second, item "die" ends its worker as the kernel's out-of-memory killer does."""
-
-    def __init__(self, activity):
-        self.activity = activity
-
-    def __getitem__(self, plan):
-        self.activity.say(f"decoding {plan}")
-        if plan == "late":
-            time.sleep(1.0)
-        if plan == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plan
-
-
-def loaded(plans, workers=1, seconds=60.0):
-    activity = Activity(workers)
-    options = {"workers": workers, "prefetch": 2, "activity": activity, "watchdog_seconds": seconds}
-    return batches(Sleepy(activity), plans, **options)
-
-
-def test_the_watchdog_says_what_every_worker_is_doing(capfd):
-    assert list(loaded(["a", "late", "b"], seconds=0.3)) == ["a", "late", "b"]
-    said = capfd.readouterr().err
-    assert re.search(r"no batch for \d+ s; worker 0 \(pid \d+, for \d+ s: decoding late\)", said)
-    assert list(loaded(["a", "b"], seconds=20.0)) == ["a", "b"]  # a worker alone may take a second to begin
-    assert "no batch for" not in capfd.readouterr().err
-
-
-def test_a_watchdog_speaks_again_and_ends_with_its_loader(capfd):
-    dog = Watchdog(0.1, Activity(1))
-    with dog.waiting():
-        time.sleep(0.5)
-    dog.close()
-    assert capfd.readouterr().err.count("worker 0 (has not begun)") >= 2
-    assert not dog._thread.is_alive()
-
-
-def test_a_killed_worker_is_an_error_that_names_what_it_did():
-    with pytest.raises(WorkerError, match="ended by itself.*killed.*decoding die"):
-        list(loaded(["a", "die", "b"]))
