@@ -13,6 +13,9 @@ from contextvars import ContextVar
 from pydantic import Field
 
 from mmoe.config.base import Config
+from mmoe.errors import Refused
+
+BEYOND = "beyond the bounds"  # the reason of a `Refused` item
 
 
 class Bounds(Config):
@@ -28,6 +31,7 @@ class Bounds(Config):
     picture_pixels: int = Field(128_000_000, gt=0)
     film_pixels: int = Field(40_000_000, gt=0)  # of a frame
     film_seconds: float = Field(7 * 86400.0, gt=0)
+    film_frames: int = Field(20_000_000, gt=0)
     sound_seconds: float = Field(86400.0, gt=0)
     sound_channels: int = Field(64, gt=0)
     sound_rate: int = Field(768_000, gt=0)  # Hz
@@ -51,3 +55,17 @@ def bounded_by(table: Bounds) -> Iterator[None]:
         yield
     finally:
         _bounds.reset(token)
+
+
+def check_bound(key: str, found: float, where: str, what: str) -> None:
+    """Raise `Refused` where `found` exceeds the bound of this key in the table in force.
+
+    `where` names the file and `what` says what it has so much of, as a verb and its object: "has pixels".
+    """
+    most = getattr(bounds(), key)
+    if found > most:
+        message = (
+            f"{where} {what}: {found:,}, the bound {key} is {most:,}; raise prepare.bounds.{key} (data.bounds.{key} "
+            "in training) if that is right, or leave it out"
+        )
+        raise Refused(BEYOND, message)

@@ -1,12 +1,13 @@
 """`data.*`: the sources of a run, the stages that mix them, and how sequences are filled and decoded."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 from mmoe.data.blocks import Limits
 from mmoe.data.bounds import Bounds
+from mmoe.data.frames import Backend
 from mmoe.data.mixture import StageConfig, check_stages
 from mmoe.data.storage import StorageConfig
 
@@ -37,7 +38,7 @@ class DataConfig(Config):
     # every restart again; a worker's crash costs its sample.
     workers: int = Field(default=0, ge=0)
     prefetch: int = Field(default=4, gt=0)  # micro-batches a worker holds ready
-    video_backend: Literal["decord", "pyav"] = "decord"
+    video_backend: Backend = "auto"  # decord: for films that preparation proved it to read, the others are refused
     error_budget: float = Field(default=0.01, ge=0, le=1)  # share of a source's documents that may be quarantined
     watchdog_seconds: float = Field(default=120.0, gt=0)  # without a batch, until the workers are listed
     storage: StorageConfig = StorageConfig()

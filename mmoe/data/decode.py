@@ -9,8 +9,9 @@ import numpy as np
 
 from mmoe.data.batch import IGNORE
 from mmoe.data.document import Document, DocumentBuilder
+from mmoe.data.frames import Backend, is_video, stored_frames
 from mmoe.data.index import ShardIndex
-from mmoe.data.media import VideoFrames, is_video, load_array, load_audio, load_image, reduced_size
+from mmoe.data.media import load_array, load_audio, load_image, reduced_size
 from mmoe.data.plan import DocumentRef
 from mmoe.data.sample import Modality
 from mmoe.data.shards import GAP, Span, read_stored, spans
@@ -51,7 +52,7 @@ class Decoder:
         self,
         sources: list[SourceFiles],
         tokenizers: Tokenizers,
-        video_backend: Literal["decord", "pyav"],
+        video_backend: Backend,
         ablation: Ablation | None = None,
         skip: frozenset[Modality] = frozenset(),
         storage: Storage = DEFAULT,
@@ -319,7 +320,9 @@ class _Row:
                 segments = segments[(segments["slice"] >= self.ref.first) & (segments["slice"] < self.ref.last)]
             numbers = np.unique(np.concatenate([np.arange(s["start"], s["stop"]) for s in segments]))
             scaled = reduced_size((int(segment["height"]), int(segment["width"])), least)
-            video = VideoFrames(self._bytes(segment), self.decoder.video_backend, self._where(segment), scaled=scaled)
+            proven = self.index.row_decord(self.ref.row, int(segment["member"]))
+            where, backend = self._where(segment), self.decoder.video_backend
+            video = stored_frames(self._bytes(segment), backend, where, proven, scaled)
             self._videos[name] = numbers, video.frames(numbers)
         numbers, frames = self._videos[name]  # every number between start and stop is among them
         first = int(np.searchsorted(numbers, segment["start"]))

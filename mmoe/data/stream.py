@@ -146,7 +146,8 @@ class Stream:
         replicas: int = 1,
         quarantine: Path | None = None,
     ):
-        require(config.video_backend, "data.video_backend")
+        if config.video_backend == "decord":
+            require("decord", "data.video_backend")
         check_dealing(sequences, group_sequences, micro_sequences, replicas)
         self.config, self.sequences = config, sequences
         self.micro_sequences, self.group = micro_sequences, group_sequences

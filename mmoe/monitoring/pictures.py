@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmoe.data.frames import Backend, is_video, stored_frames
 from mmoe.data.index import ShardIndex
-from mmoe.data.media import Backend, VideoFrames, is_video, load_image
+from mmoe.data.media import load_image
 from mmoe.data.sample import Camera, Modality
 from mmoe.data.shards import read_stored
 from mmoe.data.storage import Storage
@@ -85,9 +86,11 @@ def data_uri(picture: np.ndarray) -> str:
 
 
 def _picture(storage: Storage, index: ShardIndex, row: int, segment: np.void, backend: Backend) -> np.ndarray:
-    stored = read_stored(index, row, int(segment["member"]), storage)
+    member = int(segment["member"])
+    stored = read_stored(index, row, member, storage)
     if is_video(stored.name):
-        return VideoFrames(stored.content, backend, stored.where).frames(np.array([segment["start"]]))[0]
+        frames = stored_frames(stored.content, backend, stored.where, index.row_decord(row, member))
+        return frames.frames(np.array([segment["start"]]))[0]
     return load_image(stored.content, stored.where)
 
 

@@ -9,7 +9,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mmoe.data.media import VideoFrames, audio_info, image_size, is_video, load_array, load_audio, load_image
+from mmoe.data.frames import VideoFrames, is_video
+from mmoe.data.media import audio_info, image_size, load_array, load_audio, load_image
 from mmoe.errors import DataError
 from tests.data.recordings import MATRICES, npy, pictures, png, turned, video, wav
 

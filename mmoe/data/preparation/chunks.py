@@ -22,8 +22,9 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.bounds import Bounds, bounded_by
+from mmoe.data.frames import Backend
 from mmoe.data.index import ShardEntry, ShardIndex
-from mmoe.data.media import Backend, load_array
+from mmoe.data.media import load_array
 from mmoe.data.preparation.hygiene import FilterConfig, find_fault
 from mmoe.data.preparation.rows import Row, make_row
 from mmoe.data.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
@@ -41,7 +42,7 @@ class ChunkConfig(Config):
 
     shard_bytes: int = Field(256 << 20, gt=0)
     shard_rows: int = Field(10_000, gt=0)
-    video_backend: Backend = "decord"  # that checks the videos
+    video_backend: Backend = "auto"  # that films stored as they are must be fit for
     filters: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
     bounds: Bounds = Bounds()  # of what is read of one file
@@ -240,6 +241,7 @@ def _stored_row(index: ShardIndex, at: int, content_hash: int, text_bytes: int, 
         stored = read_stored(index, at, number)
         members[stored.name] = stored.content
     names = list(members)
+    proven = frozenset(name for number, name in enumerate(names) if index.row_decord(at, number))
     vectors: dict[Modality, list[np.ndarray]] = {}
     payloads = zip(segments["modality"].tolist(), segments["member"].tolist())
     for kind, number in dict.fromkeys(p for p in payloads if p[0] in _TABLES):
@@ -252,4 +254,5 @@ def _stored_row(index: ShardIndex, at: int, content_hash: int, text_bytes: int, 
         segments=segments,
         text_bytes=text_bytes,
         vectors=vectors,
+        decord=proven,
     )

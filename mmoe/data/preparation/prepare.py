@@ -24,6 +24,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmoe.backends import require
 from mmoe.config.base import Config
 from mmoe.config.load import validate
 from mmoe.data.bounds import bounded_by
@@ -95,6 +96,8 @@ def prepare(
     source, reader, config = _settings(kind, options)
     config.filters.check()
     config.dedup.check()
+    if config.video_backend == "decord":
+        require("decord", "prepare.video_backend")
     output, console = Path(output), console or Console()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")

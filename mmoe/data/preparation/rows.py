@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmoe.data.media import Backend, VideoFrames, audio_info, is_video, load_array, load_audio, load_image
+from mmoe.backends import status
+from mmoe.data.decord_proof import why_not
+from mmoe.data.frames import Backend, VideoFrames, is_video, unproven
+from mmoe.data.media import audio_info, load_array, load_audio, load_image
 from mmoe.data.sample import SEGMENT_DTYPE, Modality, Sample, Segment
 from mmoe.data.shards import ShardWriter, check_field, check_key
 from mmoe.data.sources.base import Item, Refused
@@ -33,7 +36,7 @@ class Row:
     """A checked sample with its index fields. `text_ids` [n] i32; `segments` [m] SEGMENT_DTYPE.
 
     `text_bytes` is the UTF-8 length of its texts; `vectors` holds the tables [N, D] f32 that the segments refer
-    to, by modality, each once.
+    to, by modality, each once. `decord` names the videos that decord is proven to read.
     """
 
     sample: Sample
@@ -42,6 +45,7 @@ class Row:
     segments: np.ndarray
     text_bytes: int
     vectors: dict[Modality, list[np.ndarray]]
+    decord: frozenset[str] = frozenset()
 
     def write(self, writer: ShardWriter) -> None:
         writer.write(
@@ -51,6 +55,7 @@ class Row:
             content_hash=self.content_hash,
             text_ids=self.text_ids,
             segments=self.segments,
+            decord=self.decord,
         )
 
 
@@ -77,11 +82,15 @@ def build_row(
     with _counted_as("malformed sample"):
         _check_structure(sample)
     vectors: dict[Modality, list[np.ndarray]] = {}
+    proven = set()
     for (modality, member), segments in _by_payload(sample).items():
         with _counted_as(_REASONS[modality]):
             where = f"{sample.key}.{member}"
-            table = _check_payload(segments, sample.members[member], where, video_backend)
-            if table is not None:
+            table = _check_payload(segments, sample.members[member], where)
+            if modality is Modality.VISION and is_video(member):
+                if _is_proven(sample.members[member], where, video_backend):
+                    proven.add(member)
+            elif table is not None:
                 _check_dimensions(table, vector_names.get(modality.name, ()), where)
                 vectors.setdefault(modality, []).append(table.astype(np.float32))
 
@@ -104,6 +113,7 @@ def build_row(
         segments=segments,
         text_bytes=sum(len(s.text.encode()) for s in sample.segments),
         vectors=vectors,
+        decord=frozenset(proven),
     )
 
 
@@ -132,12 +142,12 @@ def _check_dimensions(table: np.ndarray, names: tuple[str, ...], where: str) -> 
         )
 
 
-def _check_payload(segments: list[Segment], data: bytes, where: str, video_backend: Backend) -> np.ndarray | None:
+def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarray | None:
     """Open the payload `data` of one modality and decode all that its segments refer to; returns a table [N, D]."""
     first = segments[0]
     if first.modality is Modality.VISION:
         if is_video(first.member):
-            _check_video(segments, VideoFrames(data, video_backend, where), where)
+            _check_video(segments, VideoFrames(data, "pyav", where), where)
         else:
             _check_pictures(segments, 1, load_image(data, where)[None], where)
     elif first.modality is Modality.AUDIO:
@@ -160,6 +170,21 @@ def _check_video(segments: list[Segment], video: VideoFrames, where: str) -> Non
     for at in range(0, len(wanted), _FRAMES_AT_ONCE):
         indices = wanted[at : at + _FRAMES_AT_ONCE]
         _check_pictures(segments, len(video), video.frames(indices), where)
+        if video.damaged:  # a reader that takes pictures out counts them; here every epoch would show them anew
+            raise DataError(
+                f"{where} is damaged: the decoder makes up parts of {len(video.damaged)} frames, the first is "
+                f"{min(video.damaged)}; restore it or leave it out"
+            )
+
+
+def _is_proven(data: bytes, where: str, video_backend: Backend) -> bool:
+    """Whether decord is proven to read the video. Raises `Refused` where it is to, and is not."""
+    if video_backend == "pyav" or video_backend == "auto" and not status("decord").available:
+        return False
+    reason = why_not(data, where)
+    if reason and video_backend == "decord":
+        raise unproven(where, reason, "prepare.video_backend")
+    return reason is None
 
 
 def _check_pictures(segments: list[Segment], length: int, pictures: np.ndarray, where: str) -> None:

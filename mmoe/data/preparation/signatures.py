@@ -20,7 +20,8 @@ from pydantic import Field
 
 from mmoe.backends import require
 from mmoe.config.base import Config
-from mmoe.data.media import is_video, load_image
+from mmoe.data.frames import is_video
+from mmoe.data.media import load_image
 from mmoe.data.preparation.rows import hash64
 from mmoe.data.sample import NO_SLICE, Modality
 

@@ -29,12 +29,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data import sync
+from mmoe.data.bounds import check_bound
+from mmoe.data.containers import open_container, translated
+from mmoe.data.frames import DAMAGED
 from mmoe.data.preparation.splits import GAP_NS
 from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import BAD_CLOCK, CLOCKS, REPEATED, Clocks, Stream, build_slices, held, interpolated, next_step
@@ -197,7 +199,7 @@ def _sample(clip: _Clip, config: Comma2k19Config) -> Sample:
     logs = _logs(clip, config, origin_s, flags)
 
     members: dict[str, bytes] = {}
-    streams = [_front(clip, config, reference_ns, seconds - origin_s, members)]
+    streams = [_front(clip, config, reference_ns, seconds - origin_s, members, flags)]
     joined = (("imu", Modality.INERTIAL, "accelerometer", "gyro"), ("state", Modality.STATE, "speed", "steering_angle"))
     for name, modality, first, second in joined:
         window = INERTIAL_ROWS if modality is Modality.INERTIAL else 1
@@ -228,7 +230,12 @@ def _raw_ns(segment: Path, folder: str) -> np.ndarray:
 
 
 def _front(
-    clip: _Clip, config: Comma2k19Config, reference_ns: np.ndarray, seconds: np.ndarray, members: dict[str, bytes]
+    clip: _Clip,
+    config: Comma2k19Config,
+    reference_ns: np.ndarray,
+    seconds: np.ndarray,
+    members: dict[str, bytes],
+    flags: Counter[str],
 ) -> Stream:
     rows = list(clip.references)
     video = next((clip.segment / name for name in _VIDEOS if (clip.segment / name).is_file()), None)
@@ -236,7 +243,8 @@ def _front(
     if video is None:
         reference_ns, rows = reference_ns[:0], rows[:0]
     else:
-        pictures, size = _pictures(video, clip.pictures, len(seconds), config.picture_quality)
+        pictures, size, damaged = _pictures(video, clip.pictures, len(seconds), config.picture_quality)
+        flags[DAMAGED] += len(damaged.intersection(rows))
         names = [f"front-{number}.jpg" for number in range(len(rows))]
         sizes = [size] * len(rows)
         members.update(zip(names, (pictures[row] for row in rows)))
@@ -250,24 +258,29 @@ def _front(
 @lru_cache(maxsize=1)
 def _pictures(
     video: Path, rows: tuple[int, ...], frames: int, quality: int
-) -> tuple[dict[int, bytes], tuple[int, int]]:
-    """The frames `rows` of a video as JPEG, and their height and width. It must have `frames` frames."""
+) -> tuple[dict[int, bytes], tuple[int, int], set[int]]:
+    """The frames `rows` of a video as JPEG, their height and width, and which of them the decoder made up in part.
+
+    The video must have `frames` frames.
+    """
     wanted, pictures, size, count = set(rows), {}, (0, 0), 0
-    try:
-        with av.open(str(video)) as container:
-            # A raw stream has no times: its frames are those of `frame_times`, in order.
-            for count, frame in enumerate(container.decode(video=0), start=1):
-                if count - 1 in wanted:
-                    buffer = io.BytesIO()
-                    frame.to_image().save(buffer, "JPEG", quality=quality)
-                    pictures[count - 1], size = buffer.getvalue(), (frame.height, frame.width)
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        message = f"{video} cannot be decoded ({error}); restore it, or remove it to go without pictures"
-        raise Refused("unreadable picture or video", message) from error
+    damaged, in_damage = set(), False
+    where, remedy = str(video), "restore it, or remove it to go without pictures"
+    with open_container(video, where) as container, translated(where, remedy):
+        # A raw stream has no times: its frames are those of `frame_times`, in order.
+        for count, frame in enumerate(container.decode(video=0), start=1):
+            check_bound("film_frames", count, where, "has frames")
+            in_damage = frame.is_corrupt or in_damage and not frame.key_frame
+            if count - 1 in wanted:
+                buffer = io.BytesIO()
+                frame.to_image().save(buffer, "JPEG", quality=quality)
+                pictures[count - 1], size = buffer.getvalue(), (frame.height, frame.width)
+                if in_damage:
+                    damaged.add(count - 1)
     if count != frames:
         message = f"{video} has {count} frames, {_FRAMES} has {frames} times; restore the segment"
         raise Refused(BAD_CLOCK, message)
-    return pictures, size
+    return pictures, size, damaged
 
 
 def _readings(

@@ -14,6 +14,8 @@ import numpy as np
 from av.stream import Disposition
 
 from mmoe.data import sync
+from mmoe.data.bounds import check_bound
+from mmoe.data.containers import open_container, translated
 from mmoe.data.sources.base import Refused
 from mmoe.data.sources.encode import encode_flac
 
@@ -56,26 +58,23 @@ class Run:
 
 def open_film(file: Path, video: Choice, sound: Choice | Literal["none"]) -> Film:
     """Choose the streams of a file. Raises `Refused` where it cannot be read or the choice is not plain."""
-    try:
-        with av.open(str(file)) as container:
-            seen = _choose(container, "video", video, file)
-            heard = None if sound == "none" else _choose(container, "audio", sound, file)
-            if seen is None:
-                raise Refused("no video stream", f"{file} has no video stream; give a video file or leave it out")
-            best = container.streams.best("video")
-            film = Film(
-                file=file,
-                video=seen.index,
-                best=best is not None and best.index == seen.index,
-                sound=None if heard is None else heard.index,
-                length_ns=_stated_length(container, seen),
-            )
-        if film.length_ns <= 0:  # a camera that was switched off, a live recording: only the frames tell
-            times_ns = packet_times(film)[film.video]
-            film = replace(film, length_ns=int(times_ns[-1]) + 1 if len(times_ns) else 0)
-    except (av.error.FFmpegError, OSError) as error:
-        message = f"{file} cannot be opened as a video ({error}); restore it or leave it out"
-        raise Refused("unreadable picture or video", message) from error
+    with open_container(file, str(file)) as container, translated(str(file)):
+        seen = _choose(container, "video", video, file)
+        heard = None if sound == "none" else _choose(container, "audio", sound, file)
+        if seen is None:
+            raise Refused("no video stream", f"{file} has no video stream; give a video file or leave it out")
+        best = container.streams.best("video")
+        film = Film(
+            file=file,
+            video=seen.index,
+            best=best is not None and best.index == seen.index,
+            sound=None if heard is None else heard.index,
+            length_ns=_stated_length(container, seen),
+        )
+    if film.length_ns <= 0:  # a camera that was switched off, a live recording: only the frames tell
+        times_ns = packet_times(film)[film.video]
+        film = replace(film, length_ns=int(times_ns[-1]) + 1 if len(times_ns) else 0)
+        check_bound("film_seconds", film.length_ns / sync.SECOND_NS, str(file), "has frames so many seconds apart")
     return film
 
 
@@ -128,14 +127,17 @@ def _origin(stream: av.stream.Stream) -> int:
 @lru_cache(maxsize=4)
 def packet_times(film: Film) -> dict[int, np.ndarray]:
     """The times [N] that the container gives the packets of the chosen streams, by stream number, sorted."""
-    with av.open(str(film.file)) as container:
+    where = str(film.file)
+    with open_container(film.file, where) as container, translated(where):
         streams = [container.streams[number] for number in (film.video, film.sound) if number is not None]
         origin_ns = _origin(streams[0])
         times: dict[int, list[int]] = {stream.index: [] for stream in streams}
         for packet in container.demux(streams):
             if packet.pts is not None and not packet.is_discard:
                 times[packet.stream.index].append(_ns(packet.pts, packet.stream.time_base) - origin_ns)
-    return {number: np.sort(np.array(of, dtype=np.int64)) for number, of in times.items()}
+        for of in times.values():
+            check_bound("film_frames", len(of), where, "lists packets")
+        return {number: np.sort(np.array(of, dtype=np.int64)) for number, of in times.items()}
 
 
 def sound_between(film: Film, start_ns: int, stop_ns: int) -> list[Run]:
@@ -167,7 +169,8 @@ def _run(parts: list[tuple[int, np.ndarray]], rate: int, start_ns: int, stop_ns:
 
 def _sound_frames(film: Film, start_ns: int, stop_ns: int) -> Iterator[tuple[int, np.ndarray, int]]:
     """(time, mono f32 [n], rate) of decoded frames that reach into [start_ns, stop_ns), and of some before it."""
-    with av.open(str(film.file)) as container:
+    where = f"{film.file}, audio stream {film.sound},"
+    with open_container(film.file, where) as container, translated(where, "set audio_stream to none"):
         stream = container.streams[film.sound]
         origin_ns = _origin(container.streams[film.video])
         base = stream.time_base

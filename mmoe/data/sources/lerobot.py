@@ -10,8 +10,9 @@ the ends are padded, is said in `episodes.py`.
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from PIL import Image
 from pydantic import Field
 
 from mmoe.data import sync
-from mmoe.data.media import Backend, VideoFrames
+from mmoe.data.frames import DAMAGED, Backend, VideoFrames
 from mmoe.data.sample import Modality, Sample
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source, Vectors
 from mmoe.data.sources.encode import encode_jpeg
@@ -44,7 +45,7 @@ class LeRobotConfig(EpisodeConfig):
     cameras: dict[str, CameraName | None] = {}
     state: str | None = "observation.state"  # null: none
     action: str | None = "action"
-    video_backend: Backend = "decord"
+    video_backend: Backend = "auto"
     picture_quality: int = Field(95, ge=1, le=100)  # JPEG, of the frames taken from videos
 
 
@@ -189,14 +190,15 @@ def _clip(
     where = f"{dataset.root}, {name}"
     tables = {modality: _vectors(table[feature], f"{file}, {feature}") for modality, feature in dataset.vectors.items()}
     texts = [tasks.get(task, "") for task in table["task_index"].to_pylist()]
-    views = []
+    views, flags = [], Counter()
     for feature, camera in dataset.cameras.items():
         if feature in inside:
             view = _stored_view(table[feature], rows, feature, f"{file}, {feature}")
         else:
-            view = _video_view(dataset, episode, stated[list(rows)], feature, config)
+            view = _video_view(dataset, episode, stated[list(rows)], feature, config, flags)
         views.append(View(_member(feature), *view[:2], camera=camera_of(camera), file_ns=view[2]))
-    return clip(key, Episode(name, times_ns, tables, texts), rows, views, config, where)
+    sample = clip(key, Episode(name, times_ns, tables, texts), rows, views, config, where)
+    return replace(sample, flags=sample.flags + flags)
 
 
 def _member(feature: str) -> str:
@@ -231,7 +233,12 @@ def _stored_view(column: pa.ChunkedArray, rows: range, name: str, where: str) ->
 
 
 def _video_view(
-    dataset: _Dataset, episode: dict[str, Any], seconds: np.ndarray, feature: str, config: LeRobotConfig
+    dataset: _Dataset,
+    episode: dict[str, Any],
+    seconds: np.ndarray,
+    feature: str,
+    config: LeRobotConfig,
+    flags: Counter[str],
 ) -> tuple[str, list[bytes], np.ndarray]:
     """JPEGs of the frames at `seconds` [R] of the episode, and the times [R] that the file gives them."""
     chunk, number, start, stop = (episode[f"videos/{feature}/{name}"] for name in _VIDEO)
@@ -249,12 +256,13 @@ def _video_view(
             "inconsistent episode", f"{file}: the episode reaches beyond its end at {stop} s; repair the metadata"
         )
     pictures = [encode_jpeg(picture, config.picture_quality) for picture in video.frames(frames)]
+    flags[DAMAGED] += sum(frame in video.damaged for frame in frames.tolist())
     return "jpg", pictures, file_ns
 
 
 @lru_cache(maxsize=8)
 def _video(file: Path, backend: Backend) -> VideoFrames:
-    return VideoFrames(file, backend, str(file))
+    return VideoFrames(file, backend, str(file), key="video_backend")
 
 
 SOURCE = Source(

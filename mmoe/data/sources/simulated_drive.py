@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 from mmoe.data import sync
-from mmoe.data.media import VideoFrames
+from mmoe.data.frames import VideoFrames
 from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import CLOCKS, Clocks, Slices, Stream, Texts, build_slices
 from mmoe.data.sources.drive import sensors

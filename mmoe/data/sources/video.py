@@ -23,13 +23,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data import sync
-from mmoe.data.media import VIDEO_SUFFIXES, Backend, VideoFrames
+from mmoe.data.frames import DAMAGED, VIDEO_SUFFIXES, Backend, VideoFrames
 from mmoe.data.sample import Modality, Sample, Segment
 from mmoe.data.slices import CLOCKS, Clocks, Stream, build_slices
 from mmoe.data.sources import jsonl
@@ -50,7 +49,7 @@ class VideoConfig(Config):
     video_stream: int | Literal["best"] | None = None  # number in the file
     audio_stream: int | Literal["best", "none"] | None = None
     silent_audio: Literal["keep", "leave_out"] = "keep"
-    video_backend: Backend = "decord"  # pyav for what decord cannot read
+    video_backend: Backend = "auto"
     picture_quality: int = Field(95, ge=1, le=100)  # JPEG, 4:4:4
 
 
@@ -128,7 +127,7 @@ def _clip(
     look = {"size": video.size, "file_ns": stated_ns}
     streams = [Stream("video", Modality.VISION, reference_ns, names, max_gap_ns=0, **look)]
 
-    flags: Counter[str] = Counter()
+    flags: Counter[str] = Counter({DAMAGED: sum(frame in video.damaged for frame in frames.tolist())})
     runs = _sound(film, int(file_ns[0]) - config.slice_period_ns, int(file_ns[-1]), config, flags)
     for number, run in enumerate(runs):
         member = f"sound-{number}.flac"
@@ -185,11 +184,7 @@ def _sound(film: Film, start_ns: int, last_ns: int, config: VideoConfig, flags: 
     """The runs of sound from `start_ns` up to the last frame; counts a clip that is silent."""
     if film.sound is None:
         return []
-    try:
-        runs = sound_between(film, start_ns, last_ns + 1)
-    except (av.error.FFmpegError, OSError) as error:
-        message = f"{film.file}: audio stream {film.sound} cannot be decoded ({error}); set audio_stream to none"
-        raise Refused("unreadable sound", message) from error
+    runs = sound_between(film, start_ns, last_ns + 1)
     silent = bool(runs) and not any(run.wave.any() for run in runs)
     if silent:
         flags["sound: silent, left out" if config.silent_audio == "leave_out" else "sound: silent, kept"] = 1
@@ -212,11 +207,7 @@ def _whole_pieces(segments: list[Segment], period_ns: int) -> list[Segment]:
 @lru_cache(maxsize=2)
 def _video(film: Film, backend: Backend) -> VideoFrames:
     where = f"{film.file} (video stream {film.video})"
-    try:
-        return VideoFrames(film.file, backend, where, None if film.best else film.video)
-    except DataError as error:
-        remedy = "; for this reader that is the option video_backend=pyav" if backend == "decord" else ""
-        raise Refused("unreadable picture or video", f"{error}{remedy}") from error
+    return VideoFrames(film.file, backend, where, None if film.best else film.video, key="video_backend")
 
 
 SOURCE = Source(kind="video", clock="captured", skew_budget_ns=SKEW_BUDGET_NS, config=VideoConfig, items=items)

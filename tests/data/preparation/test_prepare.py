@@ -12,8 +12,9 @@ from rich.console import Console
 
 from mmoe.config.base import Config
 from mmoe.data import sources
+from mmoe.data.frames import VideoFrames
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest, SplitEntry
-from mmoe.data.media import VideoFrames, load_array, load_audio, load_image
+from mmoe.data.media import load_array, load_audio, load_image
 from mmoe.data.preparation import chunks
 from mmoe.data.preparation.prepare import prepare, training_texts
 from mmoe.data.preparation.rows import hash64
