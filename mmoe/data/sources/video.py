@@ -128,7 +128,7 @@ def _clip(
     streams = [Stream("video", Modality.VISION, reference_ns, names, max_gap_ns=0, **look)]
 
     flags: Counter[str] = Counter({DAMAGED: sum(frame in video.damaged for frame in frames.tolist())})
-    runs = _sound(film, int(file_ns[0]) - config.slice_period_ns, int(file_ns[-1]), config, flags)
+    runs = _sound(film, int(file_ns[0]) - config.slice_period_ns + 1, int(file_ns[-1]), config, flags)
     for number, run in enumerate(runs):
         member = f"sound-{number}.flac"
         members[member] = run.flac()

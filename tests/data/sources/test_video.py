@@ -129,8 +129,8 @@ def test_of_several_streams_one_must_be_chosen(tmp_path, sound_first):
             assert (about["video_stream"], about["audio_stream"], about["video_backend"]) == (seen, sound, "pyav")
     best = only(read("video", tmp_path, audio_stream="best")[0])
     assert by_kind(best, Modality.VISION)[0].height == 32 and by_kind(best, Modality.AUDIO)[0].rate == 16_000
-    _, refused = read("video", tmp_path, video_stream=videos[1], audio_stream=audios[0])
-    assert "decord reads the best video stream only" in str(*refused.values())
+    _, refused = read("video", tmp_path, video_stream=videos[1], audio_stream=audios[0], video_backend="decord")
+    assert "it reads the best video stream only; set video_backend=auto" in str(*refused.values())
     _, refused = read("video", tmp_path, video_stream=9)
     assert refused["v_mkv"].reason == "no such stream" and "has no video stream 9, only" in str(refused["v_mkv"])
 
@@ -161,12 +161,12 @@ def test_rotated_video_is_upright(tmp_path, backend, degrees):
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
-def test_avi_with_garbage_times_needs_the_other_backend_by_name(tmp_path, codec):
+def test_avi_with_garbage_times_is_read_and_refused_to_decord_by_name(tmp_path, codec):
     frames = level_pictures(0, 30)
     (tmp_path / "v.avi").write_bytes(video(frames, container="avi", codec=codec, bf=2))
-    samples, refused = read("video", tmp_path)
-    assert not samples and "option video_backend=pyav" in str(refused["v_avi-00000000"])
-    sample = only(read("video", tmp_path, video_backend="pyav")[0])
+    samples, refused = read("video", tmp_path, video_backend="decord")
+    assert not samples and "v.avi" in str(*refused.values()) and "set video_backend=auto" in str(*refused.values())
+    sample = only(read("video", tmp_path)[0])
     assert shown(sample) == [12, 24]
     assert [s.timestamp_ns for s in by_kind(sample, Modality.VISION)] == [480 * MS, 960 * MS]
 
@@ -176,9 +176,7 @@ def test_a_film_without_a_duration_is_measured_by_its_frames(tmp_path):
     (tmp_path / "v.mkv").write_bytes(film(level_pictures(0, 30), times, [(8000, [(0, ramp(0, 9600))])], pipe=True))
     with av.open(str(tmp_path / "v.mkv")) as file:
         assert file.duration is None
-    samples, refused = read("video", tmp_path)
-    assert not samples and "option video_backend=pyav" in str(*refused.values())
-    samples, _ = read("video", tmp_path, video_backend="pyav", slices=1)
+    samples, _ = read("video", tmp_path, slices=1)
     assert [shown(sample) for sample in samples.values()] == [[12], [24]]
     assert all(set(heard(sample)) == {0} for sample in samples.values())
 
