@@ -25,8 +25,9 @@ from rich.table import Table
 
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.decode import SourceFiles
+from mmoe.data.frames import is_video
 from mmoe.data.index import ShardIndex
-from mmoe.data.media import is_video, reduced_size
+from mmoe.data.media import reduced_size
 from mmoe.data.mixture import StageConfig
 from mmoe.data.plan import SequencePlan
 from mmoe.data.preparation.prepare import prepare

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.media import VideoFrames
+from mmoe.data.frames import VideoFrames
 from mmoe.data.sources.film import open_film, packet_times, sound_between
 from tests.data.recordings import pictures, video
 from tests.data.recordings_video import film, ramp

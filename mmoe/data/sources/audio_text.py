@@ -14,11 +14,10 @@ file ``.jsonl``                rows ``{"audio_filepath": path, "text": words, "d
 A sample is one sound and its transcript, the two sides of a contrastive pair. What a split holds out as a whole is
 the take where rows have one (all takes of one index, the last first), else the speaker, else the file (in a tree,
 `tree_recording`). Where samples, sample rate or duration are stated, the file must agree: a WAV that was cut off
-still opens.
+still opens. Sounds without words, and other files of a folder, are refused, so that they are counted.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,12 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data.media import audio_info
 from mmoe.data.sample import Modality, Sample, Segment
-from mmoe.data.sources import jsonl
+from mmoe.data.sources import files, jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.encode import flac_piece
 from mmoe.errors import DataError
+
+_SOUNDS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
 
 
 class AudioTextConfig(Config):
@@ -58,19 +59,22 @@ def items(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterat
         return _manifest(path, config, quarantine)
     if (path / "transcripts.jsonl").is_file():
         return _rows(path, quarantine)
-    transcripts = sorted(path.rglob("*.trans.txt"))
+    found = files.listing(path, quarantine)
+    transcripts = [file for file in found if file.name.lower().endswith(".trans.txt")]
     if not transcripts:
         raise DataError(
             f"{path} holds neither transcripts.jsonl nor any *.trans.txt, so its sounds have no words; write one of "
             "them, or give a manifest (a .jsonl file with audio_filepath, text and duration)"
         )
-    return _tree(path, transcripts, config, quarantine)
+    return _tree(path, found, transcripts, config, quarantine)
 
 
 def _rows(path: Path, quarantine: Quarantine) -> Iterator[Item]:
+    named = {path / "transcripts.jsonl"}
     for where, row in jsonl.rows(path / "transcripts.jsonl", quarantine):
         try:
             key, take = jsonl.key_of(row, "audio", where), _take(row, where)
+            named.add(path / jsonl.name_of(row, "audio", where))
         except Refused as refusal:
             quarantine(where, refusal)
             continue
@@ -78,6 +82,7 @@ def _rows(path: Path, quarantine: Quarantine) -> Iterator[Item]:
         stated = _Stated(samples=row.get("samples"), sample_rate=row.get("sample_rate"))
         make = partial(_sample, key, recording, path / row["audio"], row.get("text"), stated, where)
         yield Item(key, recording, make, rank=take or 0)
+    _without_words((file for file in files.listing(path, quarantine) if file not in named), path, quarantine)
 
 
 def _manifest(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterator[Item]:
@@ -95,34 +100,52 @@ def _manifest(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> It
         yield Item(key, recording, partial(_sample, key, recording, path.parent / name, row.get("text"), stated, where))
 
 
-def _tree(path: Path, transcripts: list[Path], config: AudioTextConfig, quarantine: Quarantine) -> Iterator[Item]:
+def _tree(
+    path: Path, found: list[Path], transcripts: list[Path], config: AudioTextConfig, quarantine: Quarantine
+) -> Iterator[Item]:
+    sounds = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".flac"}
+    named = set(transcripts)
     for transcript in transcripts:
         folder = transcript.parent
         recording = (folder.parent if config.tree_recording == "speaker" else folder).relative_to(path).as_posix()
-        named = set()
-        for number, line in enumerate(transcript.read_bytes().splitlines(), start=1):
+        try:
+            lines = files.read_bytes(transcript, str(path)).removeprefix(jsonl.BOM).splitlines()
+            jsonl.check_utf16(b"".join(lines[:1]), transcript)
+        except Refused as refusal:
+            quarantine(transcript.relative_to(path).as_posix(), refusal)
+            continue
+        for number, line in enumerate(lines, start=1):
             where = f"{transcript}, line {number}"
             name, _, words = line.strip().partition(b" ")
             if not name:
                 continue
             try:
-                file, words = folder / f"{jsonl.decode(name, where, 0)}.flac", jsonl.decode(words, where, len(name) + 1)
+                place, words = folder / jsonl.decode(name, where, 0), jsonl.decode(words, where, len(name) + 1)
             except Refused as refusal:
                 quarantine(where, refusal)
                 continue
+            file = sounds.get(place, place.with_name(f"{place.name}.flac"))
             named.add(file)
-            key = file.relative_to(path).with_suffix("").as_posix()
+            key = place.relative_to(path).as_posix()
             yield Item(key, recording, partial(_sample, key, recording, file, words, _Stated(), where))
-        for file in sorted(set(folder.glob("*.flac")) - named):
-            message = f"{file} has no line in {transcript}; add its words or remove it"
+    _without_words((file for file in found if file not in named), path, quarantine)
+
+
+def _without_words(unnamed: Iterable[Path], path: Path, quarantine: Quarantine) -> None:
+    """Write down the files that no line names: sounds, and those of other kinds."""
+    others = []
+    for file in unnamed:
+        if file.suffix.lower() in _SOUNDS:
+            message = f"{file} has no words: no line names it; add a line or remove it"
             quarantine(file.relative_to(path).as_posix(), Refused("sound without transcript", message))
+        else:
+            others.append(file)
+    files.pass_over(others, path, "transcripts and the sounds that they name", quarantine)
 
 
 def _take(row: dict[str, Any], where: str) -> int | None:
     take = row.get("take")
-    if take is not None and not isinstance(take, int):
-        raise Refused("malformed row", f"{where}: 'take' is {take!r}, not an integer; number the takes")
-    return take
+    return None if take is None else jsonl.integer_of(row, "take", where)
 
 
 def _speaker(row: dict[str, Any]) -> str | None:
@@ -130,19 +153,19 @@ def _speaker(row: dict[str, Any]) -> str | None:
 
 
 def _seconds(row: dict[str, Any], field: str, where: str) -> float | None:
-    value = row.get(field)
-    if value is not None and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
+    value = None if row.get(field) is None else jsonl.number_of(row, field, where, "a number of seconds")
+    if value is not None and value < 0:
         raise Refused("malformed row", f"{where}: {field!r} is {value!r}, not a number of seconds; repair the line")
     return value
 
 
 def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, where: str) -> Sample:
     words = jsonl.text_of({"text": text} if text is not None else {}, "text", where)
-    sound = jsonl.read_bytes(file, where)
+    sound = files.read_bytes(file, where)
     samples, rate = audio_info(sound, str(file))
     for field, found in (("samples", samples), ("sample_rate", rate)):
         if getattr(stated, field) not in (None, found):
-            raise _differs(f"{file} has {field} {found}, {where} says {getattr(stated, field)}")
+            raise _differs(f"{file} has {field} {found}, {where} says {jsonl.shown(getattr(stated, field))}")
     start, stop = _range(stated, samples, rate, file, where)
     member = f"audio{file.suffix.lower()}"
     if stated.offset is not None:

@@ -19,11 +19,14 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.data.sample import Modality, Sample
-from mmoe.data.sources import jsonl
+from mmoe.data.sources import files, jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
+from mmoe.data.tables import load_npz
+from mmoe.errors import DataError
 
 PERIOD_NS = 200_000_000
+_LONGEST = 1 << 24  # steps of an episode; more is a slip of the pen, and would be that many clips
 _POSE = ("x", "y", "z", "roll", "pitch", "yaw")
 CameraName = Literal["front", "front_left", "front_right", "back", "back_left", "back_right"]
 
@@ -37,23 +40,33 @@ class BridgeConfig(EpisodeConfig):
 
 def items(path: Path, config: BridgeConfig, quarantine: Quarantine) -> Iterator[Item]:
     """Clips of every episode that ``episodes.jsonl`` names."""
+    named = set()
     for where, row in jsonl.rows(path / "episodes.jsonl", quarantine):
         try:
-            name = jsonl.text_of(row, "episode", where)
+            name = jsonl.name_of(row, "episode", where)
+            named.add(path / name)
             steps, cameras = _checked(row, config, where)
+            text = row.get("language_instruction") or ""
+            if not isinstance(text, str):
+                message = f"{where}: 'language_instruction' is {jsonl.shown(text)}, not a string; repair the line"
+                raise Refused("malformed row", message)
         except Refused as refusal:
-            quarantine(str(row.get("episode", where)), refusal)
+            quarantine(jsonl.shown(row.get("episode", where)).strip("'"), refusal)
             continue
         for rows in windows(steps, config):
             key = f"{name}-{rows[0]:04d}"
-            text = row.get("language_instruction") or ""
             yield Item(key, name, partial(_clip, path / name, key, name, steps, rows, cameras, text, config))
+    for folder in sorted({steps.parent for steps in path.rglob("steps.npz")} - named):
+        message = f"{folder} is an episode that episodes.jsonl does not name; add a line, or remove it"
+        quarantine(folder.relative_to(path).as_posix(), Refused("episode without line", message))
 
 
 def _checked(row: dict[str, Any], config: BridgeConfig, where: str) -> tuple[int, list[int]]:
     steps, cameras = row.get("steps"), row.get("cameras")
-    if type(steps) is not int or steps < 1 or not isinstance(cameras, list) or any(type(c) is not int for c in cameras):
-        message = f"{where}: steps {steps!r} and cameras {cameras!r} are not a count and a list of numbers; repair it"
+    counted = type(steps) is int and 1 <= steps <= _LONGEST
+    if not counted or not isinstance(cameras, list) or any(type(camera) is not int for camera in cameras):
+        said = f"steps {jsonl.shown(steps)} and cameras {jsonl.shown(cameras)}"
+        message = f"{where}: {said} are not a count and a list of numbers; repair it"
         raise Refused("malformed row", message)
     unknown = [camera for camera in cameras if str(camera) not in config.cameras]
     if unknown:
@@ -75,8 +88,8 @@ def _clip(
     tables = _tables(folder / "steps.npz", steps)
     views = []
     for camera in cameras:
-        files = [folder / f"image_{camera}_{row:02d}.jpg" for row in rows]
-        pictures = [jsonl.read_bytes(file, "episodes.jsonl") for file in files]
+        shown = [folder / f"image_{camera}_{row:02d}.jpg" for row in rows]
+        pictures = [files.read_bytes(file, "episodes.jsonl") for file in shown]
         views.append(View(f"image_{camera}", "jpg", pictures, camera_of(config.cameras[str(camera)])))
     times_ns = PERIOD_NS * np.arange(steps, dtype=np.int64)
     return clip(key, Episode(name, times_ns, tables, [text] * steps), rows, views, config, str(folder))
@@ -84,12 +97,14 @@ def _clip(
 
 def _tables(file: Path, steps: int) -> dict[Modality, np.ndarray]:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            tables = {Modality.STATE: arrays["state"], Modality.ACTION: arrays["action"]}
-    except (OSError, ValueError, KeyError) as error:
-        message = f"{file} cannot be read as an episode's steps ({error}); restore it or remove the episode's line"
+        arrays = load_npz(files.read_bytes(file, "episodes.jsonl"), str(file), ("state", "action"))
+    except DataError as error:
+        message = f"{error}; otherwise remove the episode's line"
         raise Refused("unreadable steps", message) from error
+    tables = {Modality.STATE: arrays["state"], Modality.ACTION: arrays["action"]}
     for modality, table in tables.items():
+        if table.dtype.kind not in "fiu":
+            raise Refused("unreadable steps", f"{file}: {modality.name.lower()} holds {table.dtype}, not numbers")
         if table.shape != (steps, 7):
             message = (
                 f"{file}: {modality.name.lower()} has shape {list(table.shape)}, episodes.jsonl says [{steps}, 7]; "

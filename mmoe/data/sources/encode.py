@@ -6,8 +6,12 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from mmoe.data.bounds import check_bound
+from mmoe.data.media import check_finite, open_sound, sound_blocks
+from mmoe.data.reading import reading
 from mmoe.errors import DataError
 
+_FLAC_CHANNELS = 8  # at most
 _WIDE = {"PCM_24", "PCM_32", "FLOAT", "DOUBLE"}  # more than 16 bits a sample; FLAC keeps 24 of them
 
 
@@ -33,16 +37,21 @@ def encode_flac(wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> bytes:
 
 
 def flac_piece(sound: bytes, start: int, stop: int, where: str) -> bytes:
-    """Samples [start, stop) of every channel of a sound, at its own width up to 24 bits. Raises DataError."""
-    try:
-        with soundfile.SoundFile(BytesIO(sound)) as file:
-            file.seek(start)
-            subtype = "PCM_24" if file.subtype in _WIDE else "PCM_16"
-            # As integers where the file has them (no rounding); libsndfile does not scale floats to integers.
-            dtype = "int32" if file.subtype.startswith("PCM") else "float64"
-            wave, rate = file.read(stop - start, dtype=dtype, always_2d=True), file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise DataError(f"{where} cannot be read as a sound ({error}); restore it or leave it out") from error
-    if len(wave) < stop - start:
-        raise DataError(f"{where} ends after {start + len(wave)} of {stop} samples; it is truncated: restore it")
-    return encode_flac(wave, rate, subtype)
+    """Samples [start, stop) of a sound, at its own width up to 24 bits. Raises DataError.
+
+    Every channel is kept, but for more than FLAC can hold, which are averaged into one, as training hears them.
+    """
+    check_bound("array_bytes", 8 * (stop - start), where, f"has samples {start} to {stop}, too many bytes to cut out")
+    with open_sound(sound, where) as file:
+        subtype = "PCM_24" if file.subtype in _WIDE else "PCM_16"
+        # As integers where the file has them (no rounding); libsndfile does not scale floats to integers.
+        dtype = "int32" if file.subtype.startswith("PCM") else "float64"
+        rate, many = file.samplerate, file.channels > _FLAC_CHANNELS
+        blocks = list(sound_blocks(file, start, stop, "float64" if many else dtype))
+    found = sum(map(len, blocks))
+    if found < stop - start:
+        raise DataError(f"{where} ends after {start + found} of {stop} samples; it is truncated: restore it")
+    wave = np.concatenate([block.mean(axis=1) if many else block for block in blocks])
+    check_finite(wave, start, where)
+    with reading("sound", where, "convert it to a rate and a width that FLAC can hold, or leave it out"):
+        return encode_flac(wave, rate, "PCM_24" if many else subtype)

@@ -1,7 +1,7 @@
 """Pictures with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
 
 A sample is one picture and one caption, its two sides a contrastive pair. A picture is a recording, so all its
-captions fall on one side of the split.
+captions fall on one side of the split. Files of the folder that no row names are refused, so that they are counted.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.sample import Sample
-from mmoe.data.sources import jsonl
+from mmoe.data.sources import files, jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.captioned import captioned
 
@@ -24,9 +24,11 @@ class ImageCaptionConfig(Config):
 
 def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Iterator[Item]:
     """One item per picture and caption; the second field's captions have keys ending in ``-1``, and so on."""
+    named = {path / "captions.jsonl"}
     for where, row in jsonl.rows(path / "captions.jsonl", quarantine):
         try:
             picture = jsonl.key_of(row, "image", where)
+            named.add(path / jsonl.name_of(row, "image", where))
         except Refused as refusal:
             quarantine(where, refusal)
             continue
@@ -35,6 +37,8 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Ite
                 continue
             key = f"{picture}-{number}" if number else picture
             yield Item(key, picture, partial(_sample, path, where, row, field, key, picture))
+    unnamed = (file for file in files.listing(path, quarantine) if file not in named)
+    files.pass_over(unnamed, path, "captions.jsonl and the pictures that it names", quarantine)
 
 
 def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:

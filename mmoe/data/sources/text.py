@@ -2,8 +2,8 @@
 
 ``.txt`` and ``.jsonl`` may be compressed (``.gz``, ``.zst``). Every file is one recording. A ``.txt`` is cut at
 paragraph borders, else line ends, else sentences, else characters, so that no document is longer than `max_bytes`;
-joined in order, the documents are the file byte for byte (CRLF included). Only UTF-8 is read: anything else is
-refused with the byte where it fails.
+joined in order, the documents are the file byte for byte (CRLF included) but for a byte order mark. Only UTF-8 is
+read: anything else is refused with the byte where it fails. Files of other kinds are refused, so that they are counted.
 
 A document is a byte range of the decompressed file. A compressed file cannot be entered in its middle, so each
 process keeps the last one open (`_Forward`) and reads on from where it stands: as preparation makes documents in
@@ -11,6 +11,7 @@ the order of the list, every process decompresses a file once, in constant memor
 keeps the text column of the last row group.
 """
 
+import codecs
 import io
 import re
 from collections.abc import Iterator
@@ -22,13 +23,16 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from mmoe.config.base import Config
+from mmoe.data.reading import reading
 from mmoe.data.sample import Modality, Sample, Segment
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
-from mmoe.data.sources.jsonl import decode, encode_text, parse_row, text_of
+from mmoe.data.sources.files import check_name, listing, open_regular, pass_over
+from mmoe.data.sources.jsonl import BOM, check_utf16, decode, encode_text, lines, parse_row, text_of
 from mmoe.errors import DataError
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_SUFFIX = re.compile(r"(\.txt|\.jsonl)(\.gz|\.zst)?$|(\.parquet)$")
+_SUFFIX = re.compile(r"(\.txt|\.jsonl)(\.gz|\.zst)?$|(\.parquet)$", re.IGNORECASE)
+_BLOCK = 1 << 20  # bytes of a file that are in memory at once
 
 # From the best border to the worst: each pattern's end is a place to cut.
 _BORDERS = tuple(
@@ -49,25 +53,30 @@ class TextReaderConfig(Config):
 
 def items(path: Path, config: TextReaderConfig, quarantine: Quarantine) -> Iterator[Item]:
     """Documents of the file at `path`, or of every text file under the folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _SUFFIX.search(p.name))
+    found = [path] if path.is_file() else listing(path, quarantine)
+    files = {file: None for file in found if file == path or _SUFFIX.search(file.name)}
     root = path.parent if path.is_file() else path
+    pass_over(
+        (f for f in found if f != path and not _SUFFIX.search(f.name)), root, ".txt, .jsonl, .parquet", quarantine
+    )
     for file in files:
         recording = file.relative_to(root).as_posix()
         stem = re.sub(r"\.", "_", _SUFFIX.sub("", recording))
         list_documents = _LISTS.get(_kind(file), _text_documents)
         number = -1
         try:
+            check_name(recording, str(root))
             for number, (start, stop, make) in enumerate(list_documents(file, config)):
                 key = f"{stem}-{number:06d}"
                 yield Item(key, recording, partial(make, key, recording, config), start=start, stop=stop)
-        except (OSError, pa.ArrowException) as error:
+        except Refused as refusal:
+            quarantine(stem, refusal)
+        except (DataError, OSError, pa.ArrowException) as error:
             message = (
                 f"{file} cannot be read after document {number} ({error}); it is truncated or not what its name says: "
                 "restore it or remove it"
             )
             quarantine(stem, Refused("unreadable file", message))
-        except Refused as refusal:
-            quarantine(stem, refusal)
 
 
 def cut(data: bytes, max_bytes: int) -> Iterator[tuple[int, int]]:
@@ -93,7 +102,8 @@ def _character_start(data: bytes, at: int) -> int:
 
 
 def _kind(file: Path) -> str:
-    return file.with_suffix("").suffix if file.suffix in _COMPRESSION else file.suffix
+    plain = file.with_suffix("") if file.suffix.lower() in _COMPRESSION else file
+    return plain.suffix.lower()
 
 
 # What a file holds: extent [start, stop) in it, and the call that makes the document once its key is known.
@@ -101,25 +111,49 @@ _Documents = Iterator[tuple[int, int, partial]]
 
 
 def _text_documents(file: Path, config: TextReaderConfig) -> _Documents:
+    """In two passes, since a file that is not UTF-8 gives nothing; of either, only a block is in memory."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
     with _open(file) as stream:
-        data = stream.read()
-    decode(data, file, 0)
-    for start, stop in cut(data, config.max_bytes):
-        yield start, stop, partial(_text_sample, file, start, stop)
+        while block := stream.read(_BLOCK):
+            if at == 0:
+                check_utf16(block, file)
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:  # it begins with what was left of the block before
+                left = len(error.object) - len(block)
+                decode(error.object, file, at - left)
+            at += len(block)
+        left = decoder.getstate()[0]
+        decode(left, file, at - len(left))
+    with _open(file) as stream:
+        rest = stream.read(_BLOCK)
+        at = len(BOM) if rest.startswith(BOM) else 0
+        rest = rest[at:]
+        while True:
+            block = stream.read(_BLOCK)
+            rest += block
+            done = 0
+            for start, stop in cut(rest, config.max_bytes):
+                if block and stop + config.max_bytes > len(rest):
+                    break  # where this document ends depends on what follows
+                yield at + start, at + stop, partial(_text_sample, file, at + start, at + stop)
+                done = stop
+            at, rest = at + done, rest[done:]
+            if not block:
+                return
 
 
 def _line_documents(file: Path, config: TextReaderConfig) -> _Documents:
-    at = 0
     with _open(file) as stream:
-        for line in stream:
-            if content := line.strip(b"\r\n"):
-                start = at + line.index(content)
-                yield start, start + len(content), partial(_line_sample, file, start, start + len(content))
-            at += len(line)
+        for start, line in lines(stream):
+            if start == len(BOM) or start == 0:
+                check_utf16(line, file)
+            if line:
+                yield start, start + len(line), partial(_line_sample, file, start, start + len(line))
 
 
 def _row_documents(file: Path, config: TextReaderConfig) -> _Documents:
-    with pq.ParquetFile(file) as table:
+    with reading("parquet file", str(file), "restore it or remove it"), _parquet(file) as table:
         schema, groups = table.schema_arrow, table.metadata.num_row_groups
         if config.field not in schema.names:
             message = f"{file} has no column {config.field!r}; set the option field to one of {', '.join(schema.names)}"
@@ -146,17 +180,17 @@ def _text_sample(file: Path, start: int, stop: int, key: str, recording: str, co
 
 def _line_sample(file: Path, start: int, stop: int, key: str, recording: str, config: TextReaderConfig) -> Sample:
     where = f"{file}, byte {start}"
-    row = parse_row(decode(_read(file, start, stop), file, start), where)
+    row = parse_row(_read(file, start, stop), file, start, where)
     return _sample(key, recording, text_of(row, config.field, where), where)
 
 
 def _row_sample(file: Path, group: int, row: int, key: str, recording: str, config: TextReaderConfig) -> Sample:
     where = f"{file}, row group {group}, row {row}"
     try:
-        text = _column(file, group, config.field)[row].as_py()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        message = f"{where} cannot be read ({error}); the file is damaged: restore it or remove it"
-        raise Refused("unreadable file", message) from error
+        with reading("row", where, "the file is damaged: restore it or remove it"):
+            text = _column(file, group, config.field)[row].as_py()
+    except DataError as error:
+        raise Refused("unreadable file", str(error)) from error
     if text is None:
         raise Refused("empty text", f"{where}: {config.field!r} is null; give it a text or remove the row")
     return _sample(key, recording, text, where)
@@ -170,9 +204,9 @@ def _sample(key: str, recording: str, text: str, where: str) -> Sample:
 
 def _read(file: Path, start: int, stop: int) -> bytes:
     try:
-        if file.suffix in _COMPRESSION:
+        if file.suffix.lower() in _COMPRESSION:
             return _forward(file).read(start, stop)
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             stream.seek(start)
             return stream.read(stop - start)
     except OSError as error:
@@ -181,10 +215,15 @@ def _read(file: Path, start: int, stop: int) -> bytes:
 
 def _open(file: Path) -> io.BufferedReader:
     """The decompressed file from its beginning."""
-    compression = _COMPRESSION.get(file.suffix)
+    compression, stream = _COMPRESSION.get(file.suffix.lower()), open_regular(file)
     if compression is None:
-        return file.open("rb")
-    return io.BufferedReader(pa.input_stream(str(file), compression=compression), 1 << 20)
+        return stream
+    return io.BufferedReader(pa.input_stream(stream, compression=compression), _BLOCK)
+
+
+def _parquet(file: Path) -> pq.ParquetFile:
+    open_regular(file).close()
+    return pq.ParquetFile(file)
 
 
 class _Forward:
@@ -212,7 +251,7 @@ _forward = lru_cache(maxsize=1)(_Forward)
 
 @lru_cache(maxsize=1)
 def _column(file: Path, group: int, field: str) -> pa.ChunkedArray:
-    with pq.ParquetFile(file) as table:
+    with _parquet(file) as table:
         return table.read_row_group(group, columns=[field])[field]
 
 

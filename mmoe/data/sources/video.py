@@ -11,17 +11,20 @@ Members of a clip: ``frame-<slice>.jpg``; ``sound-<run>.flac``, mono, one for ea
 ``clip.json``, the file, the streams that were chosen, and where the clip starts; ``clocks.npz``. So a clip holds no
 more of a film than its slices show, and any picture of it is one read.
 
-The folder may hold ``captions.jsonl``: rows ``{"video": path, "caption": text}``, optional `start_s` and `stop_s`. The
-captions that hold within a clip are its text, which follows the last slice and is a pair with the clip's pictures.
+The folder may hold ``captions.jsonl``: rows ``{"video": path, "caption": text}``, optional `start_s` and `stop_s`
+(absent or null: from its beginning, to its end); times that hold nowhere in the video are refused. The captions that
+hold within a clip are its text, which follows the last slice and is a pair with the clip's pictures. Other files of
+the folder are refused, so that they are counted.
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -31,7 +34,7 @@ from mmoe.data import sync
 from mmoe.data.frames import DAMAGED, VIDEO_SUFFIXES, Backend, VideoFrames
 from mmoe.data.sample import Modality, Sample, Segment
 from mmoe.data.slices import CLOCKS, Clocks, Stream, build_slices
-from mmoe.data.sources import jsonl
+from mmoe.data.sources import files, jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.encode import encode_jpeg
 from mmoe.data.sources.film import Film, Run, open_film, packet_times, sound_between
@@ -40,7 +43,17 @@ from mmoe.errors import DataError
 MS = 1_000_000
 SKEW_BUDGET_NS = 10 * MS  # of the end of a sound from its frame
 _MANIFEST = "captions.jsonl"
+_NOWHERE = "caption holds nowhere"
 _Captions = tuple[tuple[float, float, str], ...]  # start and stop in seconds, text
+
+
+class _Line(NamedTuple):
+    """A caption, from `start` to `stop` in seconds, and the line that has it."""
+
+    start: float
+    stop: float
+    text: str
+    where: str
 
 
 class VideoConfig(Config):
@@ -56,49 +69,75 @@ class VideoConfig(Config):
 def items(path: Path, config: VideoConfig, quarantine: Quarantine) -> Iterator[Item]:
     """Clips of the video at `path`, or of every video under it; their number follows from the length in the header."""
     root = path.parent if path.is_file() else path
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-    if not files:
+    found = [path] if path.is_file() else files.listing(path, quarantine)
+    films = [file for file in found if file == path or file.suffix.lower() in VIDEO_SUFFIXES]
+    if not films:
         raise DataError(f"{path} holds no video ({', '.join(VIDEO_SUFFIXES)}); give a video file or a folder of them")
-    captions = _captions(root, {file.relative_to(root).as_posix() for file in files}, path.is_file(), quarantine)
+    others = (
+        file for file in found if file.suffix.lower() not in VIDEO_SUFFIXES and file not in (path, root / _MANIFEST)
+    )
+    files.pass_over(others, root, f"{', '.join(VIDEO_SUFFIXES)} and {_MANIFEST}", quarantine)
+    captions = _captions(root, {file.relative_to(root).as_posix() for file in films}, path.is_file(), quarantine)
     clip_ns = config.slices * config.slice_period_ns
-    for file in files:
+    for file in films:
         recording = file.relative_to(root).as_posix()
         stem = recording.replace(".", "_")  # with the suffix: a.mp4 and a.mov are two recordings
         try:
+            files.check_name(recording, str(root))
             film = open_film(file, config.video_stream, config.audio_stream)
         except Refused as refusal:
             quarantine(stem, refusal)
             continue
+        lines = _within(captions.get(recording, []), film, quarantine)
         periods = max(1, film.length_ns // config.slice_period_ns)
         for start_ns in range(0, periods * config.slice_period_ns, clip_ns):
             key = f"{stem}-{start_ns // MS:08d}"
             last = start_ns + clip_ns >= periods * config.slice_period_ns
-            make = partial(_clip, key, recording, film, start_ns, last, captions.get(recording, ()), config)
+            make = partial(_clip, key, recording, film, start_ns, last, lines, config)
             yield Item(key, recording, make, start=start_ns, stop=start_ns + clip_ns)
 
 
-def _captions(root: Path, files: set[str], alone: bool, quarantine: Quarantine) -> dict[str, _Captions]:
+def _captions(root: Path, names: set[str], alone: bool, quarantine: Quarantine) -> dict[str, list[_Line]]:
     """The captions of each video; rows that name no video are refused (of a file given alone: passed over)."""
-    found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    found: dict[str, list[_Line]] = defaultdict(list)
     if not (root / _MANIFEST).is_file():
         return {}
     for where, row in jsonl.rows(root / _MANIFEST, quarantine):
         try:
-            name, text = jsonl.text_of(row, "video", where), jsonl.text_of(row, "caption", where)
-            start, stop = _seconds(row, "start_s", 0.0, where), _seconds(row, "stop_s", float("inf"), where)
-            if name not in files and not alone:
+            name, text = jsonl.name_of(row, "video", where), jsonl.text_of(row, "caption", where)
+            jsonl.encode_text(text, where)
+            start, stop = _seconds(row, "start_s", 0.0, where), _seconds(row, "stop_s", math.inf, where)
+            if start >= stop:
+                raise Refused(_NOWHERE, f"{where}: it starts at {start} s and stops at {stop} s; correct the times")
+            if name not in names and not alone:
                 raise Refused("missing file", f"{where}: there is no video {name}; restore it or remove the line")
         except Refused as refusal:
             quarantine(where, refusal)
             continue
-        found[name].append((start, stop, text))
-    return {name: tuple(sorted(rows)) for name, rows in found.items()}
+        found[name].append(_Line(start, stop, text, where))
+    return found
+
+
+def _within(lines: list[_Line], film: Film, quarantine: Quarantine) -> _Captions:
+    """The captions of a film that begin before its end, in order; the others are refused."""
+    kept = []
+    for line in sorted(lines):
+        if line.start * sync.SECOND_NS >= film.length_ns:
+            message = (
+                f"{line.where}: it starts at {line.start} s, {film.file} lasts {film.length_ns / sync.SECOND_NS:.3f} s"
+                "; give the times in seconds of the video"
+            )
+            quarantine(line.where, Refused(_NOWHERE, message))
+        else:
+            kept.append((line.start, line.stop, line.text))
+    return tuple(kept)
 
 
 def _seconds(row: dict[str, Any], field: str, default: float, where: str) -> float:
-    value = row.get(field, default)
-    if type(value) not in (int, float) or value < 0:
-        raise Refused("malformed row", f"{where}: {field!r} is {value!r}, not a number of seconds; repair the line")
+    """The time in `field`; where it is absent or null, the video's beginning or end."""
+    value = default if row.get(field) is None else jsonl.number_of(row, field, where, "a number of seconds")
+    if value < 0:
+        raise Refused(_NOWHERE, f"{where}: {field!r} is {value!r}, before the video; correct the times")
     return float(value)
 
 

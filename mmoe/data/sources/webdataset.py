@@ -18,15 +18,19 @@ from functools import partial
 from pathlib import Path
 
 from mmoe.config.base import Config
+from mmoe.data.bounds import bounds
+from mmoe.data.reading import reading
 from mmoe.data.sample import Sample
 from mmoe.data.shards import read_member
-from mmoe.data.sources import jsonl
+from mmoe.data.sources import files, jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.captioned import captioned
 from mmoe.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 
+_REMEDY = "copy it again, or unpack it where it is compressed"
+_GLOB = re.compile(r"(\*\*/|\*|\?|\[[^\]]+\])")
 _META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
 
 
@@ -46,13 +50,33 @@ class _Group:
 
 def items(path: Path, config: WebDatasetConfig, quarantine: Quarantine) -> Iterator[Item]:
     """One item per sample of the tar at `path`, or of the folder's tars in order of their names."""
-    tars = [path] if path.is_file() else sorted(path.glob(config.tars))
+    found = [path] if path.is_file() else files.listing(path, quarantine)
+    tars = {file: None for file in found if file == path or _matches(file.relative_to(path), config.tars)}
+    others = (file for file in found if file not in tars and file.suffix.lower() != ".tar")
+    files.pass_over(others, path, "tars that are not compressed", quarantine)
     if not tars:
         raise DataError(f"{path} holds no file {config.tars}; give a tar, or its folder and the option tars=<glob>")
     root = path.parent if path.is_file() else path
     for tar in tars:
         name = tar.relative_to(root).with_suffix("").as_posix().replace(".", "_")
+        try:
+            files.check_name(name, str(root))
+        except Refused as refusal:
+            quarantine(name, refusal)
+            continue
         yield from _tar_items(tar, name, config, quarantine)
+
+
+def _matches(file: Path, pattern: str) -> bool:
+    """Whether a path below the folder matches a glob, in which ``**/`` stands for any folders; case does not count."""
+    wild = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    expression = "".join(wild.get(part) or _class(part) or re.escape(part) for part in _GLOB.split(pattern))
+    return re.fullmatch(expression, file.as_posix(), re.IGNORECASE) is not None
+
+
+def _class(part: str) -> str:
+    """A regular expression for ``[...]`` of a glob; empty for anything else."""
+    return f"[{part[1:-1].replace('!', '^', 1)}]" if part.startswith("[") and part.endswith("]") else ""
 
 
 def _tar_items(tar: Path, name: str, config: WebDatasetConfig, quarantine: Quarantine) -> Iterator[Item]:
@@ -62,6 +86,7 @@ def _tar_items(tar: Path, name: str, config: WebDatasetConfig, quarantine: Quara
     for key, found in groups.items():
         full = f"{name}/{key.replace('.', '_')}"
         try:
+            files.check_name(full, str(tar))
             _check_whole(found, tar)
             picture, text = _picture_and_text(found[0], tar)
         except Refused as refusal:
@@ -73,12 +98,20 @@ def _tar_items(tar: Path, name: str, config: WebDatasetConfig, quarantine: Quara
 
 def _groups(tar: Path, name: str, quarantine: Quarantine) -> Iterator[_Group]:
     """The runs of members of one key, in the order of the tar. What follows a fault in the tar is refused."""
-    group = None
+    group, size = None, 0
     try:
-        with tarfile.open(tar, "r:") as file:
+        with (
+            reading("tar", str(tar), _REMEDY),
+            files.open_regular(tar) as raw,
+            tarfile.open(None, "r:", raw) as file,
+        ):
+            size = tar.stat().st_size
             for info in file:
                 file.members = []  # which would otherwise keep every header
-                if not info.isreg() or _META.match(info.name):
+                if info.isdir() or _META.match(info.name):
+                    continue
+                if fault := _fault(info, size):
+                    quarantine(f"{name}/{info.name}", Refused("unusable tar member", f"{tar}: {info.name!r} {fault}"))
                     continue
                 folder, slash, base = info.name.rpartition("/")
                 stem, dot, member = base.partition(".")
@@ -97,13 +130,25 @@ def _groups(tar: Path, name: str, quarantine: Quarantine) -> Iterator[_Group]:
             file.fileobj.seek(file.offset)
             if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header and no end mark at byte {file.offset}")  # tarfile just stops there
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except DataError as error:
         # The last sample may have lost members, so it goes with what follows.
-        message = f"{tar} cannot be read to its end ({error}); copy it again, or unpack it where it is compressed"
-        quarantine(name, Refused("unreadable tar", message))
+        quarantine(name, Refused("unreadable tar", str(error)))
         return
     if group is not None:
         yield group
+
+
+def _fault(info: tarfile.TarInfo, size: int) -> str | None:
+    """Why a member of a tar of so many bytes is not read; None where it is."""
+    if info.issparse():
+        return "is sparse: its bytes do not stand in the tar as they are; pack it again without --sparse"
+    if not info.isreg():
+        return "is a link or a device, not a file; pack the file itself (tar --dereference --hard-dereference)"
+    if info.size < 0 or info.offset_data + info.size > size:
+        return f"states {info.size} bytes, more than the tar has left; copy the tar again"
+    if info.size > bounds().file_bytes:
+        return f"has {info.size} bytes, the bound file_bytes is {bounds().file_bytes}; raise prepare.bounds.file_bytes"
+    return None
 
 
 def _check_whole(groups: list[_Group], tar: Path) -> None:
@@ -141,10 +186,9 @@ def _picture_and_text(group: _Group, tar: Path) -> tuple[str, str]:
 def _sample(tar: Path, key: str, members: dict[str, tuple[int, int]], caption: str) -> Sample:
     (picture, data), (text, words) = ((name, read_member(tar, *at)) for name, at in members.items())
     where = f"{tar}: {key}.{text}"
-    words = jsonl.decode(words, where, 0)
     if text.endswith("json"):
-        words = jsonl.text_of(jsonl.parse_row(words, where), caption, where)
-    elif not words.strip():
+        words = jsonl.text_of(jsonl.parse_row(words, where, 0, where), caption, where)
+    elif not (words := jsonl.decode(words, where, 0)).strip():
         raise Refused("empty text", f"{where} is blank; give it a text or leave the sample out")
     suffix = f".{picture.rpartition('.')[2]}"
     return captioned(key, key, data, suffix, f"{tar}: {key}.{picture}", words, where)

@@ -260,6 +260,7 @@ def test_real_sound_is_the_same_from_the_middle_as_from_the_start(shared_data, n
 @pytest.mark.real_data
 def test_real_streams_are_refused_chosen_and_silent(shared_data):
     samples, refused = read("video", shared_data / "video")
+    assert refused.pop("PROBE.md").reason == "file of another kind"
     assert refused.keys() == {"nasa_13013_mp4"} and refused["nasa_13013_mp4"].reason == "ambiguous video stream"
     _, refused = read("video", shared_data / "video", video_stream="best")
     assert refused["nasa_13013_mp4"].reason == "ambiguous audio stream"

@@ -1,0 +1,32 @@
+"""Bytes that somebody else wrote: whatever a decoder raises over them becomes one sentence."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmoe.errors import DataError, MmoeError
+
+
+@contextmanager
+def reading(what: str, where: str, remedy: str) -> Iterator[None]:
+    """Turn whatever is raised within the context into a DataError that names the bytes, the fault and the remedy.
+
+    Decoders raise anything over damaged bytes (Pillow alone a dozen types), so the type says nothing: the context
+    does, and is to hold nothing but the decoder's calls. `what` is the kind of payload, `where` the file and key.
+    """
+    try:
+        yield
+    except MmoeError:
+        raise
+    except Exception as error:
+        raise unreadable(what, where, error, remedy) from error
+
+
+def unreadable(what: str, where: str, error: Exception, remedy: str) -> DataError:
+    """The sentence for a decoder's exception."""
+    # decord's messages may quote the whole file; the sentence keeps the readable end of the first line.
+    reason = re.sub(r"Error opening <.*?>: ", "", re.sub(r"[^\x20-\x7e]+", " ", str(error)))
+    reason = re.sub(r" at 0x[0-9a-f]+", "", reason)  # an address would make the list of each attempt another
+    reason = reason.strip().removeprefix("Error: ")
+    reason = reason if len(reason) <= 160 else f"...{reason[-160:]}"
+    return DataError(f"{where} cannot be read as a {what} ({reason or type(error).__name__}); {remedy}")
