@@ -15,7 +15,9 @@ from typing import Literal
 import numpy as np
 
 from mmoe.data import sync
+from mmoe.data.reading import reading
 from mmoe.data.sample import NO_CAMERA, NO_PAIR, Modality, Segment
+from mmoe.data.tables import load_npz
 from mmoe.errors import DataError, Refused
 
 CLOCKS = "clocks.npz"  # the member of a time-sliced sample that holds its `Clocks`
@@ -249,11 +251,15 @@ class Clocks:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Clocks":
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            about = json.loads(str(arrays[_ABOUT]))
-            times = {name: np.cumsum(arrays[name]) for name in arrays.files if name != _ABOUT}
-        return cls(times_ns=times, **about)
+    def from_bytes(cls, data: bytes, where: str = CLOCKS) -> "Clocks":
+        """The inverse of `to_bytes`. Raises DataError for what is none; `where` names the member."""
+        arrays = load_npz(data, where)
+        with reading("set of clocks", where, "prepare the source again"):
+            about = json.loads(str(arrays.pop(_ABOUT)))
+            if any(table.dtype != np.int64 or table.ndim != 1 for table in arrays.values()):
+                raise ValueError("its times are not one axis of int64 nanoseconds")
+            times = {name: np.cumsum(intervals) for name, intervals in arrays.items()}
+            return cls(times_ns=times, **about)
 
 
 _ABOUT = "about.json"

@@ -42,6 +42,8 @@ from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import BAD_CLOCK, CLOCKS, REPEATED, Clocks, Stream, build_slices, held, interpolated, next_step
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.encode import encode_table
+from mmoe.data.sources.files import read_regular
+from mmoe.data.tables import load_npy
 from mmoe.errors import DataError
 
 MS = 1_000_000
@@ -58,6 +60,7 @@ _LOGS = {
     "gyro": ("IMU/gyro", 3),
 }
 _CLOCKS_ONLY = {"radar": "CAN/radar"}
+_SKEW = sync.SkewPolicy(budget_ns=MS, policy="strict")
 _VIDEOS = ("video.hevc", "video.mp4", "video.mkv")
 
 
@@ -68,7 +71,7 @@ class Comma2k19Config(Config):
     max_gap_ns: int = Field(
         100 * MS, ge=0, le=400 * MS
     )  # age of a speed, steering or inertial reading beyond which it is absent
-    skew: sync.SkewPolicy = sync.SkewPolicy(budget_ns=MS, policy="strict")
+    skew: sync.skew_option(_SKEW) = _SKEW
     causal: bool = True
     repeats: Literal["refuse", "drop"] = "refuse"  # drop: only readings that equal the one before, time and value
     picture_quality: int = Field(92, ge=1, le=100)  # JPEG, of the frames taken from the video
@@ -142,11 +145,15 @@ def _clips(segment: Path, recording: str, name: str, frames_ns: np.ndarray, conf
 def _column(file: Path, width: int) -> np.ndarray:
     """A log [N, width] float64. Raises `Refused` where it is missing or has another shape."""
     try:
-        table = np.load(file, allow_pickle=False)
+        table = load_npy(read_regular(file), str(file))
     except OSError as error:
-        raise Refused("missing file", f"{file} cannot be read ({error}); restore it or remove the segment") from error
-    except (ValueError, EOFError) as error:
-        raise Refused("unreadable log", f"{file} is not .npy content ({error}); restore it") from error
+        raise Refused(
+            "missing file", f"{file} cannot be read ({error.strerror}); restore it or remove the segment"
+        ) from error
+    except Refused:
+        raise
+    except DataError as error:
+        raise Refused("unreadable log", str(error)) from error
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or table.shape[1] != width or table.dtype.kind != "f":
         message = f"{file} holds {table.dtype} {list(table.shape)}, not floats [N, {width}]; restore it"

@@ -10,7 +10,6 @@ before the clip (the action that was last taken) and up to `lookahead` records a
 the last slice is whole); ``clocks.npz``, the times made here for the run of records that the clip is cut from.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.media import image_size
+from mmoe.data.reading import reading
 from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import CLOCKS, Clocks, Stream, build_slices
-from mmoe.data.sources import jsonl
+from mmoe.data.sources import files, jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.encode import encode_table
 from mmoe.data.sync import SkewPolicy
@@ -68,37 +68,32 @@ def items(path: Path, config: DonkeycarConfig, quarantine: Quarantine) -> Iterat
 
 def _records(tub: Path, name: str, quarantine: Quarantine) -> Iterator[dict[str, Any]]:
     """The usable records of a tub in order of their index."""
-    try:
-        lines = [json.loads(line) for line in (tub / "manifest.json").read_text().splitlines()]
-        catalogs, deleted = lines[4]["paths"], set(lines[4]["deleted_indexes"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{tub / 'manifest.json'} is not the manifest of a tub v2 ({error}); convert the tub with "
-            "`donkey tubconvert` or restore the file"
-        ) from error
+    manifest = tub / "manifest.json"
+    with reading("manifest of a tub v2", str(manifest), "convert the tub with `donkey tubconvert` or restore the file"):
+        rows = [jsonl.parse(line, str(manifest)) for line in jsonl.decode(_read(manifest), manifest, 0).splitlines()]
+        catalogs, deleted = rows[4]["paths"], set(rows[4]["deleted_indexes"])
+        if not isinstance(catalogs, list) or not all(isinstance(name, str) for name in catalogs):
+            raise ValueError(f"paths is {jsonl.shown(catalogs)}")
     for catalog in catalogs:
         for where, row in jsonl.rows(tub / catalog, quarantine):
-            if row.get("_index") in deleted:
-                continue
             try:
-                yield _checked(row, where)
+                if jsonl.integer_of(row, "_index", where) not in deleted:
+                    yield _checked(row, where)
             except Refused as refusal:
-                quarantine(f"{name}-{row.get('_index', where)}", refusal)
+                quarantine(f"{name}-{jsonl.shown(row.get('_index', where))}", refusal)
+
+
+def _read(manifest: Path) -> bytes:
+    return files.read_bytes(manifest, "the tub's folder")
 
 
 def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     jsonl.text_of(row, _PICTURE, where)
-    if type(row.get("_index")) is not int:
-        raise Refused("malformed row", f"{where}: '_index' is {row.get('_index')!r}, not an integer; repair the line")
     for field in _FIELDS:
-        value = row.get(field)
-        if type(value) not in (int, float):
-            raise Refused(
-                "malformed row", f"{where}: {field!r} is {value!r}, not a number; repair or delete the record"
-            )
-        if not math.isfinite(value):
-            message = f"{where}: {field!r} is {value}; repair the reading or delete the record from the tub"
+        if type(row.get(field)) is float and not math.isfinite(row[field]):
+            message = f"{where}: {field!r} is {row[field]}; repair the reading or delete the record from the tub"
             raise Refused("reading is not finite", message)
+        jsonl.number_of(row, field, where)
     return row
 
 
@@ -128,11 +123,7 @@ def _clip(
 ) -> Sample:
     members, names, sizes = {}, [], []
     for number, file in enumerate(pictures):
-        try:
-            picture = file.read_bytes()
-        except OSError as error:
-            message = f"{file} cannot be read ({error.strerror}); restore it or delete its record from the tub"
-            raise Refused("missing file", message) from error
+        picture = files.read_bytes(file, "its record in the tub")
         names.append(f"front-{number}{file.suffix.lower()}")
         sizes.append(image_size(picture, str(file)))
         members[names[-1]] = picture

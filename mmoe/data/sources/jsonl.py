@@ -111,12 +111,12 @@ def _too_deep(where: str) -> Refused:
     return Refused(BEYOND, message)
 
 
-def load(file: Path, what: str) -> Any:
-    """What a file of JSON holds. Raises DataError; `what` says what the file is there for."""
+def load(file: Path, remedy: str) -> Any:
+    """What a file of JSON holds. Raises DataError; `remedy` is for a file that cannot be opened."""
     try:
         data = read_regular(file)
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); it is needed as {what}: restore it") from error
+        raise DataError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
     return parse(decode(data, file, 0), str(file))
 
 

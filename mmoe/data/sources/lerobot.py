@@ -4,12 +4,11 @@
 episode's `from_timestamp` + the row's `timestamp`; it must be there to 1 ms. Pictures may also stand inside parquet
 (features of dtype ``image``). State and action are the features that the options name; their dimensions have the
 names of ``info.json``. The instruction of a row is its task. A row's time is its number / fps, made by the writer: the
-clock is synthetic and says nothing of how far sensors were apart. What is cut from an episode, and how
-the ends are padded, is said in `episodes.py`.
+clock is synthetic and says nothing of how far sensors were apart. A name that occurs again among the dimensions
+(two arms with the same joints) is numbered from its second occurrence on: `gripper`, `gripper_2`. What is cut from an
+episode, and how the ends are padded, is said in `episodes.py`.
 """
 
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,29 +19,34 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from pydantic import Field
 
 from mmoe.data import sync
 from mmoe.data.frames import DAMAGED, Backend, VideoFrames
+from mmoe.data.media import image_format
+from mmoe.data.reading import reading
 from mmoe.data.sample import Modality, Sample
+from mmoe.data.sources import jsonl
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source, Vectors
 from mmoe.data.sources.encode import encode_jpeg
 from mmoe.data.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
+from mmoe.data.sources.files import open_regular
 from mmoe.errors import DataError
 
 VERSION = "v3.0"
 _CONVERT = "convert it with `python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"
 _EPISODE = ("episode_index", "length", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index")
+_FASTEST = 10_000  # Hz
+_MOST, _LONGEST = 1 << 31, 1 << 24  # episodes, and rows of one; more is damage, and would be that many items
 _ROW = ("timestamp", "frame_index", "index", "task_index")
 
 CameraName = Literal["front", "front_left", "front_right", "back", "back_left", "back_right"]
 
 
 class LeRobotConfig(EpisodeConfig):
-    # Which rig camera's embedding each picture feature takes, null for none; features left out are not read. May be
-    # left empty where there is one at most.
-    cameras: dict[str, CameraName | None] = {}
+    # Which rig camera's embedding each picture feature takes, null for none; features left out are not read, with {}
+    # no pictures. May be left out (null) where there is one at most, which is then read.
+    cameras: dict[str, CameraName | None] | None = None
     state: str | None = "observation.state"  # null: none
     action: str | None = "action"
     video_backend: Backend = "auto"
@@ -63,7 +67,8 @@ class _Dataset:
         return self.info["fps"]
 
     def path(self, template: str, **place: Any) -> Path:
-        return self.root / self.info[template].format(**place)
+        with reading("description of a LeRobot dataset", str(self.root / "meta/info.json"), f"repair its {template}"):
+            return self.root / self.info[template].format(**place)
 
 
 def items(path: Path, config: LeRobotConfig, quarantine: Quarantine) -> Iterator[Item]:
@@ -72,7 +77,13 @@ def items(path: Path, config: LeRobotConfig, quarantine: Quarantine) -> Iterator
     tasks = _tasks(path)
     columns = [*_EPISODE, *(f"videos/{key}/{name}" for key in _videos(dataset) for name in _VIDEO)]
     for file in sorted((path / "meta/episodes").rglob("*.parquet")):
-        for episode in _table(file, columns).to_pylist():
+        for number, episode in enumerate(_table(file, columns).to_pylist()):
+            try:
+                _check_episode(episode, columns)
+            except (TypeError, ValueError) as error:
+                message = f"{file}: row {number} is no episode ({error}); repair the metadata"
+                quarantine(f"{file.stem}-row-{number}", Refused("inconsistent episode", message))
+                continue
             name = f"episode-{episode['episode_index']:06d}"
             extent = episode["dataset_to_index"] - episode["dataset_from_index"]
             if extent != episode["length"] or extent < 1:
@@ -99,22 +110,22 @@ _VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 
 def _open(path: Path, config: LeRobotConfig) -> _Dataset:
     file = path / "meta/info.json"
-    try:
-        info = json.loads(file.read_bytes())
+    info = jsonl.load(file, "give the folder of a LeRobot dataset")
+    with reading("description of a LeRobot dataset", str(file), "restore it"):
         version, features = info["codebase_version"], info["features"]
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); give the folder of a LeRobot dataset") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not the description of a LeRobot dataset ({error}); restore it") from error
-    if version != VERSION:
-        raise DataError(f"{path} is a LeRobot dataset {version}; only {VERSION} is read: {_CONVERT}")
+        if version != VERSION:
+            raise DataError(f"{path} is a LeRobot dataset {version}; only {VERSION} is read: {_CONVERT}")
+        _check_info(info)
     pictures = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-    cameras = config.cameras or {key: None for key in pictures}
-    if len(pictures) > 1 and not config.cameras:
+    if len(pictures) > 1 and config.cameras is None:
         raise DataError(
             f"{path} has the cameras {', '.join(pictures)}; say by the option cameras which rig camera stands for "
-            'each, so that the model can tell them apart, as cameras={"' + pictures[0] + '": front, ...}'
+            'each, so that the model can tell them apart, as cameras={"'
+            + pictures[0]
+            + '": front, ...}, or cameras={} '
+            "to read no pictures"
         )
+    cameras = {key: None for key in pictures} if config.cameras is None else config.cameras
     vectors = {Modality.STATE: config.state, Modality.ACTION: config.action}
     wanted = [*cameras, *(key for key in vectors.values() if key is not None)]
     for key in wanted:
@@ -125,7 +136,36 @@ def _open(path: Path, config: LeRobotConfig) -> _Dataset:
     for key in cameras:
         if key not in pictures:
             raise DataError(f"{path}: feature {key!r} is {features[key]['dtype']}, not pictures; correct cameras")
-    return _Dataset(path, info, cameras, {m: key for m, key in vectors.items() if key is not None})
+    vectors = {modality: key for modality, key in vectors.items() if key is not None}
+    if not cameras and not vectors:
+        raise DataError(f"{path}: the options cameras, state and action leave nothing to read; name one of them")
+    return _Dataset(path, info, cameras, vectors)
+
+
+def _check_info(info: dict[str, Any]) -> None:
+    """Raise ValueError where what is read of `info.json` is not of the type that the format says."""
+    fps = info["fps"]
+    if not jsonl.is_number(fps) or not 0 < fps <= _FASTEST:
+        raise ValueError(f"fps is {jsonl.shown(fps)}, not a rate up to {_FASTEST} Hz")
+    for key, feature in info["features"].items():
+        shape = feature["shape"]
+        if not isinstance(feature["dtype"], str) or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f"feature {key!r} has dtype {feature['dtype']!r} and shape {jsonl.shown(shape)}")
+    for template in ("data_path", "video_path"):
+        if not isinstance(info.get(template, ""), str | None):
+            raise ValueError(f"{template} is {jsonl.shown(info[template])}")
+
+
+def _check_episode(episode: dict[str, Any], columns: list[str]) -> None:
+    """Raise ValueError where a row of ``meta/episodes`` holds another type than the format says, or nothing."""
+    for column in columns:
+        kind = (int, float) if column.endswith("_timestamp") else int
+        if not isinstance(episode[column], kind):
+            raise ValueError(f"{column} is {jsonl.shown(episode[column])}")
+    if not 0 <= episode["episode_index"] < _MOST:
+        raise ValueError(f"episode_index is {episode['episode_index']}")
+    if episode["dataset_to_index"] - episode["dataset_from_index"] > _LONGEST:
+        raise ValueError(f"it has {episode['dataset_to_index'] - episode['dataset_from_index']} rows")
 
 
 def _names(dataset: _Dataset, key: str) -> tuple[str, ...]:
@@ -136,12 +176,24 @@ def _names(dataset: _Dataset, key: str) -> tuple[str, ...]:
         raise DataError(f"{dataset.root}: feature {key!r} has shape {shape}; only vectors can be state or action")
     if isinstance(names, dict):
         lists = [value for value in names.values() if isinstance(value, list)]
-        names = lists[0] if len(lists) == 1 else list(names)
+        names = [name for held in lists for name in held] if lists else list(names)
     if names is None:
         names = [f"{key.rpartition('.')[2]}_{number}" for number in range(shape[0])]
-    if len(names) != shape[0]:
+    if not isinstance(names, list) or len(names) != shape[0]:
         raise DataError(f"{dataset.root}: feature {key!r} has shape {shape} but names {names}; correct info.json")
-    return tuple(map(str, names))
+    return _numbered([str(name) for name in names])
+
+
+def _numbered(names: list[str]) -> tuple[str, ...]:
+    """The names with a number behind those that occurred before; columns of one name would be one dimension."""
+    given, unique = set(names), []
+    for name in names:
+        number, new = 1, name
+        while new in unique or number > 1 and new in given:
+            number += 1
+            new = f"{name}_{number}"
+        unique.append(new)
+    return tuple(unique)
 
 
 def _videos(dataset: _Dataset) -> list[str]:
@@ -150,19 +202,25 @@ def _videos(dataset: _Dataset) -> list[str]:
 
 def _tasks(path: Path) -> dict[int, str]:
     """Task text by number; the text is the table's index, which pandas may have named in several ways."""
-    table = _table(path / "meta/tasks.parquet", None)
-    texts = next((name for name in table.column_names if pa.types.is_string(table.schema.field(name).type)), None)
-    texts = texts or next((n for n in table.column_names if pa.types.is_large_string(table.schema.field(n).type)), None)
-    if texts is None or "task_index" not in table.column_names:
-        raise DataError(f"{path / 'meta/tasks.parquet'} has columns {table.column_names}, no text and task_index")
-    return dict(zip(table["task_index"].to_pylist(), table[texts].to_pylist()))
+    file = path / "meta/tasks.parquet"
+    table = _table(file, None)
+    with reading("table of tasks", str(file), "restore it"):
+        kinds = {name: table.schema.field(name).type for name in table.column_names}
+        texts = [name for name, kind in kinds.items() if pa.types.is_string(kind)]
+        texts += [name for name, kind in kinds.items() if pa.types.is_large_string(kind)]
+        if not texts or not pa.types.is_integer(kinds.get("task_index", pa.null())):
+            raise ValueError(f"its columns are {kinds}, not a text and task_index")
+        tasks = dict(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist()))
+    return {number: text or "" for number, text in tasks.items()}
 
 
 def _table(file: Path, columns: list[str] | None, **rows: Any) -> pa.Table:
-    try:
-        return pq.read_table(file, columns=columns, partitioning=None, **rows)
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise DataError(f"{file} cannot be read ({error}); restore it, or prepare without it") from error
+    with reading("table", str(file), "restore it, or prepare without it"):
+        open_regular(file).close()
+        table = pq.read_table(file, columns=columns, partitioning=None, **rows)
+        if missing := [name for name in columns or () if name not in table.column_names]:
+            raise ValueError(f"it has no column {', '.join(missing)}")
+        return table
 
 
 def _clip(
@@ -185,7 +243,8 @@ def _clip(
             "not the file that the metadata describes: restore it"
         )
         raise Refused("inconsistent episode", message)
-    stated = table["timestamp"].to_numpy().astype(np.float64)
+    with reading("table", f"{file}, {name}", "repair its times"):
+        stated = table["timestamp"].to_numpy().astype(np.float64)
     times_ns = sync.check_clock(sync.seconds_to_ns(stated, "timestamp", str(file)), "timestamp", f"{file}, {name}")
     where = f"{dataset.root}, {name}"
     tables = {modality: _vectors(table[feature], f"{file}, {feature}") for modality, feature in dataset.vectors.items()}
@@ -213,20 +272,19 @@ def _episode_rows(file: Path, episode: int, columns: tuple[str, ...]) -> pa.Tabl
 def _vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
     try:
         return np.array(column.to_pylist(), dtype=np.float64).reshape(len(column), -1)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise Refused("unreadable table", f"{where} is no table of numbers ({error}); repair the file") from error
 
 
 def _stored_view(column: pa.ChunkedArray, rows: range, name: str, where: str) -> tuple[str, list[bytes], None]:
     """Pictures inside parquet, as they are: structs of `bytes` and `path`."""
-    pictures = [(column[row].as_py() or {}).get("bytes") for row in rows]
-    if None in pictures:
-        message = f"{where}: row {rows[pictures.index(None)]} holds no picture; embed the pictures or use videos"
+    pictures = [column[row].as_py() for row in rows]
+    pictures = [picture.get("bytes") if isinstance(picture, dict) else None for picture in pictures]
+    if not all(isinstance(picture, bytes) for picture in pictures):
+        row = next(row for row, picture in zip(rows, pictures) if not isinstance(picture, bytes))
+        message = f"{where}: row {row} holds no picture; embed the pictures or use videos"
         raise Refused("missing picture", message)
-    try:
-        kinds = {Image.open(io.BytesIO(picture)).format.lower() for picture in pictures}
-    except (OSError, ValueError) as error:
-        raise Refused("unreadable picture or video", f"{where}: {error}; repair the file") from error
+    kinds = {image_format(picture, where) for picture in pictures}
     if len(kinds) > 1:
         raise Refused("unreadable picture or video", f"{where}: pictures of kinds {sorted(kinds)}; store one kind")
     return kinds.pop(), pictures, None

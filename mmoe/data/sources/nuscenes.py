@@ -37,12 +37,14 @@ from mmoe.data.sample import Camera, Modality, Sample
 from mmoe.data.slices import BAD_CLOCK, CLOCKS, Clocks, Stream, build_slices, next_step
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
 from mmoe.data.sources.encode import encode_table
+from mmoe.data.sources.files import read_regular
 from mmoe.data.sources.nuscenes_tables import Bus, Scene, read_scenes
 from mmoe.errors import DataError
 
 MS = 1_000_000
 PERIOD_NS = 50 * MS  # of actions
 SKEW_BUDGET_NS = 50 * MS
+_SKEW = sync.SkewPolicy(budget_ns=SKEW_BUDGET_NS, policy="flag")
 INERTIAL_ROWS = 10  # of a slice: the last 100 ms
 # With the half second that a slice may look back, within the gap that a split leaves in a recording.
 _FURTHEST = (GAP_NS - 500 * MS) // PERIOD_NS
@@ -65,7 +67,7 @@ class NuscenesConfig(Config):
     slices: int = Field(4, ge=1)  # time slices of a clip
     causal: bool = True
     reference: Channel = "CAM_BACK_LEFT"  # ends the sweep; without `causal`, CAM_FRONT is as good
-    skew: sync.SkewPolicy = sync.SkewPolicy(budget_ns=SKEW_BUDGET_NS, policy="flag")
+    skew: sync.skew_option(_SKEW) = _SKEW
     camera_gap_ns: int = Field(150 * MS, ge=0)  # from the reference, beyond which a key frame is that of another slice
     max_gap_ns: int = Field(
         200 * MS, ge=0, le=400 * MS
@@ -149,8 +151,8 @@ def _camera(
     for row in np.flatnonzero(near).tolist():
         file = root / frames.files[row]
         try:
-            picture = file.read_bytes()
-        except FileNotFoundError:
+            picture = read_regular(file)
+        except OSError:
             flags[f"{channel}: {_MISSING_FILE}"] += 1
             continue
         stamp = _STAMP.search(file.name)

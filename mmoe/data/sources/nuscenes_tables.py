@@ -1,6 +1,5 @@
 """The tables of nuScenes as arrays by scene, and its bus messages. All times are int64 ns of unix time."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mmoe.data.reading import reading
+from mmoe.data.sources import jsonl
 from mmoe.data.sources.base import Refused
 from mmoe.errors import DataError
+
+_LATEST_US = 2**63 // 1000  # in int64 nanoseconds
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def read_scenes(root: Path) -> Iterator[Scene]:
             "holds samples and v1.0-*"
         )
     for folder in folders:
-        yield from _scenes(folder)
+        with reading("set of nuScenes tables", str(folder), "restore its tables"):
+            yield from _scenes(folder)
 
 
 def _scenes(folder: Path) -> Iterator[Scene]:
@@ -116,23 +120,22 @@ def _yaw(rotation: list[float]) -> float:
 
 
 def _ns(microseconds: Any, file: Path) -> int:
-    if type(microseconds) is not int:
-        raise DataError(f"{file}: the time {microseconds!r} is not an integer of microseconds; restore the table")
+    if type(microseconds) is not int or abs(microseconds) > _LATEST_US:
+        said = jsonl.shown(microseconds)
+        raise DataError(f"{file}: the time {said} is not an integer of microseconds; restore the table")
     return microseconds * 1000
 
 
 def _table(folder: Path, name: str, *keys: str) -> list[dict[str, Any]]:
     file = folder / f"{name}.json"
-    try:
-        rows = json.loads(file.read_bytes())
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); unpack the metadata of nuScenes there") from error
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}); restore the table") from error
+    rows = jsonl.load(file, "unpack the metadata of nuScenes there")
+    strings = {key for key in keys if key.endswith("token") or key in ("name", "channel", "modality", "filename")}
     for number, row in enumerate(rows if isinstance(rows, list) else [None]):
         missing = [key for key in keys if key not in row] if isinstance(row, dict) else keys
         if missing:
             raise DataError(f"{file}: row {number} has no {', '.join(missing)}; restore the table")
+        if wrong := [key for key in strings if not isinstance(row[key], str)]:
+            raise DataError(f"{file}: row {number} has no string in {', '.join(sorted(wrong))}; restore the table")
     return rows
 
 
@@ -154,9 +157,11 @@ class Bus:
         if not file.is_file():
             return cls(file, [])
         try:
-            rows = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise Refused("unreadable log", f"{file} is not JSON ({error}); restore it") from error
+            rows = jsonl.load(file, "restore it")
+        except Refused:
+            raise
+        except DataError as error:
+            raise Refused("unreadable log", str(error)) from error
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "utime" in row for row in rows):
             raise Refused("unreadable log", f"{file} is not a list of messages with utime; restore it")
         return cls(file, rows)
@@ -171,6 +176,6 @@ class Bus:
         try:
             table = np.array([row[key] for row in self.rows], np.float64)
             return table.reshape(len(self.rows), width)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             message = f"{self.file}: {key!r} is not {width} numbers in every message ({error}); restore the file"
             raise Refused("unreadable log", message) from error

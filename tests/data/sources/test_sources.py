@@ -255,7 +255,7 @@ def test_a_folder_that_is_no_tub_is_an_error(tmp_path):
     with pytest.raises(DataError, match="holds no manifest.json"):
         read("donkeycar", tmp_path)
     (tmp_path / "manifest.json").write_text("{}\n")
-    with pytest.raises(DataError, match="not the manifest of a tub v2"):
+    with pytest.raises(DataError, match="cannot be read as a manifest of a tub v2"):
         read("donkeycar", tmp_path)
 
 
