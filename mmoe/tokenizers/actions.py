@@ -8,9 +8,8 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data.index import VectorStats
 from mmoe.errors import ConfigError
-from mmoe.tokenizers.vectors import is_constant, require_finite
-
-_ROWS_PER_BIN = 64  # that a quantile bin is fitted to
+from mmoe.tokenizers.bins import quantile_bins
+from mmoe.tokenizers.vectors import Fences, is_constant
 
 
 class ActionConfig(Config):
@@ -25,16 +24,16 @@ class ActionTokenizer:
 
     Normalisation takes (q01, q99) of the training split to (-1, 1), as openpi does. Where the standard
     deviation exceeds half that range (a brake that is nearly always 0) it is the half range instead; a
-    constant dimension becomes 0. Nothing is clipped.
+    constant dimension becomes 0. Glitches are clipped to the fences of the statistics, nothing else is.
 
     `uniform` bins share that range between them; the outer two are open. `quantile` bins hold equal shares of
-    the training rows, and each stands for the mean of its rows; both are as exact as the quantiles in `stats`,
-    between which rows are taken to be spread evenly.
+    the training rows, a frequent value alone in one, and each stands for the mean of its rows; both are as exact as
+    the quantiles in `stats`, between which rows are taken to be spread evenly.
     """
 
     def __init__(self, config: ActionConfig, stats: VectorStats):
         """Raises ConfigError for quantile bins where `stats` lacks the quantiles."""
-        self.config, self.names = config, stats.names
+        self.config, self.names, self.fences = config, stats.names, Fences(stats)
         low, high = np.array(stats.q01), np.array(stats.q99)
         mean, std = np.array(stats.mean), np.array(stats.std)
         half = np.maximum((high - low) / 2, std)
@@ -57,12 +56,12 @@ class ActionTokenizer:
         """The chunk [H, A] that begins at row `start` of `rows` [N, A], and its mask [H, A].
 
         The episode ends before row `stop`; from there on the chunk is 0 and the mask False. Raises DataError
-        for NaN, naming the dimension.
+        for NaN and for what preparation did not see, naming the dimension.
         """
         if not 0 <= start <= stop <= len(rows):
             raise ValueError(f"a chunk from row {start} of an episode that ends at {stop} of {len(rows)} rows")
         present = rows[start : min(start + self.config.chunk, stop)]
-        require_finite(present, self.names)
+        self.fences.check(present)
         target = np.zeros((self.config.chunk, self.dims), np.float32)
         target[: len(present)] = present
         mask = np.zeros(target.shape, bool)
@@ -70,11 +69,11 @@ class ActionTokenizer:
         return target, mask
 
     def normalise(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [..., A] in the source's units -> f32 [..., A]."""
-        return ((rows - self._centre) * self._scale).astype(np.float32)
+        """Rows [..., A] in the source's units -> f32 [..., A]; what lies beyond a fence becomes the fence."""
+        return ((self.fences.clip(rows) - self._centre) * self._scale).astype(np.float32)
 
     def denormalise(self, normalised: np.ndarray) -> np.ndarray:
-        """The inverse of `normalise`; a constant dimension gives its constant."""
+        """The inverse of `normalise`, but for what it clips; a constant dimension gives its constant."""
         return (normalised * self._half + self._centre).astype(np.float32)
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
@@ -87,7 +86,11 @@ class ActionTokenizer:
         return self._values[np.arange(self.dims), bins].astype(np.float32)
 
     def round_trip_error(self, rows: np.ndarray) -> dict[str, float]:
-        """Root mean square error by dimension, in its units, of rows [N, A] written and read back."""
+        """Root mean square error by dimension, in its units, of rows [N, A] written and read back.
+
+        Of what lies within the fences: what is clipped is counted on its own.
+        """
+        rows = self.fences.clip(rows)
         discrete = self.config.mode == "discrete"
         back = self.decode(self.encode(rows)) if discrete else self.denormalise(self.normalise(rows))
         return dict(zip(self.names, np.sqrt(((back - rows) ** 2).mean(0)).tolist()))
@@ -103,22 +106,5 @@ class ActionTokenizer:
                 "tokenizers.action.binning quantile needs the quantiles of the actions, which the manifest of a source "
                 "does not hold; prepare the source again or set tokenizers.action.binning to uniform"
             )
-        rows = _rows_of(np.array(stats.quantiles), _ROWS_PER_BIN * bins)
-        edges = np.quantile(rows, np.linspace(0, 1, bins + 1), axis=0).T
-        borders = edges[:, 1:-1]
-        values = (edges[:, :-1] + edges[:, 1:]) / 2  # of bins that no training row falls in
-        for a, column in enumerate(rows.T):
-            index = np.searchsorted(borders[a], column, side="right")
-            count = np.bincount(index, minlength=bins)
-            total = np.bincount(index, weights=column, minlength=bins)
-            values[a] = np.where(count > 0, total / np.maximum(count, 1), values[a])
-        return borders, values
-
-
-def _rows_of(quantiles: np.ndarray, count: int) -> np.ndarray:
-    """`count` rows [count, A] with these quantiles [A, K] of evenly spaced shares, spread evenly between them.
-
-    Shares that lie between two quantiles of one value are that value, so what is often exactly 0 stays 0.
-    """
-    shares, known = np.linspace(0, 1, count), np.linspace(0, 1, quantiles.shape[1])
-    return np.stack([np.interp(shares, known, column) for column in quantiles], axis=1)
+        columns = [quantile_bins(knots, bins) for knots in np.array(stats.quantiles)]
+        return np.stack([borders for borders, _ in columns]), np.stack([values for _, values in columns])

@@ -140,3 +140,24 @@ def test_tokens_of_a_chunk():
     stats = stats_of(drive())
     assert ActionTokenizer(ActionConfig(chunk=3), stats).tokens == 1
     assert ActionTokenizer(ActionConfig(mode="discrete", chunk=3), stats).tokens == 6
+
+
+def test_a_glitch_is_clipped_and_a_flipped_exponent_is_refused_by_name():
+    rows = drive()
+    fences = {"low": (-9.0, -10.0), "high": (9.0, 11.0), "minimum": (-2.0, 0.0), "maximum": (65535.0, 1.0)}
+    tokenizer = ActionTokenizer(CONTINUOUS, stats_of(rows).model_copy(update=fences))
+    rows[5, 0] = 65535
+    target, _ = tokenizer.chunk_of(rows, 5, 9)
+    assert (tokenizer.normalise(target)[0] == tokenizer.normalise(np.array([9.0, rows[5, 1]]))).all()
+    assert tokenizer.round_trip_error(rows)["steering"] < 1e-6
+    rows[6, 1] = np.float32(1e30)
+    with pytest.raises(DataError, match=r"^brake is 1e\+30, but preparation saw 0 to 1 in this source"):
+        tokenizer.chunk_of(rows, 5, 9)
+
+
+def test_a_frequent_value_has_a_quantile_bin_of_its_own():
+    rows = np.array([0.0] * 97 + [0.4, 0.7, 1.0])[:, None].repeat(2, axis=1)
+    tokenizer = ActionTokenizer(ActionConfig(mode="discrete", bins=16, binning="quantile"), stats_of(rows))
+    codes = tokenizer.encode(rows)
+    assert len({*codes[97:, 0], codes[0, 0]}) == 4
+    assert (tokenizer.decode(codes[:97]) == 0).all() and (tokenizer.decode(codes[97:]) > 0.3).all()

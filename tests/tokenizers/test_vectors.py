@@ -60,3 +60,34 @@ def test_nan_is_refused_by_name(value):
             normaliser(bad)
     with pytest.raises(DataError, match="2 values stands where 3 are known"):
         normaliser(np.zeros((4, 2)))
+
+
+def test_glitches_are_clipped_and_what_preparation_did_not_see_is_refused_by_name():
+    rows = np.random.default_rng(0).normal(size=(50, 3))
+    fences = {
+        "low": (-5.0, -6.0, -7.0),
+        "high": (5.0, 6.0, 7.0),
+        "minimum": (-5.0,) * 3,
+        "maximum": (5.0, 65535.0, 5.0),
+    }
+    normaliser = VectorNormaliser(stats_of(rows).model_copy(update=fences))
+    assert (normaliser(np.array([0, 65535.0, 0])) == normaliser(np.array([0, 6.0, 0]))).all()
+    for bad in (1e30, 1e300, -65536.0):
+        rows[3, 1] = bad
+        with pytest.raises(DataError, match=r"^d1 is -?[\d.e+]+, but preparation saw -5 to 65535 in this source"):
+            normaliser(rows)
+
+
+@given(rows)
+def test_clipping_twice_is_clipping_once(rows):
+    fences = {"low": (-5.0, -0.5, -1e9), "high": (5.0, 0.5, 1e9)}
+    clip = VectorNormaliser(stats_of(rows).model_copy(update=fences)).fences.clip
+    assert (clip(clip(rows)) == clip(rows)).all() and (clip(rows)[:, 2] == rows[:, 2]).all()
+
+
+def test_a_manifest_with_a_repeated_name_or_a_missing_value_is_refused():
+    stats = stats_of(np.random.default_rng(0).normal(size=(50, 3))).model_dump()
+    with pytest.raises(ValueError, match="the dimension name d0 occurs twice among d0, d1, d0"):
+        VectorStats(**stats | {"names": ("d0", "d1", "d0")})
+    with pytest.raises(ValueError, match="std has 2 values for 3 dimensions"):
+        VectorStats(**stats | {"std": (1.0, 1.0)})

@@ -18,7 +18,7 @@ from mmoe.config.load import flatten
 from mmoe.data.sources.base import Item
 from mmoe.errors import DataError
 
-JOB_FORMAT = 1  # of all that is stored in an unfinished preparation
+JOB_FORMAT = 2  # of all that is stored in an unfinished preparation
 JOB = "job.json"
 _LOCK = "lock"
 _ASSEMBLING = "assembling"

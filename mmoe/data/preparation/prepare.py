@@ -145,12 +145,12 @@ def prepare(
             text_fingerprint=text_tokenizer.fingerprint,
             clock=source.clock,
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
-            vectors=vector_stats(source, tallies["train"]),
+            vectors=vector_stats(source, tallies["train"], tallies["heldout"]),
             splits={name: tallies[name].entry(shards[name]) for name in SPLITS},
             quarantined=dict(sorted(quarantined.items())),
             removed=dict(sorted(left_out.items())),
         )
-        console.print(summary(kind, tallies, quarantined, left_out))
+        console.print(summary(kind, tallies, quarantined, left_out, manifest.vectors))
         if source.clock == "synthetic":
             console.print("clock: synthetic, made from a row's number and a rate; it cannot show skew between sensors")
         if Modality.ACTION in tallies["train"].vectors:
@@ -177,13 +177,16 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
         yield from (segment.text for segment in sample.segments if segment.modality is Modality.TEXT)
 
 
-def vector_stats(source: Source, train: Tally) -> dict[str, VectorStats]:
-    """By modality name, over all rows of the training tables; actions with the quantiles that bins are cut at."""
+def vector_stats(source: Source, train: Tally, heldout: Tally) -> dict[str, VectorStats]:
+    """By modality name, over all rows of the training tables; actions with the quantiles that bins are cut at.
+
+    Of the held-out tables only what is clipped, and how far their values reach.
+    """
     stats = {}
     for modality, rows in sorted(train.vectors.items()):
         action = modality is Modality.ACTION
         names, period = source.vector_names[modality.name], source.action_period_ns if action else 0
-        stats[modality.name] = rows.stats(names, period, KNOTS if action else 0)
+        stats[modality.name] = rows.stats(names, period, KNOTS if action else 0, heldout.vectors.get(modality))
     return stats
 
 

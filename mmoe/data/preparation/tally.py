@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from mmoe.data.extent import Extent
-from mmoe.data.index import ShardEntry, SplitEntry
+from mmoe.data.index import ShardEntry, SplitEntry, VectorStats
 from mmoe.data.preparation.rows import Row, hash64
 from mmoe.data.preparation.statistics import VectorSummary
 from mmoe.data.sample import Modality
@@ -130,8 +130,15 @@ class ItemLog:
         self._file.close()
 
 
-def summary(kind: str, tallies: dict[str, Tally], refused: Counter[str], removed: Counter[str]) -> Table:
-    """One column a split, one line a measure that is not zero everywhere; then what is flagged, refused, removed."""
+def summary(
+    kind: str,
+    tallies: dict[str, Tally],
+    refused: Counter[str],
+    removed: Counter[str],
+    vectors: dict[str, VectorStats],
+) -> Table:
+    """One column a split, one line a measure that is not zero everywhere; then what is flagged, clipped to the fences
+    of its dimension (rows, of all rows), refused, removed."""
     measures = {
         "samples": [f"{t.samples:,}" for t in tallies.values()],
         "recordings": [f"{len(t.recordings):,}" for t in tallies.values()],
@@ -155,9 +162,31 @@ def summary(kind: str, tallies: dict[str, Tally], refused: Counter[str], removed
         table.add_section()
         for flag in flags:
             table.add_row(f"flagged: {flag}", *(f"{t.flags[flag]:,}" for t in tallies.values()))
+    clipped = {f"clipped: {name}": cells for name, cells in _clipped(tallies, vectors).items()}
+    if clipped:
+        table.add_section()
+        for line, cells in clipped.items():
+            table.add_row(line, *cells)
     for said, counts in (("refused", refused), ("removed", removed)):
         if counts:
             table.add_section()
             for reason, count in sorted(counts.items()):
                 table.add_row(f"{said}: {reason}", f"{count:,}")
     return table
+
+
+def _clipped(tallies: dict[str, Tally], vectors: dict[str, VectorStats]) -> dict[str, list[str]]:
+    """By dimension that has any, a cell for each split: rows outside its fences of all rows."""
+    lines: dict[str, list[str]] = {}
+    for modality, stats in vectors.items():
+        for number, name in enumerate(stats.names):
+            if not any(counts[number] for counts in stats.clipped.values()):
+                continue
+            cells = []
+            for split, tally in tallies.items():
+                summary = tally.vectors.get(Modality[modality])
+                rows, counts = summary.count if summary else 0, stats.clipped.get(split)
+                about = "about " if summary and summary.estimated else ""
+                cells.append(f"{about}{counts[number] if counts else 0:,} of {rows:,}")
+            lines[f"{modality} {name}"] = cells
+    return lines

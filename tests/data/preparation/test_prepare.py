@@ -205,6 +205,22 @@ def test_statistics_are_those_of_the_training_tables(tmp_path, log_source):
         np.testing.assert_allclose(given, low)
 
 
+def test_glitches_are_clipped_counted_and_shown(tmp_path, log_source):
+    rng = np.random.default_rng(0)
+    tables = {f"t{i}": rng.normal(size=(500, 2)).astype(np.float32) for i in range(8)}
+    tables["t0"][8, 1] = -65535
+    log_source += [(key, "state.npy", Modality.STATE, npy(table)) for key, table in tables.items()]
+    log_source.append(("u", "state.npy", Modality.STATE, npy(np.full((9, 2), 1e300))))
+    manifest, printed = run("log", "", tmp_path / "out")
+    stats = manifest.vectors["STATE"]
+    held = keys(tmp_path / "out", manifest, "heldout")
+    assert stats.clipped == {"train": (0, "t0" not in held), "heldout": (0, "t0" in held)}
+    assert stats.minimum[1] == -65535 and 0.9 < stats.std[1] < 1.1
+    assert re.search(r"clipped: STATE gear +│ +1 of 3,500 +│ +0 of 500", printed)
+    assert manifest.quarantined == {"unusable state table": 1}
+    assert "beyond what float32 holds" in quarantine(tmp_path / "out")[0]["message"]
+
+
 def test_bad_recordings_are_counted_and_the_rest_is_prepared(tmp_path, log_source):
     good = [(f"good{i}", "state.npy", Modality.STATE, npy(np.full((3, 2), i, np.float32))) for i in range(7)]
     nan = np.zeros((9, 2), np.float32)
