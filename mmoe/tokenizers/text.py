@@ -16,6 +16,7 @@ from tokenizers.trainers import BpeTrainer
 
 from mmoe.config.base import Config
 from mmoe.errors import DataError
+from mmoe.tokenizers.probes import loss
 
 BYTES = 256
 
@@ -103,12 +104,14 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises Exception itself
             raise DataError(f"{path} is not a tokenizer of the tokenizers library ({error}); train it again") from error
-        fault = _fault(json.loads(content), tokenizer)
-        if fault:
-            raise DataError(f"{path} would lose text: {fault}; name a byte-level BPE in tokenizers.text.path")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # a text that spells a special token stays text
+        fault = _fault(json.loads(content), tokenizer)
+        if fault:
+            raise DataError(
+                f"{path} would lose text: {fault}; name a byte-level BPE that changes nothing in tokenizers.text.path"
+            )
         return cls(tokenizer)
 
     def save(self, path: str | Path) -> None:
@@ -175,14 +178,13 @@ def _fault(content: dict, tokenizer: Tokenizer) -> str | None:
             return f"its model sets {option}"
     if content.get("normalizer") is not None:
         return "it normalises"
-    steps = content.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    if not levels or (content.get("decoder") or {}).get("type") != "ByteLevel":
+    steps = _steps(content.get("pre_tokenizer"))
+    levels = [step for step in steps if step["type"] == "ByteLevel"]
+    if not levels:
         return "it does not work on bytes"
     if any(step["add_prefix_space"] for step in levels):
         return "it adds a prefix space"
-    if any(step["type"] == "Split" and step["behavior"] == "Removed" for step in steps):
+    if any(step.get("behavior") == "Removed" for step in steps):
         return "it removes what it splits at"
     if any(not token["special"] for token in content.get("added_tokens", [])):
         return "it has added tokens that are not special"
@@ -192,4 +194,22 @@ def _fault(content: dict, tokenizer: Tokenizer) -> str | None:
         return f"{len(missing)} of the 256 bytes have no id"
     if max(vocabulary.values()) >= len(vocabulary):
         return "its ids leave gaps"
-    return None
+    special = [token["content"] for token in content.get("added_tokens", [])]
+    return loss(tokenizer, special + _strings([content["pre_tokenizer"], content.get("decoder")]))
+
+
+def _steps(pre_tokenizer: dict | None) -> list[dict]:
+    """The pre-tokenizers in a sequence, however nested."""
+    if pre_tokenizer is None:
+        return []
+    if pre_tokenizer["type"] == "Sequence":
+        return [step for part in pre_tokenizer["pretokenizers"] for step in _steps(part)]
+    return [pre_tokenizer]
+
+
+def _strings(tree: object) -> list[str]:
+    """All strings in JSON, among them the delimiters and patterns that a step looks for."""
+    if isinstance(tree, str):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return [string for part in parts for string in _strings(part)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mmoe.errors import DataError
@@ -99,8 +99,9 @@ def test_foreign_special_tokens_are_plain_text(tmp_path):
     [
         ({"normalizer": {"type": "NFC"}}, "normalises"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "does not work on bytes"),
+        ({"pre_tokenizer": None}, "does not work on bytes"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}, "prefix space"),
-        ({"decoder": None}, "does not work on bytes"),
+        ({"decoder": None}, "comes back as"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "255 of the 256 bytes"),
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "WordLevel"),
     ],
@@ -110,6 +111,87 @@ def test_lossy_tokenizers_are_refused(tmp_path, change, reason):
     path.write_text(json.dumps(json.loads(_saved(tmp_path, BYTES)) | change))
     with pytest.raises(DataError, match=reason):
         TextTokenizer.load(path)
+
+
+LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PREFIX = pre_tokenizers.ByteLevel(add_prefix_space=True)
+Chain = pre_tokenizers.Sequence
+LOSSY = {
+    "whitespace": Chain([pre_tokenizers.Whitespace(), LEVEL]),
+    "whitespace_split": Chain([pre_tokenizers.WhitespaceSplit(), LEVEL]),
+    "metaspace": Chain([pre_tokenizers.Metaspace(), LEVEL]),
+    "metaspace_without_prefix": Chain([pre_tokenizers.Metaspace(prepend_scheme="never"), LEVEL]),
+    "scripts": Chain([pre_tokenizers.UnicodeScripts(), LEVEL]),  # a text of a space alone
+    "bert": Chain([pre_tokenizers.BertPreTokenizer(), LEVEL]),
+    "delimiter": Chain([pre_tokenizers.CharDelimiterSplit("☃"), LEVEL]),
+    "delimiter_space": Chain([pre_tokenizers.CharDelimiterSplit(" "), LEVEL]),
+    "delimiter_behind": Chain([LEVEL, pre_tokenizers.CharDelimiterSplit("Ġ")]),
+    "punctuation_removed": Chain([pre_tokenizers.Punctuation("removed"), LEVEL]),
+    "punctuation_removed_behind": Chain([LEVEL, pre_tokenizers.Punctuation("removed")]),
+    "split_removed": Chain([pre_tokenizers.Split(Regex("x"), "removed"), LEVEL]),
+    "nested": Chain([Chain([Chain([pre_tokenizers.WhitespaceSplit()]), LEVEL])]),
+    "nested_prefix": Chain([Chain([pre_tokenizers.Digits()]), Chain([PREFIX])]),
+    "twice": Chain([LEVEL, LEVEL]),
+    "prefix_at_every_split": Chain([pre_tokenizers.Split(Regex("x"), "isolated"), PREFIX]),
+}
+LOSSLESS = {
+    "level": LEVEL,
+    "level_without_regex": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    "level_with_untrimmed_offsets": pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False),
+    "digits": Chain([pre_tokenizers.Digits(individual_digits=True), LEVEL]),
+    "punctuation": Chain([pre_tokenizers.Punctuation("isolated"), LEVEL]),
+    "split": Chain([pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s+"), "isolated"), LEVEL]),
+    "metaspace_behind": Chain([LEVEL, pre_tokenizers.Metaspace()]),
+    "whitespace_behind": Chain([LEVEL, pre_tokenizers.Whitespace()]),  # bytes are no white space
+    "nested": Chain([Chain([pre_tokenizers.Digits()]), Chain([Chain([LEVEL])])]),
+}
+
+
+def _with(folder, **parts):
+    tokenizer = Tokenizer.from_str(_saved(folder, TRAINED))
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.save(str(folder / "other.json"))
+    return folder / "other.json"
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_pre_tokenizers_that_lose_text_are_refused(tmp_path, name):
+    with pytest.raises(DataError, match=r"other.json would lose text: (.* comes back as|it (removes|adds))"):
+        TextTokenizer.load(_with(tmp_path, pre_tokenizer=LOSSY[name]))
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_pre_tokenizers_that_lose_nothing_are_taken(tmp_path, name):
+    loaded = TextTokenizer.load(_with(tmp_path, pre_tokenizer=LOSSLESS[name]))
+    for text in (*CORPUS, " a  b\r\n\tc 12.5 ☃ 漢字 🙂"):
+        assert loaded.decode(loaded.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.WordPiece(),
+        decoders.Metaspace(),
+        decoders.Fuse(),
+        decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]),
+        decoders.Sequence([decoders.ByteLevel(), decoders.Replace("▁", " ")]),
+        decoders.Sequence([decoders.ByteLevel(), decoders.Replace("☃ man", "snowman")]),
+        decoders.Sequence([decoders.ByteLevel(), decoders.CTC("<pad>")]),
+    ],
+    ids=["word_piece", "metaspace", "fuse", "strip", "replace", "replace_rare", "ctc"],
+)
+def test_decoders_that_lose_text_are_refused(tmp_path, decoder):
+    with pytest.raises(DataError, match="other.json would lose text: .* comes back as"):
+        TextTokenizer.load(_with(tmp_path, decoder=decoder))
+
+
+def test_decoders_and_post_processors_that_lose_nothing_are_taken(tmp_path):
+    parts = {
+        "decoder": decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()]),
+        "post_processor": processors.RobertaProcessing(("b", 1), ("a", 2), trim_offsets=True, add_prefix_space=True),
+    }
+    assert TextTokenizer.load(_with(tmp_path, **parts)).encode(" a").tolist() == TRAINED.encode(" a").tolist()
 
 
 def test_bad_files_are_named(tmp_path):
