@@ -99,17 +99,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class DamagedError(CheckpointError):
+    """A file of a checkpoint that is missing, or not as it was written: an older checkpoint may still be whole."""
+
+
 def check(path: Path, size: int, crc: int) -> None:
-    """Raises CheckpointError unless the file is there, of that size and CRC-32."""
-    remedy = "resume from an earlier checkpoint, or copy the file again from where it is whole"
+    """Raises DamagedError unless the file is there, of that size and CRC-32."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing from its checkpoint; {remedy}")
+        raise DamagedError(f"{path} is missing from its checkpoint")
     found = path.stat().st_size
     if found != size:
-        raise CheckpointError(f"{path} is truncated: it has {found:,} bytes and was written with {size:,}; {remedy}")
+        raise DamagedError(f"{path} is truncated: it has {found:,} bytes and was written with {size:,}")
     actual = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             actual = zlib.crc32(block, actual)
     if actual != crc:
-        raise CheckpointError(f"{path} is corrupt: its contents are not what was written; {remedy}")
+        raise DamagedError(f"{path} is corrupt: its contents are not what was written")

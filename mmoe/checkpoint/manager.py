@@ -1,21 +1,26 @@
-"""Checkpoints of a run in any layout: written beside the old ones, renamed into place, and only then pointed to.
+"""Checkpoints of a run in any layout: written beside the old ones and renamed into place.
 
 ::
 
-    checkpoints/latest                      the name of the newest durable checkpoint
     checkpoints/step-00000100/manifest.json every other file with its size and CRC-32
+                              config.yaml   the run's, as it was then
                               state.json    all that is not a tensor
                               .metadata     } torch.distributed.checkpoint: the tensors, by name,
                               __0_0.distcp  } in one file of every rank
     checkpoints/step-00000200.partial/      being written, or left by a crash: never read, removed by `save`
     checkpoints/step-00000100.replaced/     the older checkpoint of a step, until the newer one is in place
+    checkpoints/step-00000300.left/         set aside by `go_back`: the run went on from an older one
+
+A folder ``step-*`` is committed, and nothing points to it: it is whole when its files are those of its manifest. The
+newest one is the one of the highest step. A run that continues from an older one (because it was told to, or
+because the newer ones are damaged) first sets the newer ones aside, and so has one course only.
 
 All ranks of the default process group save and load together, in a folder that they share. Tensors are plain or
 DTensors; several ranks may hold a name, as shards or as equal copies, and a rank (of a pipeline) only some of the
 names. What was saved under one layout loads under any other, one process included. All that is not a tensor is
 rank 0's, random states included: they differ between ranks, but every training step seeds itself.
 
-torch keeps the placement of tensors (`.metadata`) as a pickle: load only checkpoints you trust.
+Nothing in a checkpoint is run: see `mmoe.checkpoint.metadata` on the pickle in which torch keeps `.metadata`.
 """
 
 import errno
@@ -23,30 +28,27 @@ import functools
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import Field
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
+from rich.console import Console
 
-from mmoe.checkpoint.files import CheckedFileSystem, check, sync_folder
+from mmoe.checkpoint.files import CheckedFileSystem, DamagedError, check, sync_folder
+from mmoe.checkpoint.manifest import FORMAT, MANIFEST, Manifest
 from mmoe.checkpoint.ranks import Ranks
-from mmoe.checkpoint.tree import join, merge, places, prune, split
-from mmoe.checkpoint.upgrade import from_format_1
+from mmoe.checkpoint.tensors import fill, union, write
+from mmoe.checkpoint.tree import check_document, merge, split
 from mmoe.config.base import Config
 from mmoe.errors import CheckpointError
 
-FORMAT = 2  # 1, still read, numbered the optimizer's states: only names mean the same in every layout
-PARTIAL, REPLACED = ".partial", ".replaced"
+PARTIAL, REPLACED, LEFT = ".partial", ".replaced", ".left"
+POINTER = "latest"  # of format 2, which named the newest checkpoint in it
 MARGIN = 1 << 20  # bytes of names, headers and state.json
 
-Form = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its global shape and dtype
+T = TypeVar("T")
 
 
 class CheckpointConfig(Config):
@@ -61,8 +63,8 @@ class CheckpointConfig(Config):
 class CheckpointManager:
     """Saves and loads states (`mmoe.checkpoint.tree`) under `folder`. Every failure is a CheckpointError.
 
-    `latest_step`, `save` and `load` are for all ranks of the default process group at once: what fails on one raises on
-    all.
+    `latest_step`, `save`, `load` and `go_back` are for all ranks of the default process group at once: what fails on
+    one raises on all.
     """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig):
@@ -73,65 +75,125 @@ class CheckpointManager:
         return sorted(self._committed())
 
     def latest_step(self) -> int | None:
-        """The step `latest` points to; None where nothing was saved yet."""
+        """The newest step; None where nothing was saved yet.
+
+        Raises CheckpointError where there are none but checkpoints that were set aside.
+        """
         return Ranks().first(self._latest)  # what other machines see of a shared folder may be some seconds old
 
-    def _latest(self) -> int | None:
-        pointer = self.folder / "latest"
-        if not pointer.is_file():
-            return None
-        name = pointer.read_text(encoding="utf-8").strip()
-        step = _step_of(name)
-        if step is None or step not in self._committed():
-            raise CheckpointError(
-                f"{pointer} names {name!r}, which is not there; resume from one of the steps {self._list()}"
-            )
-        return step
+    def save(self, step: int, state: dict[str, Any], texts: Mapping[str, str] | None = None) -> Path:
+        """Write `state`, and `texts` as files of these names, as the checkpoint of `step`; returns its folder.
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` as the checkpoint of `step` and point `latest` to it; returns its folder.
-
-        An older checkpoint of that step is replaced. When anything fails, what was there before is left as it
-        was, `latest` included, and the part that was written is removed.
+        An older checkpoint of that step is replaced. When anything fails, what was there before is left as it was,
+        and the part that was written is removed.
         """
         ranks = Ranks()
         document, tensors = ranks.every(lambda: split(state))
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}  # of all shards
         held = ranks.gather((document, sizes))
-        needed = ranks.first(lambda: sum(_union(sizes for _, sizes in held).values()) + MARGIN)
+        needed = ranks.first(lambda: sum(union(sizes for _, sizes in held).values()) + MARGIN)
         final = self.folder / f"step-{step:08d}"
-        partial, pointer = final.with_name(final.name + PARTIAL), self.folder / f"latest{PARTIAL}"
-        with _write_errors(self.folder, needed):
+        partial = final.with_name(final.name + PARTIAL)
+        with _write_errors(self.folder, f"a checkpoint of {needed:,} bytes"):
             ranks.first(lambda: self._prepare(partial, needed))
             try:
-                written = ranks.gather(_write(partial, tensors, ranks))
-                ranks.first(lambda: _finish(partial, step, [document for document, _ in held], _union(written)))
-                ranks.first(lambda: self._commit(partial, final, pointer))
+                written = ranks.gather(write(partial, tensors, ranks))
+                documents = [document for document, _ in held]
+                ranks.first(lambda: _finish(partial, step, documents, union(written), texts or {}))
+                ranks.first(lambda: self._commit(partial, final))
             except BaseException:
                 if ranks.rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)
-                    pointer.unlink(missing_ok=True)
                 raise
             ranks.first(lambda: self._retire(step))
         return final
 
     def load(self, state: dict[str, Any], step: int | None = None) -> int:
-        """Fill `state` from the checkpoint of `step` (None: the latest); returns its step.
+        """Fill `state` from the checkpoint of `step` (None: the newest that is whole); returns its step.
 
-        The keys of `state` choose the sections to read. A tensor of `state` is filled in place and must have
-        the name, shape and dtype of the saved one; all ranks together hold all names of a section. A section
-        without tensors on any rank takes whatever was saved, on the CPU. Everything that is not a tensor is
-        replaced.
+        Damaged ones that are passed over are said on stderr. The keys of `state` choose the sections to read. A
+        tensor of `state` is filled in place and must have the name, shape and dtype of the saved one; all ranks
+        together hold all names of a section. A section without tensors on any rank takes whatever was saved, on
+        the CPU. Everything that is not a tensor is replaced.
         """
         ranks = Ranks()
-        folder, step = ranks.first(lambda: self._find(step))
+        folder, manifest = self._whole(step, ranks)
         with _read_errors(folder):
-            manifest = ranks.first(lambda: _manifest(folder))
-            shared = list(manifest["files"].items())[ranks.rank :: ranks.size]
-            ranks.every(lambda: [check(folder / name, file["bytes"], file["crc32"]) for name, file in shared])
-            document = ranks.first(lambda: json.loads((folder / "state.json").read_text(encoding="utf-8")))
-            _fill(folder, manifest["format"], document, state, ranks)
-        return step
+            document = ranks.first(lambda: _document(folder))
+            fill(folder, manifest, document, state, ranks)
+        return manifest.step
+
+    def go_back(self, step: int) -> None:
+        """Make `step` the newest: whatever is newer is of a course that the run left, and is set aside.
+
+        What is set aside is not loaded, and retention counts it as older than all else. Does nothing where nothing is
+        newer.
+        """
+        with _write_errors(self.folder, "the names of checkpoints that are set aside"):
+            Ranks().first(lambda: self._go_back(step))
+
+    def text(self, name: str) -> tuple[Path, str] | None:
+        """The file `name` that `save` was given, of the newest checkpoint where it is whole; for one process."""
+        for step in reversed(self.steps()):
+            folder = self._committed()[step]
+            try:
+                check(folder / name, *Manifest.read(folder).files[name])
+                return folder / name, (folder / name).read_text(encoding="utf-8")
+            except (CheckpointError, KeyError, OSError):
+                continue
+        return None
+
+    def _latest(self) -> int | None:
+        if steps := self.steps():
+            return steps[-1]
+        if left := sorted(path.name for path in self._folders() if path.name.endswith(LEFT)):
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint but {', '.join(left)}, which the run had left; remove {LEFT} from "
+                "the name of the one to resume from, or start over with --fresh"
+            )
+        return None
+
+    def _whole(self, step: int | None, ranks: Ranks) -> tuple[Path, Manifest]:
+        """The checkpoint of `step`, or the newest whose files are all as they were written, all ranks agreeing."""
+        damage: list[str] = []
+        for folder in ranks.first(lambda: self._candidates(step)):
+            manifest, found = ranks.first(functools.partial(_attempt, folder, Manifest.read, folder))
+            if manifest is not None:
+                shared = list(manifest.files.items())[ranks.rank :: ranks.size]
+                mine = ranks.every(functools.partial(_attempt, folder, _check_all, folder, shared))[1]
+                found = ranks.first(functools.partial(next, filter(None, ranks.gather(mine)), None))
+            if found is not None:
+                damage.append(found)
+                continue
+            if damage and ranks.rank == 0:
+                _say(f"{'; '.join(damage)}: this goes on from the checkpoint before, {folder.name}")
+            return folder, manifest
+        raise CheckpointError(ranks.first(lambda: self._no_whole(step, damage)))
+
+    def _candidates(self, step: int | None) -> list[Path]:
+        """The checkpoints to try, in this order."""
+        committed = self._committed()
+        if step is None:
+            if self._latest() is None:
+                raise CheckpointError(f"{self.folder} holds no checkpoint; train the run first")
+            return [committed[step] for step in sorted(committed, reverse=True)]
+        if step in committed:
+            return [committed[step]]
+        left = self.folder / f"step-{step:08d}{LEFT}"
+        hint = f"; the run had left {left}: remove {LEFT} from its name to return to it" if left.is_dir() else ""
+        choice = f"choose from {', '.join(map(str, sorted(committed)))}" if committed else "it holds none"
+        raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}; {choice}{hint}")
+
+    def _no_whole(self, step: int | None, damage: list[str]) -> str:
+        if step is None:
+            more = f" (and {len(damage) - 1} older ones are damaged too)" if len(damage) > 1 else ""
+            return (
+                f"{damage[0]}{more}; no checkpoint of {self.folder} is whole to resume from: copy an earlier or this "
+                "one again from where it is whole, or start over with --fresh"
+            )
+        others = ", ".join(str(other) for other in self.steps() if other != step)
+        instead = f"resume from an earlier checkpoint (there are {others})" if others else "there is no other"
+        return f"{damage[0]}; {instead}, or copy the file again from where it is whole"
 
     def _prepare(self, partial: Path, needed: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,26 +202,33 @@ class CheckpointManager:
         if free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
 
-    def _commit(self, partial: Path, final: Path, pointer: Path) -> None:
-        # The pointer's text is durable before anything moves: from here on nothing needs room.
-        CheckedFileSystem().write(pointer, f"{final.name}\n".encode())
+    def _commit(self, partial: Path, final: Path) -> None:
         replaced = final.with_name(final.name + REPLACED)
         if final.exists():
             final.rename(replaced)
-        partial.rename(final)
-        sync_folder(self.folder)
-        pointer.replace(self.folder / "latest")
+        partial.rename(final)  # from here on it is found
         sync_folder(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _retire(self, newest: int) -> None:
-        """Delete all but the newest; steps after `newest` are of a course the run left, and count as old."""
+    def _retire(self, saved: int) -> None:
+        """Delete all but the newest, those that were set aside first; never the one of the step just `saved`."""
         committed = self._committed()
-        for step in sorted(committed, key=lambda step: (step <= newest, step))[: -self.config.keep]:
-            # Renamed first: a crash half-way through the deletion must not leave what looks committed.
-            doomed = committed[step].with_name(committed[step].name + PARTIAL)
-            committed[step].rename(doomed)
-            shutil.rmtree(doomed)
+        left = sorted(path for path in self._folders() if path.name.endswith(LEFT))
+        kept = [committed[step] for step in sorted(committed)]
+        for path in (left + kept)[: -self.config.keep]:
+            if path != committed[saved]:
+                _delete(path)
+
+    def _go_back(self, step: int) -> None:
+        # The oldest first: until the last is renamed, a run that was killed here resumes where it stood.
+        for newer in [other for other in self.steps() if other > step]:
+            path = self._committed()[newer]
+            left = self.folder / f"step-{newer:08d}{LEFT}"
+            if left.exists():
+                _delete(left)
+            path.rename(left)
+        if self.folder.is_dir():
+            sync_folder(self.folder)
 
     def _clean(self) -> None:
         """Undo what a crash left half done."""
@@ -172,26 +241,17 @@ class CheckpointManager:
                     path.rename(final)
             elif path.name.endswith(PARTIAL):
                 path.unlink() if path.is_file() else shutil.rmtree(path)
+            elif path.name == POINTER:
+                path.unlink()
 
     def _committed(self) -> dict[int, Path]:
-        if not self.folder.is_dir():
-            return {}
-        folders = [path for path in self.folder.iterdir() if path.is_dir()]
+        folders = self._folders()
         found = {_step_of(path.name.removesuffix(REPLACED)): path for path in folders if path.name.endswith(REPLACED)}
         found |= {_step_of(path.name): path for path in folders}
         return {step: path for step, path in found.items() if step is not None}
 
-    def _find(self, step: int | None) -> tuple[Path, int]:
-        chosen = self._latest() if step is None else step
-        if chosen is None:
-            raise CheckpointError(f"{self.folder} holds no checkpoint; train the run first")
-        committed = self._committed()
-        if chosen not in committed:
-            raise CheckpointError(f"{self.folder} holds no checkpoint of step {chosen}; choose from {self._list()}")
-        return committed[chosen], chosen
-
-    def _list(self) -> str:
-        return ", ".join(str(step) for step in sorted(self._committed())) or "(none)"
+    def _folders(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
 
 
 def _step_of(name: str) -> int | None:
@@ -199,35 +259,34 @@ def _step_of(name: str) -> int | None:
     return int(digits) if name.startswith("step-") and digits.isdecimal() else None
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+def _delete(path: Path) -> None:
+    # Renamed first: a crash half-way through the deletion must not leave what looks committed.
+    doomed = path.with_name(path.name + PARTIAL)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _check_all(folder: Path, files: list[tuple[str, tuple[int, int]]]) -> None:
+    for name, sums in files:
+        check(folder / name, *sums)
+
+
+def _attempt(folder: Path, act: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
+    """What `act` returns, and what is damaged in `folder` where it cannot."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is corrupt ({error}); resume from an earlier checkpoint") from error
-    if version not in range(1, FORMAT + 1):
-        raise CheckpointError(
-            f"{path} has format {version!r}, this mmoe reads 1 to {FORMAT}; load it with the version that wrote it"
-        )
-    return manifest
+        with _read_errors(folder):
+            return act(*arguments), None
+    except DamagedError as error:
+        return None, str(error)
 
 
-def _union(parts: Iterable[dict]) -> dict:
-    return {key: value for part in parts for key, value in part.items()}
+def _say(sentence: str) -> None:
+    Console(stderr=True).print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
-def _write(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, tuple[int, int]]:
-    """Write this rank's share of the tensors; returns the size and CRC-32 of its files by name."""
-    # The file system makes each file durable as it is closed, so torch need not.
-    writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=False)
-    writer.fs = files = CheckedFileSystem()
-    with _single_process(), _unwrapped(ranks):
-        dcp.save(tensors, storage_writer=writer, no_dist=not ranks.grouped)
-    return {path.name: sums for path, sums in files.written.items()}
-
-
-def _finish(partial: Path, step: int, documents: list[Any], written: dict[str, tuple[int, int]]) -> None:
+def _finish(
+    partial: Path, step: int, documents: list[Any], written: dict[str, tuple[int, int]], texts: Mapping[str, str]
+) -> None:
     """Write what rank 0 writes for all ranks."""
     for name, (size, _) in written.items():
         if not (partial / name).is_file() or (partial / name).stat().st_size != size:
@@ -236,64 +295,30 @@ def _finish(partial: Path, step: int, documents: list[Any], written: dict[str, t
                 "put training.run on a file system that all ranks share"
             )
     files = CheckedFileSystem()
+    for name, text in texts.items():
+        files.write(partial / name, text.encode())
     files.write(partial / "state.json", json.dumps(functools.reduce(merge, documents)).encode())
     written = written | {path.name: sums for path, sums in files.written.items()}
-    sums = {name: {"bytes": size, "crc32": crc} for name, (size, crc) in written.items()}
-    manifest = {"format": FORMAT, "step": step, "files": sums}
-    files.write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+    files.write(partial / MANIFEST, Manifest(FORMAT, step, written).to_json().encode())
     sync_folder(partial)
 
 
-def _fill(folder: Path, version: int, document: dict[str, Any], state: dict[str, Any], ranks: Ranks) -> None:
-    if version == 1:
-        document = from_format_1(document)
-    given = ranks.every(lambda: _tensors(folder, document, state))
-    stored = places(document)
-    if version == 1:  # a parameter without a gradient had no state: this run's is the initial one
-        given = {name: given[name] for name in given if name in stored or not name.startswith("optimizer.")}
-    reader = dcp.FileSystemReader(folder)
-    saved = ranks.every(lambda: reader.read_metadata().state_dict_metadata)
-    forms = ranks.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in given.items()})
-    theirs = {name: (tuple(saved[key].size), saved[key].properties.dtype) for name, key in stored.items()}
-    sharded = ranks.first(lambda: {part for part in document if _match(folder, part, _union(forms), theirs)})
-    for part in state.keys() - sharded:
-        given |= {name: torch.empty(theirs[name][0], dtype=theirs[name][1]) for name in places(document[part], part)}
-    tensors = {stored[name]: tensor for name, tensor in given.items()}
-    with _single_process(), _unwrapped(ranks):
-        dcp.load(tensors, storage_reader=reader, no_dist=not ranks.grouped)
-    state.update(join(prune({part: document[part] for part in state}, tensors.keys()), tensors))
-
-
-def _tensors(folder: Path, document: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `state`; raises CheckpointError where `document` lacks one of its sections."""
-    if missing := state.keys() - document.keys():
-        raise CheckpointError(f"{folder}/state.json has no {sorted(missing)[0]!r}; it was saved by another program")
-    return split(state)[1]
-
-
-def _match(folder: Path, section: str, ours: dict[str, Form], theirs: dict[str, Form]) -> bool:
-    """Whether this run holds tensors of `section`; raises CheckpointError unless they are then the saved ones."""
-    given, saved = (
-        {name: form for name, form in forms.items() if name == section or name.startswith(f"{section}.")}
-        for forms in (ours, theirs)
-    )
-    if not given:
-        return False
-    remedy = "load it with the model.* and precision.* it was trained with (config.yaml of its run)"
-    if odd := sorted(given.keys() ^ saved.keys()):
-        where = "the checkpoint" if odd[0] in given else "this run"
-        raise CheckpointError(f"{folder}: {odd[0]} is not in {where} ({len(odd)} names differ); {remedy}")
-    for name, (shape, dtype) in given.items():
-        if (shape, dtype) != saved[name]:
-            raise CheckpointError(
-                f"{folder}: {name} was saved as {saved[name][1]} {list(saved[name][0])}, "
-                f"this run has {dtype} {list(shape)}; {remedy}"
-            )
-    return True
+def _document(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        check_document(document)
+        if not isinstance(document, dict):
+            raise ValueError(f"a {type(document).__name__} where its sections belong")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not the state of a checkpoint ({error}); get the checkpoint anew from where it was saved"
+        ) from error
+    return document
 
 
 @contextmanager
-def _write_errors(folder: Path, needed: int) -> Iterator[None]:
+def _write_errors(folder: Path, what: str) -> Iterator[None]:
     """Turn what the disk refuses into one sentence."""
     try:
         yield
@@ -302,11 +327,11 @@ def _write_errors(folder: Path, needed: int) -> Iterator[None]:
             existing = next(path for path in (folder, *folder.parents) if path.exists())
             free = shutil.disk_usage(existing).free
             raise CheckpointError(
-                f"{folder}: no room for a checkpoint of {needed:,} bytes ({free:,} free); earlier "
+                f"{folder}: no room for {what} ({free:,} free); earlier "
                 "checkpoints are intact; free space, lower checkpoint.keep or move training.run"
             ) from error
         raise CheckpointError(
-            f"{error.filename or folder}: saving a checkpoint of {needed:,} bytes failed ({error.strerror}); "
+            f"{error.filename or folder}: saving {what} failed ({error.strerror}); "
             "earlier checkpoints are intact; make the folder writable, or put training.run elsewhere"
         ) from error
 
@@ -316,25 +341,8 @@ def _read_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise DamagedError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
         raise CheckpointError(
-            f"{error.filename or folder} cannot be read ({error.strerror}); resume from another checkpoint"
+            f"{error.filename or folder} cannot be read ({error.strerror}); make it readable"
         ) from error
-
-
-@contextmanager
-def _unwrapped(ranks: Ranks) -> Iterator[None]:
-    """torch wraps every error, Ctrl-C included, in a CheckpointException: raise what happened."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (failure, _) = next(iter(error.failures.items()))
-        if ranks.rank in error.failures:
-            raise error.failures[ranks.rank][0] from None
-        raise ranks.shared(failure, rank) from None
-
-
-@contextmanager
-def _single_process() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

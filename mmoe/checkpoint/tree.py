@@ -52,6 +52,24 @@ def places(document: Any, path: str = "") -> dict[str, str]:
     return {place: name for part in nested for place, name in part.items()}
 
 
+def check_document(document: Any, path: str = "") -> None:
+    """Raises ValueError naming the path of whatever `split` does not write."""
+    if isinstance(document, list):
+        for number, item in enumerate(document):
+            check_document(item, f"{path}.{number}")
+    if not isinstance(document, dict):
+        return
+    for mark, kind in ((TENSOR, str), (TUPLE, list), (INTEGER_KEYS, dict)):
+        if mark in document and (len(document) > 1 or not isinstance(document[mark], kind)):
+            raise ValueError(f"{path} has {mark!r} where none belongs")
+    if TENSOR in document:
+        return
+    if INTEGER_KEYS in document and not all(key.removeprefix("-").isdecimal() for key in document[INTEGER_KEYS]):
+        raise ValueError(f"{path} has keys that are no integers")
+    for key, value in document.items():
+        check_document(value, f"{path}.{key}" if path else key)
+
+
 def names(document: Any) -> set[str]:
     """The names of all tensors a document refers to."""
     return set(places(document).values())

@@ -34,7 +34,7 @@ def test_a_broken_file_is_named(tmp_path: Path, fault: str, sentence: str) -> No
     else:
         flipped = CONTENT[:1500] + bytes([CONTENT[1500] ^ 1]) + CONTENT[1501:]
         path.write_bytes(CONTENT[:-1] if fault == "short" else flipped)
-    with pytest.raises(CheckpointError, match=f"a.bin is {sentence}.*; resume from an earlier checkpoint"):
+    with pytest.raises(CheckpointError, match=f"a.bin is {sentence}"):
         check(path, size, crc)
 
 

@@ -1,10 +1,7 @@
 """Checkpoints: exact, whole or absent, and never the reason that an older one is lost."""
 
-import errno
-import os
-import resource
 import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
+from mmoe.checkpoint.manager import CheckpointConfig
+from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.errors import CheckpointError
-
-
-@pytest.fixture(autouse=True)
-def quick_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When files are synced is tested; that a sync reaches the disk is the kernel's promise, and slow."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-def manager(folder: Path, keep: int = 3) -> CheckpointManager:
-    return CheckpointManager(folder / "checkpoints", CheckpointConfig(every_steps=10, keep=keep))
-
-
-def state_of(value: float, size: int = 5) -> dict[str, Any]:
-    return {"model": {"weight": torch.full((size,), float(value))}, "trainer": {"value": value}}
-
-
-def loaded(checkpoints: CheckpointManager, step: int | None = None, size: int = 5) -> float:
-    """The value of a `state_of` that was saved, after checking that all of it came back."""
-    state = state_of(-1.0, size)
-    checkpoints.load(state, step)
-    value = state["trainer"]["value"]
-    assert torch.equal(state["model"]["weight"], torch.full((size,), float(value)))
-    return value
+from tests.checkpoint.states import loaded, manager, names, state_of
 
 
 class Training:
@@ -145,18 +121,58 @@ def test_retention_counts_only_what_is_committed(tmp_path: Path) -> None:
     checkpoints.save(50, state_of(50))
     assert checkpoints.steps() == [10, 50]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"latest", "step-00000010", "step-00000050"}
+    assert names == {"step-00000010", "step-00000050"}
 
 
-def test_going_back_keeps_the_new_course(tmp_path: Path) -> None:
-    """A run that went back to step 10 writes 15 and 20 anew; the abandoned 30 goes first."""
+def test_the_newest_is_found_by_itself_whatever_a_pointer_says(tmp_path: Path) -> None:
+    checkpoints = manager(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, state_of(step))
+    for text in ("step-00000010\n", "step-00000099\n", "", "\0"):  # as format 2 had it, lost or damaged
+        (checkpoints.folder / "latest").write_text(text)
+        assert checkpoints.latest_step() == 20 and loaded(checkpoints) == 20
+    checkpoints.save(30, state_of(30))
+    assert names(checkpoints) == {"10", "20", "30"}
+
+
+def test_retention_keeps_the_newest_by_step_and_what_was_just_saved(tmp_path: Path) -> None:
+    """A run that begins anew beside good checkpoints (its folder's names were lost to it) deletes none of them."""
     checkpoints = manager(tmp_path, keep=2)
+    for step in (80, 90):
+        checkpoints.save(step, state_of(step))
+    checkpoints.save(10, state_of(10.5))
+    assert checkpoints.steps() == [10, 80, 90] and loaded(checkpoints) == 90 and loaded(checkpoints, 10) == 10.5
+
+
+def test_going_back_is_recorded_and_keeps_the_new_course(tmp_path: Path) -> None:
+    """A run that went back to step 10 writes 15 and 20 anew; what it left goes first, the oldest of that before."""
+    checkpoints = manager(tmp_path, keep=3)
     for step in (10, 20, 30):
         checkpoints.save(step, state_of(step))
+    checkpoints.go_back(10)
+    assert names(checkpoints) == {"10", "20.left", "30.left"}
+    assert checkpoints.latest_step() == 10 and loaded(checkpoints) == 10  # killed before it saved anything
     checkpoints.save(15, state_of(15.5))
-    assert checkpoints.latest_step() == 15 and checkpoints.steps() == [15, 30]
+    assert names(checkpoints) == {"10", "15", "30.left"}
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint of step 30; choose from 10, 15; the run had left .*\.left"
+    ):
+        loaded(checkpoints, 30)
     checkpoints.save(20, state_of(20.5))
-    assert checkpoints.steps() == [15, 20] and loaded(checkpoints) == 20.5
+    checkpoints.go_back(15)
+    checkpoints.save(20, state_of(20.75))
+    checkpoints.go_back(15)  # twice from the same step
+    assert names(checkpoints) == {"10", "15", "20.left"} and loaded(checkpoints) == 15.5
+
+
+def test_checkpoints_that_were_all_left_are_no_start_at_step_0(tmp_path: Path) -> None:
+    checkpoints = manager(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, state_of(step))
+    checkpoints.go_back(10)
+    shutil.rmtree(checkpoints.folder / "step-00000010")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint but step-00000020\.left.*--fresh"):
+        checkpoints.latest_step()
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -164,174 +180,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoints.save(10, state_of(1.0))
     checkpoints.save(10, state_of(2.0))
     assert checkpoints.steps() == [10] and loaded(checkpoints) == 2.0
-    assert {path.name for path in checkpoints.folder.iterdir()} == {"latest", "step-00000010"}
-
-
-# ---------------------------------------------------------------------------- failures
-
-
-class Crash(BaseException):
-    """The machine stops here: nothing after it runs, not even the clean-up."""
-
-
-def faults(monkeypatch: pytest.MonkeyPatch, at: int, error: Callable[[], BaseException], crash: bool) -> list[str]:
-    """Make the `at`-th change to the disk raise `error`; returns the log of changes. After a crash all fail."""
-    log: list[str] = []
-
-    def guard(name: str, change: Callable) -> Callable:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            log.append(name)
-            if len(log) - 1 == at or (crash and len(log) - 1 > at):
-                raise error()
-            return change(*args, **kwargs)
-
-        return guarded
-
-    for owner, name in (
-        (os, "fsync"),
-        (Path, "rename"),
-        (Path, "replace"),
-        (Path, "unlink"),
-        (Path, "mkdir"),
-        (shutil, "rmtree"),
-        (os, "write"),
-    ):
-        monkeypatch.setattr(owner, name, guard(name, getattr(owner, name)))
-    return log
-
-
-def edges(log: list[str]) -> list[int]:
-    """The first and the last of every run of equal changes: nothing can differ between them."""
-    return [i for i, name in enumerate(log) if i == 0 or i == len(log) - 1 or {log[i - 1], log[i + 1]} != {name}]
-
-
-@pytest.mark.parametrize("again", [10, 20])
-def test_a_crash_at_any_change_to_the_disk_loses_nothing(tmp_path: Path, again: int) -> None:
-    """Whatever the moment: `latest` loads the old checkpoint whole or the new one whole, and saving goes on."""
-
-    def save_over(folder: Path, at: int) -> list[str]:
-        checkpoints = manager(folder, keep=1)
-        checkpoints.save(10, state_of(1.0))
-        with pytest.MonkeyPatch.context() as patch:
-            log = faults(patch, at, Crash, crash=True)
-            try:
-                checkpoints.save(again, state_of(2.0))
-            except Crash:
-                assert len(log) > at
-        return log
-
-    log, outcomes = save_over(tmp_path / "whole", 10**6), []
-    assert {"fsync", "rename", "replace", "write", "mkdir", "rmtree"} == set(log)
-    for at in edges(log):
-        folder = tmp_path / str(at)
-        save_over(folder, at)
-        after = manager(folder)
-        found, latest = loaded(after), after.latest_step()
-        outcomes.append(found)
-        after.save(30, state_of(3.0))
-        assert loaded(after) == 3.0 and loaded(after, latest) == found
-        assert all(p.name == "latest" or p.name[5:].isdecimal() for p in after.folder.iterdir())
-    assert outcomes == sorted(outcomes) and set(outcomes) == {1.0, 2.0}
-
-
-def test_a_crash_half_way_through_a_deletion_leaves_nothing_that_looks_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints = manager(tmp_path, keep=1)
-    checkpoints.save(10, state_of(1.0))
-
-    def rmtree(path: Path, ignore_errors: bool = False) -> None:
-        if path.exists():
-            (path / "manifest.json").unlink()
-            raise Crash
-
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(shutil, "rmtree", rmtree)
-        checkpoints.save(20, state_of(2.0))
-    assert checkpoints.steps() == [20] and loaded(checkpoints) == 2.0
-
-
-def test_a_full_disk_at_any_write_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    def full() -> OSError:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    checkpoints, refused = manager(tmp_path), 0
-    checkpoints.save(10, state_of(1.0))
-    for at in range(200):  # until none of the changes is the `at`-th
-        with pytest.MonkeyPatch.context() as patch:
-            log = faults(patch, at, full, crash=False)
-            try:
-                checkpoints.save(20, state_of(2.0))
-                break
-            except CheckpointError as error:
-                assert "no room for a checkpoint of" in str(error) and "checkpoint.keep" in str(error)
-        if log[at] == "write":
-            refused += 1
-            assert {p.name for p in checkpoints.folder.iterdir()} == {"latest", "step-00000010"}
-            assert loaded(checkpoints) == 1.0
-        assert loaded(checkpoints) in (1.0, 2.0)
-    assert refused == log.count("write") > 10
-
-
-def test_a_file_size_limit_of_the_system_is_one_sentence(tmp_path: Path) -> None:
-    """A real refusal by the kernel in the middle of a tensor, where torch would speak of file positions."""
-    checkpoints = manager(tmp_path)
-    checkpoints.save(10, state_of(1.0, 100_000))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="File too large") as error:
-            checkpoints.save(20, state_of(2.0, 100_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "earlier checkpoints are intact" in str(error.value)
-    assert {p.name for p in checkpoints.folder.iterdir()} == {"latest", "step-00000010"}
-    assert loaded(checkpoints, size=100_000) == 1.0
-
-
-def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = manager(tmp_path)
-    checkpoints.save(10, state_of(1.0))
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1234))
-    with pytest.raises(CheckpointError) as error:
-        checkpoints.save(20, state_of(2.0, 1_000_000))
-    assert f"{checkpoints.folder}: no room for a checkpoint of 5,048,576 bytes (1,234 free)" in str(error.value)
-    assert {p.name for p in checkpoints.folder.iterdir()} == {"latest", "step-00000010"}
-
-
-def test_ctrl_c_while_saving_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = manager(tmp_path)
-    checkpoints.save(10, state_of(1.0))
-    with monkeypatch.context() as patch:
-        faults(patch, 5, KeyboardInterrupt, crash=False)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(20, state_of(2.0))
-    assert {p.name for p in checkpoints.folder.iterdir()} == {"latest", "step-00000010"}
-    assert loaded(checkpoints) == 1.0
-
-
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(CheckpointError, match="saving a checkpoint of .* failed .*File exists"):
-        manager(tmp_path).save(10, state_of(1.0))
-
-
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "manifest.json"])
-@pytest.mark.parametrize("fault", ["truncated", "flipped", "gone"])
-def test_a_broken_checkpoint_is_named_by_file(tmp_path: Path, name: str, fault: str) -> None:
-    checkpoints = manager(tmp_path)
-    path = checkpoints.save(10, state_of(1.0)) / name
-    content = path.read_bytes()
-    if fault == "gone":
-        path.unlink()
-    elif fault == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    else:
-        middle = content.index(b"{") if name == "manifest.json" else len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x11]) + content[middle + 1 :])
-    with pytest.raises(CheckpointError, match=f"{name}.*resume from an"):
-        loaded(checkpoints)
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"step-00000010"}
 
 
 def test_another_model_is_named_by_tensor(tmp_path: Path) -> None:
@@ -359,13 +208,11 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     checkpoints.save(10, state_of(1.0))
     with pytest.raises(CheckpointError, match="no checkpoint of step 20; choose from 10"):
         loaded(checkpoints, 20)
-    (checkpoints.folder / "latest").write_text("step-00000099\n")
-    with pytest.raises(CheckpointError, match="names 'step-00000099', which is not there"):
-        loaded(checkpoints)
     manifest = checkpoints.folder / "step-00000010/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(CheckpointError, match="has format 3, this mmoe reads 1 to 2"):
-        loaded(checkpoints, 10)
+    manifest.write_text(replace(Manifest.read(manifest.parent), format=4).to_json())
+    for step in (None, 10):  # nothing is wrong with it, so an older one is no answer
+        with pytest.raises(CheckpointError, match="has format 4, this mmoe reads 1 to 3"):
+            loaded(checkpoints, step)
 
 
 def test_saving_and_loading_warn_of_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -59,7 +59,7 @@ def test_a_training_goes_on_from_format_1(tmp_path: Path, muon: MuonConfig | Non
         step(model, optimizer, seed)
     saved = checkpoints.save(2, {"model": model.state_dict(), "optimizer": format_1(optimizer)})
     manifest = saved / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
 
     other = model_of(1)
     resumed = build_optimizer(other, AdamWConfig(), muon)
@@ -78,7 +78,7 @@ def test_weights_alone_are_read_from_format_1(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(tmp_path, CheckpointConfig())
     saved = checkpoints.save(2, {"model": {"weight": torch.ones(3)}, "trainer": {"step": 2}})
     manifest = saved / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
     state: dict[str, Any] = {"model": {"weight": torch.zeros(3)}}
     checkpoints.load(state)
     assert state["model"]["weight"].tolist() == [1, 1, 1]

@@ -196,7 +196,7 @@ def test_a_rank_that_cannot_write_fails_all_and_leaves_the_old(
     for text in four.run(failing, action, tmp_path, culprit):
         assert text.startswith("CheckpointError") and sentence in text
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"latest", "step-00000010"}
+    assert names == {"step-00000010"}
     load(tmp_path, "one process", 0.5)
     four.run(save, tmp_path, "ep", 0.5)  # and saving goes on
 
@@ -258,5 +258,5 @@ def test_nothing_is_committed_while_a_rank_still_writes(four: Pool, tmp_path: Pa
     four.run(save, tmp_path, "dp4", 0.5)
     *others, slow = four.run(commit_too_early, tmp_path)
     assert others == [[], [], []]
-    assert set(slow) == {"latest", "step-00000010", "step-00000020.partial"}
+    assert set(slow) == {"step-00000010", "step-00000020.partial"}
     assert manager(tmp_path).latest_step() == 20
