@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
 from rich.table import Table
 
+from mmoe.console import Console
 from mmoe.data.blocks import FITS, PATCHES
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.deal import deal

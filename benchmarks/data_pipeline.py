@@ -20,9 +20,9 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
+from mmoe.console import Console
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.decode import SourceFiles
 from mmoe.data.frames import is_video

@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from mmoe.backends import require
+from mmoe.console import Console
 from mmoe.data.blocks import rng
 from mmoe.data.index import SegmentTable, ShardIndex, SourceManifest
 from mmoe.data.preparation.prepare import prepare

@@ -11,9 +11,9 @@ import sys
 import time
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
+from mmoe.console import Console
 from mmoe.result import print_result, target
 
 LAYOUTS = ("parallel.ep=8", "parallel.ep=16", "parallel.pp=4")

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import mmoe.models.moe.layer as layer_module
+from mmoe.console import Console
 from mmoe.data.sample import Modality
 from mmoe.models.layers import SwiGLU
 from mmoe.models.moe.layer import MoEConfig, MoELayer

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
 from rich.table import Table
 
 from mmoe.config.load import load
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.optim.muon import build_optimizer
 from mmoe.parallel.build import spread
 from mmoe.parallel.mesh import Degrees, Mesh

@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from mmoe.console import Console
 from mmoe.monitoring.memory import PeakMemory
 from mmoe.result import print_result
 

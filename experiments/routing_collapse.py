@@ -16,10 +16,10 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mmoe.console import Console
 from mmoe.data.batch import IGNORE, PackedBatch, Pairs
 from mmoe.data.sample import Modality
 from mmoe.losses.total import LossConfig, PlannedCounts, compute

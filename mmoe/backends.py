@@ -3,7 +3,6 @@
 Nothing is imported before somebody asks, and the answer is kept for the life of the process.
 """
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from types import ModuleType
 
-from mmoe.errors import BackendError
+from mmoe.errors import BackendError, brief, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ BACKENDS = {
 def status(name: str) -> Status:
     """Whether the backend can be used here; raises BackendError for a name that is none."""
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0.0)[0]
-        raise BackendError(f"{name!r} is not a backend; did you mean {near}? Known are {', '.join(BACKENDS)}")
+        hint = did_you_mean(name, BACKENDS) or "."
+        raise BackendError(f"{brief(name)} is not a backend{hint} Known are {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
     lacking = _lacking(backend)
     return Status(name, not lacking, _version(backend), f"not available because {lacking}" if lacking else "")

@@ -1,20 +1,43 @@
 """The command line: `mmoe <command>`, or `python -m mmoe <command>`."""
 
+import errno
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from mmoe.console import Console
 from mmoe.errors import MmoeError
+
+if TYPE_CHECKING:
+    from mmoe.config.tree import RunConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
 Engine = Literal["processes", "ray"]  # as `mmoe.data.preparation.engines.Engine`, which would be slow to import here
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
+Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
+# What the machine refuses, and no fault of the program: it ends in a sentence.
+OUTSIDE = {
+    errno.ENOSPC: "make room, or name another folder",
+    errno.EDQUOT: "make room, or name another folder",
+    errno.EFBIG: "name a folder on another disk",
+    errno.EROFS: "name a folder that can be written to",
+    errno.EACCES: "change its rights, or name another",
+    errno.EPERM: "change its rights, or name another",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a folder",
+    errno.EEXIST: "name another",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ELOOP: "its links lead in a circle: name another",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "check the disk",
+}
+INTERRUPTED = 130  # as shells give it for Ctrl-C
 
 
 @app.command()
@@ -86,10 +109,19 @@ def _given(context: typer.Context, name: str) -> bool:
     return context.get_parameter_source(name).name == "COMMANDLINE"
 
 
+def _config(path: Path, overrides: list[str] | None) -> "RunConfig":
+    """Read the config in a YAML file, or that of the run whose folder is given; with overrides applied."""
+    from mmoe.config.load import load, override
+    from mmoe.config.tree import RunConfig
+    from mmoe.training.run import is_run, read_config
+
+    return override(read_config(path), overrides or []) if is_run(path) else load(RunConfig, path, overrides)
+
+
 @app.command()
 def train(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/demo.yaml")],
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/demo.yaml, or a run's folder to resume")],
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
     stop_after: Annotated[int | None, typer.Option(help="end this session after that many steps in all")] = None,
@@ -103,12 +135,10 @@ def train(
         int | None, typer.Option(min=1, help="of a dry run: ids; default: the tokenizer's, or 2^17")
     ] = None,
 ) -> None:
-    """Train a run, or resume it where its folder already holds checkpoints.
+    """Train a run, or resume it where its folder already holds checkpoints. What is missing is prepared first.
 
     With --dry-run nothing is trained: parameters, memory, collectives and operations of ranks that need not exist.
     """
-    from mmoe.config.load import load
-    from mmoe.config.tree import RunConfig
     from mmoe.errors import ConfigError
 
     others = ("fresh", "stop_after", "from_step") if dry_run else DRY_RUN
@@ -119,17 +149,18 @@ def train(
     if dry_run:
         from mmoe.planning.dry_run_report import Plan, show_dry_run
 
-        plan = Plan.of(load(RunConfig, config, overrides), world_size, imbalance, documents, vocabulary)
+        plan = Plan.of(_config(config, overrides), world_size, imbalance, documents, vocabulary)
         show_dry_run(plan, rank or [], console)
         return
     from mmoe.training.session import train as run
 
-    run(load(RunConfig, config, overrides), console, fresh=fresh, stop_after=stop_after, from_step=from_step)
+    run(_config(config, overrides), console, fresh=fresh, stop_after=stop_after, from_step=from_step)
 
 
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    overrides: Addresses = None,
     shards: Annotated[str | None, typer.Option(help="another prepared source instead of the run's own")] = None,
     blank: Annotated[str | None, typer.Option(help="modality whose payload is zeroed: vision, audio, ...")] = None,
     shuffle: Annotated[str | None, typer.Option(help="modality taken from another held-out recording")] = None,
@@ -148,12 +179,13 @@ def evaluate(
         return Modality[name.upper()]
 
     blanked, shuffled = modality(blank), modality(shuffle)
-    show(run(Run.load(folder), shards=shards, blank=blanked, shuffle=shuffled), console)
+    show(run(Run.load(folder, overrides=overrides or ()), shards=shards, blank=blanked, shuffle=shuffled), console)
 
 
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    overrides: Addresses = None,
     prompt: Annotated[str, typer.Option(help="text to continue, or context of the sound")] = "",
     image: Annotated[Path | None, typer.Option(help="a picture that stands before the text")] = None,
     audio: Annotated[Path | None, typer.Option(help="a sound that stands before the text")] = None,
@@ -171,39 +203,39 @@ def generate(
     from mmoe.evaluation.generate import speak as sound
     from mmoe.training.run import Run
 
-    run = Run.load(folder)
+    run = Run.load(folder, overrides=overrides or ())
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if speak is not None:
         length = sound(run, speak, prompt=prompt, seconds=seconds, sampling=sampling)
         console.print(f"wrote {length:.2f} s of sound to {speak}")
         return
     answer = text(run, prompt, image=image, audio=audio, max_tokens=max_tokens, sampling=sampling)
-    console.print(prompt + answer, highlight=False, markup=False)
+    console.print(prompt + answer, highlight=False)
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], overrides: Addresses = None) -> None:
     """Write summary.json and report.html of a run from what its folder holds."""
     from mmoe.monitoring.report import write_report
     from mmoe.training.run import Run
 
-    write_report(Run.load(folder))
+    write_report(Run.load(folder, overrides=overrides or ()))
     console.print(f"wrote {folder / 'report.html'}")
 
 
 @app.command()
 def stages(config: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
     """What each stage will take from each source: shares, positions, epochs, before anything runs."""
-    from mmoe.config.load import load
-    from mmoe.config.tree import RunConfig
     from mmoe.planning.data import show_stages
 
-    show_stages(load(RunConfig, config, overrides), console)
+    show_stages(_config(config, overrides), console)
 
 
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    overrides: Addresses = None,
+    *,
     out: Annotated[Path, typer.Option(help="folder to write; an earlier export in it is replaced")],
     format: Annotated[Literal["hf"], typer.Option(help="hf: Hugging Face config.json and safetensors")] = "hf",
     step: Annotated[int | None, typer.Option(help="checkpoint to export; default: the latest")] = None,
@@ -219,7 +251,7 @@ def export(
     from mmoe.training.run import Run
 
     kind = None if dtype is None else getattr(torch, dtype)
-    run(Run.load(folder, step), out, console, dtype=kind, shard_bytes=shard_bytes)
+    run(Run.load(folder, step, overrides or ()), out, console, dtype=kind, shard_bytes=shard_bytes)
 
 
 @app.command()
@@ -233,12 +265,10 @@ def upcycle(
     step: Annotated[int | None, typer.Option(help="checkpoint of RUN; default: the latest")] = None,
 ) -> None:
     """Make experts of a dense model's networks: the new run's checkpoint of step 0, and what it costs in loss."""
-    from mmoe.config.load import load
-    from mmoe.config.tree import RunConfig
     from mmoe.interchange.upcycle import upcycle as run
     from mmoe.training.config import StartConfig
 
-    run(load(RunConfig, config, overrides), StartConfig(weights=str(folder), step=step, noise=noise), console)
+    run(_config(config, overrides), StartConfig(weights=str(folder), step=step, noise=noise), console)
 
 
 @app.command()
@@ -249,11 +279,9 @@ def inspect(
     replicas: Annotated[int, typer.Option(min=1, help="data replicas to deal to")] = 1,
 ) -> None:
     """Plan a run's first steps without decoding: shares, fill, everything cut or dropped, balance of work."""
-    from mmoe.config.load import load
-    from mmoe.config.tree import RunConfig
     from mmoe.planning.data import inspect as run
 
-    run(load(RunConfig, config, overrides), steps, replicas, console)
+    run(_config(config, overrides), steps, replicas, console)
 
 
 @app.command()
@@ -289,9 +317,33 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors meant for the user are printed as one sentence."""
+    """Run the command line; what a user or the machine is the cause of is printed as one sentence.
+
+    Faults of the program keep their traceback.
+    """
     try:
         app()
     except MmoeError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        what = f"{names}: " if names else ""
+        _fail(f"{what}{os.strerror(error.errno)}; {OUTSIDE[error.errno]}")
+    except KeyboardInterrupt:  # before a command has begun
+        _fail("interrupted", INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _fail("interrupted", INTERRUPTED)
+        raise
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    """Say the sentence and end; what stdout still holds is dropped where it cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    Console(stderr=True).print(Text("error", "bold red"), message, highlight=False, soft_wrap=True)
+    sys.exit(status)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mmoe.backends import BACKENDS, status
+from mmoe.console import Console
 
 PACKAGES = ("mmoe", "torch", "torchaudio", "numpy", "pydantic", "tokenizers", "pyarrow", "av", "plotly")
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processors with bfloat16 arithmetic
@@ -28,7 +28,7 @@ def report(console: Console) -> None:
     table = Table("backend", "for", "version", "status")
     for name, backend in BACKENDS.items():
         found = status(name)
-        verdict = "[green]available" if found.available else escape(found.reason)
+        verdict = Text("available", "green") if found.available else found.reason
         table.add_row(name, backend.purpose, found.version, verdict)
     console.print(table)
 

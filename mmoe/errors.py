@@ -1,5 +1,9 @@
 """The errors a user is meant to read: one sentence that names the place, the fault and the remedy."""
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class MmoeError(Exception):
     """Base of every error whose message is addressed to the user; the CLI prints it without a traceback."""
@@ -34,3 +38,15 @@ class CheckpointError(MmoeError):
 
 class DivergenceError(MmoeError):
     """A training step whose gradients are not finite; nothing was updated."""
+
+
+def brief(value: Any, most: int = 100, quoted: bool = True) -> str:
+    """Write a value for a sentence, cut after `most` characters; text stands in quotes unless `quoted` is False."""
+    text = repr(value) if quoted or not isinstance(value, str) else value
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Say which of the `known` names is meant: ``; did you mean <prefix>near?``, empty where none is near."""
+    near = difflib.get_close_matches(name[:100], [each for each in known if len(each) <= 100], n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -1,6 +1,8 @@
-"""Files that are whole or not there: written aside, made durable, and renamed into place."""
+"""Files that are whole or not there, written aside and renamed into place; and what is near one that is missing."""
 
+import difflib
 import os
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,3 +23,21 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+_MOST_SIBLINGS = 10_000  # that a name is compared with
+
+
+def said_nearest(path: str | Path) -> str:
+    """Say in parentheses what exists nearest to a missing path: a name like it beside it, else the folder above."""
+    missing = Path(os.path.abspath(path))
+    while not os.path.isdir(missing.parent):
+        missing = missing.parent
+    try:
+        with os.scandir(missing.parent) as entries:
+            names = [entry.name for entry in islice(entries, _MOST_SIBLINGS)]
+    except OSError:  # it may not be listed
+        names = []
+    near = difflib.get_close_matches(missing.name, names, n=1)
+    found = missing.parent / near[0] if near else missing.parent
+    return f" (the nearest that exists is {found if os.path.isabs(path) else os.path.relpath(found)})"

@@ -4,9 +4,9 @@ from importlib import metadata
 
 import psutil
 import torch
-from rich.console import Console
 
 from mmoe.backends import BACKENDS, status
+from mmoe.console import Console
 from mmoe.doctor import machine, report, total_memory, usable_cores
 
 

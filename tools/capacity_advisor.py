@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from mmoe.console import Console
 from mmoe.errors import MmoeError
 from mmoe.monitoring import figures
 from mmoe.monitoring.capacity import FORMULA, LAST, LIMIT, CapacityAdvice, read_advice
@@ -34,7 +34,7 @@ def main() -> None:
     try:
         advice = read_advice(arguments.run, arguments.last)
     except MmoeError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text("error", "bold red"), str(error), highlight=False, soft_wrap=True)
         sys.exit(1)
     show(advice)
     page = arguments.run / "capacity.html"
@@ -66,7 +66,7 @@ def show(advice: CapacityAdvice) -> None:
     for factor, rows, size, *rates in zip(
         advice.factors, advice.rows, advice.bytes, *advice.rates, advice.rates_overall
     ):
-        cells = [f"[green]{rate:.3%}[/]" if rate < LIMIT else f"{rate:.3%}" for rate in rates]
+        cells = [Text(f"{rate:.3%}", "green" if rate < LIMIT else "") for rate in rates]
         table.add_row(f"{factor:.2f}", f"{rows:,}", f"{size / 1024:,.0f}", f"{size / advice.bytes[0]:.2f}", *cells)
     console.print(table)
     console.print(FORMULA, highlight=False)

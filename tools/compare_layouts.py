@@ -33,19 +33,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch.distributed.tensor import DTensor
 
 from mmoe.config.load import load, merge, validate
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
+from mmoe.data.preparation.ready import ensure_prepared
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.losses.total import PlannedCounts
 from mmoe.parallel.build import degrees_of
 from mmoe.result import print_result, target
 from mmoe.training.gradients import step_gradients
-from mmoe.training.run import Run, prepared
+from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
 
 AXES = {"dp": "dp_shard", "hsdp": "dp_replicate", "tp": "tp", "cp": "cp", "pp": "pp", "ep": "ep"}
@@ -101,7 +102,7 @@ def main() -> None:
         reference, layouts, refused = plan(arguments)
         compared = compare(reference, layouts)
     except MmoeError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text("error", "bold red"), str(error), highlight=False, soft_wrap=True)
         sys.exit(1)
     tolerance = arguments.tolerance or TOLERANCE[arguments.precision]
     show(layouts, compared, refused, arguments.precision, tolerance)
@@ -147,7 +148,8 @@ def plan(arguments: argparse.Namespace) -> tuple[RunConfig, list[Layout], dict[s
     if levels := [level for level in ("micro_batch", "global_batch") if getattr(config.losses.balance, level)]:
         for level in levels:
             console.print(
-                f"[bold]losses.balance.{level}[/] is set to 0: it depends on how a step is cut into micro-batches",
+                Text(f"losses.balance.{level}", "bold"),
+                "is set to 0: it depends on how a step is cut into micro-batches",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -204,7 +206,8 @@ def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 def compare(reference: RunConfig, layouts: list[Layout]) -> dict[str, Comparison | str]:
     """By layout; a text says why its processes did not come to an end."""
-    prepared(reference, console)  # here: processes of `start` may have no children, which preparing may need
+    # Here: processes of `start` may have no children, which preparing may need.
+    ensure_prepared(reference.data.sources, reference.tokenizers.text, console)
     with tempfile.TemporaryDirectory(prefix="mmoe-layouts-") as folder:
         with console.status("one process"):
             answer = start(Layout("one process", reference, 1), Path(folder))
@@ -304,7 +307,7 @@ def work(layout: Layout, rank: int, folder: Path, answers: Any) -> None:
 def take_step(layout: Layout, folder: Path) -> Outcome:
     """The gradients of the first step, compared with those of one process."""
     config = layout.config
-    run = replace(Run.build(config, Console(quiet=layout.processes > 1)), folder=folder / layout.name)
+    run = replace(Run.build(config), folder=folder / layout.name)
     trainer = Trainer(run, [])
     data = next(run.ranks.steps(trainer.stream, trainer.batch.accumulation))
     counts = PlannedCounts.of(data.counts, config.losses, sequences=trainer.batch.sequences)
@@ -330,8 +333,8 @@ def show(
     precision: str,
     tolerance: float,
 ) -> None:
-    def cell(difference: float) -> str:
-        return f"[{'green' if difference <= tolerance else 'red'}]{difference:.1e}[/]"
+    def cell(difference: float) -> Text:
+        return Text(f"{difference:.1e}", "green" if difference <= tolerance else "red")
 
     done = [(one, compared[one.name]) for one in layouts if isinstance(compared[one.name], Comparison)]
     title = f"relative differences from one process in {precision}; at most {tolerance:g}"
@@ -350,7 +353,9 @@ def show(
         "router choices that moved": [str(found.moved) for _, found in done],
         "processes": [str(one.processes) for one, _ in done],
         "micro-batches of sequences": [f"{b.accumulation} of {b.micro_batch_sequences}" for b in batches],
-        "": ["[bold green]ok[/]" if found.worst <= tolerance else "[bold red]differs[/]" for _, found in done],
+        "": [
+            Text("ok", "bold green") if found.worst <= tolerance else Text("differs", "bold red") for _, found in done
+        ],
     }
     for name, cells in rows.items():
         table.add_row(name, *cells)
@@ -359,7 +364,7 @@ def show(
     failed = {name: found for name, found in compared.items() if isinstance(found, str)}
     for verdict, errors in (("refused", refused), ("failed", failed)):
         for name, sentence in errors.items():
-            console.print(f"[bold red]{name} {verdict}[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+            console.print(Text(f"{name} {verdict}", "bold red"), sentence, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

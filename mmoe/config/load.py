@@ -1,29 +1,29 @@
 """YAML with one parent and dotted overrides -> the validated tree, and a sentence for every fault on the way."""
 
-import difflib
 import json
-import re
+import os
+import stat
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mmoe.config.base import Config
-from mmoe.errors import ConfigError
+from mmoe.config.base import Config, change_addresses
+from mmoe.config.reader import MOST_BYTES, MOST_DEPTH, Dumper, read_yaml
+from mmoe.errors import ConfigError, brief, did_you_mean
 
 C = TypeVar("C", bound=Config)
 
-
-class _Loader(yaml.SafeLoader):
-    """`safe_load` that also reads 1e-3 as a number (YAML 1.1 wants 1.0e-3 and silently gives a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+MOST_FAULTS = 20  # that are told at once
+_HINTS = {
+    "bool_type": "write true or false",
+    "int_type": "write it in plain decimal digits, without quotes",
+    "float_type": "write it in plain decimal digits, without quotes",
+    "finite_number": "use null where the key takes it and no limit is meant",
+}
 
 
 def read_layers(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,24 +33,37 @@ def read_layers(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     parent = own.pop("extends", None)
     if parent is None:
         return {}, own
+    if not isinstance(parent, str) or not parent:
+        raise ConfigError(f"{path}: extends is {brief(parent)}; give the path of one YAML file, relative to this one")
     base = path.parent / parent
-    if not base.is_file():
-        raise ConfigError(f"{path}: extends names {parent}, but {base} does not exist")
-    below = _read(base)
+    try:
+        below = _read(base)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: extends names {parent}, but {base} does not exist") from None
     if "extends" in below:
         raise ConfigError(f"{path}: extends names {parent}, which extends another file; only one parent is allowed")
     return below, own
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError where there is nothing."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ConfigError(f"{path} is a folder; give a YAML file in it, or the folder of a run (with config.yaml)")
+        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
+            raise ConfigError(f"{path} is a pipe or a device; give the path of a YAML file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the path of a YAML file such as configs/demo.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{brief(str(path), quoted=False)} cannot be read ({reason}); give a YAML file") from None
+    data = read_yaml(content, str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys such as `data:` and `model:`, not {type(data).__name__}")
+        found = "nothing" if data is None else type(data).__name__
+        raise ConfigError(f"{path} must hold a mapping of keys such as `data:` and `model:`, not {found}")
     return data
 
 
@@ -71,23 +84,32 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """``["optim.lr.peak=1e-3"]`` -> ``{"optim": {"lr": {"peak": 0.001}}}``; values are read as YAML."""
     tree: dict[str, Any] = {}
     for item in overrides:
+        where = f"override {brief(item)}"
+        if any("\ud800" <= character <= "\udfff" for character in item):
+            raise ConfigError(f"{where} is not UTF-8; give plain text")
         key, separator, text = item.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {item!r} is not of the form key.path=value, e.g. optim.lr.peak=1e-3")
-        value = yaml.load(text, Loader=_Loader)
-        for part in reversed(key.split(".")):
+        parts = key.split(".")
+        if not separator or not all(parts) or key != "".join(key.split()):
+            raise ConfigError(f"{where} is not of the form key.path=value, e.g. optim.lr.peak=1e-3")
+        if len(parts) > MOST_DEPTH:
+            raise ConfigError(f"{where} names a key {len(parts)} levels deep; none is deeper than {MOST_DEPTH}")
+        value = read_yaml(text, where)
+        for part in reversed(parts):
             value = {part: value}
         tree = merge(tree, value)
     return tree
 
 
-def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
+def load(kind: type[C], path: str | Path, overrides: Sequence[str] | None = None) -> C:
     """The tree of `kind` in a YAML file with `overrides` applied; raises `ConfigError` naming every bad key."""
-    parent, own = read_layers(path)
+    try:
+        parent, own = read_layers(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file such as configs/demo.yaml") from None
     tree = merge(parent, own)
     given = parse_overrides(overrides or [])
     for below, above in ((parent, own), (tree, given)):
@@ -98,34 +120,68 @@ def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) ->
     return validate(kind, merge(tree, given), str(path))
 
 
+def override(config: C, overrides: Sequence[str]) -> C:
+    """Give the config with dotted overrides applied. Raises ConfigError naming every bad key."""
+    given = parse_overrides(overrides)
+    return validate(type(config), merge(config.model_dump(mode="json"), given), "overrides") if given else config
+
+
 def validate(kind: type[C], tree: dict[str, Any], where: str) -> C:
     """Validate a plain mapping as `kind`; `where` names the file in messages."""
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        lines = [f"{where}: {_sentence(kind, item)}" for item in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        lines = list(dict.fromkeys(f"{where}: {_sentence(kind, tree, item)}" for item in error.errors()))
+        more = [f"{where}: {len(lines) - MOST_FAULTS} more faults"] if len(lines) > MOST_FAULTS else []
+        raise ConfigError("\n".join(lines[:MOST_FAULTS] + more)) from None
 
 
 def dump(config: Config) -> str:
     """YAML of the resolved tree; `load` gives back an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _sentence(root: type[BaseModel], item: dict[str, Any]) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location) or "the config"
+def absolute(config: C, folder: str | Path | None = None) -> C:
+    """Give the config with addresses that hold from any folder; relative ones are taken from `folder`.
+
+    Without a folder they are taken from the current one. URLs stay as they are.
+    """
+    return change_addresses(config, partial(_absolute, os.fspath(folder or Path.cwd())))
+
+
+def _absolute(folder: str, address: str) -> str:
+    return (
+        address if "://" in address or address.startswith("pipe:") else os.path.abspath(os.path.join(folder, address))
+    )
+
+
+def _sentence(root: type[BaseModel], tree: Any, item: dict[str, Any]) -> str:
+    location = _keys(tree, item["loc"], item["type"] == "missing")
+    key = brief(".".join(location), 200, quoted=False) or "the config"
     if item["type"] == "extra_forbidden":
-        known = _fields_at(root, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
-        return f"{key} is not a known key{hint}"
+        prefix = "".join(f"{part}." for part in location[:-1])
+        return f"{key} is not a known key{did_you_mean(location[-1], _fields_at(root, location[:-1]), prefix)}"
     if item["type"] == "missing":
         return f"{key} is missing; it has no default"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
+    hint = f"; {_HINTS[item['type']]}" if item["type"] in _HINTS else ""
+    return f"{key}: {message[0].lower()}{message[1:]}, got {brief(item['input'])}{hint}"
+
+
+def _keys(tree: Any, location: Sequence[str | int], missing: bool) -> list[str]:
+    """The keys of a fault's location; what else stands in it are branches of a union of types."""
+    keys = []
+    for number, part in enumerate(location):
+        if isinstance(tree, dict) and (part in tree or missing and number == len(location) - 1):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        else:
+            continue
+        keys.append(str(part))
+    return keys
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -1,10 +1,9 @@
 """`data.*`: the sources of a run, the stages that mix them, and how sequences are filled and decoded."""
 
-from typing import Any
 
 from pydantic import Field, model_validator
 
-from mmoe.config.base import Config
+from mmoe.config.base import Address, Config, Options
 from mmoe.data.blocks import Limits
 from mmoe.data.bounds import Bounds
 from mmoe.data.frames import Backend
@@ -16,13 +15,14 @@ class SourceConfig(Config):
     """One source of the mixture.
 
     `shards` is the prepared folder, a local path or a URL (s3://, gs://, https://). `kind` and `input` say how to
-    prepare it where it does not exist yet (`mmoe prepare kind input shards`); `options` go to the reader.
+    prepare it where it does not exist yet (`mmoe prepare kind input shards`); a simulation has no `input`.
+    `options` go to the reader.
     """
 
-    shards: str
+    shards: Address
     kind: str
-    input: str = ""
-    options: dict[str, Any] = {}
+    input: Address | None = None  # null: nothing to prepare it from
+    options: Options = {}
     positions: int | None = Field(default=None, gt=0)  # of one epoch, for the mixture; null: as the manifest says
     max_epochs: float | None = Field(default=None, gt=0)  # of the whole run; null: as many as the stages ask for
 

@@ -1,13 +1,17 @@
 """The prepared sources of a run: their manifests, and what planning and decoding ask of them."""
 
+import os
+import shlex
+
 from mmoe.data.blocks import Limits, PlannedSource
 from mmoe.data.config import DataConfig
 from mmoe.data.decode import SourceFiles
 from mmoe.data.index import SourceManifest
 from mmoe.data.measure import epoch_positions
 from mmoe.data.mixture import Mixture, SourceSize
-from mmoe.data.storage import Storage, join
+from mmoe.data.storage import Storage, join, local_path
 from mmoe.errors import DataError
+from mmoe.files import said_nearest
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.text import check_fingerprint
 
@@ -19,6 +23,7 @@ class Sources:
         self.config, self.storage = config, Storage(config.storage)
         self.names = list(config.sources)
         self.folders = [source.shards for source in config.sources.values()]
+        _check_there(config)
         loaded = self.storage.map(lambda folder: SourceManifest.load(folder, self.storage), self.folders)
         self.manifests = dict(zip(self.names, loaded, strict=True))
 
@@ -47,6 +52,18 @@ class Sources:
     def mixture(self, tokenizers: Tokenizers, end: int) -> Mixture:
         """The stages over the training splits, for a run of `end` positions."""
         return Mixture(self.config.stages, sizes(self.config, self.manifests, tokenizers), end)
+
+
+def _check_there(config: DataConfig) -> None:
+    """Raises DataError naming the first source whose local folder is missing, and what repairs it."""
+    for name, source in config.sources.items():
+        path = local_path(source.shards)
+        if path is not None and not os.path.exists(path):
+            made = shlex.join(["mmoe", "prepare", source.kind, source.input or "INPUT", source.shards])
+            raise DataError(
+                f"data.sources.{name}.shards: {source.shards} does not exist{said_nearest(path)}, so source {name} "
+                f"cannot be read; make it by `{made}`, or give its new place: data.sources.{name}.shards=FOLDER"
+            )
 
 
 def sizes(config: DataConfig, manifests: dict[str, SourceManifest], tokenizers: Tokenizers | None) -> list[SourceSize]:

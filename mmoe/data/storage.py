@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
-from mmoe.config.base import Config
+from mmoe.config.base import Address, Config
 from mmoe.data.cache import ByteCache
 from mmoe.data.remote import ObjectInfo, Remote, StorageError, refusal, status_of
 from mmoe.errors import DataError, MmoeError
@@ -34,7 +34,7 @@ _RANGE_NOT_SATISFIABLE = 416
 class StorageConfig(Config):
     """How remote shards are read; local files need none of it."""
 
-    cache_folder: str | None = None  # on a disk of the node, shared by its processes; null keeps nothing
+    cache_folder: Address | None = None  # on a disk of the node, shared by its processes; null keeps nothing
     cache_bytes: int = Field(64 << 30, gt=0)
     attempts: int = Field(8, gt=0)  # of one request, before the run stops
     timeout_s: float = Field(30.0, gt=0)  # of one attempt

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mmoe.console import Console
 from mmoe.data.batch import PackedBatch
 from mmoe.data.config import DataConfig
 from mmoe.data.index import ShardIndex, SourceManifest

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.interchange.huggingface import SHARD_BYTES, VOCABULARY_KEY, Exported, save
 from mmoe.interchange.tokenizer import save_tokenizer
 from mmoe.tokenizers.vocabulary import Structure

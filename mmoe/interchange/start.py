@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.checkpoint.ranks import Ranks
-from mmoe.config.load import load
-from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.interchange.families import NEUTRAL, NEUTRAL_MOE
 from mmoe.interchange.huggingface import Pretrained, fill
@@ -20,7 +18,7 @@ from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.config import StartConfig
-from mmoe.training.run import Run, prepared
+from mmoe.training.run import Run, is_run, open_sources, read_config
 
 TABLES = ("embeddings.token.weight", "unembedding.weight")
 MATRICES = ("gate", "up", "down")
@@ -50,9 +48,9 @@ def start(run: Run, config: StartConfig, console: Console) -> None:
 
 def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:
     """The weights by our names, their token tables with the ids of `run`, and the model they are of."""
-    if (Path(config.weights) / "config.yaml").is_file():
-        other = load(RunConfig, Path(config.weights) / "config.yaml")
-        _, tokenizers = prepared(other)
+    if is_run(config.weights):
+        other = read_config(config.weights)
+        _, tokenizers = open_sources(other)
         _check_tokenizer(tokenizers.text, run, config.weights)
         if tokenizers.vocabulary != run.tokenizers.vocabulary:
             raise ConfigError(

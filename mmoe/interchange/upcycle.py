@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.data.batch import PackedBatch
 from mmoe.errors import ConfigError
 from mmoe.evaluation.inference import label_log_probabilities
@@ -36,7 +36,7 @@ def upcycle(config: RunConfig, origin: StartConfig, console: Console) -> Upcycle
         raise ConfigError("model.moe is null, so there are no experts to make; give its sizes")
     training = config.training.model_copy(update={"start_from": origin})
     config = config.model_copy(update={"training": training})
-    run = Run.build(config, console)
+    run = Run.build(config)
     trainer = Trainer(run, [])
     if trainer.checkpoints.latest_step() is not None:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")

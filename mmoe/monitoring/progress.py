@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmoe.console import Console
 from mmoe.training.callback import Callback
 from mmoe.training.trainer import StepResult, Trainer
 
@@ -25,7 +25,7 @@ class ProgressBar(Callback):
                 TextColumn("train"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]} | {task.fields[rate]} tokens/s |"),
+                TextColumn("loss {task.fields[loss]} | {task.fields[rate]} tokens/s |", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
             )

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
-from rich.console import Console
 
 from mmoe.config.load import flatten
+from mmoe.console import Console
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, rank_log, record_error, restart_count

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.data.deal import deal
 from mmoe.data.index import MANIFEST, SourceManifest
 from mmoe.data.mixture import Mixture
 from mmoe.data.plan import Planner
 from mmoe.data.prepared import Sources, sizes
 from mmoe.data.storage import Storage, join, local_path
+
+WARNING = Text("warning", "yellow")
 
 
 def mixture_of(config: RunConfig) -> Mixture:
@@ -58,10 +61,11 @@ def show_stages(config: RunConfig, console: Console) -> None:
     for stage in mixture.stages:
         if stage.start >= end:
             console.print(
-                f"[yellow]warning[/] stage {stage.name} begins at {si(stage.start)}, after the run's end {si(end)}"
+                WARNING,
+                f"stage {stage.name} begins at {si(stage.start)}, after the run's end {si(end)}",
             )
     for sentence in mixture.warnings():
-        console.print(f"[yellow]warning[/] {sentence}", soft_wrap=True)
+        console.print(WARNING, sentence, soft_wrap=True)
 
 
 def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.parallel.build import degrees_of
 from mmoe.parallel.mesh import Degrees

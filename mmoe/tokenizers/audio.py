@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from mmoe.config.base import Config
+from mmoe.config.base import Address, Config
 from mmoe.errors import DataError
 
 Layout = Literal["flat", "delay"]
@@ -64,7 +64,7 @@ class AudioConfig(Config):
     """Which codec turns sound into ids."""
 
     kind: Literal["mel", "encodec", "dac", "mimi"] = "mel"
-    path: str | None = None  # mel: the file of the fitted codec; else the local folder of the pretrained model
+    path: Address | None = None  # mel: the file of the fitted codec; else the local folder of the pretrained model
     codebooks: int = Field(2, gt=0)  # residual levels; of a codec that has more, the first ones
     layout: Layout = "flat"  # order of the ids of one piece of sound, see `serialise`
     mel: MelConfig = Field(default_factory=MelConfig)  # kind mel: how it is fitted, and must have been

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from mmoe.config.base import Config
+from mmoe.config.base import Address, Config
 from mmoe.errors import DataError
 from mmoe.tokenizers.probes import loss
 
@@ -33,7 +33,7 @@ def _byte_symbols() -> list[str]:
 
 
 class TextConfig(Config):
-    path: str | None = None  # the tokenizer's JSON; null: the 256 bytes, which need no training
+    path: Address | None = None  # the tokenizer's JSON; null: the 256 bytes, which need no training
     vocabulary_size: int | None = Field(None, ge=BYTES)  # what preparation trains the file at `path` to, at most
 
     @model_validator(mode="after")

@@ -1,40 +1,66 @@
 """The parts of a run, built from its config or loaded from its folder; train, evaluate and generate share them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from mmoe.checkpoint.manager import CheckpointManager
-from mmoe.config.load import dump, load
+from mmoe.config.base import change_addresses
+from mmoe.config.load import absolute, dump, flatten, load, override
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import PackedBatch
-from mmoe.data.preparation.ready import ensure_prepared
 from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
 from mmoe.data.stream import heldout_batches
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.build import build
-from mmoe.parallel.launch import first_alone
 from mmoe.parallel.ranks import Ranks
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vision import COORDINATES
 
+CONFIG = "config.yaml"  # in a run's folder
 
-def prepared(config: RunConfig, console: Console | None = None) -> tuple[Sources, Tokenizers]:
-    """The sources, prepared where they do not exist yet and checked, and the tokenizers of the run.
 
-    With a process group every rank calls this; the first one prepares.
-    """
-    first_alone(lambda: ensure_prepared(config.data.sources, config.tokenizers.text, console or Console()))
+def open_sources(config: RunConfig) -> tuple[Sources, Tokenizers]:
+    """Open and check the sources of a run, which must be prepared, and build its tokenizers."""
     sources = Sources(config.data)
     tokenizers = config.tokenizers.build(sources.manifests)
     sources.check(tokenizers)
     return sources, tokenizers
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether the folder is that of a run: it holds the run's config."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    """Read the config of the run in `folder`, which may have been moved since it was written."""
+    if not is_run(folder):
+        raise ConfigError(f"{Path(folder) / CONFIG} does not exist: {folder} is not a run; train it first")
+    config = load(RunConfig, Path(folder) / CONFIG)
+    return config.model_copy(update={"training": config.training.model_copy(update={"run": str(folder)})})
+
+
+def readdress(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Give the config of a trained run with other addresses, for data that has been moved.
+
+    Raises ConfigError for an override of anything else, since the weights were trained with the rest.
+    """
+    changed = override(config, overrides)
+    before, now = (
+        flatten(change_addresses(each, lambda _: "an address").model_dump(mode="json")) for each in (config, changed)
+    )
+    if others := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        raise ConfigError(
+            f"{', '.join(others)} cannot be changed of a run that is trained; only addresses can, such as "
+            "data.sources.NAME.shards=FOLDER"
+        )
+    return changed
 
 
 @dataclass(frozen=True)
@@ -50,14 +76,14 @@ class Run:
     ranks: Ranks
 
     @classmethod
-    def build(cls, config: RunConfig, console: Console | None = None) -> "Run":
-        """Prepare the sources that do not exist yet, check them, and initialise the model.
+    def build(cls, config: RunConfig) -> "Run":
+        """Open the sources, which must be prepared, and initialise the model.
 
-        With a process group every rank calls this; the first one prepares, and each gets its part of the model.
+        With a process group every rank calls this, and each gets its part of the model.
         """
         if config.parallel.threads:
             torch.set_num_threads(config.parallel.threads)
-        sources, tokenizers = prepared(config, console)
+        sources, tokenizers = open_sources(config)
         inputs = ModelInputs(
             vocabulary_size=tokenizers.vocabulary.size,
             patch_dim=tokenizers.vision.patch_dim if tokenizers.value_dims[Modality.VISION] else 0,
@@ -69,16 +95,17 @@ class Run:
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, ranks = build(config, inputs, len(sources.names), device)
-        return cls(config, Path(config.training.run), sources, tokenizers, model, device, ranks)
+        # Its config holds from any folder; until it is read again, messages name places as the caller did.
+        return cls(absolute(config), Path(config.training.run), sources, tokenizers, model, device, ranks)
 
     @classmethod
-    def load(cls, folder: str | Path, step: int | None = None) -> "Run":
-        """The run in `folder` with the weights of its latest checkpoint, or of the one after `step`."""
-        folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"{folder}/config.yaml does not exist: {folder} is not a run; train it first")
-        config = load(RunConfig, folder / "config.yaml")
-        run = replace(cls.build(config), folder=folder)  # it may have been moved since its config was written
+    def load(cls, folder: str | Path, step: int | None = None, overrides: Sequence[str] = ()) -> "Run":
+        """The run in `folder` with the weights of its latest checkpoint, or of the one after `step`.
+
+        `overrides` may give other addresses, e.g. ``data.sources.drive.shards=/new/place``.
+        """
+        folder, config = Path(folder), readdress(read_config(folder), overrides)
+        run = cls.build(config)
         manager = CheckpointManager(folder / "checkpoints", config.checkpoint)
         state: dict[str, Any] = {"model": run.model.state_dict()}
         manager.load(state, step)
@@ -87,7 +114,7 @@ class Run:
 
     def save_config(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+        (self.folder / CONFIG).write_text(dump(self.config), encoding="utf-8")
 
     def heldout(self, *, isolated: bool, **choices: Any) -> Iterator[PackedBatch]:
         """Held-out batches on the run's device; see `heldout_batches` for the choices."""

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from rich.console import Console
 
-from mmoe.config.load import dump, flatten, load
+from mmoe.config.load import absolute, dump, flatten
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
+from mmoe.data.preparation.ready import ensure_prepared
 from mmoe.errors import ConfigError
 from mmoe.evaluation.evaluate import evaluate, show
 from mmoe.interchange.start import start
@@ -16,8 +17,8 @@ from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.monitoring.progress import ProgressBar
 from mmoe.monitoring.report import write_report
-from mmoe.parallel.launch import processes, rank_console, same_config
-from mmoe.training.run import Run
+from mmoe.parallel.launch import first_alone, processes, rank_console, same_config
+from mmoe.training.run import Run, read_config
 from mmoe.training.trainer import Trainer
 
 LAYOUT = ("parallel.", "training.micro_batch_sequences")  # keys that say where and when a sequence runs
@@ -45,13 +46,14 @@ def _train(
     config: RunConfig, console: Console, memory: PeakMemory, fresh: bool, stop_after: int | None, from_step: int | None
 ) -> tuple[Run, bool]:
     """The run, and whether it has had all its steps."""
-    run = Run.build(config, console)
+    first_alone(lambda: ensure_prepared(config.data.sources, config.tokenizers.text, console))
+    run = Run.build(config)
     if fresh:
         _start_over(run)
     trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console)], stop_after)
     _introduce(run, console)
     if trainer.checkpoints.latest_step() is not None:
-        _check_same(config, run)
+        _check_same(run)
         trainer.resume(from_step)
         console.print(f"resumed {run.folder} at step {trainer.step}")
     elif config.training.start_from is not None:
@@ -90,13 +92,13 @@ def _introduce(run: Run, console: Console) -> None:
         console.print(table)
 
 
-def _check_same(config: RunConfig, run: Run) -> None:
+def _check_same(run: Run) -> None:
     """A resumed run must be the run that was started: only its folder's own config continues it exactly.
 
     The layout may change, since every layout gives the same numbers.
     """
-    saved = load(RunConfig, run.folder / "config.yaml")
-    before, now = (flatten(c.model_dump(mode="json")) for c in (saved, config))
+    saved = absolute(read_config(run.folder))  # earlier versions wrote addresses as they were given
+    before, now = (flatten(c.model_dump(mode="json")) for c in (saved, run.config))
     keys = [key for key in before.keys() | now.keys() if not key.startswith(LAYOUT)]
     changed = sorted(key for key in keys if before.get(key) != now.get(key))
     if not changed:

@@ -5,10 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from mmoe.cli import app
+from mmoe.console import Console
 from mmoe.data import sync_report
 from mmoe.data.preparation.prepare import prepare
 from mmoe.data.slices import Clocks

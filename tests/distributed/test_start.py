@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmoe.config.load import validate
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.interchange.export import export
 from mmoe.interchange.start import start
 from mmoe.training import session

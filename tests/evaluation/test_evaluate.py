@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.data.sample import Modality
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.actions import read_chunks

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmoe.config.load import load, validate
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.interchange.export import export
 from mmoe.interchange.families import family_of

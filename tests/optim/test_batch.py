@@ -5,8 +5,8 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.parallel.config import ParallelConfig

@@ -1,9 +1,9 @@
 import io
 
 import pytest
-from rich.console import Console
 
 from mmoe.config.load import load
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.config import OptimConfig

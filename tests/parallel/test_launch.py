@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.launch import agreed, processes, rank_console, same_config
@@ -23,7 +23,7 @@ import os, signal, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
-from rich.console import Console
+from mmoe.console import Console
 from mmoe.errors import MmoeError
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.launch import agreed, first_alone, processes, rank_console, same_config

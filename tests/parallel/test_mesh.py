@@ -6,8 +6,8 @@ from math import prod
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.mesh import DENSE, Degrees

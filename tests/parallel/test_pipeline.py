@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.parallel.config import ParallelConfig

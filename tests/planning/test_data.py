@@ -3,10 +3,10 @@
 import io
 
 import pytest
-from rich.console import Console
 
 from mmoe.config.load import load
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.errors import ConfigError, DataError
 from mmoe.planning.data import inspect, mixture_of, show_stages, si
 from tests.conftest import REPOSITORY

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from mmoe.config.load import dump, load, validate
 from mmoe.config.tree import RunConfig
+from mmoe.console import Console
 from mmoe.data.batch import Values
 from mmoe.data.sample import Modality
 from mmoe.errors import CheckpointError, ConfigError, DivergenceError

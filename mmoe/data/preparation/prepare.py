@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmoe.backends import require
 from mmoe.config.base import Config
 from mmoe.config.load import validate
+from mmoe.console import Console
 from mmoe.data.bounds import bounded_by
 from mmoe.data.index import FORMAT, SPLITS, ShardEntry, ShardIndex, SourceManifest, VectorStats
 from mmoe.data.media import load_audio
@@ -376,7 +376,7 @@ def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iter
 
 def _progress(console: Console) -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field
 
 from mmoe.backends import require
-from mmoe.config.base import Config
+from mmoe.config.base import Address, Config
 from mmoe.data.frames import is_video
 from mmoe.data.media import load_image
 from mmoe.data.preparation.rows import hash64
@@ -32,7 +32,7 @@ _SINGLE_TONE = 2.0  # grey levels of standard deviation, below which a perceptua
 class DedupConfig(Config):
     """`against` are prepared sources whose samples are not to occur again, nor their held-out ones in training."""
 
-    against: tuple[str, ...] = ()
+    against: tuple[Address, ...] = ()
     near: bool = False  # also near duplicates; exact ones always
     text_similarity: float = Field(0.7, gt=0, lt=1)  # of the runs of characters of both texts, the share common to both
     shingle: int = Field(8, ge=1)  # characters a run; short runs make all texts of few words alike

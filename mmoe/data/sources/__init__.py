@@ -1,6 +1,5 @@
 """The kinds of raw recordings that can be prepared, by name."""
 
-import difflib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from mmoe.data.sources import (
     webdataset,
 )
 from mmoe.data.sources.base import Item, Quarantine, Source
-from mmoe.errors import ConfigError
+from mmoe.errors import ConfigError, brief, did_you_mean
 
 
 def _simulated_items(_: Path, config: simulated_drive.SimulatedDriveConfig, quarantine: Quarantine) -> Iterator[Item]:
@@ -59,8 +58,8 @@ SOURCES: dict[str, Source] = {
 
 
 def find_source(kind: str) -> Source:
-    """The source of this kind. Raises ConfigError naming the nearest one."""
+    """Find the source of this kind. Raises ConfigError naming the nearest one."""
     if kind not in SOURCES:
-        near = difflib.get_close_matches(kind, SOURCES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{kind!r} is not a kind of source; did you mean {near}? Known are {', '.join(SOURCES)}")
+        hint = did_you_mean(kind, SOURCES) or "."
+        raise ConfigError(f"{brief(kind)} is not a kind of source{hint} Known are {', '.join(SOURCES)}")
     return SOURCES[kind]

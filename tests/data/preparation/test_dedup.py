@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.data.preparation.dedup import Duplicates, PictureIndex
 from mmoe.data.preparation.prepare import prepare
 from mmoe.data.preparation.signatures import DedupConfig, Signatures, picture_hash, shingles, text_signature

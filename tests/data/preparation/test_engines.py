@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.data.preparation import engines
 from mmoe.data.preparation import prepare as prepare_module
 from mmoe.data.preparation.engines import run

@@ -6,9 +6,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from mmoe.config.load import validate
+from mmoe.console import Console
 from mmoe.data.preparation.hygiene import (
     FilterConfig,
     duplicate_line_share,

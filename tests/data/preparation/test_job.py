@@ -3,8 +3,8 @@
 import io
 
 import pytest
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.data.preparation.job import Job
 from mmoe.data.preparation.prepare import prepare
 from mmoe.errors import DataError

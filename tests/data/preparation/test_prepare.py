@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from mmoe.config.base import Config
+from mmoe.console import Console
 from mmoe.data import sources
 from mmoe.data.frames import VideoFrames
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest, SplitEntry

@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from mmoe.console import Console
 from mmoe.data import slices
 from mmoe.data.preparation.prepare import prepare
 from mmoe.data.sample import Camera, Modality

@@ -1,0 +1,41 @@
+"""The consoles that mmoe prints by: what is printed is text, never markup, and no control sequence reaches a terminal.
+
+Names of sources, files and keys come from elsewhere. `[bold]` in one is six characters and two brackets, `:car:` no
+picture, and an escape sequence is shown and not obeyed. Our own styles are given as arguments or as `Text`.
+"""
+
+import unicodedata
+from typing import Any
+
+import rich.console
+from rich.text import Text
+
+_KEPT = "\n\t"
+_SHOWN = ("Cc", "Cs")  # control characters, and halves of surrogate pairs, which no terminal can be sent
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # order of display
+
+
+class Console(rich.console.Console):
+    """A `rich` console for text that others wrote, in messages, tables, titles and rules alike."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"markup": False, "emoji": False} | options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed passes here, cells of tables included."""
+        return super().render_str(printable(text), **options)
+
+
+def printable(text: str) -> str:
+    """Write control characters, unpaired surrogates and marks that turn the direction of text as escapes."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(c) if _is_escaped(c) else c for c in text)
+
+
+def _is_escaped(character: str) -> bool:
+    return character not in _KEPT and (unicodedata.category(character) in _SHOWN or character in _TURNING)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
