@@ -36,12 +36,12 @@ PHASE_ITERATIONS = 32  # of Griffin-Lim
 class MelConfig(Config):
     """How the mel codec hears: fixed when it is fitted, and stored with it."""
 
-    sample_rate: int = Field(8000, gt=0)  # Hz; other rates are resampled to it
-    window: int = Field(256, ge=16)  # samples of one analysis window, and of its FFT
-    hop: int = Field(80, gt=0)  # samples between analysis windows
-    mels: int = Field(40, gt=0)  # bands of the mel filter bank (HTK scale, 0 Hz to half the sample rate)
-    stack: int = Field(4, gt=0)  # analysis windows per code: the code rate is sample_rate / (hop * stack)
-    codebook_size: int = Field(64, gt=1)  # codes per level
+    sample_rate: int = Field(8000, gt=0, le=768_000)  # Hz; other rates are resampled to it
+    window: int = Field(256, ge=16, le=1 << 16)  # samples of one analysis window, and of its FFT
+    hop: int = Field(80, gt=0, le=1 << 16)  # samples between analysis windows
+    mels: int = Field(40, gt=0, le=1024)  # bands of the mel filter bank (HTK scale, 0 Hz to half the sample rate)
+    stack: int = Field(4, gt=0, le=1024)  # analysis windows per code: the code rate is sample_rate / (hop * stack)
+    codebook_size: int = Field(64, gt=1, le=1 << 16)  # codes per level
     normalise_level: bool = True  # scale every wave to one loudness first: codes then say nothing of the gain
 
     @model_validator(mode="after")

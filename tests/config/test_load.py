@@ -3,9 +3,9 @@
 import pytest
 from pydantic import Field, model_validator
 
-from mmoe.config.base import Config
-from mmoe.config.load import dump, load, merge, parse_overrides, read_layers
-from mmoe.errors import ConfigError
+from mmoe.config.base import Address, Config, Options
+from mmoe.config.load import absolute, dump, load, merge, parse_overrides, read_layers
+from mmoe.errors import ConfigError, did_you_mean
 
 
 class Rate(Config):
@@ -95,3 +95,79 @@ def test_every_fault_names_the_key_and_the_remedy(tmp_path, text, sentence):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="nowhere.yaml does not exist"):
         load(Tree, tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("steps", "is not of the form key.path=value"),
+        ("=4", "is not of the form key.path=value"),
+        ("optim..lr=4", "is not of the form key.path=value"),
+        ("optim.=4", "is not of the form key.path=value"),
+        (" =4", "is not of the form key.path=value"),
+        ("steps=[1", "override 'steps=\\[1' is not valid YAML"),
+        ("steps=&a [*a]", "override 'steps=&a \\[\\*a\\]', line 1: the alias"),
+        ("steps=\ud800", "is not UTF-8"),
+        (".".join("a" * 100) + "=1", "names a key 100 levels deep"),
+        ("steps=2020-01-01", "steps: input should be a valid integer, got '2020-01-01'; write it in plain decimal"),
+        ("steps.x=1", "steps: input should be a valid integer, got {'x': 1}"),
+        ("optim=[1]", "optim: input should be an object, got \\[1\\]"),
+        ("optim.betas=[0.1, .inf]", "optim.betas.1: input should be a finite number, got inf; use null"),
+        ("optim.clip=.nan", "optim.clip: input should be a finite number, got nan"),
+        ("optim.clip=1e400", "optim.clip: input should be a finite number"),
+        ("optim.clip=no", "optim.clip: input should be a valid number, got 'no'; write it in plain decimal digits"),
+    ],
+)
+def test_every_bad_override_is_one_sentence(tmp_path, override, sentence):
+    path = write(tmp_path / "a.yaml", "optim: {lr: {peak: 1.0}}")
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        load(Tree, path, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_is_proposed_only_where_one_is_near(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(Tree, write(tmp_path / "a.yaml", "optim: {lr: {peak: 1.0}}\nzzzzzz: 1\n"))
+    assert str(caught.value) == f"{tmp_path / 'a.yaml'}: zzzzzz is not a known key"
+    assert did_you_mean("stps", ["steps", "optim"]) == "; did you mean steps?"
+    assert did_you_mean("qqq", ["steps", "optim"]) == ""
+
+
+def test_of_many_faults_the_first_are_told(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(Tree, write(tmp_path / "a.yaml", "\n".join(f"z{n}: 1" for n in range(5000))))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21 and lines[-1].endswith(": 4981 more faults")  # optim is missing too
+
+
+class Place(Config):
+    folder: Address
+    maybe: Address | None = None
+    several: tuple[Address, ...] = ()
+    named: dict[str, Address] = {}
+    word: str = "here"
+    options: Options = {}
+
+
+def test_addresses_are_found_by_their_type_and_made_absolute():
+    place = Place(folder="a/../b", maybe="s3://x/y", several=("c", "/d"), named={"e": "./f"}, options={"g": "h"})
+    assert absolute(place, "/root") == Place(
+        folder="/root/b",
+        maybe="s3://x/y",
+        several=("/root/c", "/d"),
+        named={"e": "/root/f"},
+        word="here",
+        options={"g": "h"},
+    )
+    assert absolute(absolute(place, "/root"), "/elsewhere") == absolute(place, "/root")
+
+
+@pytest.mark.parametrize("empty", ["''", "' '"])
+def test_an_empty_address_never_means_the_current_folder(tmp_path, empty):
+    with pytest.raises(ConfigError, match="folder: it is empty, which names no folder and no file"):
+        load(Place, write(tmp_path / "a.yaml", f"folder: {empty}"))
+
+
+def test_infinities_hide_nowhere_among_options(tmp_path):
+    with pytest.raises(ConfigError, match="options: it holds inf, which is no finite number"):
+        load(Place, write(tmp_path / "a.yaml", "folder: a\noptions: {a: [{b: .inf}]}"))

@@ -1,8 +1,10 @@
 """The run's tree: the recipes load, derive what they say, and refuse what cannot run."""
 
+import json
+
 import pytest
 
-from mmoe.config.load import load
+from mmoe.config.load import absolute, flatten, load
 from mmoe.config.tree import RunConfig
 from mmoe.errors import ConfigError
 from tests.conftest import REPOSITORY
@@ -52,3 +54,17 @@ def test_the_batch_of_several_replicas_is_the_same_batch():
     assert (one.sequences, one.iterations) == (two.sequences, two.iterations)
     assert (one.micro_batch_sequences, two.micro_batch_sequences, two.accumulation) == (4, 2, 1)
     assert config.contrastive_group == 4 and config.training.heldout_sequences == 1
+
+
+def test_no_address_in_the_tree_is_declared_as_plain_text():
+    """What a key is called like does not make it an address; its type does, and every such key here has it."""
+    path = REPOSITORY / "configs" / "real_small.yaml"
+    here = {"training.start_from": {"weights": "a"}, "data.storage.cache_folder": "b", "tokenizers.text.path": "c"}
+    config = load(RunConfig, path, [f"{key}={json.dumps(value)}" for key, value in here.items()])
+    before, after = (flatten(each.model_dump(mode="json")) for each in (config, absolute(config, "/root")))
+    changed = {key for key in before if before[key] != after[key]}
+    places = ("shards", "input", "path", "cache_folder", "weights", "run")
+    assert changed == {key for key, value in before.items() if key.rpartition(".")[2] in places and value is not None}
+    assert after["data.sources.text.input"] == "/shared/data/text" and after["training.run"] == "/root/runs/real_small"
+    loose = [key for key, value in after.items() if isinstance(value, str) and "/" in value and key not in changed]
+    assert not loose
