@@ -1,6 +1,5 @@
 """`data.*`: the sources of a run, the stages that mix them, and how sequences are filled and decoded."""
 
-
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Address, Config, Options

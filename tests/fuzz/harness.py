@@ -40,7 +40,7 @@ def campaign(target: str, count: int, first: int = 0) -> list[dict[str, Any]]:
             (folder / "todo.json").write_text(json.dumps(todo))
             (folder / "number").write_text("")
             command = [sys.executable, "-m", "tests.fuzz.harness", target, str(folder)]
-            done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
             faults += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             said = (folder / "number").read_text()
             if done.returncode == 0 or not said:

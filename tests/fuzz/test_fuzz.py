@@ -1,7 +1,7 @@
 """Inputs damaged on purpose: each gives a result or an error meant for the user; no signal, no hang, bounded memory.
 
-`MMOE_FUZZ_INPUTS` sets how many of each kind the slow test tries; ``python -m tests.fuzz.harness TARGET`` is the same by
-hand.
+`MMOE_FUZZ_INPUTS` sets how many of each kind the slow test tries; ``python -m tests.fuzz.harness TARGET`` does the same
+by hand.
 """
 
 import os
