@@ -81,6 +81,8 @@ def _check_header(container: InputContainer, where: str) -> None:
         check_bound("film_seconds", seconds, where, "states a length in seconds")
         for stream in container.streams.video:
             context = stream.codec_context
+            if context is None:  # of no known codec: whoever chooses the stream refuses it
+                continue
             check_bound("film_pixels", context.width * context.height, where, "has frames of so many pixels")
             check_bound("film_frames", stream.frames, where, "states a number of frames")
             # Frames may grow on the way. A thread a film: processes decode side by side.

@@ -111,14 +111,9 @@ class _PyAVReader:
     """Frames are known by the times of their packets, and found by seeking to a key frame and decoding from there."""
 
     def __init__(self, data: bytes | Path, where: str, stream: int | None, scaled: tuple[int, int] | None):
-        self._where, self._scaled = where, scaled
-        self._container = open_container(data, where)
-        with translated(where):
-            streams = self._container.streams
-            self._stream = streams.best("video") if stream is None else streams[stream]
-            if self._stream is None:
-                raise Refused("no video stream", f"{where} has no video stream; give a video file or leave it out")
-            self._start = self._stream.start_time or 0
+        self._data, self._where, self._number, self._scaled = data, where, stream, scaled
+        self._open()
+        self._start = self._stream.start_time or 0
         packets = list_packets(self._container, self._stream, where)
         # AVI has no presentation times: what FFmpeg gives its frames is out of order where there are B-frames. The
         # decoder's order is right, so its frames are counted from the first on, and take the times in that order.
@@ -130,6 +125,15 @@ class _PyAVReader:
         self._converter = VideoReformatter()  # kept: it sets up its tables once a picture size
         self._in_damage = False
         self.damaged: set[int] = set()
+
+    def _open(self) -> None:
+        self._container = open_container(self._data, self._where)
+        with translated(self._where):
+            streams = self._container.streams
+            self._stream = streams.best("video") if self._number is None else streams[self._number]
+        if self._stream is None or self._stream.type != "video" or self._stream.codec_context is None:
+            message = f"{self._where} has no video stream that can be decoded; give a video file or leave it out"
+            raise Refused("no video stream", message)
 
     @property
     def times_ns(self) -> np.ndarray:
@@ -171,7 +175,11 @@ class _PyAVReader:
 
     def _seek(self, pts: int | None) -> None:
         """Decode from the key frame at or before `pts` on; None: from the start."""
-        self._container.seek(self._start if pts is None else pts, stream=self._stream)
+        if pts is None:  # opened anew: not every container can be sought back to its first packet
+            self._container.close()
+            self._open()
+        else:
+            self._container.seek(pts, stream=self._stream)
         self._decoding, self._at = self._decoded(from_start=pts is None), -1
         self._in_damage = False
 
@@ -182,7 +190,7 @@ class _PyAVReader:
         for packet in self._container.demux(self._stream):
             if first is None and packet.is_keyframe and packet.pts is not None:
                 first = packet.pts
-            if first is None and packet.size:
+            if first is None:
                 continue
             for frame in packet.decode():
                 self._in_damage = frame.is_corrupt or packet.is_corrupt or self._in_damage and not frame.key_frame
@@ -196,11 +204,14 @@ class _PyAVReader:
         return self._converter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
 
     def _decode(self, wanted: set[int], found: dict[int, np.ndarray]) -> None:
+        last = max(wanted)
         for frame in self._decoding:
             index = self._at + 1 if self._counted else self._index.get(frame.pts, len(self._pts))
             if index >= len(self._pts):
                 continue  # a picture that the container has no time for is not one of its frames
             self._at = index
+            if index > last:
+                return  # frames come in the order they are shown: what is missing lies behind
             if self._at in wanted and self._at not in found:
                 found[self._at] = np.rot90(self._convert(frame).to_ndarray(), frame.rotation // 90)
                 if self._in_damage:

@@ -55,6 +55,7 @@ def write_lerobot(
     names: object = ("x", "y", "grip"),
     times_ms: list[int] | None = None,
     files: int = 1,
+    encoding: dict | None = None,
 ) -> None:
     """A dataset v3.0: episode e's row i has state (e, i, 0.5), action (e, i + 1, 0.25), picture number e * 8 + i.
 
@@ -126,5 +127,7 @@ def write_lerobot(
             path = folder / f"videos/{key}/chunk-000/file-{file:03d}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
             times = times_ms or [round(1000 * i / fps) for i in range(at)]
-            path.write_bytes(video(np.concatenate(seen) + np.uint8(2 * number), times_ms=times, crf=1, g=6))
+            path.write_bytes(
+                video(np.concatenate(seen) + np.uint8(2 * number), times_ms=times, **(encoding or {"crf": 1, "g": 6}))
+            )
     pq.write_table(pa.Table.from_pylist(entries), folder / "meta/episodes/chunk-000/file-000.parquet")

@@ -80,7 +80,8 @@ def open_film(file: Path, video: Choice, sound: Choice | Literal["none"]) -> Fil
 
 def _choose(container: av.container.InputContainer, kind: str, choice: Choice, file: Path) -> av.stream.Stream | None:
     """The stream of this kind; with no choice the first, where that is also FFmpeg's best."""
-    found = [s for s in container.streams if s.type == kind and not s.disposition & Disposition.attached_pic]
+    streams = [s for s in container.streams if s.type == kind and s.codec_context is not None]
+    found = [s for s in streams if not s.disposition & Disposition.attached_pic]
     said = ", ".join(f"{s.index} ({_about(s)})" for s in found)
     if isinstance(choice, int):
         chosen = next((stream for stream in found if stream.index == choice), None)
@@ -89,7 +90,7 @@ def _choose(container: av.container.InputContainer, kind: str, choice: Choice, f
             raise Refused("no such stream", message)
         return chosen
     best = container.streams.best(kind)
-    if not found or best is None:
+    if not found or best not in streams:
         return None  # a picture of the cover alone is no video
     if choice is None and best.index != found[0].index:
         message = (

@@ -81,7 +81,7 @@ def read_everything(folder, manifest):
                     assert len(wave) == stop - start and rate == segment["rate"]
                 elif kind is Modality.VISION:
                     if where.endswith(".mp4"):
-                        shown = VideoFrames(data, "decord", where).frames(np.arange(start, stop))[0]
+                        shown = VideoFrames(data, "auto", where).frames(np.arange(start, stop))[0]
                     else:
                         shown = load_image(data, where)
                     assert shown.shape[:2] == (segment["height"], segment["width"])
