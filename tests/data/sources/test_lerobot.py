@@ -50,6 +50,27 @@ def test_every_row_has_its_frame_state_and_actions(tmp_path, backend, files):
             assert set(action[:, 0].tolist()) == {e}
 
 
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        {"codec": "libx265", "x265-params": "log-level=none:keyint=2:min-keyint=2:crf=1"},
+        {"codec": "libsvtav1", "g": 2, "crf": 1, "preset": 10},  # what LeRobot itself writes
+    ],
+    ids=lambda encoding: encoding["codec"],
+)
+def test_videos_in_other_codecs_show_the_frame_of_the_row(tmp_path, encoding):
+    write_lerobot(tmp_path, [8, 8, 8, 8], encoding=encoding)
+    samples, refused = read("lerobot", tmp_path, slices=3)
+    assert not refused and len(samples) == 12
+    for key, sample in samples.items():
+        _, episode, first = key.split("-")
+        seen = [number_of(sample, segment) for segment in by_kind(sample, Modality.VISION)]
+        start = int(episode) * 8 + int(first)
+        assert seen == [number % 32 for number in range(start, start + len(seen))]
+    _, refused = read("lerobot", tmp_path, slices=3, video_backend="decord")
+    assert len(refused) == 12 and all("set video_backend=auto" in str(refusal) for refusal in refused.values())
+
+
 def test_cameras_are_mapped_by_option(tmp_path):
     cameras = ("observation.images.top", "observation.images.wrist.left")
     write_lerobot(tmp_path, [4, 4], cameras=cameras)

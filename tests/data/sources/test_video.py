@@ -1,20 +1,25 @@
 """Videos with sound: what a slice holds follows from the times in the file, whatever the file is like."""
 
 import json
+import os
 
 import av
 import numpy as np
 import pytest
 
+from mmoe.data.bounds import BEYOND
+from mmoe.data.frames import DAMAGED
 from mmoe.data.media import audio_info, load_audio, load_image
 from mmoe.data.sample import Modality
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.errors import DataError
+from tests.data.films import FILMS, RATE, number_of
 from tests.data.preparation.test_prepare import read_everything, run
 from tests.data.recordings import pictures, turned, video, write_jsonl
 from tests.data.recordings_robot import LEVEL, level_pictures
 from tests.data.recordings_video import film, ramp
 from tests.data.sources.test_sources import read, texts
+from tests.data.test_frames import damaged, lasting, textured
 
 MS = 1_000_000
 BACKENDS = ("decord", "pyav")
@@ -272,3 +277,42 @@ def test_real_streams_are_refused_chosen_and_silent(shared_data):
     assert len(silent) == 3 and all(s.flags == {"sound: silent, kept": 1} for s in silent)
     assert [len(by_kind(s, Modality.VISION)) for s in silent] == [8, 8, 1]  # 8.84 s
     assert all(not s.flags for s in by_name["rabbit320"])
+
+
+def test_the_stored_picture_of_a_time_is_the_frame_of_that_time(tmp_path):
+    """Sixty films of mixed codecs, GOPs and edit lists; decord shows the same or refuses by name."""
+    for film_made in FILMS:
+        film_made.save(tmp_path)
+    for backend, most_refused in (("auto", 0), ("decord", 50)):
+        samples, refused = read("video", tmp_path, video_backend=backend, slices=4, slice_period_ns=200 * MS)
+        wrong = []
+        for key, sample in samples.items():
+            about = json.loads(sample.members["clip.json"])
+            cut = next(film.first for film in FILMS if film.name == about["file"])
+            for segment in by_kind(sample, Modality.VISION):
+                time_ns = about["start_ns"] + segment.timestamp_ns + segment.offset_ns
+                shows, expected = number_of(load_image(sample.members[segment.member], "x")), cut + time_ns * RATE / 1e9
+                if shows != round(expected):
+                    wrong.append((key, expected, shows))
+        assert not wrong
+        assert len({key.rpartition("-")[0] for key in refused}) <= most_refused
+        assert all("set video_backend=auto" in str(refusal) for refusal in refused.values())
+
+
+def test_pictures_that_the_decoder_makes_up_are_counted(tmp_path):
+    (tmp_path / "v.mp4").write_bytes(damaged(video(textured(50), codec="mpeg4", g=25, bf=0), 30))
+    sample = only(read("video", tmp_path)[0])
+    assert sample.flags[DAMAGED] == 2 and len(by_kind(sample, Modality.VISION)) == 4  # at 1.48 and 1.96 s
+
+
+def test_what_is_no_film_is_refused_alone_and_does_not_hang(tmp_path):
+    (tmp_path / "good.mp4").write_bytes(video(level_pictures(0, 25)))
+    (tmp_path / "years.mkv").write_bytes(lasting(video(level_pictures(0, 25), container="matroska"), 3.2e12))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile good.mp4\n")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    samples, refused = read("video", tmp_path)
+    assert set(samples) == {"good_mp4-00000000"}
+    reasons = {key: refusal.reason for key, refusal in refused.items()}
+    unreadable = "unreadable picture or video"
+    assert reasons == {"years_mkv": BEYOND, "list_mp4": unreadable, "pipe_mp4": unreadable, "zero_mp4": unreadable}
