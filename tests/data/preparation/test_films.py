@@ -114,7 +114,7 @@ def test_what_preparation_accepts_training_decodes_by_either_backend(tmp_path):
     ours, theirs = (Decoder(prepared.files("train"), tokenizers, backend) for backend in ("auto", "decord"))
     for row in range(manifest.splits["train"].samples):
         segments = ours.index(0, 0).row_segments(row)
-        ref = DocumentRef(0, 0, row, 0, int(segments["slice"].max()) + 1, 0, False, True)
+        ref = DocumentRef(0, 0, row, 0, 0, int(segments["slice"].max()) + 1, False, True)
         assert len(ours(ref)) == len(theirs(ref)) == 1
 
 
@@ -126,7 +126,7 @@ def test_training_by_decord_refuses_a_film_that_was_not_proven(tmp_path):
     prepared = Sources(config)
     audio = AudioConfig(path=str(tmp_path / "drive/audio_codec.safetensors"), **SMALL_CODEC["audio"])
     tokenizers = TokenizersConfig(vision=VisionConfig(patch=8), audio=audio).build(prepared.manifests)
-    ref = DocumentRef(0, 0, 0, 0, 1, 0, False, True)
+    ref = DocumentRef(0, 0, 0, 0, 0, 1, False, True)
     assert Decoder(prepared.files("train"), tokenizers, "auto")(ref)
     with pytest.raises(Refused, match=r"drive-\d+\.front\w*\.mp4 is not read by decord.*data.video_backend=auto"):
         Decoder(prepared.files("train"), tokenizers, "decord")(ref)
