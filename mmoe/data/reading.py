@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from mmoe.errors import DataError, MmoeError
 
+_TERSE = (LookupError, TypeError, AttributeError, ArithmeticError)  # whose messages say little without their type
+
 
 @contextmanager
 def reading(what: str, where: str, remedy: str) -> Iterator[None]:
@@ -28,5 +30,7 @@ def unreadable(what: str, where: str, error: Exception, remedy: str) -> DataErro
     reason = re.sub(r"Error opening <.*?>: ", "", re.sub(r"[^\x20-\x7e]+", " ", str(error)))
     reason = re.sub(r" at 0x[0-9a-f]+", "", reason)  # an address would make the list of each attempt another
     reason = reason.strip().removeprefix("Error: ")
+    if not reason or isinstance(error, _TERSE):
+        reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
     reason = reason if len(reason) <= 160 else f"...{reason[-160:]}"
-    return DataError(f"{where} cannot be read as a {what} ({reason or type(error).__name__}); {remedy}")
+    return DataError(f"{where} cannot be read as a {what} ({reason}); {remedy}")

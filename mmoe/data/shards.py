@@ -19,8 +19,9 @@ from mmoe.errors import DataError
 
 GAP = 128 << 10  # bytes: reading them costs a remote store less than another request
 _BLOCK = tarfile.BLOCKSIZE
-_KEY = re.compile(r"(?!__)[^./\x00-\x1f]+(/[^./\x00-\x1f]+)*")
-_FIELD = re.compile(r"(?!__)[^./\x00-\x1f]+(\.[^./\x00-\x1f]+)*")
+_PART = r"[^./\x00-\x1f\ud800-\udfff]+"  # no control characters, and none that UTF-8 cannot spell
+_KEY = re.compile(rf"(?!__){_PART}(/{_PART})*")
+_FIELD = re.compile(rf"(?!__){_PART}(\.{_PART})*")
 
 
 def check_key(key: str) -> None:

@@ -259,6 +259,8 @@ class Clocks:
             if any(table.dtype != np.int64 or table.ndim != 1 for table in arrays.values()):
                 raise ValueError("its times are not one axis of int64 nanoseconds")
             times = {name: np.cumsum(intervals) for name, intervals in arrays.items()}
+            if about["reference"] not in times:
+                raise ValueError(f"it has no times of its reference {about['reference']!r}")
             return cls(times_ns=times, **about)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from mmoe.config.load import validate
 from mmoe.data import sync
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest
+from mmoe.data.preparation.rows import make_sample
 from mmoe.data.shards import read_stored
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources import find_source
@@ -44,18 +45,18 @@ class StreamTiming:
     name: str
     readings: int
     logs: int
-    rate_hz: float
+    rate_hz: float | None  # None where no two readings tell
     intervals: np.ndarray
     offsets: np.ndarray
     repeats: int
     backwards: int
     gaps: int
     longest_gap: float
-    within_1ms: float  # share of all references
+    within_1ms: float | None  # share of all references
     drift: float | None
     drift_ms: float | None  # over a log, the median of logs
-    start: float  # first reading after the reference's first, the median of logs
-    end: float
+    start: float | None  # first reading after the reference's first, the median of logs
+    end: float | None
 
     @property
     def bursts(self) -> bool:
@@ -109,7 +110,7 @@ def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> 
 
     for item in source.items(path, reader, refuse):
         try:
-            sample = item.make()
+            sample = make_sample(item)
         except DataError as refusal:
             refuse(item.key, refusal)
             continue
@@ -142,18 +143,19 @@ def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncRep
 def _member(index: ShardIndex, row: int, key: str) -> Clocks | None:
     for member in range(index.row_members(row)):
         if index.row_member(row, member)[0] == CLOCKS:
-            return Clocks.from_bytes(read_stored(index, row, member).content)
+            stored = read_stored(index, row, member)
+            return Clocks.from_bytes(stored.content, stored.where)
     return None
 
 
 def _timing(name: str, logs: list[Clocks]) -> StreamTiming:
     held = [log for log in logs if len(log.times_ns.get(name, ()))]
-    intervals = np.concatenate([np.diff(log.times_ns[name]) for log in held])
+    intervals = np.concatenate([np.zeros(0, np.int64), *(np.diff(log.times_ns[name]) for log in held)])
     # In order of time: a clock that runs backwards is counted, and must not spoil the choice of the nearest.
     pairs = [(log.times_ns[log.reference], np.sort(log.times_ns[name])) for log in held]
     span_s = sum(int(times[-1] - times[0]) for _, times in pairs) / 1e9
-    rate = len(intervals) / span_s if span_s else 0.0
-    offsets, near = [], 0
+    rate = len(intervals) / span_s if span_s else None
+    offsets, near = [np.zeros(0, np.int64)], 0
     for reference_ns, times_ns in pairs:
         offset = times_ns[sync.nearest(times_ns, reference_ns)] - reference_ns
         near += int((np.abs(offset) <= MS).sum())
@@ -173,12 +175,16 @@ def _timing(name: str, logs: list[Clocks]) -> StreamTiming:
         backwards=int((intervals < 0).sum()),
         gaps=len(long),
         longest_gap=float(long.max(initial=0)) / MS,
-        within_1ms=near / references if references else 0.0,
+        within_1ms=near / references if references else None,
         drift=float(np.median([slope for slope, _ in slopes])) if slopes else None,
         drift_ms=float(np.median([drift for _, drift in slopes])) if slopes else None,
-        start=float(np.median([int(times[0] - reference[0]) for reference, times in pairs])) / MS,
-        end=float(np.median([int(times[-1] - reference[-1]) for reference, times in pairs])) / MS,
+        start=_median_ms([int(times[0] - reference[0]) for reference, times in pairs if len(reference)]),
+        end=_median_ms([int(times[-1] - reference[-1]) for reference, times in pairs if len(reference)]),
     )
+
+
+def _median_ms(times_ns: list[int]) -> float | None:
+    return float(np.median(times_ns)) / MS if times_ns else None
 
 
 def _slope(log: Clocks, name: str) -> tuple[float, float] | None:
@@ -200,14 +206,13 @@ def _slope(log: Clocks, name: str) -> tuple[float, float] | None:
 
 
 def quantiles(values: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Least, first percentile, median, 99th percentile, greatest; zeros where there is none."""
-    if not len(values):
-        return (0.0,) * 5
+    """Least, first percentile, median, 99th percentile, greatest, of one value or more."""
     return tuple(np.quantile(values, (0, 0.01, 0.5, 0.99, 1)).tolist())
 
 
-def _text(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # adding zero turns -0.0 into 0.0
+def text(value: float | None, digits: int, sign: str = "") -> str:
+    """A measure as a report shows it; a dash where there is none, which is not zero."""
+    return "-" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # adding zero turns -0.0 into 0.0
 
 
 COLUMNS = (
@@ -230,26 +235,31 @@ def rows(report: SyncReport) -> list[tuple[str, ...]]:
     """A line a stream under `COLUMNS`, as text."""
     lines = []
     for stream in report.streams:
-        _, low, median, high, _ = quantiles(stream.intervals)
+        intervals, jitter, gaps = "-", "-", "-"
+        if len(stream.intervals):
+            _, low, median, high, _ = quantiles(stream.intervals)
+            intervals, jitter = f"{median:.2f} ({low:.2f}..{high:.2f})", f"{stream.intervals.std():.3f}"
+            gaps = f"{stream.gaps:,} ({stream.longest_gap:.1f})" if stream.gaps else "0"
+        offsets = quantiles(stream.offsets) if len(stream.offsets) else ()
         remarks = ["reference"] if stream.name == report.reference else []
         remarks += ["in bursts"] if stream.bursts else []
         remarks += [f"{stream.repeats:,} repeated times"] if stream.repeats else []
         remarks += [f"{stream.backwards:,} times run backwards"] if stream.backwards else []
         remarks += [f"absent in {report.logs - stream.logs} of {report.logs} logs"] if stream.logs < report.logs else []
-        drift = "-" if stream.drift is None else f"{_text(stream.drift, 1)} ({_text(stream.drift_ms, 2)})"
+        drift = "-" if stream.drift is None else f"{text(stream.drift, 1)} ({text(stream.drift_ms, 2)})"
         lines.append(
             (
                 stream.name,
-                f"{stream.rate_hz:.3f}",
+                text(stream.rate_hz, 3),
                 f"{stream.readings:,}",
-                f"{median:.2f} ({low:.2f}..{high:.2f})",
-                f"{stream.intervals.std() if len(stream.intervals) else 0:.3f}",
-                "-" if stream.bursts else f"{stream.gaps:,} ({stream.longest_gap:.1f})" if stream.gaps else "0",
-                f"{stream.within_1ms:.1%}",
-                "/".join(_text(value, 1) for value in quantiles(stream.offsets)),
+                intervals,
+                jitter,
+                "-" if stream.bursts else gaps,
+                "-" if stream.within_1ms is None else f"{stream.within_1ms:.1%}",
+                "/".join(text(value, 1) for value in offsets) or "-",
                 drift,
-                f"{stream.start:+.1f}",
-                f"{stream.end:+.1f}",
+                text(stream.start, 1, "+"),
+                text(stream.end, 1, "+"),
                 ", ".join(remarks),
             )
         )

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from mmoe.data.sync_report import COLUMNS, SYNTHETIC, StreamTiming, SyncReport, rows
+from mmoe.data.sync_report import COLUMNS, SYNTHETIC, StreamTiming, SyncReport, rows, text
 from mmoe.monitoring.figures import MODEL, style
 from mmoe.monitoring.page import PAGE, STYLE
 
@@ -47,7 +47,7 @@ _NOTE = (
 
 def _card(stream: StreamTiming) -> str:
     return (
-        f'<div class="card"><span>{escape(stream.name)}</span><b>{stream.rate_hz:.3f} Hz</b>'
+        f'<div class="card"><span>{escape(stream.name)}</span><b>{text(stream.rate_hz, 3)} Hz</b>'
         f"<i>{stream.readings:,} readings</i></div>"
     )
 

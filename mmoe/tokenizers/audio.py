@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmoe.config.base import Address, Config
 from mmoe.errors import DataError
+from mmoe.tokenizers.rates import check_rates
 
 Layout = Literal["flat", "delay"]
 
@@ -285,8 +286,10 @@ def resampled_length(samples, rate, target: int):
 def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
     """Mono wave [n] at `rate` Hz -> f32 [resampled_length(n, rate, target)] at `target` Hz.
 
-    Raises `DataError` for a wave that is not one-dimensional or not finite.
+    Raises `DataError` for a wave that is not one-dimensional or not finite, and for a rate that would take a filter
+    of gigabytes.
     """
+    check_rates(rate, target, "a wave")
     if wave.ndim != 1:
         raise DataError(f"a wave of shape {wave.shape} is not mono; mix its channels down to one before encoding")
     if not np.isfinite(wave).all():

@@ -132,6 +132,7 @@ class Make:
     config: ChunkConfig
     tokenizer: TextTokenizer
     vector_names: dict[str, tuple[str, ...]]
+    sound_rate: int | None = None  # Hz, of the codec that is to be fitted
 
     def __call__(self, chunk: Chunk) -> int:
         refused, removed = [], []
@@ -148,7 +149,7 @@ class Make:
         return len(chunk.items)
 
     def row(self, item: Item) -> Row | Refused:
-        return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names)
+        return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.sound_rate)
 
 
 @dataclass(frozen=True)

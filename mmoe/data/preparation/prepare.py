@@ -12,7 +12,6 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -35,14 +34,16 @@ from mmoe.data.preparation.dedup import Duplicates
 from mmoe.data.preparation.engines import Engine, run
 from mmoe.data.preparation.job import JOB_FORMAT, Job, listing_digest
 from mmoe.data.preparation.references import Reference, Sign, find_references, is_signed, load_signatures
-from mmoe.data.preparation.rows import Row
+from mmoe.data.preparation.rows import Row, make_sample
 from mmoe.data.preparation.splits import GAP_NS, Split, split
 from mmoe.data.preparation.statistics import KNOTS
 from mmoe.data.preparation.tally import ItemLog, Tally, summary
+from mmoe.data.reading import reading
 from mmoe.data.sample import Modality
 from mmoe.data.shards import read_stored
 from mmoe.data.sources import find_source
 from mmoe.data.sources.base import Item, Quarantine, Refused, Source
+from mmoe.data.sources.files import check_name
 from mmoe.errors import DataError
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
@@ -50,6 +51,7 @@ from mmoe.tokenizers.text import TextTokenizer
 
 QUARANTINE = "quarantine.jsonl"  # what could not be read
 REMOVED = "removed.jsonl"  # what could be read and was left out
+_GAP = "gap before the held-out tail"
 AUDIO_CODEC = "audio_codec.safetensors"
 AUDIO_REPORT = "audio_codec.json"
 
@@ -102,9 +104,15 @@ def prepare(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")
     listed: list[tuple[str, Refused]] = []
+    _beside(output, QUARANTINE).unlink(missing_ok=True)  # of an attempt before, and no input of this one
+    _beside(output, REMOVED).unlink(missing_ok=True)
     with bounded_by(config.bounds):
-        sides = _split_items(source, Path(input), reader, config, lambda key, refusal: listed.append((key, refusal)))
-        source = source.of(Path(input), reader)
+        try:
+            sides = _split_items(source, Path(input), reader, config, lambda key, why: listed.append((key, why)))
+        except DataError as error:
+            raise _with_list(error, listed, output) from error
+        with reading("source", str(input), "repair its description"):
+            source = source.of(Path(input), reader)
     items = sides.heldout + sides.train
     references = find_references(config.dedup, text_tokenizer)
     with bounded_by(config.bounds), Job(output) as job:
@@ -119,7 +127,8 @@ def prepare(
             "against": {source: _digest(source) for source in config.dedup.against},
         }
         resumed = job.pin(pins)
-        make = Make(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names)
+        rate = config.audio.mel.sample_rate if config.audio.kind == "mel" else None
+        make = Make(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
         plan = job.remember("plan", lambda: _plan(make, items))
         chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
         if workers is None:
@@ -133,12 +142,13 @@ def prepare(
         removed = _find_duplicates(job, chunks, references, config)
         folders = _thin_chunks(job, Thin(make.folder, job.folder / "thinned", make.config), chunks, removed, work)
         tallies, shards = _assemble(job, folders)
-        quarantined, left_out, first = _write_lists(job.result, listed, folders, removed)
-        try:
-            _check_filled(tallies, config, sum(quarantined.values()) + sum(left_out.values()), first, input)
-        except DataError:
+        refused, left_out = _write_lists(job.result, listed, folders, removed)
+        if problem := _unfilled(tallies, config, refused, left_out, input, output):
+            for log, name in ((refused, QUARANTINE), (left_out, REMOVED)):
+                if log.counts:
+                    (job.result / name).replace(_beside(output, name))
             job.discard()  # what is repaired is to be read again
-            raise
+            raise problem
         manifest = SourceManifest(
             format=FORMAT,
             kind=source.kind,
@@ -147,10 +157,12 @@ def prepare(
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
             vectors=vector_stats(source, tallies["train"], tallies["heldout"]),
             splits={name: tallies[name].entry(shards[name]) for name in SPLITS},
-            quarantined=dict(sorted(quarantined.items())),
-            removed=dict(sorted(left_out.items())),
+            quarantined=dict(sorted(refused.counts.items())),
+            removed=dict(sorted(left_out.counts.items())),
         )
-        console.print(summary(kind, tallies, quarantined, left_out, manifest.vectors))
+        console.print(summary(kind, tallies, refused.counts, left_out.counts, manifest.vectors))
+        for note in source.notes:
+            console.print(note)
         if source.clock == "synthetic":
             console.print("clock: synthetic, made from a row's number and a rate; it cannot show skew between sensors")
         if Modality.ACTION in tallies["train"].vectors:
@@ -171,7 +183,7 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
     for item in items:
         try:
             with bounded_by(config.bounds):
-                sample = item.make()
+                sample = make_sample(item)
         except DataError:
             continue  # `prepare` counts it and says why
         yield from (segment.text for segment in sample.segments if segment.modality is Modality.TEXT)
@@ -207,16 +219,22 @@ def _split_items(source: Source, input: Path, reader: Config, config: PrepareCon
     if not source.generated and not input.exists():
         raise DataError(f"{input} does not exist; give the file or folder of the recordings to prepare")
     items: dict[str, Item] = {}
-    for item in source.items(input, reader, quarantine):
-        if item.key in items:
-            message = f"sample key {item.key} occurs twice in {input}; give every recording its own name"
-            quarantine(item.key, Refused("duplicate key", message))
-        else:
-            items[item.key] = item
+    with reading(f"source of kind {source.kind}", str(input), "repair what describes its recordings"):
+        for item in source.items(input, reader, quarantine):
+            try:
+                check_name(item.key, str(input))
+                check_name(item.recording, str(input))
+                if item.key in items:
+                    message = f"sample key {item.key} occurs twice in {input}; give every recording its own name"
+                    raise Refused("duplicate key", message)
+            except Refused as refusal:
+                quarantine(item.key, refusal)
+            else:
+                items[item.key] = item
     sides = split(list(items.values()), config.heldout_share, gap=0 if source.clock == "none" else GAP_NS)
     for item in sides.gap:
         message = f"sample {item.key} lies in the gap before the held-out tail of {item.recording}"
-        quarantine(item.key, Refused("gap before the held-out tail", message))
+        quarantine(item.key, Refused(_GAP, message))
     return sides
 
 
@@ -316,8 +334,8 @@ def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], d
 
 def _write_lists(
     folder: Path, listed: list[tuple[str, Refused]], folders: dict[Chunk, Path], removed: dict[str, _Removed]
-) -> tuple[Counter[str], Counter[str], str]:
-    """Write what is not in the shards; returns the counts of what was refused and removed, and the first message."""
+) -> tuple[ItemLog, ItemLog]:
+    """Write what is not in the shards; returns the lists of what was refused and of what was removed."""
     with ItemLog(folder / QUARANTINE) as refused, ItemLog(folder / REMOVED) as left_out:
         for key, refusal in listed:
             refused.write(key, refusal.reason, str(refusal))
@@ -328,25 +346,56 @@ def _write_lists(
             lines = [(*line, "") for line in stored.removed] + removed.get(chunk.name, [])
             for number, reason, message, of in sorted(lines):
                 left_out.write(chunk.items[number].key, reason, message, **({"duplicate_of": of} if of else {}))
-    return refused.counts, left_out.counts, refused.first or left_out.first
+    return refused, left_out
 
 
-def _check_filled(
-    tallies: dict[str, Tally], config: PrepareConfig, refused: int, first: str, input: str | Path
-) -> None:
+def _unfilled(
+    tallies: dict[str, Tally],
+    config: PrepareConfig,
+    refused: ItemLog,
+    left_out: ItemLog,
+    input: str | Path,
+    output: Path,
+) -> DataError | None:
+    """What to say where a split has no sample: the commonest reason, and where the lists will be; else None."""
     taken = {name: tally.samples for name, tally in tallies.items()}
     empty = "train" if not taken["train"] else "heldout" if config.heldout_share and not taken["heldout"] else None
     if empty is None:
-        return
-    if not refused:
-        raise DataError(
-            f"{input} gives no sample for the split {empty}; add recordings"
-            + (", or set prepare.heldout_share=0" if empty == "heldout" else "")
-        )
-    raise DataError(
-        f"{input} leaves no sample for the split {empty}: {refused} were refused or removed, {sum(taken.values())} "
-        f"taken; repair or add recordings. The first of them: {first}"
+        return None
+    counts, examples = refused.counts + left_out.counts, left_out.examples | refused.examples
+    if not counts:
+        more = ", or set prepare.heldout_share=0" if empty == "heldout" else ""
+        return DataError(f"{input} gives no sample for the split {empty}; add recordings{more}")
+    # The gap follows from the split: whoever has nothing left wants to know what became of the rest.
+    named = {reason: count for reason, count in counts.items() if reason != _GAP} or counts
+    reason = max(named, key=named.get)
+    lists = [str(_beside(output, n)) for log, n in ((refused, QUARANTINE), (left_out, REMOVED)) if log.counts]
+    return DataError(
+        f"{input} leaves no sample for the split {empty}: {counts.total()} were refused or removed, "
+        f"{sum(taken.values())} taken; repair or add recordings. The commonest reason is {reason!r} ({named[reason]}), "
+        f"as here: {examples[reason]}. All are in {' and '.join(lists)}"
     )
+
+
+def _with_list(error: DataError, listed: list[tuple[str, Refused]], output: Path) -> DataError:
+    """An error that ended the listing, with what had been refused until then written beside the output."""
+    if not listed:
+        return error
+    place = _beside(output, QUARANTINE)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with ItemLog(place) as log:
+        for key, refusal in listed:
+            log.write(key, refusal.reason, str(refusal))
+    reason, count = log.counts.most_common(1)[0]
+    return DataError(
+        f"{error}. {len(listed)} items were refused before that, {count} for the reason {reason!r}, as here: "
+        f"{log.examples[reason]}. All are in {place}"
+    )
+
+
+def _beside(output: Path, name: str) -> Path:
+    """Where a list stays when there is no output."""
+    return output.with_name(f"{output.name}.{name}")
 
 
 def _fit_audio_codec(folder: Path, manifest: SourceManifest, config: PrepareConfig, console: Console) -> None:

@@ -3,10 +3,14 @@
 This runs in the worker processes of preparation; it depends on nothing but the sample and the text tokenizer.
 """
 
+import errno
 import hashlib
+import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -17,11 +21,13 @@ from mmoe.data.media import audio_info, load_array, load_audio, load_image
 from mmoe.data.sample import SEGMENT_DTYPE, Modality, Sample, Segment
 from mmoe.data.shards import ShardWriter, check_field, check_key
 from mmoe.data.sources.base import Item, Refused
-from mmoe.errors import DataError
+from mmoe.errors import DataError, MmoeError
+from mmoe.tokenizers.rates import check_rates
 from mmoe.tokenizers.text import TextTokenizer
 
 _COPIED = [name for name in SEGMENT_DTYPE.names if name not in ("member", "text_hash")]
 _FRAMES_AT_ONCE = 64  # of a video being checked: bounds the memory
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _REASONS = {
     Modality.VISION: "unreadable picture or video",
     Modality.AUDIO: "unreadable sound",
@@ -60,19 +66,58 @@ class Row:
 
 
 def make_row(
-    item: Item, tokenizer: TextTokenizer, video_backend: Backend, vector_names: dict[str, tuple[str, ...]]
+    item: Item,
+    tokenizer: TextTokenizer,
+    video_backend: Backend,
+    vector_names: dict[str, tuple[str, ...]],
+    sound_rate: int | None = None,
 ) -> Row | Refused:
-    """Make the item's sample and check it. Anything wrong with the data is returned, not raised."""
+    """Make the item's sample and check it. Anything wrong with the data is returned, not raised.
+
+    `sound_rate` is what the codec that is to be fitted resamples sounds to, in Hz.
+    """
     try:
-        with _counted_as("unusable key"):
-            check_key(item.key)
-        with _counted_as("unreadable recording"):
-            sample = item.make()
-        if (sample.key, sample.recording) != (item.key, item.recording):
-            raise ValueError(f"reader made sample {sample.key} of {sample.recording} for item {item}")
-        return build_row(sample, tokenizer, video_backend, vector_names)
+        sample = make_sample(item)
+        with _translated(item.key):
+            _check_rates(sample, sound_rate)
+            return build_row(sample, tokenizer, video_backend, vector_names)
     except Refused as refusal:
         return refusal
+
+
+def make_sample(item: Item) -> Sample:
+    """The item's sample. Raises `Refused` for whatever is wrong with the data."""
+    with _counted_as("unusable key"):
+        check_key(item.key)
+    with _translated(item.key), _counted_as("unreadable recording"):
+        sample = item.make()
+    if (sample.key, sample.recording) != (item.key, item.recording):
+        raise ValueError(f"reader made sample {sample.key} of {sample.recording} for item {item}")
+    return sample
+
+
+@contextmanager
+def _translated(key: str) -> Iterator[None]:
+    """The last line of defence: what no reader foresaw costs its item, not the hours of the preparation around it.
+
+    Decoders' exceptions are translated where foreign bytes are decoded (`mmoe.data.reading`), so that what comes up to
+    here is a fault of ours. It is counted under a reason of its own, with its type and place for a report. What the
+    machine lacks (disk, file handles) is no fault of the item, and ends the preparation.
+    """
+    try:
+        yield
+    except MmoeError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200]
+        message = (
+            f"{key}: the reader failed with {type(error).__name__} ({said}) in {Path(place.filename).name}, line "
+            f"{place.lineno}; please report it, and leave the item out meanwhile"
+        )
+        raise Refused("reader failed", message) from error
 
 
 def build_row(
@@ -123,6 +168,13 @@ def hash64(*parts: bytes) -> int:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _check_rates(sample: Sample, target: int | None) -> None:
+    for segment in sample.segments:
+        if target is not None and segment.modality is Modality.AUDIO:
+            with _counted_as(_REASONS[Modality.AUDIO]):
+                check_rates(segment.rate, target, f"{sample.key}.{segment.member}")
 
 
 def _by_payload(sample: Sample) -> dict[tuple[Modality, str], list[Segment]]:

@@ -114,12 +114,12 @@ class ItemLog:
 
     def __init__(self, path: Path):
         self.counts: Counter[str] = Counter()  # by reason
-        self.first = ""  # message
+        self.examples: dict[str, str] = {}  # the first message of each reason
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
 
     def write(self, key: str, reason: str, message: str, **more: str) -> None:
         self.counts[reason] += 1
-        self.first = self.first or message
+        self.examples.setdefault(reason, message)
         line = {"key": key, "reason": reason, "message": message, **more}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -33,10 +33,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Vectors:
-    """Names of the dimensions by modality name, and the period of the rows of an action table (0: none)."""
+    """Names of the dimensions by modality name, and the period of the rows of an action table (0: none).
+
+    `notes` are sentences for whoever prepares the source: what was chosen where it could have been otherwise.
+    """
 
     names: dict[str, tuple[str, ...]]
     action_period_ns: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,12 @@ class Source:
     action_period_ns: int = 0
     generated: bool = False
     describe: Callable[[Path, Any], Vectors] | None = None
+    notes: tuple[str, ...] = ()
 
     def of(self, input: Path, config: Config) -> "Source":
         """This source with the vector names and the action period of this input."""
         if self.describe is None:
             return self
         vectors = self.describe(input, config)
-        return replace(self, vector_names=vectors.names, action_period_ns=vectors.action_period_ns)
+        period_ns = vectors.action_period_ns
+        return replace(self, vector_names=vectors.names, action_period_ns=period_ns, notes=vectors.notes)

@@ -101,8 +101,14 @@ def items(path: Path, config: LeRobotConfig, quarantine: Quarantine) -> Iterator
 def describe(path: Path, config: LeRobotConfig) -> Vectors:
     """Names as ``info.json`` gives them; an action's period is 1 / fps."""
     dataset = _open(path, config)
-    names = {modality.name: _names(dataset, key) for modality, key in dataset.vectors.items()}
-    return Vectors(names, round(1e9 / dataset.fps) if config.action else 0)
+    stated = {key: _names(dataset, key) for key in dataset.vectors.values()}
+    notes = tuple(
+        f"{key}: names repeat in info.json ({', '.join(names)}); they are numbered: {', '.join(_numbered(names))}"
+        for key, names in stated.items()
+        if len(set(names)) < len(names)
+    )
+    names = {modality.name: _numbered(stated[key]) for modality, key in dataset.vectors.items()}
+    return Vectors(names, round(1e9 / dataset.fps) if config.action else 0, notes)
 
 
 _VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
@@ -169,7 +175,7 @@ def _check_episode(episode: dict[str, Any], columns: list[str]) -> None:
 
 
 def _names(dataset: _Dataset, key: str) -> tuple[str, ...]:
-    """A feature's dimensions: a list, a mapping name -> list or name -> column, or none (numbered)."""
+    """A feature's dimensions as stated: a list, a mapping of names to lists or to columns, or none (then numbered)."""
     feature = dataset.info["features"][key]
     shape, names = feature["shape"], feature.get("names")
     if len(shape) != 1:
@@ -181,10 +187,10 @@ def _names(dataset: _Dataset, key: str) -> tuple[str, ...]:
         names = [f"{key.rpartition('.')[2]}_{number}" for number in range(shape[0])]
     if not isinstance(names, list) or len(names) != shape[0]:
         raise DataError(f"{dataset.root}: feature {key!r} has shape {shape} but names {names}; correct info.json")
-    return _numbered([str(name) for name in names])
+    return tuple(str(name) for name in names)
 
 
-def _numbered(names: list[str]) -> tuple[str, ...]:
+def _numbered(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names with a number behind those that occurred before; columns of one name would be one dimension."""
     given, unique = set(names), []
     for name in names:

@@ -39,7 +39,8 @@ def test_real_spoken_digits(shared_data, tmp_path):
     assert (counts["train", "AUDIO"], counts["heldout", "AUDIO"]) == (240, 60)
     held = keys(tmp_path / "out", manifest, "heldout")
     assert all(key.endswith("_9") for key in held) and len({key.split("_")[1] for key in held}) == 6
-    assert not manifest.quarantined and (tmp_path / "out" / "audio_codec.safetensors").is_file()
+    assert manifest.quarantined == {"file of another kind": 1}
+    assert (tmp_path / "out" / "audio_codec.safetensors").is_file()
     error = json.loads((tmp_path / "out" / "audio_codec.json").read_text())["reconstruction_error"]
     assert error["2"] < error["1"] < 0.3
 
