@@ -83,8 +83,8 @@ def report_prepared(folder: Path) -> SyncReport:
     for split in SPLITS:
         for shard in manifest.splits[split].shards:
             index = ShardIndex.read(folder / shard.path)
-            for row, key in enumerate(index.keys):
-                clocks = _member(index, row, key)
+            for row in range(len(index)):
+                clocks = _member(index, row)
                 if clocks is not None:
                     logs.setdefault(clocks.log, clocks)
     if not logs:
@@ -140,7 +140,7 @@ def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncRep
     )
 
 
-def _member(index: ShardIndex, row: int, key: str) -> Clocks | None:
+def _member(index: ShardIndex, row: int) -> Clocks | None:
     for member in range(index.row_members(row)):
         if index.row_member(row, member)[0] == CLOCKS:
             stored = read_stored(index, row, member)

@@ -35,13 +35,21 @@ class Family:
     defaults: dict[str, Any]
 
 
+_LATER = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
+_QWEN = {**_LATER, "use_sliding_window": False}
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", False, None, {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}),
-        Family("qwen3", "Qwen3ForCausalLM", True, None, {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}),
-        Family("mixtral", "MixtralForCausalLM", False, MIXTRAL, {"rope_theta": 1e6, "rms_norm_eps": 1e-5}),
-        Family("qwen3_moe", "Qwen3MoeForCausalLM", True, QWEN, {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}),
+        Family("llama", "LlamaForCausalLM", False, None, _LATER),
+        Family("qwen3", "Qwen3ForCausalLM", True, None, {**_QWEN, "num_key_value_heads": 32, "head_dim": 128}),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            False,
+            MIXTRAL,
+            {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+        ),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", True, QWEN, {**_QWEN, "num_key_value_heads": 4}),
     )
 }
 
@@ -56,6 +64,29 @@ SIZES = {
 }
 # What theirs can be and ours cannot: the one value that both have.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# Keys of theirs that are translated below, and that change nothing of what text goes through when it is read: how a
+# model is trained, generated from, stored or run. Any other key may: it is refused.
+_READ = {*FIXED, "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
+_READ |= {"num_key_value_heads", "intermediate_size", "rms_norm_eps", "tie_word_embeddings", "layer_types"}
+_READ |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+_READ |= {"sliding_window", "use_sliding_window", "moe_intermediate_size", "num_experts", "num_local_experts"}
+_READ |= {"num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+_UNUSED = {"attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "pretraining_tp"}
+_UNUSED |= {"max_position_embeddings", "max_window_layers", "use_cache", "output_router_logits", "output_attentions"}
+_UNUSED |= {"output_hidden_states", "return_dict", "use_return_dict", "architectures", "transformers_version"}
+_UNUSED |= {"torch_dtype", "dtype", "torchscript", "use_bfloat16", "_name_or_path", "name_or_path", "_commit_hash"}
+_UNUSED |= {
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+}
+_UNUSED |= {"experts_implementation", "_experts_implementation", "chunk_size_feed_forward", "tokenizer_class"}
+_UNUSED |= {f"{name}_token_id" for name in ("bos", "eos", "pad", "unk", "sep", "decoder_start")}
+_UNUSED |= {"is_decoder", "is_encoder_decoder", "id2label", "label2id", "problem_type", "task_specific_params"}
+_UNUSED |= {"temperature", "top_p", "top_k", "do_sample", "max_length", "min_length", "repetition_penalty"}
+_UNUSED |= {"unsloth_fixed", "unsloth_version", "model_max_length"}
+_OWN_PREFIX = "mmoe_"  # of keys that an export adds
 
 # Keys of ours that are translated, and keys that change nothing of what text goes through when it is read.
 TRANSLATED = {*SIZES, "head_dim", "hidden", "rope_theta", "qk_norm", "moe"}
@@ -78,6 +109,13 @@ def family_of(config: ModelConfig) -> Family:
     family = next(f for f in FAMILIES.values() if f.qk_norm == config.qk_norm and (f.experts is None) == (moe is None))
     name = family.architecture.removesuffix("ForCausalLM")
     _refuse_unknown(name, "model", config, TRANSLATED | NEUTRAL)
+    if family.model_type == "llama" and config.d_model % config.heads:
+        raise _inexpressible(
+            name,
+            "model.heads",
+            f"{config.heads}, of which model.d_model {config.d_model} is not a multiple",
+            "train with heads that divide d_model, or with model.qk_norm true, which makes it a Qwen3, which can",
+        )
     if moe is None:
         return family
     _refuse_unknown(name, "model.moe", moe, TRANSLATED_MOE | NEUTRAL_MOE)
@@ -133,20 +171,29 @@ def from_huggingface(tree: dict[str, Any], where: str) -> tuple[Family, ModelCon
     family = FAMILIES.get(tree.get("model_type"))
     if family is None:
         raise DataError(f"{where}: model_type is {tree.get('model_type')!r}; mmoe reads {', '.join(FAMILIES)}")
-    tree = {**family.defaults, "head_dim": None, "tie_word_embeddings": False, **tree}
+    for key, value in tree.items():
+        if value is not None and key not in _READ | _UNUSED and not key.startswith(_OWN_PREFIX):
+            raise DataError(
+                f"{where}: {key} is {value!r}, a key that mmoe does not know, so it may make the model another one; "
+                "choose a checkpoint without it, or delete it there if it changes nothing"
+            )
+    rope_theta = _rope_theta(tree, family.defaults["rope_theta"], where)
+    tree = {"head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": False, **family.defaults, **tree}
     for key, value in FIXED.items():
         if tree.get(key, value) != value:
             raise _unsupported(where, key, tree[key], f"ours has {value} alone")
     if tree.get("use_sliding_window", True) and tree.get("sliding_window") is not None:
-        raise _unsupported(where, "sliding_window", tree["sliding_window"], "our attention sees the whole document")
+        raise _unsupported(where, "sliding_window", tree["sliding_window"], _WHOLE)
+    if not set(tree.get("layer_types") or ()) <= {"full_attention"}:
+        raise _unsupported(where, "layer_types", tree["layer_types"], _WHOLE)
     try:
         sizes = {ours: tree[theirs] for ours, theirs in SIZES.items() if theirs != "num_key_value_heads"}
         config = ModelConfig(
             **sizes,
-            kv_heads=tree.get("num_key_value_heads") or tree["num_attention_heads"],
+            kv_heads=tree["num_key_value_heads"] or tree["num_attention_heads"],
             head_dim=tree["head_dim"],
             hidden=tree["intermediate_size"],
-            rope_theta=_rope_theta(tree, where),
+            rope_theta=rope_theta,
             qk_norm=family.qk_norm,
             moe=None if family.experts is None else _experts(family, tree, where),
         )
@@ -157,12 +204,34 @@ def from_huggingface(tree: dict[str, Any], where: str) -> tuple[Family, ModelCon
     return family, config
 
 
-def _rope_theta(tree: dict[str, Any], where: str) -> float:
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unsupported(where, "rope_parameters", rope, "ours has plain rotary positions alone")
-    return float(rope.get("rope_theta", tree["rope_theta"]))
+def _rope_theta(tree: dict[str, Any], default: float, where: str) -> float:
+    """The base of plain rotary positions, of which every key that speaks of them must say the same.
+
+    transformers before 5 reads `rope_scaling` and the `rope_theta` beside it, later ones `rope_scaling`, and where
+    there is none `rope_parameters`, in which `rope_theta` goes before the one beside it.
+    """
+    said = {"rope_theta": tree.get("rope_theta")}
+    if tree.get("partial_rotary_factor") not in (None, 1):
+        raise _unsupported(where, "partial_rotary_factor", tree["partial_rotary_factor"], _PLAIN)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = tree.get(key) or {}
+        if not isinstance(rope, dict):
+            raise _unsupported(where, key, rope, _PLAIN)
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
+        if kinds or rope.get("partial_rotary_factor") not in (None, 1) or rope.keys() - known:
+            raise _unsupported(where, key, rope, _PLAIN)
+        said[f"{key}.rope_theta"] = rope.get("rope_theta")
+    said = {key: value for key, value in said.items() if value is not None}
+    (first, theta), *others = said.items() or [("", default)]
+    for key, value in others:
+        if value != theta:
+            raise DataError(
+                f"{where}: {first} is {theta}, but {key} is {value}; keep the one that the model was trained with"
+            )
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise _unsupported(where, first, theta, "it is a number")
+    return float(theta)
 
 
 def _experts(family: Family, tree: dict[str, Any], where: str) -> MoEConfig | None:
@@ -190,6 +259,10 @@ def _experts(family: Family, tree: dict[str, Any], where: str) -> MoEConfig | No
     if sparse != [number for number in layers if moe.in_layer(number)]:
         raise _unsupported(where, "mlp_only_layers", sorted(only_dense), "ours can only have dense layers first")
     return moe
+
+
+_PLAIN = "ours has plain rotary positions alone"
+_WHOLE = "our attention sees the whole document"
 
 
 def _unsupported(where: str, key: str, value: Any, reason: str) -> DataError:

@@ -146,9 +146,9 @@ def _function(config: ModelConfig) -> dict[str, object]:
 def _check_same_experts(source: MoEConfig, target: MoEConfig, where: str) -> None:
     exclude = NEUTRAL_MOE | {"every", "dense_first", "capacity_factor"}
     theirs, ours = source.model_dump(exclude=exclude), target.model_dump(exclude=exclude)
+    same_scores = {"softmax", "softmax_topk"} if source.normalise and target.normalise else set()
     for key, value in ours.items():
-        same = {"softmax", "softmax_topk"} if source.normalise and target.normalise else set()
-        if value != theirs[key] and not {value, theirs[key]} <= same:
+        if value != theirs[key] and not (key == "score" and {value, theirs[key]} <= same_scores):
             raise ConfigError(
                 f"training.start_from: model.moe.{key} is {value}, but the weights of {where} are of {theirs[key]}; "
                 "set it to that"

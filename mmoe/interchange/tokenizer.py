@@ -2,11 +2,14 @@
 
 In the vocabulary the structure tokens come first, so a text id is the tokenizer's own id plus their number. The
 exported file has the shifted ids and the structure tokens as special tokens, and puts `bos` in front of a text, as
-documents have it. Ids of sound and actions have no text and no place in it.
+documents have it. Ids of sound and actions have no text and no place in it. A text that spells a structure token is
+text there too: whoever wants the token gives its id, or says `split_special_tokens=False`.
 """
 
 import json
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from mmoe.errors import DataError
 from mmoe.tokenizers.text import TextTokenizer
@@ -34,6 +37,21 @@ def save_tokenizer(tokenizer: TextTokenizer, vocabulary: Vocabulary, folder: Pat
         "special_tokens": {BOS: {"id": BOS, "ids": [int(Structure.BOS)], "tokens": [BOS]}},
     }
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    _check(path, tokenizer, special, offset)
     names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "clean_up_tokenization_spaces": False}
-    names |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    # transformers before 5 adds token_type_ids, which no decoder takes, unless it is told what a model takes.
+    names |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    names |= {"split_special_tokens": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+
+
+def _check(path: Path, tokenizer: TextTokenizer, special: dict[str, int], offset: int) -> None:
+    """Raises DataError where the exported file would read the name of a structure token as that token."""
+    exported = Tokenizer.from_file(str(path))
+    exported.encode_special_tokens = True
+    for name in special:
+        if exported.encode(name, add_special_tokens=False).ids != (tokenizer.encode(name) + offset).tolist():
+            raise DataError(
+                f"the text tokenizer would read the text {name} as a structure token once that is in its vocabulary "
+                "(model.ignore_merges); train another"
+            )

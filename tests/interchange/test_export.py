@@ -1,5 +1,7 @@
 """Runs on text: exported, started from exported weights, and upcycled, as a user does it."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -7,12 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mmoe.config.load import load, validate
 from mmoe.config.tree import RunConfig
 from mmoe.console import Console
-from mmoe.errors import ConfigError
+from mmoe.errors import ConfigError, DataError
 from mmoe.interchange.export import export
 from mmoe.interchange.families import family_of
 from mmoe.interchange.start import start
+from mmoe.interchange.tokenizer import save_tokenizer
 from mmoe.interchange.upcycle import upcycle
-from mmoe.tokenizers.vocabulary import Structure
+from mmoe.tokenizers.text import TextTokenizer
+from mmoe.tokenizers.vocabulary import Structure, Vocabulary
 from mmoe.training import session
 from mmoe.training.config import StartConfig
 from mmoe.training.run import Run
@@ -70,7 +74,16 @@ def test_a_trained_run_gives_the_same_logits_and_ids_in_transformers(moe, qk_nor
     ids = tokenizer(text)["input_ids"]
     ours = run.tokenizers.text.encode(text) + run.tokenizers.vocabulary.ranges["text"].start
     assert ids == [Structure.BOS, *ours.tolist()] and tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert tokenizer("<|eos|>", add_special_tokens=False)["input_ids"] == [Structure.EOS]
+    spelled = "What <|eos|> means, <|image|>, <|bos|><|pad|>"
+    ours = run.tokenizers.text.encode(spelled) + run.tokenizers.vocabulary.ranges["text"].start
+    assert tokenizer(spelled)["input_ids"] == [Structure.BOS, *ours.tolist()]
+    meant = tokenizer("<|eos|>", add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    assert meant == [Structure.EOS] == [tokenizer.convert_tokens_to_ids("<|eos|>")]
+    assert sorted(tokenizer(text)) == ["attention_mask", "input_ids"]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())  # transformers 4 reads it from there
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"] and settings["split_special_tokens"]
+    inputs = tokenizer(text, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > len(ids)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     batch = text_batch([[ids]], length=len(ids))
     run.model.eval()
@@ -95,6 +108,23 @@ def test_a_run_starts_from_exported_weights(root, tmp_path):
     trained = train(second)  # and a session does that before its first step: it ends elsewhere than from seed 0
     assert not torch.equal(trained.model.state_dict()["decoder.norm.weight"], other)
     assert load(RunConfig, trained.folder / "config.yaml").training.start_from.weights == str(tmp_path)
+
+
+GROUPS = {"count": 2, "per_token": 1}
+
+
+def test_a_run_with_limited_groups_starts_from_another_and_a_difference_is_named(root):
+    moe = {**EXPERTS, "groups": GROUPS}
+    first = train(config(root, "grouped", moe=moe))
+    origin = StartConfig(weights=str(first.folder))
+    run = Run.build(config(root, "grouped-again", moe={**moe, "score": "softmax_topk"}))
+    start(run, origin, QUIET)
+    router = "decoder.blocks.0.network.router.weight"
+    assert torch.equal(run.model.state_dict()[router], first.model.state_dict()[router])
+    for groups in (None, {**GROUPS, "per_token": 2}):
+        other = Run.build(config(root, "grouped-otherwise", moe={**moe, "groups": groups}))
+        with pytest.raises(ConfigError, match="model.moe.groups is .*, but the weights of .* are of .*; set it"):
+            start(other, origin, QUIET)
 
 
 def test_foreign_weights_take_the_text_ids(root, tmp_path):
@@ -172,3 +202,14 @@ def test_the_config_of_text_can_be_exported_and_needs_nothing_beside_the_reposit
     text = load(RunConfig, REPOSITORY / "configs" / "text_moe.yaml")
     assert family_of(text.model).model_type == "qwen3_moe"
     assert all((REPOSITORY / source.input).is_file() for source in text.data.sources.values())
+
+
+def test_a_tokenizer_that_would_read_a_name_as_its_token_is_not_exported(tmp_path):
+    path = tmp_path / "whole.json"
+    TextTokenizer.bytes().save(path)
+    content = json.loads(path.read_text())
+    content["model"]["ignore_merges"] = True  # a piece that is in the vocabulary is taken whole
+    content["pre_tokenizer"]["use_regex"] = False
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"would read the text <\|\w+\|> as a structure token .*train another"):
+        save_tokenizer(TextTokenizer.load(path), Vocabulary(256), tmp_path)

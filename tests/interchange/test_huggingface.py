@@ -142,6 +142,19 @@ def test_what_a_family_cannot_express_is_refused_before_anything_is_written(moe,
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 512, "use_sliding_window": True}, "sliding_window is 512"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters is .*yarn"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is .*yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
+        ({"rope_scaling": {"rope_type": "default", "type": "dynamic"}}, "rope_scaling is .*dynamic"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling is .*factor"),
+        ({"rope_scaling": {"rope_theta": 7.0}}, "rope_theta is 30000.0, but rope_scaling.rope_theta is 7.0; keep"),
+        ({"rope_theta": 5.0}, "rope_theta is 5.0, but rope_parameters.rope_theta is 30000.0; keep the one"),
+        ({"rope_theta": "many", "rope_parameters": None}, "rope_theta is 'many'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 3e4}}}, "rope_parameters is .*full_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 3e4}}, "rope_parameters is .*partial"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is .*sliding"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, a key that mmoe does not know"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*fp8"),
         ({"mlp_only_layers": [1]}, "mlp_only_layers is .1., but ours can only have dense layers first"),
         ({"num_hidden_layers": None}, "describes a model that mmoe cannot be"),
     ],
@@ -150,6 +163,45 @@ def test_a_config_that_ours_cannot_be_is_refused(changes, sentence):
     config = ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE))
     with pytest.raises(DataError, match=sentence):
         from_huggingface(to_huggingface(config, 70, 50) | changes, "config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "default", "rope_theta": 3e4}, "partial_rotary_factor": 1.0},
+        {"rope_parameters": None},
+        {"rope_scaling": None, "rope_theta": None},
+        {"layer_types": ["full_attention"] * 3, "sliding_window": 4096},
+        {"attention_dropout": 0.1, "pretraining_tp": 2, "transformers_version": "4.57.3", "mmoe_text_ids": [29, 70]},
+    ],
+)
+def test_what_changes_nothing_beside_the_model_is_passed_over(changes):
+    config = ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE))
+    tree = to_huggingface(config, 70, 50)
+    assert from_huggingface(tree | changes, "config.json") == from_huggingface(tree, "config.json")
+
+
+UNEVEN = {**OURS, "d_model": 40, "head_dim": 16}  # 6 heads
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "qwen3_moe"])
+def test_heads_that_do_not_divide_the_width_run_in_transformers(name, tmp_path):
+    moe = {"moe": MoEConfig(**MOE)} if name in ("mixtral", "qwen3_moe") else {}
+    ours = randomised(ModelConfig(**UNEVEN, qk_norm=name != "mixtral", **moe))
+    save(ours, tmp_path, positions=50)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert theirs.config.model_type == name
+    ids = torch.randint(70, (17,)).tolist()
+    with torch.no_grad():
+        packed = ours.logits(ours(text_batch([[ids]], length=17)).hidden)[0]
+        assert (packed - theirs(torch.tensor([ids])).logits[0]).abs().max() <= 1e-4
+
+
+def test_a_llama_whose_heads_do_not_divide_its_width_is_refused_with_a_remedy(tmp_path):
+    sentence = "model.heads is 6, of which model.d_model 40 .* a Llama .* cannot express; .* model.qk_norm true"
+    with pytest.raises(ConfigError, match=sentence):
+        save(randomised(ModelConfig(**UNEVEN)), tmp_path / "out", positions=50)
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_are_broken_or_of_another_model_are_refused(tmp_path):
