@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmoe.console import Console
 from mmoe.data.batch import IGNORE, PackedBatch, Pairs
@@ -28,7 +28,7 @@ from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import BalanceConfig, StepLoads, update_choice_bias
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.monitoring.figures import ABLATED, INK, MODEL, MUTED, style
-from mmoe.optim.adamw import AdamWConfig, ClipConfig, build_adamw, clip_gradients
+from mmoe.optim.adamw import AdamWConfig, ClipConfig, build_adamw, clip_gradients, gradient_norm
 from mmoe.result import print_result
 from mmoe.tokenizers.vocabulary import Vocabulary
 
@@ -165,7 +165,7 @@ def train(setting: Setting, seed: int) -> Trace:
             report = compute(model, model(batch), batch, counts, setting.losses, VOCABULARY, loads)
             report.objective.backward()
             ce += float(report.terms["ce"])
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])
         clip_gradients(model.parameters(), norm, ClipConfig())
         optimizer.step()
         optimizer.zero_grad()

@@ -63,8 +63,16 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and path[-1] != "bias" and SCALAR_EMBEDDINGS.isdisjoint(path)
 
 
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of plain tensors together, f64 [], finite for all finite float32: their squares and sums do not
+    overflow there, as they do in float32 from 1.8e19 on."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)))
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, config: ClipConfig) -> None:
-    """Scale all gradients, whose L2 norm over all ranks is `norm`, so that it is at most `max_norm`.
+    """Scale all gradients, whose L2 norm over all ranks is `norm` f64 [], so that it is at most `max_norm`.
 
     A norm at or below the bound leaves every bit as it was. A norm that is not finite makes every gradient
     NaN or zero: the caller reads it before it steps.

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mmoe.models.moe.router import Router
+from mmoe.optim.adamw import gradient_norm
 from mmoe.parallel.mesh import Mesh
 
 
@@ -41,7 +42,7 @@ def total_norms(
     mesh: Mesh,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The L2 norm of all gradients, each of the whole model's parameters counted once, and that of each expert's
+    """The L2 norm, f64, of all gradients, each of the whole model's parameters counted once, and that of each expert's
     router weights [N, E], the `shape` for the whole model, in which `rows` are those of the `routers` here.
 
     `parameters` are those here, without copies of another pipeline stage's. One reduction.
@@ -53,14 +54,14 @@ def total_norms(
         gradients = [p.grad for p in parameters if p.grad is not None and _copied(p) is copies]
         shards = [shard for shard in map(local, gradients) if shard.numel()]
         if shards:
-            square += nn.utils.get_total_norm(shards).double().to(device).square() / held
+            square += gradient_norm(shards).to(device).square() / held
     rows_NE = torch.zeros(shape, dtype=torch.float64, device=device)
     for row, router in zip(rows, routers, strict=True):
         gradient = router.weight.grad
         if gradient is not None and local(gradient).numel():
             _, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
-            norms = torch.linalg.vector_norm(local(gradient), dim=1).double().square()
-            rows_NE[row, offset[0] : offset[0] + len(norms)] = norms / (degrees.dp_replicate * degrees.tp)
+            squares = torch.linalg.vector_norm(local(gradient), dim=1, dtype=torch.float64).square()
+            rows_NE[row, offset[0] : offset[0] + len(squares)] = squares / (degrees.dp_replicate * degrees.tp)
     sums = torch.cat([square[None], rows_NE.flatten()])
     dist.all_reduce(sums)
     norms = sums.sqrt()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmoe.data.batch import PackedBatch
 from mmoe.data.deal import Reach
@@ -21,6 +21,7 @@ from mmoe.losses.part import WHOLE, Part
 from mmoe.losses.total import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.statistics import RoutingStatistics, router_gradient_norms
+from mmoe.optim.adamw import gradient_norm
 from mmoe.parallel.broadcast import shared_steps
 from mmoe.parallel.collectives import add_up, gather, gather_constant
 from mmoe.parallel.gradients import sum_over_tensor_ranks, total_norms
@@ -97,7 +98,7 @@ class OneProcess:
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients), router_gradient_norms(model.decoder.routers)
+        return gradient_norm(gradients), router_gradient_norms(model.decoder.routers)
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         return x

@@ -214,5 +214,17 @@ def train(case: Case, world: int, muon: bool, steps: int) -> dict[str, np.ndarra
     return weights if worker.setting.ranks.first else {}
 
 
+def norms_of_equal_gradients(case: Case, world: int, sizes: list[float]) -> list[tuple[float, np.ndarray]]:
+    """The norm and the routers' norms where every gradient that a rank has is `size`, for each of the sizes."""
+    worker = Worker.of(case, world)
+    norms = []
+    for size in sizes:
+        for parameter in worker.model.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+        norm, rows = worker.setting.ranks.finish_gradients(worker.model)
+        norms.append((float(norm), rows.numpy()))
+    return norms
+
+
 def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach()

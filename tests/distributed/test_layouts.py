@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.distributed.compare import check
 from tests.distributed.pool import Pool
-from tests.distributed.step import Case
+from tests.distributed.step import Case, norms_of_equal_gradients
 
 TWO: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -164,3 +165,20 @@ def test_only_one_sequence_holds_anything(four: Pool, parallel: dict[str, Any]) 
 
 def test_a_rank_whose_share_of_a_sequence_is_padding(two: Pool) -> None:
     check(two, Case(poor=dict.fromkeys((0, 2), "short"), parallel={"cp": 2}))
+
+
+HUGE = {"dp2": {}, "dp_replicate2": {"dp_replicate": 2}, "tp2": {"tp": 2}, "ep2": {"ep": 2}, "pp2": {"pp": 2}}
+
+
+@pytest.mark.parametrize("parallel", HUGE.values(), ids=HUGE)
+def test_the_norm_of_huge_finite_gradients_is_finite_in_every_layout(two: Pool, parallel: dict[str, Any]) -> None:
+    case = Case(compute="float32", micro=2, parallel=parallel)
+    for (small, small_rows), (huge, huge_rows) in two.run(norms_of_equal_gradients, case, 2, [1.0, 1e20]):
+        assert huge == pytest.approx(1e20 * small, rel=1e-5) and small > 1
+        np.testing.assert_allclose(huge_rows, 1e20 * small_rows, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_has_no_finite_norm(two: Pool) -> None:
+    case = Case(compute="float32", micro=2)
+    for outcome in two.run(norms_of_equal_gradients, case, 2, [float("inf"), float("nan")]):
+        assert not any(np.isfinite(norm) for norm, _ in outcome)

@@ -8,7 +8,7 @@ from torch import nn
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.layer import MoEConfig
-from mmoe.optim.adamw import AdamWConfig, ClipConfig, build_adamw, clip_gradients, parameter_groups
+from mmoe.optim.adamw import AdamWConfig, ClipConfig, build_adamw, clip_gradients, gradient_norm, parameter_groups
 
 
 class Model(nn.Module):
@@ -109,7 +109,7 @@ def test_a_new_optimizer_moves_nothing_until_a_rate_is_set() -> None:
 
 def clip(parameters: list[nn.Parameter], config: ClipConfig) -> torch.Tensor:
     """The norm before."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
     clip_gradients(parameters, norm, config)
     return norm
 
@@ -120,8 +120,8 @@ def test_the_clip_is_torch_s(dtype: torch.dtype, bound: float) -> None:
     ours, peer = with_gradients(Model(dtype), 3), with_gradients(Model(dtype), 3)
     norm = clip(list(ours.parameters()), ClipConfig(max_norm=bound))
     expected = torch.nn.utils.clip_grad_norm_(peer.parameters(), bound)
-    assert norm.dtype == dtype and norm.ndim == 0
-    torch.testing.assert_close(norm, expected)
+    assert norm.dtype == torch.float64 and norm.ndim == 0
+    torch.testing.assert_close(norm, expected.double(), rtol=1e-6, atol=0)
     for a, b in zip(ours.parameters(), peer.parameters(), strict=True):
         if a.grad is not None:
             # torch adds 1e-6 to the norm before it divides
@@ -161,3 +161,22 @@ def test_zero_missing_and_broken_gradients() -> None:
 def test_impossible_configs_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError):
         AdamWConfig(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e20, 1e38])
+def test_huge_finite_gradients_have_a_finite_norm_and_are_clipped_to_the_bound(dtype: torch.dtype, size: float) -> None:
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((40, 50), (1000,))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, size)
+    norm = clip(parameters, ClipConfig(max_norm=1.0))
+    assert float(norm) == pytest.approx(size * 3000**0.5, rel=0.01)
+    left = gradient_norm([p.grad for p in parameters])
+    assert float(left) == pytest.approx(1, rel=0.02 if dtype is torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_gradients_that_are_not_finite_have_no_finite_norm(bad: float) -> None:
+    gradients = [torch.ones(3), torch.tensor([1.0, bad])]
+    assert not gradient_norm(gradients).isfinite()
+    assert gradient_norm([]) == 0

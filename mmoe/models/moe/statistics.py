@@ -11,7 +11,6 @@ from mmoe.models.moe.dispatch import Placement
 from mmoe.models.moe.router import Router, Routing
 from mmoe.models.moe.rows import count
 from mmoe.models.moe.tokens import Tokens
-from mmoe.precision.widen import widen
 
 CAPACITY_FACTORS = tuple(n / 20 for n in range(20, 41))  # 1.00, 1.05, ... 2.00
 
@@ -107,7 +106,7 @@ def capacities(length: int, top_k: int, experts: int, device: torch.device | str
 
 
 def router_gradient_norms(routers: list[Router]) -> Tensor | None:
-    """[N, E] f32 or wider: the L2 norm of the gradient of each expert's row of the router weights.
+    """[N, E] f64: the L2 norm of the gradient of each expert's row of the router weights.
 
     By layer of experts, of the gradients that the parameters hold: call it after the step's last backward pass and
     before they are clipped. Zeros for a router that has none; None for a model without experts.
@@ -116,7 +115,7 @@ def router_gradient_norms(routers: list[Router]) -> Tensor | None:
         return None
     weights = [router.weight for router in routers]
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-    return torch.linalg.vector_norm(widen(torch.stack(gradients)), dim=-1)
+    return torch.linalg.vector_norm(torch.stack(gradients), dim=-1, dtype=torch.float64)
 
 
 def _entropy(probability_TE: Tensor) -> Tensor:

@@ -155,6 +155,14 @@ def test_router_gradient_norms_are_those_of_each_expert():
     torch.testing.assert_close(router_gradient_norms(model.decoder.routers), 2 * found)
 
 
+def test_router_gradient_norms_of_huge_gradients_are_finite():
+    model = build().float()
+    for router in model.decoder.routers:
+        router.weight.grad = torch.full_like(router.weight, 1e20)
+    norms = router_gradient_norms(model.decoder.routers)
+    torch.testing.assert_close(norms, torch.full_like(norms, 1e20 * router.weight.shape[1] ** 0.5), rtol=1e-6, atol=0)
+
+
 def test_router_gradients_of_a_frozen_router_are_zero_and_a_dense_model_has_none():
     model = build()
     model.decoder.blocks[0].network.router.weight.requires_grad_(False)
