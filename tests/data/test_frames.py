@@ -143,13 +143,15 @@ def port():
 
 @pytest.mark.parametrize("backend", ["auto", "decord"])
 @pytest.mark.parametrize("inside", ["hls", "hls file", "concat", "concat net", "session", "dash"])
-def test_a_text_named_mp4_opens_neither_the_network_nor_another_file(tmp_path, port, inside, backend):
+def test_a_text_named_mp4_opens_neither_the_network_nor_another_file(tmp_path, monkeypatch, port, inside, backend):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "other.ts").write_bytes(video(numbered(3), container="mpegts"))
+    (tmp_path / "other.mp4").write_bytes(video(numbered(3)))
     hls = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:9.0,\n{}\n#EXT-X-ENDLIST\n"
     text = {
         "hls": hls.format(f"http://127.0.0.1:{port}/a.ts"),
         "hls file": hls.format("other.ts"),
-        "concat": "ffconcat version 1.0\nfile other.ts\n",
+        "concat": "ffconcat version 1.0\nfile other.mp4\n",
         "concat net": f"ffconcat version 1.0\nfile http://127.0.0.1:{port}/a.ts\n",
         "session": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
         "a=rtpmap:96 H264/90000\n",
@@ -198,13 +200,19 @@ def test_what_a_header_asks_for_is_bounded():
 
 
 def test_frames_that_grow_on_the_way_are_bounded():
-    small, large = (video(np.zeros((5, side, side, 3), np.uint8), container="mpegts", bf=0, g=1) for side in (32, 256))
+    times = [range(0, 16_000, 40), range(16_000, 16_200, 40)]  # behind what FFmpeg probes
+    small, large = (
+        video(np.zeros((len(ms), side, side, 3), np.uint8), container="mpegts", bf=0, g=1, times_ms=list(ms))
+        for side, ms in zip((32, 256), times)
+    )
     with bounded_by(Bounds(film_pixels=64 * 64)):
         shown = VideoFrames(small, "auto", "v")
         assert shown.frames(np.arange(5)).shape == (5, 32, 32, 3)
-        with pytest.raises(DataError, match="^v "):
-            grown = VideoFrames(small + large, "auto", "v")
-            grown.frames(np.arange(len(grown)))
+        with pytest.raises(DataError, match="^v"):
+            grown = VideoFrames(small + large, "auto", "v", scaled=(16, 16))
+            grown.frames(np.arange(398, 402))
+    grown = VideoFrames(small + large, "auto", "v", scaled=(16, 16))
+    assert grown.frames(np.arange(398, 402)).shape == (4, 16, 16, 3)
 
 
 def damaged(data: bytes, number: int) -> bytes:
