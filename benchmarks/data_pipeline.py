@@ -1,12 +1,15 @@
 """How much of bare decoding's speed the stream keeps: planning, reading, tokenising, packing and handing over included.
 
-    python benchmarks/data_pipeline.py
+    python benchmarks/data_pipeline.py [--rounds 3] [--sequences 24] [--cameras 2]
 
-Both sides decode the same documents with two processes: one calls decord, soundfile and Pillow on their bytes and
-throws the result away, at full size and as the stream calls them (videos and JPEGs scaled by their decoders to no less
-than twice what they are then resized to); the other is the stream with two workers as training uses it.
+Both sides decode the same documents with two processes: one calls PyAV (or decord), soundfile and Pillow on their bytes
+and throws the result away, at full size and as the stream calls them (videos and JPEGs scaled by their decoders to no
+less than twice what they are then resized to); the other is the stream with two workers as training uses it, by PyAV.
+The share that is to be kept is of bare decoding by the backend in use, PyAV; decord's speeds stand beside it, bare and
+of the stream.
 """
 
+import argparse
 import io
 import multiprocessing
 import sys
@@ -15,17 +18,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import decord
+import av
 import numpy as np
 import soundfile
 import torch
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from rich.table import Table
 
+from mmoe.backends import status
 from mmoe.console import Console
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.decode import SourceFiles
-from mmoe.data.frames import is_video
+from mmoe.data.frames import Backend, is_video
 from mmoe.data.index import ShardIndex
 from mmoe.data.media import reduced_size
 from mmoe.data.mixture import StageConfig
@@ -41,7 +46,7 @@ from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.tokenizers.vision import VisionConfig
 
-WORKERS, SEQUENCES, ROUNDS = 2, 24, 3
+WORKERS = 2
 CAMERAS = {"480 x 832": (480, 832, 20), "900 x 1600, as nuScenes": (900, 1600, 8)}  # pixels of a frame, recordings
 PATCH = 16
 PICTURES = 96  # of 768 x 1024 pixels
@@ -78,7 +83,33 @@ def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataCon
     return config, Sources(config), TokenizersConfig(vision=VisionConfig(patch=PATCH, max_patches=96), audio=audio)
 
 
-def decode(tar: str, index: ShardIndex, part: np.void, grid: Callable[[int, int], tuple[int, int]] | None) -> None:
+Grid = Callable[[int, int], tuple[int, int]] | None
+
+
+def film_by_pyav(content: io.BytesIO, frames: np.ndarray, scaled: tuple[int, int] | None) -> None:
+    """Decode from the first frame to the last of `frames`, and convert these; `scaled` is (height, width)."""
+    wanted, converter = set(frames.tolist()), VideoReformatter()
+    size = {} if scaled is None else {"height": scaled[0], "width": scaled[1], "interpolation": "AREA"}
+    with av.open(content) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                converter.reformat(frame, format="rgb24", **size).to_ndarray()
+            if number == max(wanted):
+                return
+
+
+def film_by_decord(content: io.BytesIO, frames: np.ndarray, scaled: tuple[int, int] | None) -> None:
+    import decord  # Linux on x86-64 alone has it
+
+    height, width = scaled or (-1, -1)
+    decord.VideoReader(content, num_threads=1, width=width, height=height).get_batch(frames).asnumpy()
+
+
+FILMS = {"pyav": film_by_pyav, "decord": film_by_decord}
+
+
+def decode(tar: str, index: ShardIndex, part: np.void, grid: Grid, backend: str) -> None:
     """The payloads of a document part, opened by the libraries alone; scaled by them where a `grid` is given."""
     segments = index.row_segments(int(part["row"]))
     if (segments["slice"] >= 0).any():
@@ -89,13 +120,11 @@ def decode(tar: str, index: ShardIndex, part: np.void, grid: Callable[[int, int]
         kind, frame = mine["modality"][0], (int(mine["height"][0]), int(mine["width"][0]))
         if kind == Modality.VISION and grid is not None:
             least = tuple(PATCH * side for side in grid(*frame))
-            height, width = reduced_size(frame, least) or (-1, -1)
         if kind == Modality.TEXT:
             continue
         content = io.BytesIO(read_member(tar, offset, size, f"{index.keys[int(part['row'])]}.{name}"))
         if kind == Modality.VISION and is_video(name):
-            scaled = {} if grid is None else {"width": width, "height": height}
-            decord.VideoReader(content, num_threads=1, **scaled).get_batch(mine["start"]).asnumpy()
+            FILMS[backend](content, mine["start"], None if grid is None else reduced_size(frame, least))
         elif kind == Modality.VISION:
             image = Image.open(content)
             if grid is not None:
@@ -110,7 +139,7 @@ def decode(tar: str, index: ShardIndex, part: np.void, grid: Callable[[int, int]
             np.load(content)
 
 
-def bare(plans: list[SequencePlan], files: list[SourceFiles], grid, ready, go) -> None:
+def bare(plans: list[SequencePlan], files: list[SourceFiles], grid: Grid, backend: str, ready, go) -> None:
     """One process of bare decoding."""
     torch.set_num_threads(1)
     indices = {tar: ShardIndex.read(tar) for source in files for tar in source.tars}
@@ -119,13 +148,14 @@ def bare(plans: list[SequencePlan], files: list[SourceFiles], grid, ready, go) -
     for plan in plans:
         for part in plan.parts:
             tar = files[part["source"]].tars[part["shard"]]
-            decode(tar, indices[tar], part, grid)
+            decode(tar, indices[tar], part, grid, backend)
 
 
-def time_bare(plans: list[SequencePlan], files: list[SourceFiles], grid) -> float:
+def time_bare(plans: list[SequencePlan], files: list[SourceFiles], grid: Grid, backend: str) -> float:
     context = multiprocessing.get_context("fork")
     ready, go = context.Semaphore(0), context.Event()
-    processes = [context.Process(target=bare, args=(plans[i::WORKERS], files, grid, ready, go)) for i in range(WORKERS)]
+    given = [(plans[i::WORKERS], files, grid, backend, ready, go) for i in range(WORKERS)]
+    processes = [context.Process(target=bare, args=arguments) for arguments in given]
     for process in processes:
         process.start()
     for _ in processes:
@@ -153,48 +183,56 @@ def make_stream(config: DataConfig, sources: Sources, tokenizers) -> Stream:
     )
 
 
-def time_stream(stream: Stream) -> tuple[float, int]:
-    """Seconds and positions of `SEQUENCES` sequences, after the workers have begun."""
+def time_stream(stream: Stream, sequences: int) -> tuple[float, int]:
+    """Seconds and positions of so many sequences, after the workers have begun."""
     steps = stream.steps()
     for _ in range(2 * WORKERS * stream.config.prefetch):  # what the queues hold when the clock starts
         list(next(steps).batches)
     positions, started = 0, time.perf_counter()
-    for _ in range(SEQUENCES):
+    for _ in range(sequences):
         data = next(steps)
         list(data.batches)
         positions += data.counts.positions
     return time.perf_counter() - started, positions
 
 
-def compare(camera: tuple[int, int, int]) -> dict[str, list[float]]:
-    """Positions a second of both, in turn, as the machine may be shared."""
+def compare(camera: tuple[int, int, int], rounds: int, sequences: int) -> dict[str, list[float]]:
+    """Positions a second of each, in turn, as the machine may be shared."""
     with tempfile.TemporaryDirectory() as folder:
         config, sources, settings = build(Path(folder), *camera)
         tokenizers = settings.build(sources.manifests)
         planner = make_stream(config, sources, tokenizers).planner
-        plans = [planner.next_sequence() for _ in range(SEQUENCES)]
-        positions = sum(plan.counts.positions for plan in plans)
-        rates = {"full size": [], "same calls": [], "stream": []}
-        for _ in range(ROUNDS):
-            rates["full size"].append(positions / time_bare(plans, sources.files("train"), None))
-            rates["same calls"].append(positions / time_bare(plans, sources.files("train"), tokenizers.vision.grid))
-            seconds, served = time_stream(make_stream(config, sources, tokenizers))
-            rates["stream"].append(served / seconds)
+        plans = [planner.next_sequence() for _ in range(sequences)]
+        positions, files = sum(plan.counts.positions for plan in plans), sources.files("train")
+        backends: dict[str, Backend] = {"": "pyav"} | ({"decord ": "decord"} if status("decord").available else {})
+        rates = {}
+        for _ in range(rounds):
+            for label, backend in backends.items():
+                for kind, grid in (("full size", None), ("same calls", tokenizers.vision.grid)):
+                    seconds = time_bare(plans, files, grid, backend)
+                    rates.setdefault(label + kind, []).append(positions / seconds)
+                used = config.model_copy(update={"video_backend": "decord" if label else "auto"})
+                seconds, served = time_stream(make_stream(used, sources, tokenizers), sequences)
+                rates.setdefault(label + "stream", []).append(served / seconds)
     return rates
 
 
 def main() -> None:
-    columns = "camera", "full size", "same calls", "stream", "/ full", "/ same"
-    table = Table(*columns, title="positions/s, 2 processes", title_justify="left")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--cameras", type=int, default=len(CAMERAS), help="the first so many of the camera sizes")
+    chosen = parser.parse_args()
+    table = Table("camera", "what", "positions/s", title="medians, 2 processes", title_justify="left")
     figures, targets = {}, {}
-    for name, camera in CAMERAS.items():
-        rates = figures[name] = compare(camera)
-        kept = {kind: [s / b for s, b in zip(rates["stream"], rates[kind])] for kind in ("full size", "same calls")}
-        for row in zip(*rates.values(), *kept.values()):
-            table.add_row(name, *(f"{rate:,.0f}" for rate in row[:3]), *(f"{share:.2f}" for share in row[3:]))
+    for name, camera in list(CAMERAS.items())[: chosen.cameras]:
+        rates = figures[name] = compare(camera, chosen.rounds, chosen.sequences)
+        for kind, values in rates.items():
+            table.add_row(name, kind, f"{np.median(values):,.0f}")
         table.add_section()
-        for kind, shares in kept.items():
-            targets[f"share of bare decoding ({kind}), cameras {name}"] = target(float(np.median(shares)), 0.85)
+        for kind in ("full size", "same calls"):
+            share = float(np.median([s / b for s, b in zip(rates["stream"], rates[kind], strict=True)]))
+            targets[f"share of bare decoding ({kind}), cameras {name}"] = target(share, 0.85)
     Console().print(table)
     print_result("data_pipeline", figures, targets)
 
