@@ -74,13 +74,16 @@ def image_format(data: bytes, where: str) -> str:
 @contextmanager
 def _picture(data: bytes, where: str) -> Iterator[Image.Image]:
     """A picture that is opened, its size checked, and not yet decoded."""
-    with reading("picture", where, "replace it with a readable PNG or JPEG, or leave it out"):
+    with (
+        reading("picture", where, "replace it with a readable PNG or JPEG, or leave it out"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of odd metadata, without the name of the file
         try:
             image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         except UnidentifiedImageError as error:  # whose message quotes an address in memory
             raise ValueError(f"it is none of {', '.join(PICTURE_FORMATS)}") from error
-        with image, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, without the name of the file
+        with image:
             check_bound("picture_pixels", image.width * image.height, where, "is a picture with too many pixels")
             yield image
 

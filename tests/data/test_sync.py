@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe.data import sync
-from mmoe.errors import DataError
+from mmoe.config.load import validate
+from mmoe.data.sources import SOURCES
+from mmoe.errors import ConfigError, DataError
 
 # Far apart, and so near that readings fall on references and as near on either side.
 instants = st.integers(-(10**12), 10**12) | st.integers(0, 12)
@@ -109,3 +111,13 @@ def test_unix_times_of_a_real_log_survive_as_integers_and_not_as_floats(shared_d
     assert (lossy != times).mean() > 0.9 and np.abs(lossy - times).max() > 100
     with pytest.raises(DataError, match="too large"):
         sync.seconds_to_ns(times / 1e9, "front", "csv")
+
+
+@pytest.mark.parametrize("kind", ["nuscenes", "comma2k19"])
+def test_what_is_not_said_of_the_skew_stays_the_sources_own(kind):
+    config = SOURCES[kind].config
+    own = config().skew
+    assert validate(config, {"skew": {"policy": "drop"}}, "x").skew == own.model_copy(update={"policy": "drop"})
+    assert validate(config, {"skew": {"budget_ns": 5}}, "x").skew == own.model_copy(update={"budget_ns": 5})
+    with pytest.raises(ConfigError):
+        validate(config, {"skew": {"polcy": "drop"}}, "x")

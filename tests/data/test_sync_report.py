@@ -155,3 +155,30 @@ def test_what_has_no_clock_or_cannot_be_read_is_said_so(tmp_path):
     report = sync_report.report_raw("nuscenes", tmp_path / "raw")
     assert report.logs == 1 and report.unreadable == {"unreadable log": 2}
     assert "unreadable log: 2" in render(report)
+
+
+def test_what_a_stream_has_not_is_a_dash_and_not_zero():
+    """One reading has no rate and no interval; one beyond all references has no offset; none has nothing."""
+    reference = np.arange(5, dtype=np.int64) * 100 * MS
+    times = {"front": reference, "once": reference[:1], "never": reference[:0]}
+    report = measure([Clocks("a", "captured", "front", times)], "x", Counter())
+    lines = {line[0]: dict(zip(COLUMNS, line)) for line in rows(report)}
+    assert (
+        lines["once"]["rate Hz"]
+        == lines["once"]["interval ms median (p1..p99)"]
+        == lines["once"]["jitter sd ms"]
+        == "-"
+    )
+    assert lines["once"]["gaps (longest ms)"] == "-" and lines["once"]["start ms"] == "+0.0"
+    kept = ("stream", "readings", "within 1 ms", "remarks")
+    assert {value for name, value in lines["never"].items() if name not in kept} == {"-"}
+    assert lines["front"]["rate Hz"] == "10.000"
+    assert "- Hz" in render(report)
+
+
+def test_damaged_clocks_are_an_error_that_names_the_member():
+    data = Clocks("a", "captured", "front", {"front": np.arange(5, dtype=np.int64)}).to_bytes()
+    assert Clocks.from_bytes(data).times_ns["front"].tolist() == [0, 1, 2, 3, 4]
+    for damaged in (b"", data[:100], data[:60] + b"\xff" * 9 + data[69:]):
+        with pytest.raises(DataError, match="k.clocks.npz cannot be read as a set of"):
+            Clocks.from_bytes(damaged, "k.clocks.npz")

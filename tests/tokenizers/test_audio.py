@@ -261,3 +261,32 @@ def test_spoken_digits_survive_the_codes(shared_data):
 
     errors = codec.reconstruction_error([wave for wave, test in zip(waves, held_out) if test])
     assert errors[2] < errors[1] < 0.3
+
+
+@pytest.mark.parametrize("target", [8000, 16_000, 24_000, 44_100])
+def test_rates_that_recordings_have_are_resampled_and_primes_are_refused_before_their_filter_is_made(target):
+    for rate in (
+        8000,
+        11_025,
+        16_000,
+        22_050,
+        24_000,
+        32_000,
+        44_056,
+        44_100,
+        48_000,
+        88_200,
+        96_000,
+        192_000,
+        768_000,
+    ):
+        check_rates(rate, target, "x")
+    with pytest.raises(DataError, match=r"sample rate of 96001 Hz, .*convert it to a common rate"):
+        resample(np.zeros(1000, np.float32), 96_001, target)
+
+
+@pytest.mark.parametrize("rate, target", [(44_100, 8000), (22_050, 16_000), (8000, 11_025), (44_056, 8000)])
+def test_the_size_of_a_filter_is_that_of_torchaudio(rate, target):
+    divisor = math.gcd(rate, target)
+    kernel, _ = _get_sinc_resample_kernel(rate, target, divisor)
+    assert kernel.numel() == kernel_size(rate, target)

@@ -31,7 +31,9 @@ def split(items: list[Item], share: float, gap: int) -> Split:
         return Split(list(items), [], [])
     recordings = {item.recording: item.rank for item in items}
     if len(recordings) * share < 1 and all(item.stop > 0 for item in items):
-        return _tails(items, share, gap)
+        tails = _tails(items, share, gap)
+        if tails.heldout or len(recordings) < 2:  # recordings of an item or two have no tail to give
+            return tails
     if len(recordings) < 2:
         raise DataError(
             f"the only recording is {next(iter(recordings))!r} and cannot be cut, so nothing can be held out; "

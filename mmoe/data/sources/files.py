@@ -56,7 +56,7 @@ def check_name(name: str, where: str) -> None:
         name.encode()
     except UnicodeEncodeError as error:
         shown = name.encode("utf-8", "backslashreplace").decode()
-        message = f"{where}: the name {shown!r} is not UTF-8 at character {error.start}; rename the file or recording"
+        message = f"{where}: the name {shown} is not UTF-8 at character {error.start}; rename the file or recording"
         raise Refused("name is not UTF-8", message) from error
 
 

@@ -1,7 +1,9 @@
 """Preparation from end to end: what is written can be read back, what is bad is counted, nothing half-done is left."""
 
+import errno
 import io
 import json
+import os
 import re
 from collections import Counter
 from functools import partial
@@ -20,7 +22,7 @@ from mmoe.data.preparation.prepare import prepare, training_texts
 from mmoe.data.preparation.rows import hash64
 from mmoe.data.sample import Modality, Sample, Segment
 from mmoe.data.shards import read_member
-from mmoe.data.sources.base import Item, Source
+from mmoe.data.sources.base import Item, Refused, Source
 from mmoe.errors import ConfigError, DataError
 from mmoe.tokenizers.audio import MelCodec
 from mmoe.tokenizers.text import TextTokenizer
@@ -292,17 +294,84 @@ def test_key_with_a_dot_and_a_missing_file_on_disk(tmp_path):
     assert manifest.quarantined == {"missing file": 1, "unusable key": 1}
 
 
-def test_when_nothing_is_left_the_first_reason_is_said_and_nothing_is_written(tmp_path):
+def test_when_nothing_is_left_the_commonest_reason_is_said_and_the_list_stays(tmp_path):
     (tmp_path / "in").mkdir()
-    for i in range(3):
-        (tmp_path / "in" / f"{i}.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="no sample for the split train: 3 were refused.*byte 0 .0xff. is not UTF-8"):
+    (tmp_path / "in/0.doc").write_bytes(b"first in the list, but one of its kind")
+    for i in range(1, 4):
+        (tmp_path / "in" / f"{i}.txt").write_bytes(b"\xff")
+    said = (
+        "no sample for the split train: 4 were refused.*'text is not UTF-8' .3., as here: .*byte 0 .0xff. is not UTF-8"
+    )
+    with pytest.raises(DataError, match=said) as caught:
         run("text", tmp_path / "in", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.quarantine.jsonl"]
+    assert str(tmp_path / "out.quarantine.jsonl") in str(caught.value)
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    assert Counter(reasons) == {"text is not UTF-8": 3, "file of another kind": 1}
     for file in (tmp_path / "in").iterdir():
-        file.write_bytes(b"")
+        file.unlink() if file.suffix == ".doc" else file.write_bytes(b"")
     with pytest.raises(DataError, match="no sample for the split train; add recordings"):
         run("text", tmp_path / "in", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_names_out_of_json_that_are_not_utf8_cost_their_sample(tmp_path):
+    write_captions(tmp_path / "in", 5)
+    rows = [json.loads(line) for line in (tmp_path / "in/captions.jsonl").read_text().splitlines()]
+    odd = os.fsdecode(b"images/caf\xe9.png")
+    (tmp_path / "in" / rows[1]["image"]).rename(tmp_path / "in" / odd)
+    write_jsonl(
+        tmp_path / "in/captions.jsonl", [row | ({"image": odd} if i == 1 else {}) for i, row in enumerate(rows)]
+    )
+    assert "\\udce9" in (tmp_path / "in/captions.jsonl").read_text()
+    manifest, _ = run("image_caption", tmp_path / "in", tmp_path / "out")
+    assert set(manifest.quarantined) == {"name is not UTF-8"}
+    assert sum(entry.samples for entry in manifest.splits.values()) == 4
+
+
+def test_what_no_reader_foresaw_costs_its_item_and_is_reported_with_its_place(tmp_path, monkeypatch):
+    def make(number):
+        if number == 2:
+            return {}["field"]
+        if number == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return Sample(f"k{number}", f"k{number}", {"txt": b"words"}, [Segment(Modality.TEXT, "txt", text=f"w{number}")])
+
+    def items(path, config, refuse):
+        return (Item(f"k{n}", f"k{n}", partial(make, n)) for n in numbers)
+
+    monkeypatch.setitem(sources.SOURCES, "log", Source("log", "none", 0, Config, items, generated=True))
+    numbers = (0, 1, 2, 4)
+    manifest, _ = run("log", "", tmp_path / "out", prepare={"heldout_share": 0})
+    assert manifest.quarantined == {"reader failed": 1}
+    (line,) = quarantine(tmp_path / "out")
+    assert re.search(r"k2: the reader failed with KeyError \('field'\) in test_prepare.py, line \d+", line["message"])
+    numbers = (0, 3)
+    with pytest.raises(OSError, match="No space left"):
+        run("log", "", tmp_path / "full", prepare={"heldout_share": 0})
+
+
+def test_a_source_that_cannot_be_listed_is_named_with_what_was_refused_before(tmp_path, monkeypatch):
+    def items(path, config, refuse):
+        refuse("a", Refused("odd", "a is odd"))
+        raise KeyError("fps")
+        yield
+
+    monkeypatch.setitem(sources.SOURCES, "log", Source("log", "none", 0, Config, items, generated=True))
+    with pytest.raises(
+        DataError, match="cannot be read as a source of kind log .KeyError: 'fps'.*1 for the reason 'odd'"
+    ):
+        run("log", "", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.quarantine.jsonl"]
+
+
+def test_the_gap_before_the_tail_is_not_named_as_what_went_wrong(tmp_path):
+    records = drive_records(100)
+    write_tub(tmp_path / "in", records)
+    for file in (tmp_path / "in/images").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match="The commonest reason is 'missing file'"):
+        run("donkeycar", tmp_path / "in", tmp_path / "out")
 
 
 def files(folder):

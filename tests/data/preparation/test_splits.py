@@ -79,3 +79,10 @@ def test_one_recording_that_cannot_be_cut_is_an_error_unless_nothing_is_held_out
     with pytest.raises(DataError, match="the only recording is 'only' .* prepare.heldout_share=0"):
         split(items, 0.15, 0)
     assert split(items, 0.0, 0).train == items
+
+
+def test_recordings_of_one_item_each_are_held_out_whole_where_none_has_a_tail():
+    """Five small files of one text each: none has a last 15 %."""
+    items = [Item(f"k{n}", f"r{n}", str, start=0, stop=30) for n in range(5)]
+    sides = split(items, 0.15, gap=0)
+    assert len(sides.heldout) == 1 and len(sides.train) == 4 and not sides.gap

@@ -1,5 +1,7 @@
 """LeRobot v3.0 datasets written exactly as the format says: many episodes end to end in one video."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +11,7 @@ from mmoe.data.media import load_array, load_image
 from mmoe.data.sample import Camera, Modality
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources import SOURCES
-from mmoe.data.sources.lerobot import _episode_rows
+from mmoe.data.sources.lerobot import _episode_rows, _numbered
 from mmoe.errors import DataError
 from tests.data.preparation.test_prepare import read_everything, rows, run
 from tests.data.recordings_robot import LEVEL, write_lerobot
@@ -194,3 +196,63 @@ def test_clips_carry_the_synthetic_clock_of_their_episode(tmp_path):
         "action",
     }
     np.testing.assert_allclose(clocks.times_ns["top"] + clocks.origin_ns, np.arange(5) * 1e8, atol=10)
+
+
+def test_repeated_names_of_dimensions_keep_every_column_and_are_said(tmp_path):
+    names = ["shoulder", "gripper", "shoulder", "gripper", "gripper_2"]
+    assert _numbered(tuple(names)) == ("shoulder", "gripper", "shoulder_2", "gripper_3", "gripper_2")
+    write_lerobot(tmp_path / "in", [4] * 8)
+    info = json.loads((tmp_path / "in/meta/info.json").read_text())
+    size = info["features"]["action"]["shape"][0]
+    info["features"]["action"]["names"] = ["gripper"] * size
+    (tmp_path / "in/meta/info.json").write_text(json.dumps(info))
+    manifest, printed = run("lerobot", tmp_path / "in", tmp_path / "out")
+    assert manifest.vectors["ACTION"].names == ("gripper", *(f"gripper_{n}" for n in range(2, size + 1)))
+    assert "names repeat in info.json" in " ".join(printed.split())
+
+
+def test_no_cameras_is_not_all_cameras(tmp_path):
+    write_lerobot(tmp_path, [4, 4])
+    samples, refused = read("lerobot", tmp_path, cameras={})
+    assert not refused and not any(by_kind(s, Modality.VISION) for s in samples.values())
+    assert all(by_kind(s, Modality.VISION) for s in read("lerobot", tmp_path)[0].values())
+    with pytest.raises(DataError, match="leave nothing to read"):
+        read("lerobot", tmp_path, cameras={}, state=None, action=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: info.update(fps=None),
+        lambda info: info.update(fps=float("nan")),
+        lambda info: info.update(fps=0),
+        lambda info: info.update(features=[]),
+        lambda info: info["features"]["action"].update(shape=2),
+        lambda info: info["features"]["action"].update(names=5),
+        lambda info: info["features"]["action"].update(dtype=None),
+        lambda info: info["features"].update(action=None),
+        lambda info: info.update(data_path=3),
+        lambda info: info.pop("features"),
+    ],
+)
+def test_a_damaged_description_is_an_error_that_names_it(tmp_path, change):
+    write_lerobot(tmp_path, [3, 3])
+    file = tmp_path / "meta/info.json"
+    info = json.loads(file.read_text())
+    change(info)
+    file.write_text(json.dumps(info))
+    source = SOURCES["lerobot"]
+    with pytest.raises(DataError, match=str(tmp_path)):
+        list(source.items(tmp_path, source.config(), lambda *refusal: None))
+        source.of(tmp_path, source.config())
+
+
+def test_a_damaged_row_of_the_episodes_is_refused_alone(tmp_path):
+    write_lerobot(tmp_path, [3, 3, 3])
+    file = next((tmp_path / "meta/episodes").rglob("*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    rows[1]["length"] = None
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    samples, refused = read("lerobot", tmp_path)
+    assert {s.recording for s in samples.values()} == {"episode-000000", "episode-000002"}
+    assert [r.reason for r in refused.values()] == ["inconsistent episode"]

@@ -314,5 +314,37 @@ def test_what_is_no_film_is_refused_alone_and_does_not_hang(tmp_path):
     samples, refused = read("video", tmp_path)
     assert set(samples) == {"good_mp4-00000000"}
     reasons = {key: refusal.reason for key, refusal in refused.items()}
-    unreadable = "unreadable picture or video"
-    assert reasons == {"years_mkv": BEYOND, "list_mp4": unreadable, "pipe_mp4": unreadable, "zero_mp4": unreadable}
+    unreadable, odd = "unreadable picture or video", "no regular file"
+    assert reasons == {"years_mkv": BEYOND, "list_mp4": unreadable, "pipe.mp4": odd, "zero.mp4": odd}
+
+
+def test_captions_whose_times_hold_nowhere_are_refused_one_by_one(tmp_path):
+    """A video of four seconds; json.dumps writes NaN and Infinity as JSON's readers take them."""
+    (tmp_path / "a.mp4").write_bytes(film(level_pictures(0, 40), [100 * i for i in range(40)], []))
+    (tmp_path / "b.MP4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    (tmp_path / "c.m4v").write_bytes(b"")
+    rows = {
+        "used": {"start_s": 1.0, "stop_s": 2.0},
+        "open end": {"start_s": 0.0, "stop_s": None},
+        "from the start": {"start_s": None, "stop_s": 1.5},
+        "dot": {"video": "./a.mp4", "start_s": 3.5},
+        "nan": {"start_s": float("nan"), "stop_s": 2},
+        "endless": {"start_s": 0, "stop_s": float("inf")},
+        "swapped": {"start_s": 3.0, "stop_s": 1.0},
+        "instant": {"start_s": 1.0, "stop_s": 1.0},
+        "ms": {"start_s": 1000, "stop_s": 2000},
+        "before": {"start_s": -1.0, "stop_s": 1.0},
+        "elsewhere": {"video": "z.mp4"},
+    }
+    write_jsonl(tmp_path / "captions.jsonl", [{"video": "a.mp4", "caption": name} | row for name, row in rows.items()])
+    samples, refused = read("video", tmp_path)
+    assert len(samples) == 2 and texts(samples["a_mp4-00000000"]) == ["from the start open end used dot"]
+    lines = {int(key.rpartition(" ")[2]): r.reason for key, r in refused.items() if "line" in key}
+    names = list(rows)
+    assert {names[number - 1]: reason for number, reason in lines.items()} == {
+        "nan": "malformed row",
+        "endless": "malformed row",
+        **dict.fromkeys(("swapped", "instant", "ms", "before"), "caption holds nowhere"),
+        "elsewhere": "missing file",
+    }
+    assert refused["c.m4v"].reason == "file of another kind"
