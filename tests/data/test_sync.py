@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe.data import sync
 from mmoe.config.load import validate
+from mmoe.data import sync
 from mmoe.data.sources import SOURCES
 from mmoe.errors import ConfigError, DataError
 

@@ -13,6 +13,7 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from torchaudio.functional.functional import _get_sinc_resample_kernel
 
 from mmoe.errors import DataError
 from mmoe.tokenizers import audio
@@ -24,9 +25,11 @@ from mmoe.tokenizers.audio import (
     deserialise,
     kmeans,
     lloyd,
+    resample,
     resampled_length,
     serialise,
 )
+from mmoe.tokenizers.rates import check_rates, kernel_size
 
 SMALL = AudioConfig(codebooks=3, mel=MelConfig(codebook_size=16))
 RATES = st.sampled_from([7350, 8000, 11025, 16000, 22050, 44100, 48000])
