@@ -295,6 +295,7 @@ def sync_report(
     from mmoe.config.load import parse_overrides
     from mmoe.data import sync_report as clocks
     from mmoe.errors import ConfigError
+    from mmoe.files import write_atomically, writes
     from mmoe.monitoring.sync_page import render
 
     if kind is None and options:
@@ -303,8 +304,9 @@ def sync_report(
     if report.kind == "synthetic":
         console.print(clocks.SYNTHETIC, style="bold")
     console.print(clocks.table(report))
-    html.parent.mkdir(parents=True, exist_ok=True)
-    html.write_text(render(report), encoding="utf-8")
+    with writes(html):
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(html, render(report))
     console.print(f"wrote {html}", soft_wrap=True)
 
 

@@ -32,6 +32,10 @@ class BackendError(MmoeError):
     """An optional package that a config asks for and that is not usable here."""
 
 
+class OutputError(MmoeError):
+    """A file that a command writes and cannot: the disk is full, or the place is not writable."""
+
+
 class CheckpointError(MmoeError):
     """A checkpoint that cannot be written or read."""
 

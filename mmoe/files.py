@@ -2,9 +2,13 @@
 
 import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
+
+from mmoe.errors import OutputError
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -41,3 +45,19 @@ def said_nearest(path: str | Path) -> str:
     near = difflib.get_close_matches(missing.name, names, n=1)
     found = missing.parent / near[0] if near else missing.parent
     return f" (the nearest that exists is {found if os.path.isabs(path) else os.path.relpath(found)})"
+
+
+@contextmanager
+def writes(path: str | Path, rest: str = "") -> Iterator[None]:
+    """Raise OutputError naming `path` where the file system does not let it be written.
+
+    `rest` says what became of the rest.
+    """
+    try:
+        yield
+    except OSError as error:
+        more = f"; {rest}" if rest else ""
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}){more}; free space on its disk, or make it and its "
+            "folder writable, and give the same command again"
+        ) from error

@@ -156,7 +156,10 @@ class CheckpointManager:
     def _whole(self, step: int | None, ranks: Ranks) -> tuple[Path, Manifest]:
         """The checkpoint of `step`, or the newest whose files are all as they were written, all ranks agreeing."""
         damage: list[str] = []
-        for folder in ranks.first(lambda: self._candidates(step)):
+        tried: set[Path] = set()
+        while folders := ranks.first(lambda: [path for path in self._candidates(step) if path not in tried]):
+            folder = folders[0]
+            tried.add(folder)
             manifest, found = ranks.first(functools.partial(_attempt, folder, Manifest.read, folder))
             if manifest is not None:
                 shared = list(manifest.files.items())[ranks.rank :: ranks.size]
@@ -166,7 +169,7 @@ class CheckpointManager:
                 damage.append(found)
                 continue
             if damage and ranks.rank == 0:
-                _say(f"{'; '.join(damage)}: this goes on from the checkpoint before, {folder.name}")
+                _say(f"{'; '.join(damage)}: this goes on from {folder.name} instead")
             return folder, manifest
         raise CheckpointError(ranks.first(lambda: self._no_whole(step, damage)))
 

@@ -94,6 +94,7 @@ class PlannedSource:
             raise DataError(f"{folder}/source.json: the split {split} is empty; prepare {name} from more recordings")
         self.number, self.name, self.limits, self.tokenizers = number, name, limits, tokenizers
         self.shards = [join(folder, shard.path) for shard in entry.shards]
+        self._digests = [shard.digest for shard in entry.shards]
         self.shard_rows = np.array([shard.rows for shard in entry.shards])
         self.rows = int(self.shard_rows.sum())
         self.mean_length = epoch_positions(entry, tokenizers, name) / self.rows
@@ -179,7 +180,7 @@ class PlannedSource:
         return [found[shard] for shard in shards]
 
     def _read(self, shard: int) -> SegmentTable:
-        table = SegmentTable.read(self.shards[shard], self._storage)
+        table = SegmentTable.read(self.shards[shard], self._storage, self._digests[shard])
         if len(table) != self.shard_rows[shard]:
             raise DataError(
                 f"{self.shards[shard]}: its index has {len(table)} rows, source.json says {self.shard_rows[shard]}; "

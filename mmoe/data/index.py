@@ -13,6 +13,8 @@ The parquet row holds the key, the recording, the byte range of every member in 
 is one range read), the token ids of the sample's text, and its segments (`SEGMENT_DTYPE`).
 """
 
+import hashlib
+import json
 import os
 import tarfile
 from collections import Counter
@@ -35,6 +37,7 @@ from mmoe.errors import DataError
 
 FORMAT = 3  # 2 had neither checksums of members nor the proof that decord may read them
 MANIFEST = "source.json"
+DIGEST = b"mmoe.digest"  # the key under which an index file holds its own
 SPLITS = ("train", "heldout")
 _MOST_ROWS = 10_000_000  # of a shard: an epoch is shuffled a block of shards at a time
 
@@ -105,6 +108,7 @@ class ShardEntry(Config):
     path: str  # of the tar, relative to the source folder; the index has the same stem
     rows: int = Field(ge=0, le=_MOST_ROWS)
     bytes: int = Field(ge=0, le=MOST)
+    digest: str  # of all that its index says, the checksums of every member among it
 
 
 class SplitEntry(Config):
@@ -184,10 +188,18 @@ class SegmentTable:
     segment_offsets: np.ndarray
 
     @classmethod
-    def read(cls, tar: str | Path, storage: Storage = DEFAULT) -> "SegmentTable":
+    def read(cls, tar: str | Path, storage: Storage = DEFAULT, digest: str | None = None) -> "SegmentTable":
+        """Raises DataError where it cannot be read, or is not the index of `digest` (`ShardEntry`)."""
         path = with_suffix(tar, ".parquet")
         columns = [f"segments.list.element.{name}" for name in PLANNED]
-        segments = _chunk(read_table(path, INDEX_SCHEMA, storage, columns), "segments")
+        table = read_table(path, INDEX_SCHEMA, storage, columns)
+        found = (table.schema.metadata or {}).get(DIGEST, b"").decode(errors="replace")
+        if digest is not None and found != digest:
+            raise DataError(
+                f"{path} is not the index that {MANIFEST} names (digest {found[:12]}, not {digest[:12]}): "
+                "shards were replaced or changed places; copy the whole source again, or prepare it again"
+            )
+        segments = _chunk(table, "segments")
         records = _records(segments.flatten(), _PLANNED_DTYPE)
         check_segments(path, records)
         return cls(os.fspath(tar), records, _offsets(segments))
@@ -298,8 +310,8 @@ class ShardIndex(SegmentTable):
         return bool(self.member_decord[self.member_offsets[row] + member])
 
 
-def write_index(tar: str | Path, rows: list[dict]) -> None:
-    """Write the index beside `tar`: one dict a sample with the fields of `INDEX_SCHEMA`.
+def write_index(tar: str | Path, rows: list[dict]) -> str:
+    """Write the index beside `tar`: one dict a sample with the fields of `INDEX_SCHEMA`; returns its digest.
 
     `segments` is a `SEGMENT_DTYPE` array, `text_ids` an i32 array, `members` a list of (name, offset, size, crc32,
     decord) as in the schema.
@@ -316,7 +328,25 @@ def write_index(tar: str | Path, rows: list[dict]) -> None:
     )
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     columns["segments"] = pa.ListArray.from_arrays(offsets, struct)
-    write_table(pa.table(columns, schema=INDEX_SCHEMA), Path(tar).with_suffix(".parquet"))
+    digest = _digest(rows)
+    schema = INDEX_SCHEMA.with_metadata({DIGEST: digest})
+    write_table(pa.table(columns, schema=schema), Path(tar).with_suffix(".parquet"))
+    return digest
+
+
+def _digest(rows: list[dict]) -> str:
+    """Of what the rows say, whatever the bytes that a version of parquet makes of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        said = (row["key"], row["recording"], int(row["content_hash"]), [list(member) for member in row["members"]])
+        for part in (
+            json.dumps(said).encode(),
+            np.asarray(row["text_ids"], np.int32).tobytes(),
+            np.ascontiguousarray(row["segments"]).tobytes(),
+        ):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _records(flat: pa.StructArray, dtype: np.dtype) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmoe.errors import DataError
+from mmoe.files import writes
 
 ENDED_WORKER = "the decoding of a sample ended its process"  # how the reason begins of one that is not tried again
 FEW = 8  # of a source: never enough to stop a run, whatever their share
@@ -47,11 +48,12 @@ class Quarantine:
         for source, number in met.items():
             self._new[source, 0] += number
         if quarantined and self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                for item in quarantined:
-                    record = item._asdict() | {"source": self.names[item.source]}
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            records = [item._asdict() | {"source": self.names[item.source]} for item in quarantined]
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            with writes(self.path, "the run goes on from its last checkpoint"):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(lines)
         for item in quarantined:
             self._new[item.source, 1] += 1
             self._examples.setdefault(item.source, item.reason)

@@ -140,11 +140,11 @@ class ShardWriter:
         self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
         size = self._file.tell()
         self._file.close()
-        write_index(self._temporary, self._rows)
+        digest = write_index(self._temporary, self._rows)
         self._temporary.with_suffix(".parquet").rename(self._path.with_suffix(".parquet"))
         self._temporary.rename(self._path)
         relative = f"{self.folder.name}/{self._path.name}"
-        self.shards.append(ShardEntry(path=relative, rows=len(self._rows), bytes=size))
+        self.shards.append(ShardEntry(path=relative, rows=len(self._rows), bytes=size, digest=digest))
         self._rows, self._file = [], None
 
 

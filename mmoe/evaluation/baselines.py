@@ -1,6 +1,7 @@
 """The three predictors an action error stands beside, none of which sees a picture; fitted on the training split."""
 
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -14,6 +15,7 @@ from mmoe.data.sample import Modality
 from mmoe.evaluation.actions import Chunks, align, hold_last, places, read_chunks, training_means
 from mmoe.evaluation.features import FeatureRows
 from mmoe.evaluation.ridge import Ridge, fit_ridge
+from mmoe.files import write_atomically, writes
 from mmoe.training.run import Run
 
 MOST_DOCUMENTS = 20_000  # training documents of a source that the ridge is fitted on: a seeded choice if there are more
@@ -44,7 +46,8 @@ class Baselines:
             except (OSError, ValueError, KeyError, zipfile.BadZipFile):
                 pass  # cut off while it was written: it is fitted again below
         baselines = cls.fit(run)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        with writes(path):
+            run.folder.mkdir(parents=True, exist_ok=True)
         baselines.save(path, key)
         return baselines
 
@@ -90,7 +93,10 @@ class Baselines:
             arrays |= {f"means.{number}": self.means[name], f"columns.{number}": columns}
             arrays |= {f"{item}.{number}": getattr(ridge, item) for item in _ARRAYS}
         header = json.dumps({"key": key, "record": self.record})
-        np.savez(path, header=np.array(header), **arrays)
+        content = io.BytesIO()
+        np.savez(content, header=np.array(header), **arrays)
+        with writes(path):
+            write_atomically(path, content.getvalue())
 
 
 def read_features(run: Run, only: list[str], **choices: Any) -> FeatureRows:

@@ -27,6 +27,7 @@ from mmoe.evaluation.features import FeatureRows
 from mmoe.evaluation.inference import inference, label_log_probabilities
 from mmoe.evaluation.ranking import rank_candidates
 from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings
+from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import MultimodalModel
 from mmoe.training.run import Run
 
@@ -96,7 +97,8 @@ def evaluate(
     }
     result["seconds"] = time.perf_counter() - started
     path = run.folder / file_name(shards, blank, shuffle)
-    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    with writes(path):
+        write_atomically(path, json.dumps(result, indent=1))
     return result
 
 

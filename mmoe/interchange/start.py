@@ -18,7 +18,8 @@ from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.config import StartConfig
-from mmoe.training.run import Run, is_run, open_sources, read_config
+from mmoe.training.fingerprint import check_unchanged, fingerprint
+from mmoe.training.run import Run, is_run, open_sources, read_config, saved_fingerprint
 
 TABLES = ("embeddings.token.weight", "unembedding.weight")
 MATRICES = ("gate", "up", "down")
@@ -49,16 +50,17 @@ def start(run: Run, config: StartConfig, console: Console) -> None:
 def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:
     """The weights by our names, their token tables with the ids of `run`, and the model they are of."""
     if is_run(config.weights):
-        other = read_config(config.weights)
-        _, tokenizers = open_sources(other)
+        folder, other = Path(config.weights), read_config(config.weights)
+        sources, tokenizers = open_sources(other)
         _check_tokenizer(tokenizers.text, run, config.weights)
         if tokenizers.vocabulary != run.tokenizers.vocabulary:
             raise ConfigError(
                 f"training.start_from: the vocabulary of {config.weights} is not that of this run; "
                 "give both the same tokenizers.*"
             )
-        state: dict[str, Any] = {"model": {}}  # whatever was saved
-        CheckpointManager(Path(config.weights) / "checkpoints", other.checkpoint).load(state, config.step)
+        state: dict[str, Any] = {"model": {}, "trainer": {}}  # whatever was saved
+        CheckpointManager(folder / "checkpoints", other.checkpoint).load(state, config.step)
+        check_unchanged(saved_fingerprint(state), fingerprint(sources, tokenizers), folder, only="tokenizers.")
         return state["model"], other.model
     if config.step is not None:
         raise ConfigError(f"training.start_from.step is {config.step}, but {config.weights} is no run; leave it out")

@@ -1,6 +1,7 @@
 """A dense model's networks become experts: the first checkpoint of a new run, and what that costs in loss."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from mmoe.evaluation.inference import label_log_probabilities
 from mmoe.interchange.start import start
 from mmoe.models.decoder import MultimodalModel
 from mmoe.training.config import StartConfig
+from mmoe.training.lock import run_lock
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
 
@@ -36,8 +38,12 @@ def upcycle(config: RunConfig, origin: StartConfig, console: Console) -> Upcycle
         raise ConfigError("model.moe is null, so there are no experts to make; give its sizes")
     training = config.training.model_copy(update={"start_from": origin})
     config = config.model_copy(update={"training": training})
-    run = Run.build(config)
-    trainer = Trainer(run, [])
+    with run_lock(Path(config.training.run), console):
+        return _upcycle(Run.build(config), origin, console)
+
+
+def _upcycle(run: Run, origin: StartConfig, console: Console) -> Upcycled:
+    config, trainer = run.config, Trainer(run, [])
     if trainer.checkpoints.latest_step() is not None:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
     batches = [batch for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]

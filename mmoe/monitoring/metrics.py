@@ -9,10 +9,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
+from mmoe.files import writes
+from mmoe.monitoring.lines import LineFile
 from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.routing import RoutingWindow, by_expert, router_gradients
 from mmoe.training.callback import Callback
 from mmoe.training.trainer import StepResult, Trainer
+
+IN_METRICS = "metrics.jsonl beside it has every record"
 
 
 class MetricsWriter(Callback):
@@ -27,13 +31,16 @@ class MetricsWriter(Callback):
     def __init__(self, memory: PeakMemory):
         self.memory = memory
         self.wall_seconds = 0.0  # of all sessions
+        self._pending: list[str] = []  # records that the disk would not take
 
     def on_start(self, trainer: Trainer) -> None:
         config = trainer.run.config.monitoring
         self._every, self._digests = config.log_every_steps, set(config.digest_steps)
         first = trainer.run.ranks.first  # the others take part in digests alone
-        self._file = (trainer.run.folder / "metrics.jsonl").open("a", encoding="utf-8") if first else None
-        self._board = SummaryWriter(trainer.run.folder / "tensorboard") if first and config.tensorboard else None
+        self._file = LineFile(trainer.run.folder / "metrics.jsonl", self._pending) if first else None
+        self._board_folder = trainer.run.folder / "tensorboard"
+        with writes(self._board_folder):
+            self._board = SummaryWriter(self._board_folder) if first and config.tensorboard else None
         self._since = self._began = time.perf_counter()
         self._before = self.wall_seconds
         self._clear()
@@ -51,13 +58,15 @@ class MetricsWriter(Callback):
         if self._file:
             self._file.close()
         if self._board:
-            self._board.close()
+            with writes(self._board_folder, IN_METRICS):
+                self._board.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"wall_seconds": self.wall_seconds}
+        return {"wall_seconds": self.wall_seconds, "unwritten": list(self._pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.wall_seconds = state.get("wall_seconds", 0.0)
+        self._pending = list(state.get("unwritten", []))
 
     def _write(self, trainer: Trainer, result: StepResult, digest: bool) -> None:
         now = time.perf_counter()
@@ -84,17 +93,17 @@ class MetricsWriter(Callback):
         }
         if digest:
             record["digest"] = state_digest(trainer)
-        if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        if self._board:
-            for key, value in record.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, result.step)
-            for key, value in by_expert(record):
-                self._board.add_scalar(key, value, result.step)
         self._since = now
         self._clear()
+        if self._file:
+            self._file.write(json.dumps(record))
+        if self._board:
+            with writes(self._board_folder, IN_METRICS):
+                for key, value in record.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(key, value, result.step)
+                for key, value in by_expert(record):
+                    self._board.add_scalar(key, value, result.step)
 
     def _clear(self) -> None:
         self._steps = self._positions = self._useful = 0

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from mmoe.config.load import dump
+from mmoe.files import write_atomically, writes
 from mmoe.monitoring import figures
 from mmoe.monitoring.capacity import LAST, advise
 from mmoe.monitoring.page import PAGE, STYLE
@@ -32,7 +33,8 @@ def write_report(run: Run) -> None:
     """
     write_summary(run.folder)
     html = render(run, RunRecords.read(run.folder))
-    (run.folder / REPORT).write_text(html, encoding="utf-8")
+    with writes(run.folder / REPORT):
+        write_atomically(run.folder / REPORT, html)
 
 
 def render(run: Run, records: RunRecords) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.errors import DataError
+from mmoe.files import write_atomically, writes
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
@@ -37,7 +38,7 @@ class RunRecords:
         if not lines:
             raise DataError(f"{path} is empty: {folder} has no step to report; train it first")
         evaluations = {
-            file.stem.removeprefix("evaluation").removeprefix("-"): json.loads(file.read_text(encoding="utf-8"))
+            file.stem.removeprefix("evaluation").removeprefix("-"): _evaluation(file)
             for file in folder.glob("evaluation*.json")
         }
         return cls(lines, dict(sorted(evaluations.items())))
@@ -53,11 +54,22 @@ class RunRecords:
         return self.evaluations.get("", {})
 
 
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); delete it, or evaluate again") from error
+    if not isinstance(evaluation, dict):
+        raise DataError(f"{path} holds a {type(evaluation).__name__}, no evaluation; delete it, or evaluate again")
+    return evaluation
+
+
 def write_summary(folder: Path) -> dict[str, Any]:
     """Write ``summary.json`` into the run's `folder` and return it; what was not measured is null."""
     records = RunRecords.read(folder)
     summary = summarise(records)
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    with writes(folder / SUMMARY):
+        write_atomically(folder / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
 

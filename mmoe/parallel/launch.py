@@ -25,6 +25,7 @@ import yaml
 from mmoe.config.load import flatten
 from mmoe.console import Console
 from mmoe.errors import ConfigError, MmoeError
+from mmoe.files import writes
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, rank_log, record_error, restart_count
 from mmoe.parallel.launch_store import PERIOD_SECONDS, join
@@ -217,4 +218,5 @@ def _set_aside_hang_report(folder: Path) -> None:
     report = folder / "hang-report.txt"
     if report.is_file():
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(report.stat().st_mtime))
-        report.rename(folder / f"hang-report-{written}.txt")
+        with writes(folder):
+            report.rename(folder / f"hang-report-{written}.txt")

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -74,14 +75,24 @@ def record_error(
         "after": after,
         "traceback": "".join(traceback.format_exception(error)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "errors.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
-    finally:
-        os.close(descriptor)
+        _append(folder / "errors.jsonl", json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as full:  # which must not hide the error that is to be told
+        print(
+            f"{folder / 'errors.jsonl'} cannot be written ({full.strerror}): rank {rank}: {line['message']}",
+            file=sys.stderr,
+        )
     shown = line["message"] if isinstance(error, MmoeError) else line["traceback"]
     _tell_torchrun(shown if after is None else f"{after}; {folder / 'errors.jsonl'} has the errors of all ranks")
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode(errors="backslashreplace"))
+    finally:
+        os.close(descriptor)
 
 
 def _tell_torchrun(text: str) -> None:
@@ -107,9 +118,11 @@ class _RankLog(logging.Handler):
         )
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(self.format(record) + "\n")
+        line = self.format(record) + "\n"
+        try:
+            _append(self.path, line)
+        except OSError as full:  # a warning must not end the run
+            print(f"{self.path} cannot be written ({full.strerror}): {line}", end="", file=sys.stderr)
 
 
 @contextmanager

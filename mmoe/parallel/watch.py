@@ -29,6 +29,7 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
+from mmoe.files import write_atomically
 from mmoe.parallel.launch import MARGIN_SECONDS
 from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, record_error
 from mmoe.parallel.watch_report import report, verdict
@@ -237,10 +238,11 @@ class _Watcher(threading.Thread):
         return states, silent
 
     def _write(self, path: Path, text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as full:  # the run must end all the same, and say why
+            print(f"{path} cannot be written ({full.strerror}):\n{text}", file=sys.stderr, flush=True)
 
     def _record(self, error: StoppedError, after: str | None = None) -> None:
         record_error(self.folder, self.rank, error, step=self.watch.step, after=after)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmoe.checkpoint.manager import CheckpointManager
+from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
 from mmoe.config.base import change_addresses
 from mmoe.config.load import absolute, dump, flatten, load, override
 from mmoe.config.tree import RunConfig
@@ -16,13 +16,15 @@ from mmoe.data.prepared import Sources
 from mmoe.data.sample import Modality
 from mmoe.data.stream import heldout_batches
 from mmoe.errors import ConfigError
+from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.build import build
 from mmoe.parallel.ranks import Ranks
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vision import COORDINATES
+from mmoe.training.fingerprint import check_unchanged, fingerprint
 
-CONFIG = "config.yaml"  # in a run's folder
+CONFIG = "config.yaml"  # in the run's folder, and a copy in every checkpoint
 
 
 def open_sources(config: RunConfig) -> tuple[Sources, Tokenizers]:
@@ -34,15 +36,27 @@ def open_sources(config: RunConfig) -> tuple[Sources, Tokenizers]:
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether the folder is that of a run: it holds the run's config."""
-    return (Path(folder) / CONFIG).is_file()
+    """Whether the folder is that of a run: it holds the run's config, or checkpoints, which have a copy of it."""
+    return any((Path(folder) / name).exists() for name in (CONFIG, "checkpoints"))
 
 
 def read_config(folder: str | Path) -> RunConfig:
-    """Read the config of the run in `folder`, which may have been moved since it was written."""
-    if not is_run(folder):
-        raise ConfigError(f"{Path(folder) / CONFIG} does not exist: {folder} is not a run; train it first")
-    config = load(RunConfig, Path(folder) / CONFIG)
+    """Read the config of the run in `folder`, which may have been moved since it was written.
+
+    Raises ConfigError, with the way to a copy of the config where the file is damaged or missing.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if (missing := not path.is_file()) and not (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{path} does not exist: {folder} is not a run; train it first")
+    try:
+        config = load(RunConfig, path)
+    except ConfigError as error:
+        copy = CheckpointManager(folder / "checkpoints", CheckpointConfig()).text(CONFIG)
+        if copy is None or (not missing and path.read_bytes() == copy[1].encode()):
+            raise
+        why = f"{path} is missing" if missing else str(error)
+        raise ConfigError(f"{why}; a checkpoint has a copy: restore it by: cp {copy[0]} {path}") from error
     return config.model_copy(update={"training": config.training.model_copy(update={"run": str(folder)})})
 
 
@@ -61,6 +75,11 @@ def readdress(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             "data.sources.NAME.shards=FOLDER"
         )
     return changed
+
+
+def saved_fingerprint(state: dict[str, Any]) -> Any:
+    """That of the data a checkpoint was trained on; None in earlier formats."""
+    return state["trainer"].get("data") if isinstance(state["trainer"], dict) else None
 
 
 @dataclass(frozen=True)
@@ -107,14 +126,19 @@ class Run:
         folder, config = Path(folder), readdress(read_config(folder), overrides)
         run = cls.build(config)
         manager = CheckpointManager(folder / "checkpoints", config.checkpoint)
-        state: dict[str, Any] = {"model": run.model.state_dict()}
+        state: dict[str, Any] = {"model": run.model.state_dict(), "trainer": {}}
         manager.load(state, step)
+        check_unchanged(saved_fingerprint(state), fingerprint(run.sources, run.tokenizers), folder, only="tokenizers.")
         run.model.load_state_dict(state["model"])
         return run
 
     def save_config(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / CONFIG).write_text(dump(self.config), encoding="utf-8")
+        """Write ``config.yaml`` where it is missing or says something else."""
+        path, text = self.folder / CONFIG, dump(self.config).encode()
+        with writes(path):
+            if not path.is_file() or path.read_bytes() != text:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, text)
 
     def heldout(self, *, isolated: bool, **choices: Any) -> Iterator[PackedBatch]:
         """Held-out batches on the run's device; see `heldout_batches` for the choices."""

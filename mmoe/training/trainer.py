@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.checkpoint.rng import capture_rng, restore_rng
+from mmoe.config.load import dump
 from mmoe.data.stream import StepData, Stream
-from mmoe.errors import DivergenceError
+from mmoe.errors import CheckpointError, DivergenceError, OutputError
 from mmoe.losses.total import LossReport, PlannedCounts
 from mmoe.models.moe.balance import update_choice_bias
 from mmoe.monitoring.routing import RoutingWindow
@@ -23,8 +24,9 @@ from mmoe.optim.muon import build_optimizer
 from mmoe.parallel.launch import agreed
 from mmoe.parallel.watch import Watch
 from mmoe.training.callback import Callback
+from mmoe.training.fingerprint import check_unchanged, fingerprint
 from mmoe.training.gradients import StepSetting, step_gradients
-from mmoe.training.run import Run
+from mmoe.training.run import CONFIG, Run, saved_fingerprint
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Trainer:
             quarantine=run.folder / "quarantine.jsonl",
         )
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
+        self.fingerprint = fingerprint(run.sources, run.tokenizers)
         self.step = 0
         self.session = 0
         self.stream_state = self.stream.state()
         self.saved = 0  # the step of the last checkpoint
         self.stop_requested = False  # by a signal to this process
+        self.unwritten: OutputError | None = None  # what a callback of this process could not write
         self.interrupted = False  # by one to any process, known to all after the same step
 
     def train(self) -> None:
@@ -88,15 +92,35 @@ class Trainer:
                 result = self.train_step(data)
                 self.interrupted = agreed(self.stop_requested)
                 watch.beat(self.step, "callbacks")
-                for callback in self.callbacks:
-                    callback.on_step(self, result)
+                self._tell(result)
                 if self.checkpoints.config.due(self.step, self.last_step):
                     self.save()
             if self.step != self.saved:
                 watch.beat(self.step, "checkpoint")
                 self.save()
         for callback in self.callbacks:
-            callback.on_end(self)
+            with self._keeping():
+                callback.on_end(self)
+        if self.unwritten is not None:
+            raise self.unwritten
+
+    def _tell(self, result: StepResult) -> None:
+        """Tell the callbacks; what one of them could not write ends the run after the next step, saved.
+
+        The other ranks know nothing of it, and agree to end only once a step.
+        """
+        for callback in self.callbacks:
+            with self._keeping():
+                callback.on_step(self, result)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Keep the first OutputError for the end."""
+        try:
+            yield
+        except OutputError as error:
+            self.unwritten = self.unwritten or error
+            self.stop_requested = True
 
     def train_step(self, data: StepData) -> StepResult:
         started = time.perf_counter()
@@ -112,8 +136,8 @@ class Trainer:
             raise DivergenceError(
                 f"{self.run.folder}: the gradient norm of step {self.step + 1} is {float(grad_norm)} ({terms})"
                 f"{_broken_router(routing)}; "
-                f"no weight was changed: resume from {self.checkpoints.folder} with a lower optim.lr.peak, "
-                "or train again with a longer warmup"
+                "no weight was changed: begin another run (training.run) with a lower optim.lr.peak or a longer "
+                f"warmup, from the weights of this one by training.start_from.weights={self.run.folder}"
             )
         clip_gradients(model.parameters(), grad_norm, config.optim.clip)
         lr = self.schedule(self.step)
@@ -141,13 +165,27 @@ class Trainer:
         )
 
     def save(self) -> None:
-        self.checkpoints.save(self.step, self._state())
+        self.checkpoints.save(self.step, self._state(), {CONFIG: dump(self.run.config)})
         self.saved = self.step
 
     def resume(self, step: int | None = None) -> None:
-        """Continue from the latest checkpoint, or from the one after `step`."""
+        """Continue from the newest whole checkpoint, or from the one after `step`; newer ones are set aside.
+
+        Raises CheckpointError where none is whole, or where the data is not that of the checkpoint.
+        """
         state = self._state()
-        self.checkpoints.load(state, step)
+        found = self.checkpoints.load(state, step)
+        check_unchanged(saved_fingerprint(state), self.fingerprint, self.run.folder)
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"{self.checkpoints.folder}: the state of step {found} is not that of a training ({error!r}); resume "
+                "from another by --from-step"
+            ) from error
+        self.checkpoints.go_back(found)
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.run.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         trainer = state["trainer"]
@@ -166,7 +204,12 @@ class Trainer:
         return {
             "model": self.run.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "trainer": {"step": self.step, "session": self.session, "stream": self.stream_state},
+            "trainer": {
+                "step": self.step,
+                "session": self.session,
+                "stream": self.stream_state,
+                "data": self.fingerprint,
+            },
             "rng": capture_rng(),
             "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
         }

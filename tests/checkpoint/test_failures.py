@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.ranks import Ranks
 from mmoe.errors import CheckpointError
 from tests.checkpoint.states import Crash, edges, faults, loaded, manager, sealed, state_of
@@ -191,7 +192,7 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before_and_says_so(
     damage(checkpoints.folder / "step-00000030" / name, fault)
     assert loaded(checkpoints) == 20
     (said,) = capsys.readouterr().err.splitlines()
-    assert f"step-00000030/{name}" in said and said.endswith("goes on from the checkpoint before, step-00000020")
+    assert f"step-00000030/{name}" in said and said.endswith("goes on from step-00000020 instead")
     assert checkpoints.text("config.yaml")[1] == (
         "step: 20" if name in ("config.yaml", "manifest.json") else "step: 30"
     )
@@ -213,6 +214,21 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
     assert passed > 0.6 * len(content)  # the rest is white space
     path.write_bytes(content.replace(b'"format": 3', b'"format": 7'))
     assert loaded(checkpoints) == 1.0
+
+
+def test_a_reader_finds_what_a_training_saves_while_it_deletes_what_is_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, reader = manager(tmp_path, keep=1), manager(tmp_path)
+    training.save(10, state_of(10))
+
+    def meanwhile(folder: Path) -> Manifest:
+        monkeypatch.undo()
+        training.save(20, state_of(20))
+        return Manifest.read(folder)
+
+    monkeypatch.setattr(Manifest, "read", meanwhile)
+    assert loaded(reader) == 20
 
 
 def test_a_file_that_the_disk_cannot_give_counts_as_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,12 +164,12 @@ def write_sample(writer: ShardWriter, sample: Sample, tokenizer: TextTokenizer) 
     return rows
 
 
-def fit_codec(path: Path) -> AudioConfig:
+def fit_codec(path: Path, seed: int = 0) -> AudioConfig:
     """A tiny fitted codec and the config that names it."""
     rng = np.random.default_rng(0)
     config = AudioConfig(path=str(path), codebooks=2, mel=MEL)
     waves = [rng.uniform(-0.3, 0.3, 4000).astype(np.float32) for _ in range(4)]
-    MelCodec.fit(waves, config, seed=0).save(path)
+    MelCodec.fit(waves, config, seed=seed).save(path)
     return config
 
 

@@ -75,6 +75,50 @@ def test_same_samples_give_the_same_bytes_and_shards_respect_their_size(tmp_path
         assert file.read_bytes() == (tmp_path / "b" / "train" / file.name).read_bytes()
 
 
+def test_a_digest_follows_from_all_that_the_samples_are_and_nothing_else(tmp_path):
+    """Without opening a tar: a byte of a member changes its checksum in the index."""
+
+    def digest(
+        name, key="k", content=b"abc", recording="r", content_hash=1, text=(1, 2), decord=frozenset(), **segment
+    ):
+        rows = np.zeros(2, SEGMENT_DTYPE)
+        for field, value in segment.items():
+            rows[field] = value
+        with ShardWriter(tmp_path / name) as writer:
+            writer.write(
+                key,
+                {"bin": content},
+                recording=recording,
+                content_hash=content_hash,
+                text_ids=np.array(text, np.int32),
+                segments=rows,
+                decord=decord,
+            )
+        return writer.shards[0].digest
+
+    changes = [
+        {"key": "l"},
+        {"content": b"abd"},
+        {"recording": "s"},
+        {"content_hash": 2},
+        {"text": (1, 3)},
+        {"text": (1,)},
+        {"decord": frozenset({"bin"})},
+        *({field: 1} for field in SEGMENT_DTYPE.names),
+    ]
+    found = [digest(f"train{number}", **change) for number, change in enumerate(changes)]
+    plain = digest("plain")
+    assert digest("again") == plain and len({plain, *found}) == len(changes) + 1
+
+
+def test_an_index_of_another_digest_is_named(tmp_path):
+    first, second = write(tmp_path / "train", {f"k{i}": {"bin": bytes([i])} for i in range(2)}, max_rows=1)
+    tar = tmp_path / first.path
+    assert len(SegmentTable.read(tar, digest=first.digest)) == 1
+    with pytest.raises(DataError, match="shard-000000.parquet is not the index that source.json names"):
+        SegmentTable.read(tar, digest=second.digest)
+
+
 def test_a_name_beyond_the_classic_header_is_found(tmp_path):
     key = "/".join(["a-rather-long-folder-name"] * 6)
     (shard,) = write(tmp_path / "train", {key: {"txt": b"here"}})

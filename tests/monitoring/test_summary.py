@@ -1,11 +1,13 @@
 """What `summary.json` says of a run, from its lines alone."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
-from mmoe.errors import DataError
+from mmoe.errors import DataError, OutputError
 from mmoe.monitoring.summary import RunRecords, drop_rate, resume_exact, summarise, write_summary
 
 
@@ -131,4 +133,28 @@ def test_a_folder_without_steps_says_so(tmp_path):
         write_summary(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="is empty"):
+        write_summary(tmp_path)
+
+
+def test_a_summary_that_the_disk_refuses_leaves_the_old_one(tmp_path, monkeypatch):
+    write(tmp_path, [line(1)])
+    before = write_summary(tmp_path)
+    write(tmp_path, [line(1), line(2)])
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="summary.json cannot be written .No space left on device"):
+            write_summary(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "summary.json"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 20_000])
+def test_an_evaluation_that_is_none_is_named(tmp_path, content):
+    write(tmp_path, [line(1)])
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(DataError, match="evaluation.json .*delete it, or evaluate again"):
         write_summary(tmp_path)

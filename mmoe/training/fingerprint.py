@@ -1,0 +1,87 @@
+"""What a run's numbers follow from besides its config: the contents of its sources and of its tokenizers.
+
+A checkpoint holds them, so that a run does not go on with other data in silence. They follow from the manifests
+alone, which hold a digest of every shard's index, and so cost nothing where shards are far away. Where a source
+lies is not part of it: a folder may move.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mmoe.data.index import SourceManifest
+from mmoe.data.prepared import Sources
+from mmoe.errors import CheckpointError
+from mmoe.tokenizers.bundle import Tokenizers
+
+Fingerprint = dict[str, dict[str, Any]]  # of every source and tokenizer, each as named parts
+
+
+def fingerprint(sources: Sources, tokenizers: Tokenizers) -> Fingerprint:
+    """JSON-able: by source and tokenizer, a digest of each part that numbers follow from."""
+    found = {f"source {name}": _of_source(manifest) for name, manifest in sources.manifests.items()}
+    vectors = {kind.name: dims.names for kind, dims in tokenizers.dims.items()}
+    statistics = {name: manifest.model_dump(mode="json")["vectors"] for name, manifest in sources.manifests.items()}
+    audio = tokenizers.audio
+    return found | {
+        "tokenizers.text": {"fingerprint": tokenizers.text.fingerprint},
+        "tokenizers.audio": {"fingerprint": audio.fingerprint if audio else None},
+        "tokenizers.vision": {"settings": _digest(tokenizers.config.vision.model_dump(mode="json"))},
+        "tokenizers.action": {
+            "settings": _digest(tokenizers.config.action.model_dump(mode="json")),
+            "dimensions": _digest(vectors),
+            "statistics": _digest(statistics),
+        },
+    }
+
+
+def _of_source(manifest: SourceManifest) -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "kind": manifest.kind,
+        "text ids": manifest.text_fingerprint,
+        "clock": _digest([manifest.clock, manifest.skew_budget_ns]),
+        "statistics of vectors": _digest(manifest.model_dump(mode="json")["vectors"]),
+    }
+    for name, split in manifest.splits.items():
+        shards = [(shard.rows, shard.bytes, shard.digest) for shard in split.shards]
+        parts[f"{name} samples"] = f"{split.samples} in {len(shards)} shards, {_digest(shards)}"
+    return parts
+
+
+def check_unchanged(saved: Any, now: Fingerprint, folder: Path, only: str = "") -> None:
+    """Raises CheckpointError naming what differs from `saved`, which a checkpoint of `folder` holds.
+
+    `only`: the names to compare begin with this. A checkpoint of an earlier format holds none, and passes.
+    """
+    if saved is None:
+        return
+    if not isinstance(saved, dict) or not all(isinstance(parts, dict) for parts in saved.values()):
+        raise CheckpointError(
+            f"{folder}/checkpoints: state.json holds no fingerprints where they belong; see its origin"
+        )
+    changes = []
+    for name in [name for name in {**saved, **now} if name.startswith(only)]:
+        if name not in now or name not in saved:
+            changes.append(f"{name} is {'new' if name in now else 'gone'}")
+            continue
+        before, after = saved[name], now[name]
+        parts = [part for part in {**before, **after} if before.get(part) != after.get(part)]
+        if parts:
+            said = ", ".join(f"{part} ({_short(before.get(part))} -> {_short(after.get(part))})" for part in parts)
+            changes.append(f"{name} differs in {said}")
+    if changes:
+        raise CheckpointError(
+            f"{folder} was trained on other data than it finds now: {'; '.join(changes)}; put back what it was trained "
+            "on (the same prepared folder, or the same tokenizer file), or train a new run: set another training.run"
+        )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _short(value: Any) -> str:
+    """A digest by its first letters, as they are compared by eye."""
+    words = str(value).split()
+    return " ".join(word[:12] if len(word) >= 32 else word for word in words)
