@@ -1,11 +1,16 @@
 """The command line as a user meets it: commands end to end on small text, and errors of one sentence."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from mmoe import cli
+from mmoe.errors import DataError, MmoeError
 from tests.conftest import REPOSITORY
 
 CONFIG = """
@@ -68,3 +73,71 @@ def test_a_fault_is_one_sentence_and_no_traceback(arguments, sentence):
     done = mmoe(*arguments)
     assert done.returncode == 1 and sentence in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "raised, status, sentence",
+    [
+        (OSError(errno.ENOSPC, "x", "runs/a"), 1, "error runs/a: No space left on device; make room"),
+        (OSError(errno.ENOSPC, "x"), 1, "error No space left on device; make room"),
+        (OSError(errno.EROFS, "x", "a", None, "b"), 1, "error a -> b: Read-only file system; name a folder that can"),
+        (OSError(errno.EACCES, "x", b"a"), 1, "Permission denied; change its rights"),
+        (IsADirectoryError(errno.EISDIR, "x", "a"), 1, "error a: Is a directory; name a file"),
+        (KeyboardInterrupt(), 130, "error interrupted"),
+        (SystemExit(130), 130, "error interrupted"),
+        (DataError("a\x1b[31m [/b] \udcff"), 1, "error a\\x1b[31m [/b] \\udcff"),
+    ],
+)
+def test_what_the_machine_or_the_user_ends_is_a_sentence(monkeypatch, capsys, raised, status, sentence):
+    def app():
+        raise raised
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == status and sentence in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError("x"), FileNotFoundError(errno.ENOENT, "x", "a"), OSError("x"), KeyError("k")]
+)
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, raised):
+    def app():
+        raise raised
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(type(raised)):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["prepare", "text", "", "b"], "the input is empty, which names no folder"),
+        (["train", "configs"], "configs is a folder; give a YAML file in it, or the folder of a run"),
+        (["stages", "/dev/zero"], "/dev/zero is a pipe or a device"),
+        (["inspect", "configs/demo.yaml", "data.sources.drive.shards=nowhere"], "nowhere does not exist"),
+        (["stages", "configs/demo.yaml", "a..b=1"], "override 'a..b=1' is not of the form key.path=value"),
+    ],
+)
+def test_what_is_no_config_and_no_folder_is_named(monkeypatch, arguments, sentence):
+    monkeypatch.chdir(REPOSITORY)
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, MmoeError) and sentence in str(done.exception)
+
+
+def test_a_full_disk_and_a_closed_pipe_end_a_command_without_a_traceback():
+    work = "from mmoe import cli; cli.app = lambda: [cli.console.print('x' * 70) for _ in range(1000)]; cli.main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", work], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and done.stderr == "error No space left on device; make room, or name another folder\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", work], cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 1 and not done.stderr

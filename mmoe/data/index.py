@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from mmoe.config.base import Config
 from mmoe.data.extent import MOST, SegmentGroup
@@ -33,7 +33,7 @@ from mmoe.data.index_check import check_members, check_segments
 from mmoe.data.index_file import read_table, write_table
 from mmoe.data.sample import SEGMENT_DTYPE
 from mmoe.data.storage import DEFAULT, Storage, join, local_path, with_suffix
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief
 
 FORMAT = 3  # 2 had neither checksums of members nor the proof that decord may read them
 MANIFEST = "source.json"
@@ -110,6 +110,13 @@ class ShardEntry(Config):
     bytes: int = Field(ge=0, le=MOST)
     digest: str  # of all that its index says, the checksums of every member among it
 
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
+            raise ValueError(f"{brief(path)} is no path inside the source's folder")
+        return path
+
 
 class SplitEntry(Config):
     samples: int = Field(ge=0, le=MOST)
@@ -144,6 +151,13 @@ class SourceManifest(Config):
     quarantined: dict[str, int]  # reason -> samples refused
     removed: dict[str, int] = {}  # reason -> readable samples left out: filters, duplicates
 
+    @field_validator("splits")
+    @classmethod
+    def _known(cls, splits: dict[str, SplitEntry]) -> dict[str, SplitEntry]:
+        if "train" not in splits or not set(splits) <= set(SPLITS):
+            raise ValueError(f"it has {brief(', '.join(splits) or 'none')}, where train and perhaps heldout belong")
+        return splits
+
     @classmethod
     def load(cls, folder: str | Path, storage: Storage = DEFAULT) -> "SourceManifest":
         path = join(folder, MANIFEST)
@@ -157,10 +171,10 @@ class SourceManifest(Config):
             return cls.model_validate_json(content)
         except ValidationError as error:
             fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"]))
+            key = brief(".".join(map(str, fault["loc"])) or "all of it", quoted=False)
+            said = fault["msg"].removeprefix("Value error, ")
             raise DataError(
-                f"{path} is not a source manifest ({where + ': ' if where else ''}{fault['msg']}); copy it again or "
-                "prepare the source again"
+                f"{path} is not a source manifest ({key}: {said}); copy it again or prepare the source again"
             ) from error
 
     def save(self, folder: str | Path) -> None:

@@ -80,7 +80,7 @@ def report_prepared(folder: Path) -> SyncReport:
     """Of a prepared source. Raises DataError where no sample carries clocks."""
     manifest = SourceManifest.load(folder)
     logs: dict[str, Clocks] = {}
-    for split in SPLITS:
+    for split in filter(manifest.splits.get, SPLITS):
         for shard in manifest.splits[split].shards:
             index = ShardIndex.read(folder / shard.path)
             for row in range(len(index)):

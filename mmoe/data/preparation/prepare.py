@@ -96,6 +96,7 @@ def prepare(
     for an unknown kind or option.
     """
     source, reader, config = _settings(kind, options)
+    _check_named(input)
     config.filters.check()
     config.dedup.check()
     if config.video_backend == "decord":
@@ -178,6 +179,7 @@ def prepare(
 def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None = None) -> Iterator[str]:
     """Every text of the training part in order, to train a text tokenizer on; refused items are passed over."""
     source, reader, config = _settings(kind, options)
+    _check_named(input)
     with bounded_by(config.bounds):
         items = _split_items(source, Path(input), reader, config, lambda key, refusal: None).train
     for item in items:
@@ -212,6 +214,12 @@ def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config
     source, options = find_source(kind), dict(options or {})
     config = validate(PrepareConfig, options.pop("prepare", {}), f"options of {kind}, under prepare")
     return source, validate(source.config, options, f"options of {kind}"), config
+
+
+def _check_named(input: str | Path) -> None:
+    """Raises DataError for an empty input, which `Path` would take for the current folder."""
+    if not str(input).strip():
+        raise DataError("the input is empty, which names no folder; give the file or folder of the recordings")
 
 
 def _split_items(source: Source, input: Path, reader: Config, config: PrepareConfig, quarantine: Quarantine) -> Split:

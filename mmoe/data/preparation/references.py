@@ -70,7 +70,7 @@ def find_references(config: DedupConfig, tokenizer: TextTokenizer) -> list[Refer
                 f"{source} was prepared with another text tokenizer, so its texts cannot be compared for near "
                 "duplicates; prepare both with the same one"
             )
-        for side in SPLITS:
+        for side in filter(manifest.splits.get, SPLITS):
             found += [
                 Reference(number, source, side, shard.path)
                 for number, shard in enumerate(manifest.splits[side].shards, start=len(found))
