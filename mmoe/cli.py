@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 from rich.text import Text
 
+from mmoe.addresses import without_secrets
 from mmoe.console import Console
 from mmoe.errors import MmoeError
 
@@ -286,7 +287,7 @@ def inspect(
 
 @app.command()
 def sync_report(
-    path: Annotated[Path, typer.Argument(help="prepared source, or raw recordings with --kind")],
+    path: Annotated[str, typer.Argument(help="prepared source, or raw recordings with --kind")],
     options: Annotated[list[str] | None, typer.Argument(help="reader options, with --kind")] = None,
     kind: Annotated[str | None, typer.Option(help="reader of raw recordings, as in prepare")] = None,
     html: Annotated[Path, typer.Option(help="page with the histograms")] = Path("sync-report.html"),
@@ -300,7 +301,9 @@ def sync_report(
 
     if kind is None and options:
         raise ConfigError(f"options {' '.join(options)} are for a reader of raw recordings; add --kind, or drop them")
-    report = clocks.report_raw(kind, path, parse_overrides(options or [])) if kind else clocks.report_prepared(path)
+    report = (
+        clocks.report_raw(kind, Path(path), parse_overrides(options or [])) if kind else clocks.report_prepared(path)
+    )
     if report.kind == "synthetic":
         console.print(clocks.SYNTHETIC, style="bold")
     console.print(clocks.table(report))
@@ -326,7 +329,7 @@ def main() -> None:
     try:
         app()
     except MmoeError as error:
-        _fail(str(error))
+        _fail(without_secrets(str(error)))
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise

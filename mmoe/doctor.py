@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mmoe.backends import BACKENDS, status
 from mmoe.console import Console
+from mmoe.memory import in_gib, total_memory
 
 PACKAGES = ("mmoe", "torch", "torchaudio", "numpy", "pydantic", "tokenizers", "pyarrow", "av", "plotly")
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processors with bfloat16 arithmetic
@@ -44,7 +45,7 @@ def machine() -> dict[str, str]:
         "platform": platform.platform(),
         "interpreter": sys.executable,
         "cores": f"{usable_cores()} usable of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
-        "memory": f"{_gib(psutil.virtual_memory().available)} free of {_gib(total_memory())}",
+        "memory": f"{in_gib(psutil.virtual_memory().available)} free of {in_gib(total_memory())}",
         "bfloat16 on the CPU": _cpu_bf16(),
     }
     if not torch.cuda.is_available():
@@ -53,23 +54,13 @@ def machine() -> dict[str, str]:
         device = torch.cuda.get_device_properties(index)
         bf16 = "bfloat16" if device.major >= 8 else "no bfloat16"
         compute = f"CUDA {torch.version.cuda}, compute {device.major}.{device.minor}, {bf16}"
-        facts[f"GPU {index}"] = f"{device.name}, {_gib(device.total_memory)}, {compute}"
+        facts[f"GPU {index}"] = f"{device.name}, {in_gib(device.total_memory)}, {compute}"
     return facts
 
 
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def total_memory() -> int:
-    """Bytes of memory: the machine's, or the container's limit where that is lower."""
-    total = psutil.virtual_memory().total
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = Path(path)
-        if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
-            return min(total, int(text))
-    return total
 
 
 def _cpu_bf16() -> str:
@@ -79,7 +70,3 @@ def _cpu_bf16() -> str:
     if found:
         return f"in hardware ({', '.join(found)}): precision.compute: bfloat16 can be faster"
     return "emulated: precision.compute: float32 is faster"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

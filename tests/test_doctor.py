@@ -7,7 +7,8 @@ import torch
 
 from mmoe.backends import BACKENDS, status
 from mmoe.console import Console
-from mmoe.doctor import machine, report, total_memory, usable_cores
+from mmoe.doctor import machine, report, usable_cores
+from mmoe.memory import total_memory
 
 
 def test_the_report_has_every_backend_and_its_whole_reason() -> None:

@@ -6,6 +6,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 
+from mmoe.addresses import check_address
+from mmoe.errors import DataError
+
 
 class Config(BaseModel):
     """A node of the configuration tree: strict (no coercion), frozen, finite, and closed to unknown keys.
@@ -28,6 +31,10 @@ C = TypeVar("C", bound=Config)
 def _address(value: str, info: ValidationInfo) -> str:
     if not value.strip():
         raise ValueError("it is empty, which names no folder and no file; give a path, or leave the key out")
+    try:
+        check_address(value)
+    except DataError as error:
+        raise ValueError(str(error)) from None
     change = (info.context or {}).get("address")
     return change(value) if change else value
 
@@ -42,7 +49,8 @@ def _finite(value: Any) -> Any:
 
 
 Address = Annotated[str, AfterValidator(_address)]
-"""A local path or a URL. Every key that names a place is of this type, so that `change_addresses` finds it."""
+"""A local path or a URL, without a secret in it. Every key that names a place is of this type, so that
+`change_addresses` finds it."""
 
 Options = Annotated[dict[str, Any], AfterValidator(_finite)]
 """Keys of a config that is chosen elsewhere, as plain values without infinities."""

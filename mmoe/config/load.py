@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from mmoe.addresses import without_secrets
 from mmoe.config.base import Config, change_addresses
 from mmoe.config.reader import MOST_BYTES, MOST_DEPTH, Dumper, read_yaml
 from mmoe.errors import ConfigError, brief, did_you_mean
@@ -167,7 +168,7 @@ def _sentence(root: type[BaseModel], tree: Any, item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         return f"{key}: {message}"
     hint = f"; {_HINTS[item['type']]}" if item["type"] in _HINTS else ""
-    return f"{key}: {message[0].lower()}{message[1:]}, got {brief(item['input'])}{hint}"
+    return without_secrets(f"{key}: {message[0].lower()}{message[1:]}, got {brief(item['input'])}{hint}")
 
 
 def _keys(tree: Any, location: Sequence[str | int], missing: bool) -> list[str]:

@@ -9,8 +9,11 @@ from mmoe.data.plan import DocumentRef
 from mmoe.data.quarantine import Quarantined
 from mmoe.data.sample import NO_CAMERA, NO_SLICE, Modality
 from mmoe.data.workers import is_worker
+from mmoe.errors import ConfigError
+from mmoe.memory import free_memory, in_gib
 from mmoe.tokenizers.vocabulary import Structure, Vocabulary
 
+_POSITION_BYTES = 64  # of all fields of a position, labels and provenance among them
 CONTINUOUS = (Modality.VISION, Modality.INERTIAL, Modality.STATE)
 
 
@@ -118,6 +121,21 @@ class Collator:
             documents=provenance,
             quarantined=quarantined,
         )
+
+    def size(self, sequences: int) -> int:
+        """Bytes of a batch of so many sequences, without what is rare in it."""
+        return sequences * (self.length * _POSITION_BYTES + self.patches * (4 * self.dims[Modality.VISION] + 8))
+
+    def check_room(self, sequences: int, workers: int, prefetch: int) -> None:
+        """Raises ConfigError where the batches that are held at a time do not fit the free memory."""
+        held = workers * prefetch + 1
+        needed, free = held * self.size(sequences), free_memory()
+        if needed > free:
+            raise ConfigError(
+                f"{held} batches of {sequences} sequences of data.sequence_length {self.length} with {self.patches} "
+                f"patches each take {in_gib(needed)}, and {in_gib(free)} are free; lower data.workers, data.prefetch, "
+                "data.sequence_length, data.patches_per_sequence or training.micro_batch_sequences"
+            )
 
     def _values(self, kind: Modality, parts: list[tuple[list[np.ndarray], np.ndarray]], sequences: int) -> Values:
         count = sum(len(index) for _, index in parts)

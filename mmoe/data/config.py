@@ -29,14 +29,14 @@ class SourceConfig(Config):
 class DataConfig(Config):
     sources: dict[str, SourceConfig] = Field(min_length=1)
     stages: dict[str, StageConfig] = Field(default={"all": StageConfig(temperature=1.0)}, min_length=1)
-    sequence_length: int = Field(gt=8)
-    patches_per_sequence: int = Field(default=0, ge=0)  # 0: as many as a sequence has positions
-    window_documents: int = Field(default=4096, gt=0)
+    sequence_length: int = Field(gt=8, le=1 << 24)
+    patches_per_sequence: int = Field(default=0, ge=0, le=1 << 24)  # 0: as many as a sequence has positions
+    window_documents: int = Field(default=4096, gt=0, le=1 << 20)
     isolated_pair_share: float = Field(default=0.5, ge=0, le=1)
     # Decoding processes. With 0 the training process decodes, and a decoder that crashes takes the run with it, at
     # every restart again; a worker's crash costs its sample.
-    workers: int = Field(default=0, ge=0)
-    prefetch: int = Field(default=4, gt=0)  # micro-batches a worker holds ready
+    workers: int = Field(default=0, ge=0, le=1024)
+    prefetch: int = Field(default=4, gt=0, le=1024)  # micro-batches a worker holds ready
     video_backend: Backend = "auto"  # decord: for films that preparation proved it to read, the others are refused
     error_budget: float = Field(default=0.01, ge=0, le=1)  # share of a source's documents that may be quarantined
     watchdog_seconds: float = Field(default=120.0, gt=0)  # without a batch, until the workers are listed

@@ -12,6 +12,8 @@ import numpy as np
 
 from mmoe.errors import ConfigError
 
+MOST_SEQUENCES = 1 << 20  # of a global batch: all are planned before the first is decoded
+
 
 class Reach(Enum):
     """Where all sequences of a contrastive group are."""
@@ -29,7 +31,13 @@ class Reach(Enum):
 
 
 def check_dealing(sequences: int, group: int, micro_sequences: int, replicas: int) -> None:
-    """Raises ConfigError where a global batch is not made of whole contrastive groups and whole micro-steps."""
+    """Raises ConfigError where a global batch is not made of whole contrastive groups and whole micro-steps, and for
+    one of more sequences than a step can plan."""
+    if sequences > MOST_SEQUENCES:
+        raise ConfigError(
+            f"training.global_batch_positions makes {sequences:,} sequences a step, more than the {MOST_SEQUENCES:,} "
+            "that a step plans; lower it or raise data.sequence_length"
+        )
     if sequences % group or sequences % (micro_sequences * replicas):
         raise ConfigError(
             f"a global batch of {sequences} sequences cannot be dealt to {replicas} data replicas in micro-batches of "

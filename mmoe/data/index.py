@@ -190,6 +190,11 @@ class Member(NamedTuple):
     crc32: int
 
 
+def is_prepared(folder: str | Path, storage: Storage = DEFAULT) -> bool:
+    """Whether an address, near or far, is that of a prepared source. Raises StorageError where a store does not say."""
+    return storage.exists(join(folder, MANIFEST))
+
+
 @dataclass(frozen=True)
 class SegmentTable:
     """The segments of one shard in memory: row r owns ``segments[segment_offsets[r]:segment_offsets[r + 1]]``.

@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
+from mmoe.addresses import check_address
 from mmoe.backends import require
 from mmoe.errors import DataError
 
@@ -28,8 +29,17 @@ _VERSION_KEYS = (
     "created",
 )
 _PASSING_STATUSES = (408, 425, 429)
-# Of several libraries, of which the one at hand need not be known: by name anywhere among the bases.
-_PASSING = {"OSError", "TimeoutError", "HTTPClientError", "IncompleteReadError", "ClientError", "HttpError"}
+# Of several libraries, of which the one at hand need not be known: by name anywhere among the bases. A refused
+# connection and a name that is not found are botocore's own ConnectionError, elsewhere an OSError: both may pass.
+_PASSING = {
+    "OSError",
+    "TimeoutError",
+    "ConnectionError",
+    "HTTPClientError",
+    "IncompleteReadError",
+    "ClientError",
+    "HttpError",
+}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "GoogleAuthError"}
 
 
@@ -73,6 +83,7 @@ class Remote:
         return ObjectInfo(found["size"], "/".join([str(found["size"]), *version]))
 
     def _at(self, url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+        check_address(url)
         scheme, _, rest = url.partition("://")
         root = scheme if scheme in _BACKENDS else f"{scheme}://{rest.partition('/')[0]}"
         if root not in self._systems:
@@ -134,6 +145,11 @@ def refusal(url: str, error: Exception, lost: str = "") -> DataError | None:
         return StorageError(
             f"{url} may not be read ({said}); give credentials that may read it, or correct the address (many stores "
             "answer so for what does not exist)"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        return StorageError(
+            f"{url} cannot be read: its server's certificate is not trusted ({said}); name the authority's certificate "
+            "in SSL_CERT_FILE (s3: in AWS_CA_BUNDLE), or correct the address"
         )
     if names & _NO_CREDENTIALS:
         return StorageError(

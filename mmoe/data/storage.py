@@ -153,6 +153,18 @@ class Storage:
                 raise _local_error(str(url), error, "") from error
         return self._info(str(url)).size
 
+    def exists(self, url: str | Path) -> bool:
+        """Whether there is such a file. Raises StorageError where a remote store does not say."""
+        if (path := local_path(url)) is not None:
+            return os.path.exists(path)
+        try:
+            self._info(str(url))
+        except StorageError:
+            raise
+        except DataError:
+            return False
+        return True
+
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """`function` of every item in order, several at once: for reading many files far away."""
         items = list(items)

@@ -159,6 +159,7 @@ class Stream:
         self.reads: Counter[str] = Counter()  # of remote stores, by all workers: see `StorageStats`
         self.quarantine = Quarantine(sources.names, config.error_budget, quarantine)
         self.collator = make_collator(config, tokenizers, label_weights)
+        self.collator.check_room(micro_sequences, config.workers, config.prefetch)
         decoder = Decoder(sources.files("train"), tokenizers, config.video_backend, storage=sources.storage)
         self.activity = Activity(config.workers)
         self.dataset = SequenceDataset(
@@ -258,6 +259,7 @@ def heldout_batches(
     decoder = Decoder(sources.files(split), tokenizers, config.video_backend, ablation, skip, sources.storage)
     activity = Activity(config.workers)
     collator = make_collator(config, tokenizers, label_weights, skip)
+    collator.check_room(micro_sequences, config.workers, config.prefetch)
     dataset = SequenceDataset(decoder, collator, 1, activity, config.bounds, strict=True)
     plans = [sequences[i : i + micro_sequences] for i in range(0, len(sequences), micro_sequences)]
 

@@ -20,6 +20,7 @@ from mmoe.data.shards import read_stored
 from mmoe.data.slices import CLOCKS, Clocks
 from mmoe.data.sources import find_source
 from mmoe.data.sources.base import Refused
+from mmoe.data.storage import DEFAULT, Storage, join
 from mmoe.errors import DataError
 
 MS = 1_000_000
@@ -76,15 +77,15 @@ class SyncReport:
     unreadable: Counter[str]
 
 
-def report_prepared(folder: Path) -> SyncReport:
+def report_prepared(folder: str | Path, storage: Storage = DEFAULT) -> SyncReport:
     """Of a prepared source. Raises DataError where no sample carries clocks."""
-    manifest = SourceManifest.load(folder)
+    manifest = SourceManifest.load(folder, storage)
     logs: dict[str, Clocks] = {}
     for split in filter(manifest.splits.get, SPLITS):
         for shard in manifest.splits[split].shards:
-            index = ShardIndex.read(folder / shard.path)
+            index = ShardIndex.read(join(folder, shard.path), storage)
             for row in range(len(index)):
-                clocks = _member(index, row)
+                clocks = _member(index, row, storage)
                 if clocks is not None:
                     logs.setdefault(clocks.log, clocks)
     if not logs:
@@ -140,10 +141,10 @@ def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncRep
     )
 
 
-def _member(index: ShardIndex, row: int) -> Clocks | None:
+def _member(index: ShardIndex, row: int, storage: Storage) -> Clocks | None:
     for member in range(index.row_members(row)):
         if index.row_member(row, member)[0] == CLOCKS:
-            stored = read_stored(index, row, member)
+            stored = read_stored(index, row, member, storage)
             return Clocks.from_bytes(stored.content, stored.where)
     return None
 

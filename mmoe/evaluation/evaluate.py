@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 from torch import Tensor
 
+from mmoe.addresses import check_address
 from mmoe.console import Console
 from mmoe.data.batch import PackedBatch
 from mmoe.data.config import DataConfig
@@ -197,7 +198,8 @@ def _actions(
 
 def _other_shards(run: Run, shards: str) -> Run:
     """The run with one source: the prepared folder `shards`, read as the run's source of the same kind is."""
-    manifest = SourceManifest.load(shards)
+    check_address(shards)
+    manifest = SourceManifest.load(shards, run.sources.storage)
     names = [name for name, known in run.sources.manifests.items() if _content(manifest) == _content(known)]
     if not names:
         known = ", ".join(f"{name} ({manifest.kind})" for name, manifest in run.sources.manifests.items())

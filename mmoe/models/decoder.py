@@ -21,18 +21,18 @@ from mmoe.models.layers import RMSNorm, SwiGLU
 from mmoe.models.layout import Layout
 from mmoe.models.moe.balance import BalanceConfig, StepLoads, balance_loss
 from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
-from mmoe.models.moe.layer import LayerRouting, MoEConfig, MoELayer
+from mmoe.models.moe.layer import WIDEST, LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
 from mmoe.models.moe.statistics import RoutingStatistics
 
 
 class ModelConfig(Config):
-    d_model: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int | None = Field(default=None, gt=0)  # null: d_model / heads
-    hidden: int = Field(gt=0)  # SwiGLU width of dense layers
+    d_model: int = Field(gt=0, le=WIDEST)
+    layers: int = Field(gt=0, le=10_000)
+    heads: int = Field(gt=0, le=WIDEST)
+    kv_heads: int = Field(gt=0, le=WIDEST)
+    head_dim: int | None = Field(default=None, gt=0, le=WIDEST)  # null: d_model / heads
+    hidden: int = Field(gt=0, le=WIDEST)  # SwiGLU width of dense layers
     rope_theta: float = Field(default=10_000.0, gt=0)
     qk_norm: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
@@ -40,7 +40,7 @@ class ModelConfig(Config):
     attention: Literal["sdpa_documents", "dense"] = "sdpa_documents"
     tie_embeddings: bool = True  # the token table is the unembedding too
     init_std: float = Field(default=0.02, gt=0)  # of token and camera tables; see mmoe.models.init
-    contrast_dim: int = Field(default=128, gt=0)
+    contrast_dim: int = Field(default=128, gt=0, le=WIDEST)
     moe: MoEConfig | None = None  # null: every layer is dense
 
     @model_validator(mode="after")

@@ -1,7 +1,5 @@
 """What a config's data will do, before anything is decoded: the stages by source, and a look at the plan itself."""
 
-from pathlib import Path
-
 import numpy as np
 from rich.table import Table
 from rich.text import Text
@@ -9,11 +7,11 @@ from rich.text import Text
 from mmoe.config.tree import RunConfig
 from mmoe.console import Console
 from mmoe.data.deal import deal
-from mmoe.data.index import MANIFEST, SourceManifest
+from mmoe.data.index import SourceManifest, is_prepared
 from mmoe.data.mixture import Mixture
 from mmoe.data.plan import Planner
 from mmoe.data.prepared import Sources, sizes
-from mmoe.data.storage import Storage, join, local_path
+from mmoe.data.storage import Storage
 
 WARNING = Text("warning", "yellow")
 
@@ -24,15 +22,10 @@ def mixture_of(config: RunConfig) -> Mixture:
     unknown = {
         name: SourceManifest.load(source.shards, storage)
         for name, source in config.data.sources.items()
-        if source.positions is None and _is_there(source.shards)
+        if source.positions is None and is_prepared(source.shards, storage)
     }
     tokenizers = config.tokenizers.build(unknown) if unknown else None
     return Mixture(config.data.stages, sizes(config.data, unknown, tokenizers), config.training.budget_positions)
-
-
-def _is_there(folder: str) -> bool:
-    path = local_path(join(folder, MANIFEST))
-    return path is None or Path(path).is_file()
 
 
 def show_stages(config: RunConfig, console: Console) -> None:

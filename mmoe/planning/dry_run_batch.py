@@ -1,7 +1,6 @@
 """What a dry run is given in place of data: sizes of the model's inputs, and a full batch of stated documents."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ import torch
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import IGNORE, PackedBatch, Pairs, Values
 from mmoe.data.sample import NO_CAMERA, NO_SLICE, Modality
+from mmoe.data.storage import DEFAULT
 from mmoe.errors import ConfigError
 from mmoe.losses.total import PlannedCounts
 from mmoe.models.embeddings import ModelInputs
@@ -33,7 +33,7 @@ class Assumed:
         discrete = tokenizers.action.mode == "discrete"
         bins = tokenizers.action.bins if discrete else 0
         text = tokenizers.text
-        if vocabulary_size is None and (text.path is None or Path(text.path).is_file()):
+        if vocabulary_size is None and (text.path is None or DEFAULT.exists(text.path)):
             vocabulary = Vocabulary(text.build().size, action_bins=bins)
         else:
             others = Vocabulary(0, action_bins=bins).size

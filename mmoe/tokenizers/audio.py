@@ -16,11 +16,13 @@ import torch
 import torchaudio.functional as AF
 from einops import rearrange
 from pydantic import Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from mmoe.config.base import Address, Config
+from mmoe.data.storage import DEFAULT
 from mmoe.errors import DataError
 from mmoe.tokenizers.rates import check_rates
 
@@ -131,17 +133,18 @@ class MelCodec:
 
     @classmethod
     def load(cls, path: str | Path, codebooks: int | None = None) -> "MelCodec":
-        """Read what `save` wrote, with only its first `codebooks` levels where that is given."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except FileNotFoundError:
+        """Read, near or far, what `save` wrote, with only its first `codebooks` levels where that is given."""
+        if not DEFAULT.exists(path):
             raise DataError(
                 f"{path} does not exist: tokenizers.audio.path must name a fitted audio codec; prepare a "
                 "source with sound to get one"
-            ) from None
-        except (SafetensorError, OSError) as error:
+            )
+        content = DEFAULT.read(path, "the audio codec")
+        try:
+            tensors = load(content)
+            length = int.from_bytes(content[:8], "little")  # of the header: JSON with the metadata
+            metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+        except (SafetensorError, ValueError) as error:
             raise DataError(f"{path} cannot be read as an audio codec ({error}); fit it again") from error
         if metadata.get("format") != FORMAT:
             raise DataError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}; fit the audio codec again")

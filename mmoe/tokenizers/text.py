@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from mmoe.config.base import Address, Config
+from mmoe.data.storage import DEFAULT
 from mmoe.errors import DataError
 from mmoe.tokenizers.probes import loss
 
@@ -89,16 +90,17 @@ class TextTokenizer:
     def load(cls, path: str | Path) -> "TextTokenizer":
         """Read the JSON of `save`, or any lossless byte-level BPE in the format of the `tokenizers` library.
 
-        Special tokens in the file are ignored: their ids lie outside `size`. Raises DataError.
+        The file may be far away, as shards may. Special tokens in it are ignored: their ids lie outside `size`.
+        Raises DataError.
         """
-        try:
-            content = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
+        if not DEFAULT.exists(path):
             raise DataError(
                 f"{path} does not exist: tokenizers.text.path must name a tokenizer's JSON; train one, or "
                 "set it to null for plain bytes"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
+            )
+        try:
+            content = DEFAULT.read(path, "the text tokenizer").decode()
+        except UnicodeDecodeError as error:
             raise DataError(f"{path} cannot be read as a text tokenizer ({error}); train it again") from error
         try:
             tokenizer = Tokenizer.from_str(content)

@@ -16,9 +16,11 @@ class StartConfig(Config):
 class TrainingConfig(Config):
     run: Address  # the run's folder, e.g. runs/demo
     seed: int = Field(default=0, ge=0)
-    micro_batch_sequences: int | None = Field(default=None, gt=0)  # null: all of a replica's share of the global batch
-    global_batch_positions: int = Field(gt=0)  # GB_tok
-    budget_positions: int = Field(gt=0)  # steps = budget // GB_tok
+    micro_batch_sequences: int | None = Field(
+        default=None, gt=0, le=1 << 20
+    )  # null: all of a replica's share of the global batch
+    global_batch_positions: int = Field(gt=0, le=1 << 40)  # GB_tok
+    budget_positions: int = Field(gt=0, le=1 << 60)  # steps = budget // GB_tok
     evaluate_at_end: bool = True
     start_from: StartConfig | None = None  # null: random weights
 

@@ -1,6 +1,7 @@
 """Shards far away: the same bytes as from disk, whatever the way there does, and a sentence where it ends."""
 
 import pickle
+import threading
 import time
 
 import fsspec
@@ -21,7 +22,7 @@ from mmoe.errors import DataError
 from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.vision import VisionConfig
-from tests.data.servers import CREDENTIALS, FaultyServer, moto_server, upload
+from tests.data.servers import CREDENTIALS, FaultyServer, certificate, free_port, moto_server, upload
 from tests.data.synthetic import MAKERS, fit_codec, write_source
 
 CONTENT = np.random.default_rng(0).bytes(50_000)
@@ -250,6 +251,53 @@ def test_faults_that_pass_are_tried_again_and_counted(server, scheme, faults):
     assert seen <= counts["retries"] <= len(faults) and server.gets == len(faults) + 1
     assert counts["requests"] == counts["retries"] + 1 and counts["waited_s"] >= 0.005 * seen
     assert far.stats.take()["requests"] == 0
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_store_that_refuses_connections_for_a_while_is_tried_again(server, scheme, monkeypatch):
+    port, opened = free_port(), []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+
+    def open_it():
+        opened.append(FaultyServer(port))
+        opened[0].files = server.files
+
+    later = threading.Timer(0.5, open_it)
+    later.start()
+    url = f"http://127.0.0.1:{port}/bucket/shard.tar" if scheme == "http" else "s3://bucket/shard.tar"
+    far = storage(attempts=12, backoff_s=0.1)
+    try:
+        assert far.read_range(url, 0, 4000) == CONTENT[:4000] and far.stats.take()["retries"] > 0
+    finally:
+        later.join()
+        opened[0].close()
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:{port}", "http://no-such-host.invalid"], ids=["refused", "dns"])
+def test_a_store_that_cannot_be_connected_to_is_given_up_after_its_attempts(server, scheme, endpoint, monkeypatch):
+    endpoint = endpoint.format(port=free_port())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    url = f"{endpoint}/bucket/shard.tar" if scheme == "http" else "s3://bucket/shard.tar"
+    far = storage(attempts=3)
+    with pytest.raises(StorageError, match="could not be read in 3 attempts .*connect.*data.storage.attempts"):
+        far.read(url)
+    assert far.stats.take()["retries"] == 2
+
+
+def test_a_certificate_that_is_not_trusted_is_said_at_once(server, tmp_path, monkeypatch):
+    theirs, ours = certificate(tmp_path)
+    secure = FaultyServer(tls=theirs)
+    secure.files = server.files
+    try:
+        far = storage()
+        with pytest.raises(StorageError, match="certificate is not trusted.*SSL_CERT_FILE"):
+            far.read(f"{secure.address}/bucket/shard.tar")
+        assert far.stats.take()["retries"] == 0
+        monkeypatch.setitem(fsspec.config.conf, "https", {"ssl": ours})
+        assert storage().read(f"{secure.address}/bucket/shard.tar") == CONTENT
+    finally:
+        secure.close()
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])

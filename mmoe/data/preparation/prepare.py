@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -22,6 +23,7 @@ import numpy as np
 from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmoe.addresses import check_address
 from mmoe.backends import require
 from mmoe.config.base import Config
 from mmoe.config.load import validate
@@ -55,6 +57,7 @@ _GAP = "gap before the held-out tail"
 AUDIO_CODEC = "audio_codec.safetensors"
 AUDIO_REPORT = "audio_codec.json"
 
+_REMOTE = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 _PROBES = 8  # items made to learn how large and how slow they are
 _CHUNKS, _SMALLEST_CHUNK = 16, 32  # a small source has as many chunks as give that many items each
 _FILL = 0.8  # of `shard_bytes` that a chunk is meant to fill: where items vary, few chunks then need a second shard
@@ -101,6 +104,10 @@ def prepare(
     config.dedup.check()
     if config.video_backend == "decord":
         require("decord", "prepare.video_backend")
+    for address in (input, output):
+        check_address(str(address))
+    if _REMOTE.match(str(output)):
+        raise DataError(f"{output} is no local folder; prepare into one, and copy it to the store when it is complete")
     output, console = Path(output), console or Console()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")

@@ -9,6 +9,7 @@ from mmoe.console import Console
 from mmoe.data.config import SourceConfig
 from mmoe.data.preparation.prepare import prepare, training_texts
 from mmoe.data.sources import find_source
+from mmoe.data.storage import local_path
 from mmoe.errors import ConfigError
 from mmoe.files import said_nearest
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
@@ -23,8 +24,8 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console:
     What exists is left as it is; whether it fits this config is for `Sources.check` to say. Raises ConfigError
     before anything is made where a source cannot be prepared, since nothing says from what.
     """
-    missing = {name: source for name, source in sources.items() if not Path(source.shards).exists()}
-    fits = text.path is not None and text.vocabulary_size is not None and not Path(text.path).exists()
+    missing = {name: source for name, source in sources.items() if _is_missing(source.shards)}
+    fits = text.path is not None and text.vocabulary_size is not None and _is_missing(text.path)
     for name, source in missing.items():
         _check_input(name, source, f"data.sources.{name}.shards", source.shards)
     for name, source in sources.items() if fits else ():
@@ -34,8 +35,8 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console:
         texts = chain.from_iterable(
             islice(training_texts(s.kind, s.input or NO_INPUT, s.options), FIT_TEXTS) for s in sources.values()
         )
-        Path(text.path).parent.mkdir(parents=True, exist_ok=True)
-        TextTokenizer.train(texts, text.vocabulary_size).save(text.path)
+        Path(local_path(text.path)).parent.mkdir(parents=True, exist_ok=True)
+        TextTokenizer.train(texts, text.vocabulary_size).save(local_path(text.path))
     for name, source in missing.items():
         origin = f"{source.kind} in {source.input}" if source.input is not None else source.kind
         console.print(f"{source.shards} does not exist: preparing source {name} there, from {origin}")
@@ -43,12 +44,18 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console:
         prepare(
             source.kind,
             source.input or NO_INPUT,
-            source.shards,
+            local_path(source.shards),
             text_tokenizer=tokenizer,
             workers=None,  # as many as the work is worth
             options=source.options,
             console=console,
         )
+
+
+def _is_missing(address: str) -> bool:
+    """Whether a local address names nothing. What is far away is never made: reading it says what it lacks."""
+    path = local_path(address)
+    return path is not None and not Path(path).exists()
 
 
 def _check_input(name: str, source: SourceConfig, key: str, missing: str) -> None:

@@ -16,12 +16,14 @@ from mmoe.models.moe.router import GroupLimitConfig, Router, Routing, Score
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.models.moe.tokens import Tokens
 
+WIDEST = 1 << 24  # of any dimension: beyond it a config is a slip of the pen
+
 
 class MoEConfig(Config):
-    experts: int = Field(gt=0)
+    experts: int = Field(gt=0, le=WIDEST)
     top_k: int = Field(gt=0)  # experts per token
-    hidden: int = Field(gt=0)  # SwiGLU width of one expert
-    shared_experts: int = Field(default=0, ge=0)  # experts of the same width that every token goes through
+    hidden: int = Field(gt=0, le=WIDEST)  # SwiGLU width of one expert
+    shared_experts: int = Field(default=0, ge=0, le=WIDEST)  # experts of the same width that every token goes through
     shared_gate: bool = False  # times the sigmoid of a product with the token (Qwen2-MoE, 2024)
     capacity_factor: float | None = Field(default=None, ge=1)  # null: dropless
     drop: Drop = "probability"  # what an overfull expert drops: its lowest scores, or the later tokens (`position`)

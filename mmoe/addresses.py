@@ -1,0 +1,52 @@
+"""Addresses of files and folders, as a config or a command line gives them: never with a secret in them.
+
+A config is copied into the run's folder and into checkpoints, and addresses stand in messages and logs: whoever reads
+those would have the password too.
+"""
+
+import re
+
+from mmoe.errors import DataError
+
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/+(?P<rest>[^\s'\"<>]*)")
+_AUTHORITY = re.compile(r"[/?#]")
+_NAMED_USERS = ("sftp", "ssh", "hdfs", "webhdfs", "ftp")  # for which a name alone is no secret
+_SECRET = re.compile(r"sig$|signature|token|secret|passw|pwd|credential|accesskey|api.?key|auth", re.IGNORECASE)
+_HIDDEN = "***"
+
+
+def check_address(address: str) -> None:
+    """Raises DataError, without printing it, for an address that holds a password, a token or a signature."""
+    hidden = without_secrets(address)
+    if hidden != address:
+        raise DataError(
+            f"{hidden} holds a secret (hidden here), and addresses are written into configs, checkpoints and logs; "
+            "give the address alone, and the secret by the environment (as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY) or in fsspec's configuration"
+        )
+
+
+def without_secrets(text: str) -> str:
+    """The text, with what is secret in the addresses that occur in it replaced by asterisks."""
+    return _ADDRESS.sub(_hide, text)
+
+
+def _hide(found: re.Match) -> str:
+    rest = found["rest"]
+    if found["scheme"].lower() == "file":
+        return found[0]
+    authority = _AUTHORITY.split(rest)[0]
+    if "@" not in authority and re.search(r":(?!\d*$)", authority) and "@" in rest:
+        authority = rest[: rest.rindex("@") + 1]  # a password with a slash
+    user, at, _ = authority.rpartition("@")
+    if at and user != _HIDDEN and (":" in user or found["scheme"].lower() not in _NAMED_USERS):
+        rest = _HIDDEN + rest[len(user) :]
+    place, mark, query = rest.partition("?")
+    if mark:
+        rest = place + mark + re.sub(r"[^&;#]+", _hide_parameter, query)
+    return found[0][: found.start("rest") - found.start()] + rest
+
+
+def _hide_parameter(found: re.Match) -> str:
+    name, equals, value = found[0].partition("=")
+    return f"{name}={_HIDDEN}" if equals and value and _SECRET.search(name) else found[0]
