@@ -138,8 +138,11 @@ def validate(kind: type[C], tree: dict[str, Any], where: str) -> C:
 
 
 def dump(config: Config) -> str:
-    """YAML of the resolved tree; `load` gives back an equal one."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    """YAML of the resolved tree; `load` gives back an equal one. Raises ConfigError where it would be too long to."""
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"the config, written out, is longer than {MOST_BYTES:,} bytes; name fewer sources")
+    return text
 
 
 def absolute(config: C, folder: str | Path | None = None) -> C:

@@ -15,7 +15,7 @@ import yaml
 
 from mmoe.errors import ConfigError, brief
 
-MOST_BYTES = 1 << 18  # of a file or an override
+MOST_BYTES = 1 << 19  # of a file or an override
 MOST_CHARACTERS = 1 << 20  # with aliases written out; every value counts one more than its length
 MOST_DEPTH = 32  # mappings and lists inside each other, with aliases written out
 MOST_INTEGER = 2**63 - 1

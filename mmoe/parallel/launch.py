@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from mmoe.config.load import flatten
+from mmoe.config.reader import read_yaml
 from mmoe.console import Console
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.files import writes
@@ -96,7 +96,7 @@ def same_config(text: str) -> None:
         box = [text]
         dist.broadcast_object_list(box, src=members[0], device=torch.device("cpu"))
         texts.append(box[0])
-    kinds = [flatten(yaml.safe_load(kind)) for kind in texts]
+    kinds = [flatten(read_yaml(kind, "the config of a process")) for kind in texts]
     keys = sorted({key for kind in kinds for key in kind if len({repr(other.get(key)) for other in kinds}) > 1})
     differences = "; ".join(
         f"{key} is "

@@ -64,6 +64,11 @@ def test_what_is_dumped_is_read_as_the_same_text(tmp_path, name):
     assert load(Named, tmp_path / "a.yaml").name == name
 
 
+def test_what_could_not_be_read_again_is_not_written():
+    with pytest.raises(ConfigError, match="written out, is longer than"):
+        dump(Named(name="x" * MOST_BYTES))
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
