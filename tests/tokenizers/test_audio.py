@@ -275,7 +275,6 @@ def test_rates_that_recordings_have_are_resampled_and_primes_are_refused_before_
         22_050,
         24_000,
         32_000,
-        44_056,
         44_100,
         48_000,
         88_200,

@@ -85,6 +85,15 @@ class Job:
             _write(path, make())
         return json.loads(path.read_text())
 
+    def begin_again(self, name: str, value: Any) -> None:
+        """Forget what has been finished, but not which job it is, and remember this value in its place."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (_LOCK, JOB):
+                path.unlink()
+        _write(self.folder / f"{name}.json", value)
+
     def begin_assembly(self) -> None:
         """From here on the shards of finished units move away."""
         (self.folder / _ASSEMBLING).touch()

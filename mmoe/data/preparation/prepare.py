@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -35,11 +36,24 @@ from mmoe.data.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin,
 from mmoe.data.preparation.dedup import Duplicates
 from mmoe.data.preparation.engines import Engine, run
 from mmoe.data.preparation.job import JOB_FORMAT, Job, listing_digest
+from mmoe.data.preparation.lists import (
+    GAP,
+    QUARANTINE,
+    REMOVED,
+    Refusals,
+    Removed,
+    beside,
+    keep_lists,
+    refusals,
+    unfilled,
+    with_list,
+    write_lists,
+)
 from mmoe.data.preparation.references import Reference, Sign, find_references, is_signed, load_signatures
 from mmoe.data.preparation.rows import Row, make_sample
 from mmoe.data.preparation.splits import GAP_NS, Split, split
 from mmoe.data.preparation.statistics import KNOTS
-from mmoe.data.preparation.tally import ItemLog, Tally, summary
+from mmoe.data.preparation.tally import Tally, summary
 from mmoe.data.reading import reading
 from mmoe.data.sample import Modality
 from mmoe.data.shards import read_stored
@@ -51,9 +65,6 @@ from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
 from mmoe.tokenizers.text import TextTokenizer
 
-QUARANTINE = "quarantine.jsonl"  # what could not be read
-REMOVED = "removed.jsonl"  # what could be read and was left out
-_GAP = "gap before the held-out tail"
 AUDIO_CODEC = "audio_codec.safetensors"
 AUDIO_REPORT = "audio_codec.json"
 
@@ -62,9 +73,6 @@ _PROBES = 8  # items made to learn how large and how slow they are
 _CHUNKS, _SMALLEST_CHUNK = 16, 32  # a small source has as many chunks as give that many items each
 _FILL = 0.8  # of `shard_bytes` that a chunk is meant to fill: where items vary, few chunks then need a second shard
 _WORTH_SECONDS = 4.0  # of work, for which a process more is started
-
-# (item, reason, message, key of what it duplicates or "") of samples left out of a chunk
-_Removed = list[tuple[int, str, str, str]]
 
 
 class PrepareConfig(ChunkConfig):
@@ -111,17 +119,19 @@ def prepare(
     output, console = Path(output), console or Console()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")
-    listed: list[tuple[str, Refused]] = []
-    _beside(output, QUARANTINE).unlink(missing_ok=True)  # of an attempt before, and no input of this one
-    _beside(output, REMOVED).unlink(missing_ok=True)
+    listed: Refusals = []
+    beside(output, QUARANTINE).unlink(missing_ok=True)  # of an attempt before, and no input of this one
+    beside(output, REMOVED).unlink(missing_ok=True)
     with bounded_by(config.bounds):
         try:
-            sides = _split_items(source, Path(input), reader, config, lambda key, why: listed.append((key, why)))
+            items = _list_items(
+                source, Path(input), reader, lambda key, why: listed.append((key, why.reason, str(why)))
+            )
+            _split(source, items, [], config)
         except DataError as error:
-            raise _with_list(error, listed, output) from error
+            raise with_list(error, listed, output) from error
         with reading("source", str(input), "repair its description"):
             source = source.of(Path(input), reader)
-    items = sides.heldout + sides.train
     references = find_references(config.dedup, text_tokenizer)
     with bounded_by(config.bounds), Job(output) as job:
         if fresh:
@@ -137,24 +147,32 @@ def prepare(
         resumed = job.pin(pins)
         rate = config.audio.mel.sample_rate if config.audio.kind == "mel" else None
         make = Make(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
-        plan = job.remember("plan", lambda: _plan(make, items))
-        chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
-        if workers is None:
-            workers = max(1, min(len(os.sched_getaffinity(0)), int(plan["seconds"] / _WORTH_SECONDS)))
 
         def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
             _work(task, todo, workers, engine, _progress(console), said, done, total)
 
-        _make_chunks(job, make, chunks, work, console if resumed else None)
-        _sign_references(job, Sign(job.folder / "references", config.dedup, text_tokenizer), references, work)
-        removed = _find_duplicates(job, chunks, references, config)
-        folders = _thin_chunks(job, Thin(make.folder, job.folder / "thinned", make.config), chunks, removed, work)
-        tallies, shards = _assemble(job, folders)
-        refused, left_out = _write_lists(job.result, listed, folders, removed)
-        if problem := _unfilled(tallies, config, refused, left_out, input, output):
-            for log, name in ((refused, QUARANTINE), (left_out, REMOVED)):
-                if log.counts:
-                    (job.result / name).replace(_beside(output, name))
+        lost: Refusals = job.remember("lost", list)
+        while True:
+            sides, gap = _split(source, items, lost, config)
+            plan = job.remember("plan", partial(_plan, make, sides.heldout + sides.train))
+            chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
+            if workers is None:
+                workers = max(1, min(len(os.sched_getaffinity(0)), int(plan["seconds"] / _WORTH_SECONDS)))
+            _make_chunks(job, make, chunks, work, console if resumed else None)
+            _sign_references(job, Sign(job.folder / "references", config.dedup, text_tokenizer), references, work)
+            removed = _find_duplicates(job, chunks, references, config)
+            folders = _thin_chunks(job, Thin(make.folder, job.folder / "thinned", make.config), chunks, removed, work)
+            tallies, shards = _assemble(job, folders)
+            refused, left_out = write_lists(job.result, [*listed, *lost, *gap], folders, removed)
+            problem = unfilled(tallies, config.heldout_share, refused, left_out, input, output)
+            if problem is None:
+                break
+            again = [*lost, *refusals(folders)]
+            if tallies["train"].samples and len(again) > len(lost) and _can_split(source, items, again, config):
+                job.begin_again("lost", again)  # what was held out cannot be read: others are held out instead
+                lost = again
+                continue
+            keep_lists(job.result, output, refused, left_out)
             job.discard()  # what is repaired is to be read again
             raise problem
         manifest = SourceManifest(
@@ -188,7 +206,8 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
     source, reader, config = _settings(kind, options)
     _check_named(input)
     with bounded_by(config.bounds):
-        items = _split_items(source, Path(input), reader, config, lambda key, refusal: None).train
+        items = _list_items(source, Path(input), reader, lambda key, refusal: None)
+        items = _split(source, items, [], config)[0].train
     for item in items:
         try:
             with bounded_by(config.bounds):
@@ -229,8 +248,8 @@ def _check_named(input: str | Path) -> None:
         raise DataError("the input is empty, which names no folder; give the file or folder of the recordings")
 
 
-def _split_items(source: Source, input: Path, reader: Config, config: PrepareConfig, quarantine: Quarantine) -> Split:
-    """The items by side; what is refused without being made (a second sample of a key, the gap) is recorded."""
+def _list_items(source: Source, input: Path, reader: Config, quarantine: Quarantine) -> list[Item]:
+    """The items that may be made; those whose key or recording cannot be one are refused."""
     if not source.generated and not input.exists():
         raise DataError(f"{input} does not exist; give the file or folder of the recordings to prepare")
     items: dict[str, Item] = {}
@@ -246,11 +265,24 @@ def _split_items(source: Source, input: Path, reader: Config, config: PrepareCon
                 quarantine(item.key, refusal)
             else:
                 items[item.key] = item
-    sides = split(list(items.values()), config.heldout_share, gap=0 if source.clock == "none" else GAP_NS)
-    for item in sides.gap:
-        message = f"sample {item.key} lies in the gap before the held-out tail of {item.recording}"
-        quarantine(item.key, Refused(_GAP, message))
-    return sides
+    return list(items.values())
+
+
+def _split(source: Source, items: list[Item], lost: Refusals, config: PrepareConfig) -> tuple[Split, Refusals]:
+    """The items that are not `lost` by side, and what lies in the gap between."""
+    gone = {key for key, *_ in lost}
+    left = [item for item in items if item.key not in gone]
+    sides = split(left, config.heldout_share, gap=0 if source.clock == "none" else GAP_NS)
+    said = "sample {} lies in the gap before the held-out tail of {}"
+    return sides, [(item.key, GAP, said.format(item.key, item.recording)) for item in sides.gap]
+
+
+def _can_split(source: Source, items: list[Item], lost: Refusals, config: PrepareConfig) -> bool:
+    try:
+        sides, _ = _split(source, items, lost, config)
+    except DataError:
+        return False
+    return bool(sides.heldout and sides.train)
 
 
 def _digest(prepared: str) -> str:
@@ -301,7 +333,7 @@ def _sign_references(job: Job, sign: Sign, references: list[Reference], work: Ca
 
 def _find_duplicates(
     job: Job, chunks: list[Chunk], references: list[Reference], config: PrepareConfig
-) -> dict[str, _Removed]:
+) -> dict[str, Removed]:
     """By name of the chunk, what is to be left out of it."""
     duplicates, removed = Duplicates(config.dedup), {}
     for reference in references:
@@ -318,7 +350,7 @@ def _find_duplicates(
 
 
 def _thin_chunks(
-    job: Job, thin: Thin, chunks: list[Chunk], removed: dict[str, _Removed], work: Callable
+    job: Job, thin: Thin, chunks: list[Chunk], removed: dict[str, Removed], work: Callable
 ) -> dict[Chunk, Path]:
     """Write the chunks with duplicates again; returns where each chunk now is."""
     thin.folder.mkdir(exist_ok=True)
@@ -345,72 +377,6 @@ def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], d
                     here.rename(there)
             entries.append(shard.model_copy(update={"path": path}))
     return tallies, shards
-
-
-def _write_lists(
-    folder: Path, listed: list[tuple[str, Refused]], folders: dict[Chunk, Path], removed: dict[str, _Removed]
-) -> tuple[ItemLog, ItemLog]:
-    """Write what is not in the shards; returns the lists of what was refused and of what was removed."""
-    with ItemLog(folder / QUARANTINE) as refused, ItemLog(folder / REMOVED) as left_out:
-        for key, refusal in listed:
-            refused.write(key, refusal.reason, str(refusal))
-        for chunk, place in folders.items():
-            stored = Stored(place)
-            for number, reason, message in stored.refused:
-                refused.write(chunk.items[number].key, reason, message)
-            lines = [(*line, "") for line in stored.removed] + removed.get(chunk.name, [])
-            for number, reason, message, of in sorted(lines):
-                left_out.write(chunk.items[number].key, reason, message, **({"duplicate_of": of} if of else {}))
-    return refused, left_out
-
-
-def _unfilled(
-    tallies: dict[str, Tally],
-    config: PrepareConfig,
-    refused: ItemLog,
-    left_out: ItemLog,
-    input: str | Path,
-    output: Path,
-) -> DataError | None:
-    """What to say where a split has no sample: the commonest reason, and where the lists will be; else None."""
-    taken = {name: tally.samples for name, tally in tallies.items()}
-    empty = "train" if not taken["train"] else "heldout" if config.heldout_share and not taken["heldout"] else None
-    if empty is None:
-        return None
-    counts, examples = refused.counts + left_out.counts, left_out.examples | refused.examples
-    if not counts:
-        more = ", or set prepare.heldout_share=0" if empty == "heldout" else ""
-        return DataError(f"{input} gives no sample for the split {empty}; add recordings{more}")
-    # The gap follows from the split: whoever has nothing left wants to know what became of the rest.
-    named = {reason: count for reason, count in counts.items() if reason != _GAP} or counts
-    reason = max(named, key=named.get)
-    lists = [str(_beside(output, n)) for log, n in ((refused, QUARANTINE), (left_out, REMOVED)) if log.counts]
-    return DataError(
-        f"{input} leaves no sample for the split {empty}: {counts.total()} were refused or removed, "
-        f"{sum(taken.values())} taken; repair or add recordings. The commonest reason is {reason!r} ({named[reason]}), "
-        f"as here: {examples[reason]}. All are in {' and '.join(lists)}"
-    )
-
-
-def _with_list(error: DataError, listed: list[tuple[str, Refused]], output: Path) -> DataError:
-    """An error that ended the listing, with what had been refused until then written beside the output."""
-    if not listed:
-        return error
-    place = _beside(output, QUARANTINE)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with ItemLog(place) as log:
-        for key, refusal in listed:
-            log.write(key, refusal.reason, str(refusal))
-    reason, count = log.counts.most_common(1)[0]
-    return DataError(
-        f"{error}. {len(listed)} items were refused before that, {count} for the reason {reason!r}, as here: "
-        f"{log.examples[reason]}. All are in {place}"
-    )
-
-
-def _beside(output: Path, name: str) -> Path:
-    """Where a list stays when there is no output."""
-    return output.with_name(f"{output.name}.{name}")
 
 
 def _fit_audio_codec(folder: Path, manifest: SourceManifest, config: PrepareConfig, console: Console) -> None:

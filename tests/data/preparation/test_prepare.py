@@ -17,7 +17,7 @@ from mmoe.data import sources
 from mmoe.data.frames import VideoFrames
 from mmoe.data.index import SPLITS, ShardIndex, SourceManifest, SplitEntry
 from mmoe.data.media import load_array, load_audio, load_image
-from mmoe.data.preparation import chunks
+from mmoe.data.preparation import chunks, splits
 from mmoe.data.preparation.prepare import prepare, training_texts
 from mmoe.data.preparation.rows import hash64
 from mmoe.data.sample import Modality, Sample, Segment
@@ -363,6 +363,21 @@ def test_a_source_that_cannot_be_listed_is_named_with_what_was_refused_before(tm
     assert [p.name for p in tmp_path.iterdir()] == ["out.quarantine.jsonl"]
 
 
+def test_where_all_that_was_held_out_is_refused_others_are_held_out(tmp_path, log_source):
+    """One bad file in six, and the split draws it: the preparation goes on as if it had not been there."""
+    tables = {f"k{i}": npy(np.full((3, 2), i, np.float32)) for i in range(6)}
+    drawn = splits.split([Item(key, key, str) for key in tables], 0.15, 0).heldout[0].key
+    log_source += [(k, "state.npy", Modality.STATE, t if k != drawn else t[:60]) for k, t in tables.items()]
+    manifest, _ = run("log", "", tmp_path / "out")
+    assert manifest.quarantined == {"unusable state table": 1}
+    assert [line["key"] for line in quarantine(tmp_path / "out")] == [drawn]
+    assert (manifest.splits["train"].samples, manifest.splits["heldout"].samples) == (4, 1)
+    log_source[:] = [line for line in log_source if line[0] != drawn]
+    run("log", "", tmp_path / "without")
+    for side in SPLITS:
+        assert keys(tmp_path / "without", manifest, side) == keys(tmp_path / "out", manifest, side)
+
+
 def test_the_gap_before_the_tail_is_not_named_as_what_went_wrong(tmp_path):
     records = drive_records(100)
     write_tub(tmp_path / "in", records)
@@ -376,7 +391,7 @@ def files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("step", ["run", "_thin_chunks", "_write_lists", "vector_stats", "SourceManifest.save"])
+@pytest.mark.parametrize("step", ["run", "_thin_chunks", "write_lists", "vector_stats", "SourceManifest.save"])
 def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, log_source, monkeypatch, step):
     """Twice interrupted after half of a step's work, it ends as it would have, and no finished chunk is made again."""
     tables = [npy(np.full((3, 2), i % 37, np.float32)) for i in range(40)]
