@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmoe.config.base import Config
+from mmoe.models.fan_out import fan_out
 from mmoe.models.layers import SwiGLU
 from mmoe.models.moe.balance import balance_loss, expert_load, expert_probability, sequence_counts, z_loss
 from mmoe.models.moe.dispatch import CapacityDispatcher, Dispatcher, Drop, DroplessDispatcher
@@ -134,11 +135,11 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, LayerRouting]:
         """[B, L, D] -> [B, L, D] and what was routed. Padding is not routed and gets zeros."""
-        x_TD = tokens.take(x_BLD)
-        routing = self.router(x_TD, tokens.join, self._noise(tokens))
+        for_router_TD, for_experts_TD, *for_shared = fan_out(tokens.take(x_BLD), self._readers)
+        routing = self.router(for_router_TD, tokens.join, self._noise(tokens))
         placement = self.dispatcher.plan(routing, tokens)
-        on_their_way = self.dispatcher.dispatch(x_TD, placement)
-        shared_TD = self._shared(x_TD)  # while the rows travel
+        on_their_way = self.dispatcher.dispatch(for_experts_TD, placement)
+        shared_TD = self._shared(*for_shared)  # while the rows travel
         rows_RD = self.experts(self.dispatcher.arrive(on_their_way, placement), placement.ends_E)
         y_TD = self.dispatcher.combine(rows_RD, routing.weight_TK, placement)
         if shared_TD is not None:
@@ -153,8 +154,13 @@ class MoELayer(nn.Module):
             return None
         return self.config.noise * gaussian(tokens.key_T, self.config.experts, torch.initial_seed(), self.number)
 
-    def _shared(self, x_TD: Tensor) -> Tensor | None:
+    @property
+    def _readers(self) -> int:
+        """Of a token's hidden state: the router, the experts, the shared ones, their gate."""
+        return 2 + (self.shared is not None) + (self.shared_gate is not None)
+
+    def _shared(self, x_TD: Tensor | None = None, gate_TD: Tensor | None = None) -> Tensor | None:
         if self.shared is None:
             return None
         shared_TD = self.shared(x_TD)
-        return shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid()
+        return shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(gate_TD).sigmoid()
