@@ -111,7 +111,7 @@ def test_a_placement_of_another_shape_is_one_sentence(tmp_path: Path, crafted: A
 def test_classes_that_a_pickle_changes_are_its_own(tmp_path: Path) -> None:
     """BUILD with slots sets attributes of whatever is on the stack: of torch's class it would last."""
     name = "torch.distributed.checkpoint.metadata\nTensorStorageMetadata"
-    refused(tmp_path, f"c{name}\n(N}}S'size'\nI3\nstb.".encode())
+    refused(tmp_path, f"c{name}\n(N}}".encode() + b"X\4\0\0\0sizeK\3stb.")
     assert not hasattr(TensorStorageMetadata, "size")
 
 
