@@ -15,8 +15,8 @@ from mmoe.errors import Refused
 
 Backend = Literal["auto", "pyav", "decord"]
 """What decodes films. `auto` leaves the choice to mmoe, which takes PyAV: it showed the right frame of every film that
-it was tried on, and is as fast (`benchmarks/data_pipeline.py`); in preparation it also proves for which stored films
-decord would do. `pyav` makes no such proof. `decord` reads what is proven, and refuses the rest by name."""
+it was tried on, and is as fast (`benchmarks/data_pipeline.py`). `decord` reads what preparation by `decord` has proven,
+and refuses the rest by name."""
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
@@ -97,7 +97,7 @@ def stored_frames(
     Raises `Refused` for a film that decord is to read and was not proven for at preparation.
     """
     if backend == "decord" and not proven:
-        reason = "when it was prepared it was not proven that decord shows its frames"
+        reason = "it was not proven, by preparing it with prepare.video_backend=decord, that decord shows its frames"
         raise unproven(where, reason, "data.video_backend")
     return VideoFrames(data, backend, where, scaled=scaled, proven=proven)
 

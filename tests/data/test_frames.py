@@ -84,7 +84,7 @@ def test_a_film_that_decord_dies_of_is_refused_to_it(monkeypatch):
 @needs_decord
 def test_decord_reads_a_stored_film_only_with_the_proof_of_its_preparation(monkeypatch):
     data = video(numbered(), bf=0)
-    with pytest.raises(Refused, match="was not proven .*; set data.video_backend=auto"):
+    with pytest.raises(Refused, match="was not proven.*; set data.video_backend=auto"):
         stored_frames(data, "decord", "shard.tar: a.mp4", proven=False)
     monkeypatch.setattr("mmoe.data.frames.why_not", lambda *_: pytest.fail("proven again"))
     shown = stored_frames(data, "decord", "shard.tar: a.mp4", proven=True).frames(np.array([20, 3]))

@@ -42,7 +42,7 @@ class ChunkConfig(Config):
 
     shard_bytes: int = Field(256 << 20, gt=0)
     shard_rows: int = Field(10_000, gt=0)
-    video_backend: Backend = "auto"  # that films stored as they are must be fit for
+    video_backend: Backend = "auto"  # decord: stored films it is proven to read, the others are refused
     filters: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
     bounds: Bounds = Bounds()  # of what is read of one file

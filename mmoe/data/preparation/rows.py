@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.backends import status
 from mmoe.data.decord_proof import why_not
 from mmoe.data.frames import Backend, VideoFrames, is_video, unproven
 from mmoe.data.media import audio_info, load_array, load_audio, load_image
@@ -230,13 +229,15 @@ def _check_video(segments: list[Segment], video: VideoFrames, where: str) -> Non
 
 
 def _is_proven(data: bytes, where: str, video_backend: Backend) -> bool:
-    """Whether decord is proven to read the video. Raises `Refused` where it is to, and is not."""
-    if video_backend == "pyav" or video_backend == "auto" and not status("decord").available:
+    """Prove that decord reads the video, where it is to. Raises `Refused` where it does not.
+
+    Only then: the proof decodes every film several times, and without it training takes PyAV, which is as fast.
+    """
+    if video_backend != "decord":
         return False
-    reason = why_not(data, where)
-    if reason and video_backend == "decord":
+    if reason := why_not(data, where):
         raise unproven(where, reason, "prepare.video_backend")
-    return reason is None
+    return True
 
 
 def _check_pictures(segments: list[Segment], length: int, pictures: np.ndarray, where: str) -> None:

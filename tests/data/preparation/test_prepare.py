@@ -193,7 +193,7 @@ def test_statistics_are_those_of_the_training_tables(tmp_path, log_source):
     rng = np.random.default_rng(0)
     tables = {f"t{i}": (rng.normal(size=(50, 2)) * [1, 100]).astype(np.float32) for i in range(8)}
     log_source += [(key, "state.npy", Modality.STATE, npy(table)) for key, table in tables.items()]
-    manifest, _ = run("log", "", tmp_path / "out")
+    manifest, _ = run("log", "-", tmp_path / "out")
     train = np.concatenate([tables[key] for key in keys(tmp_path / "out", manifest, "train")]).astype(np.float64)
     assert len(train) == 350
     stats = manifest.vectors["STATE"]
@@ -213,7 +213,7 @@ def test_glitches_are_clipped_counted_and_shown(tmp_path, log_source):
     tables["t0"][8, 1] = -65535
     log_source += [(key, "state.npy", Modality.STATE, npy(table)) for key, table in tables.items()]
     log_source.append(("u", "state.npy", Modality.STATE, npy(np.full((9, 2), 1e300))))
-    manifest, printed = run("log", "", tmp_path / "out")
+    manifest, printed = run("log", "-", tmp_path / "out")
     stats = manifest.vectors["STATE"]
     held = keys(tmp_path / "out", manifest, "heldout")
     assert stats.clipped == {"train": (0, "t0" not in held), "heldout": (0, "t0" in held)}
@@ -239,7 +239,7 @@ def test_bad_recordings_are_counted_and_the_rest_is_prepared(tmp_path, log_sourc
         ("sound", "a.wav", Modality.AUDIO, b"RIFF"),
     ]
     log_source += [*bad, *good, good[3], ("fine", "front.mp4", Modality.VISION, clip)]
-    manifest, printed = run("log", "", tmp_path / "out")
+    manifest, printed = run("log", "-", tmp_path / "out")
     found = keys(tmp_path / "out", manifest, "train") + keys(tmp_path / "out", manifest, "heldout")
     assert sorted(found) == sorted([key for key, *_ in good] + ["fine"])
     assert manifest.quarantined == {
@@ -341,13 +341,13 @@ def test_what_no_reader_foresaw_costs_its_item_and_is_reported_with_its_place(tm
 
     monkeypatch.setitem(sources.SOURCES, "log", Source("log", "none", 0, Config, items, generated=True))
     numbers = (0, 1, 2, 4)
-    manifest, _ = run("log", "", tmp_path / "out", prepare={"heldout_share": 0})
+    manifest, _ = run("log", "-", tmp_path / "out", prepare={"heldout_share": 0})
     assert manifest.quarantined == {"reader failed": 1}
     (line,) = quarantine(tmp_path / "out")
     assert re.search(r"k2: the reader failed with KeyError \('field'\) in test_prepare.py, line \d+", line["message"])
     numbers = (0, 3)
     with pytest.raises(OSError, match="No space left"):
-        run("log", "", tmp_path / "full", prepare={"heldout_share": 0})
+        run("log", "-", tmp_path / "full", prepare={"heldout_share": 0})
 
 
 def test_a_source_that_cannot_be_listed_is_named_with_what_was_refused_before(tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_a_source_that_cannot_be_listed_is_named_with_what_was_refused_before(tm
     monkeypatch.setitem(sources.SOURCES, "log", Source("log", "none", 0, Config, items, generated=True))
     said = "cannot be read as a source of kind log .KeyError: 'fps'.*1 for the reason 'odd'"
     with pytest.raises(DataError, match=said):
-        run("log", "", tmp_path / "out")
+        run("log", "-", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out.quarantine.jsonl"]
 
 
@@ -368,12 +368,12 @@ def test_where_all_that_was_held_out_is_refused_others_are_held_out(tmp_path, lo
     tables = {f"k{i}": npy(np.full((3, 2), i, np.float32)) for i in range(6)}
     drawn = splits.split([Item(key, key, str) for key in tables], 0.15, 0).heldout[0].key
     log_source += [(k, "state.npy", Modality.STATE, t if k != drawn else t[:60]) for k, t in tables.items()]
-    manifest, _ = run("log", "", tmp_path / "out")
+    manifest, _ = run("log", "-", tmp_path / "out")
     assert manifest.quarantined == {"unusable state table": 1}
     assert [line["key"] for line in quarantine(tmp_path / "out")] == [drawn]
     assert (manifest.splits["train"].samples, manifest.splits["heldout"].samples) == (4, 1)
     log_source[:] = [line for line in log_source if line[0] != drawn]
-    run("log", "", tmp_path / "without")
+    run("log", "-", tmp_path / "without")
     for side in SPLITS:
         assert keys(tmp_path / "without", manifest, side) == keys(tmp_path / "out", manifest, side)
 
@@ -397,7 +397,7 @@ def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, 
     tables = [npy(np.full((3, 2), i % 37, np.float32)) for i in range(40)]
     log_source += [(f"k{i:02d}", "state.npy", Modality.STATE, table) for i, table in enumerate(tables)]
     options = {"prepare": {"shard_rows": 4}}
-    whole, _ = run("log", "", tmp_path / "whole", **options)
+    whole, _ = run("log", "-", tmp_path / "whole", **options)
     assert whole.removed and sum(whole.removed.values()) == 3
     made, make_row = Counter(), chunks.make_row
 
@@ -418,10 +418,10 @@ def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(chunks, "make_row", counted)
             patch.setattr(f"mmoe.data.preparation.prepare.{step}", interrupted if step == "run" else stop)
-            run("log", "", tmp_path / "out", **options)
+            run("log", "-", tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
     monkeypatch.setattr(chunks, "make_row", counted)
-    resumed, printed = run("log", "", tmp_path / "out", **options)
+    resumed, printed = run("log", "-", tmp_path / "out", **options)
     assert resumed == whole and files(tmp_path / "out") == files(tmp_path / "whole")
     assert "going on" in printed
     assert made.total() == 40 + 8  # the probes that the size of a chunk is estimated from are made twice
@@ -431,13 +431,13 @@ def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, 
 def test_a_chunk_that_lost_bytes_is_made_again(tmp_path, log_source, monkeypatch):
     log_source += [(f"k{i}", "state.npy", Modality.STATE, npy(np.full((3, 2), i, np.float32))) for i in range(20)]
     options = {"prepare": {"shard_rows": 5}}
-    run("log", "", tmp_path / "whole", **options)
+    run("log", "-", tmp_path / "whole", **options)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("mmoe.data.preparation.prepare._find_duplicates", lambda *_: 1 / 0)
-        run("log", "", tmp_path / "out", **options)
+        run("log", "-", tmp_path / "out", **options)
     tar = tmp_path / ".out.unfinished" / "chunks" / "train-000001" / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes()[:512])
-    _, printed = run("log", "", tmp_path / "out", **options)
+    _, printed = run("log", "-", tmp_path / "out", **options)
     assert files(tmp_path / "out") == files(tmp_path / "whole") and "16 of 20 items are done" in printed
 
 
@@ -446,9 +446,9 @@ def test_duplicates_leave_no_trace_in_what_is_counted(tmp_path, log_source):
     tables = [(f"k{i:02d}", "state.npy", Modality.STATE, npy(rng.normal(size=(i + 1, 2)))) for i in range(20)]
     log_source += tables
     options = {"prepare": {"shard_rows": 6, "heldout_share": 0}}
-    once, _ = run("log", "", tmp_path / "once", **options)
+    once, _ = run("log", "-", tmp_path / "once", **options)
     log_source += [(f"z{key}", *rest) for key, *rest in tables[3:15]]
-    twice, _ = run("log", "", tmp_path / "twice", **options)
+    twice, _ = run("log", "-", tmp_path / "twice", **options)
     assert twice.removed == {"duplicate of an earlier sample": 12}
     assert once.splits["train"].flagged == {"STATE: late": 40}
     unlike = {"shards"}  # more items are cut elsewhere
