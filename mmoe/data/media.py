@@ -175,13 +175,13 @@ def load_array(data: bytes, where: str) -> np.ndarray:
             f"{where} holds {table.dtype} of shape {list(table.shape)}; a table of readings is numeric with two axes, "
             "rows and dimensions"
         )
-    wrong = ~np.isfinite(table)
-    if table.dtype.kind == "f" and table.dtype.itemsize > 4:
-        wrong |= np.abs(table) > np.finfo(np.float32).max
+    wrong, fault = ~np.isfinite(table), ""
+    if table.dtype.kind == "f" and table.dtype.itemsize > 4 and not wrong.any():
+        wrong, fault = np.abs(table) > np.finfo(np.float32).max, ", beyond what float32 holds"
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise DataError(
-            f"{where}: row {row}, column {column} is {table[row, column]} ({int(wrong.sum())} such values); "
+            f"{where}: row {row}, column {column} is {table[row, column]} ({int(wrong.sum())} such values){fault}; "
             "drop or repair these readings before preparing"
         )
     return table

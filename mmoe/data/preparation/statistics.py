@@ -68,7 +68,7 @@ class VectorSummary:
         `knots` > 1 adds that many quantiles a dimension, from the smallest row to the largest in the reservoir.
         """
         rows = np.sort(self.sample().astype(np.float64), axis=0)  # sorted: no sum depends on the order of merging
-        low, high = _fences(rows)
+        low, high = _fences(rows if len(rows) >= _JUDGED else np.stack([self.minimum, self.maximum]))
         mean, std = self._moments_within(rows, low, high)
         clipped = {"train": self.outside(low, high)}
         minimum, maximum = self.minimum, self.maximum
