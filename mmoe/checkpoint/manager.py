@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field
-from rich.console import Console
 
 from mmoe.checkpoint.files import CheckedFileSystem, DamagedError, check, sync_folder
 from mmoe.checkpoint.manifest import FORMAT, MANIFEST, Manifest
@@ -42,6 +41,7 @@ from mmoe.checkpoint.ranks import Ranks
 from mmoe.checkpoint.tensors import fill, union, write
 from mmoe.checkpoint.tree import check_document, merge, split
 from mmoe.config.base import Config
+from mmoe.console import Console
 from mmoe.errors import CheckpointError
 
 PARTIAL, REPLACED, LEFT = ".partial", ".replaced", ".left"
@@ -284,7 +284,7 @@ def _attempt(folder: Path, act: Callable[..., T], *arguments: Any) -> tuple[T | 
 
 
 def _say(sentence: str) -> None:
-    Console(stderr=True).print(sentence, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
 
 
 def _finish(

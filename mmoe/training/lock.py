@@ -18,8 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.files import writes
 from mmoe.parallel.launch import first_alone

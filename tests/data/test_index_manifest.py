@@ -10,7 +10,7 @@ from mmoe.errors import DataError
 SPLIT = {
     "samples": 1,
     "recordings": 1,
-    "shards": [{"path": "train/a.tar", "rows": 1, "bytes": 9}],
+    "shards": [{"path": "train/a.tar", "rows": 1, "bytes": 9, "digest": "ab"}],
     "clips": 0,
     "slices": 0,
 }
@@ -71,7 +71,7 @@ def test_the_manifest_that_the_others_are_made_of_is_read(tmp_path):
 def test_a_manifest_without_its_fields_is_a_sentence(tmp_path, content, sentence):
     (tmp_path / "source.json").write_bytes(content)
     with pytest.raises(
-        DataError, match=f"source.json is not a source manifest .*{sentence}.*prepare it again"
+        DataError, match=f"source.json is not a source manifest .*{sentence}.*prepare the source again"
     ) as caught:
         SourceManifest.load(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600

@@ -263,7 +263,7 @@ def test_what_changes_no_number_may_change_and_is_said_and_what_may_is_refused(r
     place.rename(moved)
     shutil.copytree(folder, data)
     said = train(configured(data, moved, checkpoint__keep=1, data__prefetch=2, data__error_budget=0.5), stop_after=5)
-    for change in ("checkpoint.keep (3 -> 1)", "data.prefetch (4 -> 2)", "data.sources.text.shards", "training.run"):
+    for change in ("checkpoint.keep (3 -> 1)", "data.prefetch (4 -> 2)", "data.sources.text.shards"):
         assert change in said
     assert checkpoints(moved) == ["step-00000005"]
     assert read_config(moved).checkpoint.keep == 1
