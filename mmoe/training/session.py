@@ -117,4 +117,4 @@ def _check_same(run: Run, console: Console) -> None:
             "undo the change, set another training.run, or start over with --fresh"
         )
     if differing:
-        console.print(f"{run.folder} goes on with other {', '.join(differing.values())}", markup=False, soft_wrap=True)
+        console.print(f"{run.folder} goes on with other {', '.join(differing.values())}", soft_wrap=True)

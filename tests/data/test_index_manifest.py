@@ -58,7 +58,7 @@ def test_the_manifest_that_the_others_are_made_of_is_read(tmp_path):
         (changed("splits/train/samples", "1"), "splits.train.samples: Input should be a valid integer"),
         (changed("splits/train/shards/0/path", "../../a.tar"), "shards.0.path: '../../a.tar' is no path inside"),
         (changed("splits/train/shards/0/path", "/etc/passwd"), "shards.0.path: '/etc/passwd' is no path inside"),
-        (changed("vectors/STATE/std", [1.0]), "vectors.STATE: std has 1 values for 2 names"),
+        (changed("vectors/STATE/std", [1.0]), "vectors.STATE: std has 1 values for 2 dimensions"),
         (changed("vectors/STATE/mean", [0.0, float("inf")]), "vectors.STATE.mean.1: Input should be a finite number"),
         (changed("vectors", []), "vectors: Input should be an object"),
         (b"", "all of it: Invalid JSON"),
