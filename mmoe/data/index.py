@@ -39,6 +39,7 @@ FORMAT = 3  # 2 had neither checksums of members nor the proof that decord may r
 MANIFEST = "source.json"
 DIGEST = b"mmoe.digest"  # the key under which an index file holds its own
 SPLITS = ("train", "heldout")
+VECTORS = ("ACTION", "STATE", "INERTIAL")  # modalities whose payloads are rows of numbers
 _MOST_ROWS = 10_000_000  # of a shard: an epoch is shuffled a block of shards at a time
 
 # Of a segment, what its token count follows from.
@@ -157,6 +158,13 @@ class SourceManifest(Config):
         if "train" not in splits or not set(splits) <= set(SPLITS):
             raise ValueError(f"it has {brief(', '.join(splits) or 'none')}, where train and perhaps heldout belong")
         return splits
+
+    @model_validator(mode="after")
+    def _scaled(self) -> "SourceManifest":
+        present = {group.modality for split in self.splits.values() for group in split.groups}
+        if lacking := sorted((present & set(VECTORS)) - self.vectors.keys()):
+            raise ValueError(f"vectors has no statistics of {lacking[0]}, of which there are segments")
+        return self
 
     @classmethod
     def load(cls, folder: str | Path, storage: Storage = DEFAULT) -> "SourceManifest":

@@ -111,7 +111,6 @@ class _Lock:
         self.console.print(
             f"{self.path} is of process {holder.get('pid')} on {holder.get('host')}: waiting {SILENT_SECONDS:.0f} s to "
             "see whether it still trains",
-            markup=False,
             soft_wrap=True,
         )
         before, deadline = _time(self.path), time.monotonic() + SILENT_SECONDS

@@ -56,6 +56,7 @@ def campaign(target: str, count: int, first: int = 0) -> list[dict[str, Any]]:
 
 def _child(target: str, folder: Path) -> None:
     module = importlib.import_module(f"tests.fuzz.{target}")
+    from mmoe.console import printable
     from mmoe.errors import MmoeError
 
     (folder / "data").mkdir(exist_ok=True)
@@ -70,8 +71,7 @@ def _child(target: str, folder: Path) -> None:
         try:
             module.run(data, folder / "data")
         except MmoeError as error:
-            if not str(error).isprintable() and "\n" not in str(error):
-                _tell(number, f"a message that cannot be printed: {str(error)!r}")
+            printable(str(error)).encode()  # as it is told: whatever stands in a file must not end the telling
         except BaseException:
             _tell(number, traceback.format_exc(limit=-6))
         finally:
