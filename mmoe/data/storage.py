@@ -23,7 +23,8 @@ from mmoe.data.cache import ByteCache
 from mmoe.data.remote import ObjectInfo, Remote, StorageError, refusal, status_of
 from mmoe.errors import DataError, MmoeError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _LONGEST_PAUSE_S = 30.0
 _REQUEST_BYTES = 16 << 20  # a longer range is read as several requests at once

@@ -109,7 +109,7 @@ def save(
     state = model.state_dict()
     table = rows(config, family.experts)
     dtype = dtype or model.embeddings.token.weight.dtype
-    tree = to_huggingface(config, model.embeddings.token.num_embeddings, positions) | (extra or {})
+    tree = to_huggingface(config, model.embeddings.token.weight.shape[0], positions) | (extra or {})
     tree |= {"torch_dtype": str(dtype).removeprefix("torch.")}
     _clear(folder)
     write_tensors(folder, _tensors(table, state), shard_bytes, dtype)

@@ -67,7 +67,8 @@ def info_nce(left_PE: Tensor, right_PE: Tensor, pairs: Pairs, tau: float, gather
     same_text = pairs.text_hash[:, None] == text
     negative = grouped & ~same_text
     directions = [scores.masked_fill(~(negative | itself), -torch.inf) for scores in (forward_PC, backward_PC)]
-    items = sum(F.cross_entropy(scores, partner, reduction="none") for scores in directions) / 2
+    losses = (F.cross_entropy(scores, partner, reduction="none") for scores in directions)
+    items = sum(losses, start=left.new_zeros(())) / 2
     with torch.no_grad():
         beaten = [scores < scores.gather(1, partner[:, None]) for scores in directions]
         correct_P2 = torch.stack([(below | itself).all(1) for below in beaten], dim=1)

@@ -43,9 +43,10 @@ def cross_entropy(
     # The sum over no element ties the result to the graph even where a batch has no label.
     total, items = widen(hidden_ND[:0]).sum(), []
     columns = (hidden_ND, labels_BL.flatten()[index_N], weight_BL.flatten()[index_N])
-    kept = {"use_reentrant": False, "preserve_rng_state": False}
     for rows in zip(*(x.split(chunk) for x in columns), strict=True):
-        weighted, losses = checkpoint(_chunk, head, part.criterion, *rows, **kept)
+        weighted, losses = checkpoint(
+            _chunk, head, part.criterion, *rows, use_reentrant=False, preserve_rng_state=False
+        )
         total = total + weighted
         items.append(losses)
     items_N = torch.cat(items) if items else total.new_empty(0)

@@ -20,12 +20,14 @@ from mmoe.models.rotary import RotaryTables
 
 
 class AttentionPlan(Protocol):
-    @classmethod
-    def of(cls, batch: PackedBatch, bidirectional: bool) -> "AttentionPlan":
-        """Work out what every layer will need of this batch."""
-
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
         """[B, L, H, K], in the dtype of v; zeros at padding."""
+
+
+class WholePlan(AttentionPlan, Protocol):
+    @classmethod
+    def of(cls, batch: PackedBatch, bidirectional: bool) -> AttentionPlan:
+        """Work out what every layer will need of this batch, all of which is here."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class DocumentPlan:
             ranges = [(start, stop) for start, stop, _, _ in same]
             mask = None
             if is_masked:
-                fields = (torch.stack([x[a:b] for a, b in ranges]) for x in (document, slices, modality))
-                mask = may_attend(*fields, bidirectional).unsqueeze(1)
+                alike = [torch.stack([x[a:b] for a, b in ranges]) for x in (document, slices, modality)]
+                mask = may_attend(alike[0], alike[1], alike[2], bidirectional).unsqueeze(1)
             runs.append(Run(len(ranges), length, mask, is_padding))
         return cls(tuple(runs))
 
@@ -127,7 +129,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     return out.to(v.dtype)
 
 
-BACKENDS: dict[str, type[AttentionPlan]] = {"sdpa_documents": DocumentPlan, "dense": DensePlan}
+BACKENDS: dict[str, type[WholePlan]] = {"sdpa_documents": DocumentPlan, "dense": DensePlan}
 
 
 class Attention(nn.Module):

@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList([Block(config, number) for number in range(config.layers)])
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm: nn.Module = RMSNorm(config.d_model, config.norm_eps)
 
     @property
     def routers(self) -> list[Router]:
@@ -181,9 +181,10 @@ def gather_routing(routed: list[LayerRouting]) -> tuple[Auxiliary | None, Routin
     """Of the layers of experts of a forward pass, in their order; (None, None) where there are none."""
     if not routed:
         return None, None
+    zero = routed[0].z_loss.new_zeros(())
     auxiliary = Auxiliary(
-        balance_loss=sum(layer.balance_loss for layer in routed) / len(routed),
-        z_loss=sum(layer.z_loss for layer in routed) / len(routed),
+        balance_loss=sum((layer.balance_loss for layer in routed), start=zero) / len(routed),
+        z_loss=sum((layer.z_loss for layer in routed), start=zero) / len(routed),
         load_NE=torch.stack([layer.load_E for layer in routed]),
         probability_NE=torch.stack([layer.probability_E for layer in routed]),
     )
@@ -219,6 +220,7 @@ class MultimodalModel(nn.Module):
 
     def actions(self, hidden_MD: Tensor) -> Tensor:
         """[M, H, A]: the continuous action chunk read at each `action` token, normalised units."""
+        assert self.action is not None  # no source without an action chunk has such tokens
         return self.action(hidden_MD)
 
     def contrast(self, hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ All that is trainable about a modality before the first block lives here.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,15 @@ class ModelInputs:
     state_dim: int = 0
     action_chunk: int = 0
     action_dim: int = 0
+
+
+class TokenTable(Protocol):
+    """A vector for each id, `nn.Embedding` or one that ranks share."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def __call__(self, ids_BL: Tensor, /) -> Tensor: ...
 
 
 class PatchEmbedding(nn.Module):
@@ -85,7 +95,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, inputs: ModelInputs, size: int):
         super().__init__()
-        self.token = nn.Embedding(inputs.vocabulary_size, size)
+        self.token: TokenTable = nn.Embedding(inputs.vocabulary_size, size)
         self.camera = nn.Embedding(len(Camera), size)
         self.time = TimeEmbedding(size)
         projections: dict[Modality, nn.Module] = {}

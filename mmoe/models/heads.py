@@ -37,14 +37,15 @@ class ContrastHead(nn.Module):
         """[P, width] of either side, of length 1, in float32 or wider; a span without own tokens gives zeros."""
         with torch.autocast(hidden_BLD.device.type, enabled=False):
             pooled, kind = self._pool(hidden_BLD, pairs, modality_BL), pairs.modality.flatten()
-            projected = sum(
+            parts = (
                 F.linear(torch.where((kind == modality)[:, None], pooled, 0), widen(self._weight(modality)))
                 for modality in CONTRASTED
             )
+            projected = sum(parts, start=pooled.new_zeros(()))
             return F.normalize(projected, dim=1).unflatten(0, pairs.modality.shape).unbind(1)
 
     def _weight(self, modality: Modality) -> Tensor:
-        return self.projections[modality.name.lower()].weight
+        return self.get_parameter(f"projections.{modality.name.lower()}.weight")
 
     @staticmethod
     def _pool(hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> Tensor:

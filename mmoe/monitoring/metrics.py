@@ -132,7 +132,9 @@ def state_digest(trainer: Trainer) -> str:
     """A digest of every weight, buffer and optimizer state: equal digests mean equal bits."""
     digest = hashlib.blake2b(digest_size=16)
     names = {id(p): name for name, p in trainer.run.model.named_parameters()}
-    held = [(names[id(p)], p, trainer.optimizer.state.get(p, {})) for p in trainer.run.model.parameters()]
+    held: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
+        (names[id(p)], p, trainer.optimizer.state.get(p, {})) for p in trainer.run.model.parameters()
+    ]
     held += [(name, buffer, {}) for name, buffer in trainer.run.model.named_buffers()]
     for name, weight, states in held:
         tensors = {"weight": weight, **states}

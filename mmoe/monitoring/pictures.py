@@ -40,7 +40,8 @@ def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> Slice
     index = ShardIndex.read(files.tars[shard], run.sources.storage)
     segments = index.row_segments(row)
     number = segments["slice"][np.flatnonzero(segments["modality"] == Modality.ACTION)[chunk]]
-    pictures, caption = {}, ""
+    pictures: dict[int, np.ndarray] = {}
+    caption = ""
     for segment in segments[segments["slice"] == number]:
         if segment["modality"] == Modality.VISION:
             pictures.setdefault(

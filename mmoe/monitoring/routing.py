@@ -65,7 +65,7 @@ def by_expert(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _by_source(table_NMSE: Tensor, sources: list[str]) -> dict[int, dict[str, dict[str, list[int]]]]:
     """{layer: {source: {modality: [E]}}} without the cells that are zero for every expert."""
-    found = {layer: {} for layer in range(len(table_NMSE))}
+    found: dict[int, dict[str, dict[str, list[int]]]] = {layer: {} for layer in range(len(table_NMSE))}
     for layer, kind, source in table_NMSE.any(-1).nonzero().tolist():
         cells = found[layer].setdefault(sources[source], {})
         cells[Modality(kind).name.lower()] = table_NMSE[layer, kind, source].tolist()

@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
+from mmoe.compat import adjusted_rate, orthogonalised
 from mmoe.config.base import Config
 from mmoe.optim.adamw import AdamWConfig, build_adamw
 
@@ -31,7 +31,7 @@ class ShardedMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: `JointOptimizer` has none to give
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for parameter in group["params"]:
@@ -40,12 +40,12 @@ class ShardedMuon(torch.optim.Muon):
                 average = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
                 direction = parameter.grad.lerp(average, momentum) if group["nesterov"] else average
                 whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
-                update = _zeropower_via_newtonschulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                update = orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 if isinstance(parameter, DTensor):  # every rank has the update: nothing is sent
                     update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
                     update = update.to(parameter.device)  # an offloaded parameter is not where its mesh is
                 parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.add_(update, alpha=-_adjust_lr(rate, group["adjust_lr_fn"], parameter.shape))
+                parameter.add_(update, alpha=-adjusted_rate(rate, group["adjust_lr_fn"], parameter.shape))
 
 
 class JointOptimizer:

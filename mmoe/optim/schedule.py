@@ -32,6 +32,7 @@ class Span(Config):
             return self.steps
         if self.positions is not None:
             return round(self.positions / batch.global_batch_positions)
+        assert self.fraction is not None  # one of the three is given
         return round(self.fraction * batch.iterations)
 
 

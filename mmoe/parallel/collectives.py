@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.14 renamed both.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from mmoe.compat import all_gather_single, reduce_scatter_single
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -56,13 +54,15 @@ class Exchange:
 
     def _run(self, x: Tensor, received: list[int] | None, sent: list[int] | None) -> tuple[Tensor, dist.Work]:
         out = x.new_empty(len(x) if received is None else sum(received), *x.shape[1:])
-        return out, dist.all_to_all_single(out, x.contiguous(), received, sent, group=self.group, async_op=True)
+        work = dist.all_to_all_single(out, x.contiguous(), received, sent, group=self.group, async_op=True)
+        assert work is not None  # this rank is in the group
+        return out, work
 
 
 def gather_constant(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """As `gather`, without a gradient."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
-    _all_gather(out.flatten(0, 1), x.detach().contiguous(), group)
+    all_gather_single(out.flatten(0, 1), x.detach().contiguous(), group)
     return out
 
 
@@ -82,7 +82,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         own = grad.new_empty(grad.shape[1:])
-        _reduce_scatter(own, grad.contiguous().flatten(0, 1), group=ctx.group)
+        reduce_scatter_single(own, grad.contiguous().flatten(0, 1), group=ctx.group)
         return own, None
 
 
@@ -91,7 +91,7 @@ class _SplitSum(torch.autograd.Function):
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         own = x.new_empty(x.shape[1:])
-        _reduce_scatter(own, x.contiguous().flatten(0, 1), group=group)
+        reduce_scatter_single(own, x.contiguous().flatten(0, 1), group=group)
         return own
 
     @staticmethod

@@ -12,22 +12,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from mmoe.models.moe.dispatch import CapacityDispatcher, LocalDispatcher, Placement, by_expert
-from mmoe.models.moe.experts import Experts
 from mmoe.models.moe.layer import MoELayer
 from mmoe.models.moe.router import Routing
 from mmoe.models.moe.rows import copy_rows, count, weighted_rows
 from mmoe.models.moe.tokens import Tokens
 from mmoe.parallel.collectives import Exchange
+from mmoe.parallel.gradients import local
 
 
 def shard_experts(layer: MoELayer, mesh: DeviceMesh) -> None:
     """Leave each rank of `mesh` its experts, and let tokens travel to them."""
-    layer.experts = ShardedExperts(layer.experts, mesh)
-    local: LocalDispatcher = layer.dispatcher
-    if isinstance(local, CapacityDispatcher):
-        layer.dispatcher = FixedExchange(local, mesh.get_group())
+    if isinstance(layer.dispatcher, CapacityDispatcher):
+        layer.experts = ShardedExperts(layer.experts, mesh)
+        layer.dispatcher = FixedExchange(layer.dispatcher, mesh.get_group())
     else:
-        layer.dispatcher = VariableExchange(local, mesh.get_group())
+        split_tokens(layer, mesh)
 
 
 def split_tokens(layer: MoELayer, mesh: DeviceMesh) -> None:
@@ -36,6 +35,7 @@ def split_tokens(layer: MoELayer, mesh: DeviceMesh) -> None:
     The places that a capacity gives are shared among the ranks of the sequence as its tokens fall, so that only a
     variable exchange sends no empty rows.
     """
+    assert isinstance(layer.dispatcher, LocalDispatcher)  # a layer is spread once
     layer.experts = ShardedExperts(layer.experts, mesh)
     layer.dispatcher = VariableExchange(layer.dispatcher, mesh.get_group())
 
@@ -43,7 +43,7 @@ def split_tokens(layer: MoELayer, mesh: DeviceMesh) -> None:
 class ShardedExperts(nn.Module):
     """The experts of this rank: parameters with the names of `Experts`, sharded by expert, computed by it locally."""
 
-    def __init__(self, experts: Experts, mesh: DeviceMesh):
+    def __init__(self, experts: nn.Module, mesh: DeviceMesh):
         super().__init__()
         for name, parameter in experts.named_parameters():
             setattr(self, name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)))
@@ -51,8 +51,8 @@ class ShardedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, ends_F: Tensor) -> Tensor:
         """Rows sorted by the experts here, whose groups end before `ends_F`."""
-        local = {name: parameter.to_local() for name, parameter in self.named_parameters()}
-        return torch.func.functional_call(self._experts[0], local, (x_RD, ends_F))
+        own = {name: local(parameter) for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(self._experts[0], own, (x_RD, ends_F))
 
 
 @dataclass(frozen=True)

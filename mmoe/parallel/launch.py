@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mmoe.compat import default_store
 from mmoe.config.load import flatten
 from mmoe.config.reader import read_yaml
 from mmoe.console import Console
@@ -127,7 +128,7 @@ def first_alone(work: Callable[[], None]) -> None:
         work()
         return
     # A connection of its own: a question to the store keeps no other thread waiting.
-    store = dist.distributed_c10d._get_default_store().clone()
+    store = default_store().clone()
     key = f"alone/{next(_turns)}"
     if dist.get_rank() == 0:
         try:
@@ -171,7 +172,7 @@ def _join(timeout_seconds: float) -> str:
 
 
 def _first_failure(rank: int, error: Exception) -> str | None:
-    return first_failure(dist.distributed_c10d._get_default_store(), rank, error) if dist.is_initialized() else None
+    return first_failure(default_store(), rank, error) if dist.is_initialized() else None
 
 
 def _leave_after_error() -> None:

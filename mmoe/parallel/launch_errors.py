@@ -64,6 +64,8 @@ def record_error(
     torchrun is told the cause too: it prints what the first process says that it sees end, not the first to fail.
     One write to a file opened for appending: lines of ranks that fail together do not mix on a local disk.
     """
+    trace = "".join(traceback.format_exception(error))
+    message = str(error) if isinstance(error, MmoeError) else f"{type(error).__name__}: {error}"
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "rank": rank,
@@ -71,18 +73,18 @@ def record_error(
         "restart": restart_count(),
         "step": step,
         "error": type(error).__name__,
-        "message": str(error) if isinstance(error, MmoeError) else f"{type(error).__name__}: {error}",
+        "message": message,
         "after": after,
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": trace,
     }
     try:
         _append(folder / "errors.jsonl", json.dumps(line, ensure_ascii=False) + "\n")
     except OSError as full:  # which must not hide the error that is to be told
         print(
-            f"{folder / 'errors.jsonl'} cannot be written ({full.strerror}): rank {rank}: {line['message']}",
+            f"{folder / 'errors.jsonl'} cannot be written ({full.strerror}): rank {rank}: {message}",
             file=sys.stderr,
         )
-    shown = line["message"] if isinstance(error, MmoeError) else line["traceback"]
+    shown = message if isinstance(error, MmoeError) else trace
     _tell_torchrun(shown if after is None else f"{after}; {folder / 'errors.jsonl'} has the errors of all ranks")
 
 

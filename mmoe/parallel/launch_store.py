@@ -42,7 +42,7 @@ def _name_attempt(store: dist.Store, world: int, end: float) -> str:
         for rank in sorted(absent):
             key = f"mmoe/join/{rank}"
             if store.check([key]) and (question := store.get(key)) != answered.get(rank):
-                store.set(f"{key}/answer", question + b" " + name.encode())
+                store.set(f"{key}/answer", f"{question.decode()} {name}")
                 answered[rank] = question
             if store.check([f"{key}/joined"]) and store.get(f"{key}/joined").decode() == name:
                 absent.discard(rank)

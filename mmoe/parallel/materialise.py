@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mmoe.compat import local_shape_and_offset
 from mmoe.models.init import initial_value, is_of_experts
 
 
@@ -37,7 +37,7 @@ def assign(parameter: Tensor, whole: Tensor) -> None:
 
 def _own_experts(name: str, parameter: DTensor, seed: int, std: float, layers: int) -> Tensor:
     """Only the experts here are drawn: there may be many more."""
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = local_shape_and_offset(parameter)
     experts = range(offset[0], offset[0] + shape[0])
     value = initial_value(name, parameter.shape, seed, std, layers, experts)
     return value[:, offset[1] : offset[1] + shape[1], offset[2] : offset[2] + shape[2]]

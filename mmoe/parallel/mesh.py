@@ -16,6 +16,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mmoe.compat import flatten
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
 
@@ -125,13 +126,14 @@ class Mesh:
             "sequence": ("cp", "tp"),
             "loss": ("dp_replicate", "dp_shard", "cp", "tp"),
         }
-        self._joined = {name: self.dense[axes]._flatten(name) for name, axes in joined.items()}
+        self._joined = {name: flatten(self.dense[axes], name) for name, axes in joined.items()}
         self.peers = self._peers()
 
     def _peers(self) -> dist.ProcessGroup:
         """The ranks that work on the same data: this one and those that differ from it in pp, cp or tp alone."""
         ranks = self.dense.mesh.permute(1, 2, 0, 3, 4).reshape(self.degrees.replicas, -1).tolist()
         mine, _ = dist.new_subgroups_by_enumeration(ranks)
+        assert isinstance(mine, dist.ProcessGroup)  # every rank is among the `ranks`
         return mine
 
     def size(self, axis: str) -> int:

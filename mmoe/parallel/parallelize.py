@@ -42,17 +42,17 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
 
 def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> None:
     """What needs no other rank, block by block; names of parameters stay."""
-    for block in model.decoder.blocks:
-        if isinstance(block, Block):
-            if config.activation_checkpointing != "none":
-                again = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **again)
-            if config.compile:
-                # Attention goes from document to document and experts from group to group: graphs of these would be
-                # made anew for every batch (docs/decisions.md).
-                for module in block.modules():
-                    if isinstance(module, RMSNorm | SwiGLU):
-                        module.compile()
+    blocks: list[nn.Module] = [block for block in model.decoder.blocks if isinstance(block, Block)]
+    for block in blocks:
+        if config.activation_checkpointing != "none":
+            again = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **again)
+        if config.compile:
+            # Attention goes from document to document and experts from group to group: graphs of these would be
+            # made anew for every batch (docs/decisions.md).
+            for module in block.modules():
+                if isinstance(module, RMSNorm | SwiGLU):
+                    module.compile()
 
 
 def check_layout(config: ModelConfig, degrees: Degrees) -> None:
@@ -85,8 +85,7 @@ def _shard(
     model: MultimodalModel, blocks: list[Block], mesh: Mesh, config: ParallelConfig, precision: PrecisionConfig
 ) -> None:
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy()
-    again = config.zero == 3
-    common = {"offload_policy": offload, "reshard_after_forward": again}
+    shard = partial(fully_shard, offload_policy=offload, reshard_after_forward=config.zero == 3)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     # Modules that are nothing but matrices are gathered in the precision of the products, which autocast would round
     # them to anyway; norms, routers and tables stay as they are.
@@ -97,11 +96,10 @@ def _shard(
         for module in block.modules():
             if isinstance(module, Experts | ShardedExperts):
                 # By width: there may be fewer experts here than ranks.
-                place = {"shard_placement_fn": lambda parameter: Shard(1)}
-                fully_shard(module, mesh=mesh.expert_fsdp, mp_policy=matrices, **place, **common)
+                shard(module, mesh=mesh.expert_fsdp, mp_policy=matrices, shard_placement_fn=lambda parameter: Shard(1))
             elif isinstance(module, SwiGLU):
-                fully_shard(module, mesh=mesh.fsdp, mp_policy=matrices, **common)
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=whole, **common)
+                shard(module, mesh=mesh.fsdp, mp_policy=matrices)
+        shard(block, mesh=mesh.fsdp, mp_policy=whole)
     # The rest is used by the losses too, after the forward pass: it stays gathered.
     fully_shard(model, mesh=mesh.fsdp, mp_policy=whole, offload_policy=offload, reshard_after_forward=False)
     for module in model.modules():
@@ -118,5 +116,6 @@ def add_up(module: FSDPModule) -> None:
 def accumulate(model: nn.Module, config: ParallelConfig, last: bool) -> None:
     """Before a backward pass: with ZeRO-1 gradients are reduced and weights given back only in the step's `last`."""
     if config.zero == 1:
+        assert isinstance(model, FSDPModule)  # where there are ranks to wait for
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)

@@ -43,7 +43,8 @@ class StageModel(MultimodalModel):
                 self.decoder.blocks[layer] = nn.Identity()
         if not self.is_last(self.here[-1]):
             self.decoder.norm = nn.Identity()
-            self.unembedding = self.action = self.contrastive = None
+            self.unembedding = self.action = None
+            self.register_module("contrastive", None)
         if self.here[0] > 0:
             self._keep_table()
 
@@ -58,17 +59,20 @@ class StageModel(MultimodalModel):
     def _keep_table(self) -> None:
         """Of the embeddings, what the head needs."""
         if self.tied and self.is_last(self.here[-1]):
-            self.embeddings.camera = self.embeddings.time = None
+            self.embeddings.register_module("camera", None)
+            self.embeddings.register_module("time", None)
             self.embeddings.values = nn.ModuleDict()
         else:
-            self.embeddings = None
+            self.register_module("embeddings", None)
 
-    def forward(self, stage: int, layout: Layout, entering: PackedBatch | Tensor) -> ModelOutput:
+    def forward(  # type: ignore[override]  # a stage is called by its `Pipeline` alone
+        self, stage: int, layout: Layout, entering: PackedBatch | Tensor
+    ) -> ModelOutput:
         """One `stage`, from the batch (of the positions here) or from the hidden states of the stage before.
 
         `routing` and the router losses are of this stage's own layers, means over them.
         """
-        x_BLD = self.embeddings(entering) if stage == 0 else entering
+        x_BLD = self.embeddings(entering) if isinstance(entering, PackedBatch) else entering
         x_BLD, routed = self.decoder.through(x_BLD, layout, self.layers[stage])
         return ModelOutput(self.decoder.norm(x_BLD) if self.is_last(stage) else x_BLD, *gather_routing(routed))
 

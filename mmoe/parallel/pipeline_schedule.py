@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from mmoe.data.batch import PackedBatch
@@ -84,7 +85,7 @@ class Pipeline:
         """Gradients of all micro-batches; the report (zero but on the last stage), and the statistics and loads of
         this rank's layers."""
         here, form = self.model.here, (len(batches), batches[0].shape)
-        if self._form != form:
+        if self._schedule is None or self._form != form:
             self._form, self._schedule = form, self._made(len(batches), batches[0])
         loads = {stage: StepLoads(self._sum_over_data) for stage in here}
         self._step = step = _Step(batches, losses, len(here) * len(batches), loads)
@@ -99,7 +100,7 @@ class Pipeline:
     def hidden(self, batch: PackedBatch) -> Tensor | None:
         """[B, L, D] after the last norm, without gradient, on the ranks of the last stage; None on the others."""
         group, pp = self.mesh.group("pp"), self.mesh.size("pp")
-        sending: list[dist.Work] = []
+        sending: list[dist.Work | None] = []
         x: Tensor | None = None
         for stage in self.model.here:
             if stage > 0:
@@ -110,6 +111,7 @@ class Pipeline:
             if not self.model.is_last(stage):
                 sending.append(dist.isend(x, group=group, group_dst=(stage + 1) % pp))
         for work in sending:
+            assert work is not None  # this rank is in the group
             work.wait()
         return x if self.model.is_last(stage) else None
 
@@ -127,17 +129,22 @@ class Pipeline:
         partner = {0: ranks - 1, ranks - 1: 0}.get(self.mesh.rank("pp"))
         if not self.model.tied or partner is None:
             return
-        own = local(self.model.get_parameter(TIED).grad).contiguous()
+        gradient = self.model.get_parameter(TIED).grad
+        assert gradient is not None  # ids are read from it, and labels with it
+        own = local(gradient).contiguous()
         other, group = torch.empty_like(own), self.mesh.group("pp")
         exchange = (dist.isend, own), (dist.irecv, other)
-        for work in dist.batch_isend_irecv([dist.P2POp(*one, group=group, group_peer=partner) for one in exchange]):
+        both = [dist.P2POp(call, tensor, group=group, group_peer=partner) for call, tensor in exchange]
+        for work in dist.batch_isend_irecv(both):
             work.wait()
-        local(self.model.get_parameter(TIED).grad).add_(other)
+        local(gradient).add_(other)
 
     def before_backward(self) -> None:
         """The heads are used before and after a stage's own passes: what they share stays gathered for the step."""
-        self._step.backwards -= 1
-        last = self._step.backwards == 0
+        step = self._current
+        step.backwards -= 1
+        last = step.backwards == 0
+        assert isinstance(self.model, FSDPModule)  # `parallelize` has made it one
         accumulate(self.model, self.config.parallel, last)
         self.model.set_reshard_after_backward(last, recurse=False)
         self.model.set_is_last_backward(last)
@@ -147,11 +154,11 @@ class Pipeline:
         for tensor in border:
             tensor.requires_grad_()
         stages = [_Stage(self, number, border) for number in self.model.here]
-        setting = {"n_microbatches": micro_batches, "loss_fn": self._losses, "scale_grads": False}
         if len(stages) > 1:
-            return ScheduleInterleaved1F1B(stages, **setting)
+            return ScheduleInterleaved1F1B([*stages], micro_batches, self._losses, scale_grads=False)
         # With fewer micro-batches than stages nothing is steady: all forward passes come before all backward passes.
-        return (Schedule1F1B if micro_batches >= len(self.model.layers) else ScheduleGPipe)(stages[0], **setting)
+        kind = Schedule1F1B if micro_batches >= len(self.model.layers) else ScheduleGPipe
+        return kind(stages[0], micro_batches, self._losses, scale_grads=False)
 
     def _border(self, batch: PackedBatch, device: torch.device) -> tuple[Tensor, ...]:
         """Empty tensors of what goes from a stage to the next: hidden states, router losses."""
@@ -163,7 +170,7 @@ class Pipeline:
 
     def forward(self, stage: int, number: int, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the schedule runs: one stage on one micro-batch."""
-        step = self._step
+        step = self._current
         with self._autocast():
             output = self._through(stage, step.batches[number], entering[0] if entering else None)
             leaving = [output.hidden.contiguous()]
@@ -189,12 +196,12 @@ class Pipeline:
         """Router losses so far, with those of this stage's layers."""
         if own is None:
             return passed.clone()
-        terms = own.terms(self._step.loads[stage], self.config.losses.balance)
+        terms = own.terms(self._current.loads[stage], self.config.losses.balance)
         return passed + self._shares[stage] * torch.stack([terms[name] for name in self._names])
 
     def _losses(self, leaving: tuple[Tensor, ...], number: int) -> Tensor:
         """The objective of a micro-batch, on the last stage."""
-        step = self._step
+        step = self._current
         passed = PassedLosses(self._names, leaving[1]) if self._names else None
         last = self.model.here[-1]
         with self._autocast():
@@ -202,6 +209,11 @@ class Pipeline:
             report = step.losses(output, step.batches[number], number, step.loads[last])
         step.report = step.report + report.detach()
         return report.objective
+
+    @property
+    def _current(self) -> _Step:
+        assert self._step is not None  # torch's schedule calls back within `run` alone
+        return self._step
 
     def _autocast(self) -> AbstractContextManager:
         return self.config.precision.autocast(self.device)

@@ -76,7 +76,8 @@ class Ranks(Protocol):
 
 
 class OneProcess:
-    replica, replicas, first, pipeline = 0, 1, True, None
+    replica, replicas, first = 0, 1, True
+    pipeline: Pipeline | None = None
 
     def tables(self) -> list[Table]:
         return []
@@ -158,6 +159,7 @@ class ManyRanks:
 
     def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
         """[P, ...] -> the rows of all ranks that may share a contrastive group, and where this rank's begin."""
+        assert self.contrast_axis is not None  # `part` asks for pairs where there is one
         group, rank = self.mesh.group(self.contrast_axis), self.mesh.rank(self.contrast_axis)
         counts = gather_constant(torch.tensor([len(rows)], device=rows.device), group).flatten().tolist()
         padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])

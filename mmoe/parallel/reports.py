@@ -35,8 +35,8 @@ def sum_report(report: LossReport, sources: int, device: torch.device) -> LossRe
     found: list[dict[str, Tensor]] = []
     for names in (TERMS, EVENTS):
         present = next(rest).tolist()
-        values = [next(rest).squeeze() for _ in names]
-        found.append({name: value for name, there, value in zip(names, present, values, strict=True) if there})
+        sums = [next(rest).squeeze() for _ in names]
+        found.append({name: value for name, there, value in zip(names, present, sums, strict=True) if there})
     items = {}
     for name in ITEMS:
         present, table = next(rest), next(rest)

@@ -9,17 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from mmoe.compat import (
+    CPU_ATTENTION,
+    EFFICIENT_ATTENTION,
+    FLASH_ATTENTION,
+    GROUPED_MM,
+    TorchDispatchMode,
+    tree_map_only,
+)
 
 # The products, which cost the most to compute again.
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    GROUPED_MM.default,
+    FLASH_ATTENTION.default,
+    CPU_ATTENTION.default,
+    EFFICIENT_ATTENTION.default,
 }
 Store = dict[Any, deque]  # by operation: what its calls gave, in their order
 

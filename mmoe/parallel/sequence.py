@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmoe.data.batch import PackedBatch, Values
 from mmoe.errors import ConfigError
-from mmoe.models.attention import BACKENDS
+from mmoe.models.attention import BACKENDS, AttentionPlan
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.layout import Layout
 from mmoe.models.moe.tokens import Tokens
@@ -67,6 +67,7 @@ class Sharding:
         cp, bidirectional = self.mesh.rank("cp"), config.bidirectional_slices
         attended_BM = self.attended_cBM[cp]
         position = batch.position.flatten(0, 1)[_flat(attended_BM, batch.shape[1])].unflatten(0, attended_BM.shape)
+        attention: AttentionPlan
         if self.mesh.degrees.cp > 1:
             attention = ContextPlan.of(batch, bidirectional, self.attended_cBM, cp, self.mesh.group("cp"))
         else:

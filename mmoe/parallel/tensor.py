@@ -22,8 +22,10 @@ from torch.distributed.tensor.parallel import (
 from mmoe.errors import ConfigError
 from mmoe.models.attention import Attention
 from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
+from mmoe.models.embeddings import TokenTable
 from mmoe.models.layers import SwiGLU
 from mmoe.parallel.collectives import gather_constant, split_sum
+from mmoe.parallel.gradients import local
 from mmoe.precision.widen import widen
 
 
@@ -72,7 +74,7 @@ def _shard_attention(attention: Attention, mesh: DeviceMesh) -> None:
     repeated = mesh.size() // kv_heads
     kv_style = ColwiseParallel() if kv_heads % mesh.size() == 0 else RepeatedHeads(attention.head_dim, repeated)
     whole = (Shard(1), None, None), (Replicate(), None, None)
-    plan = {
+    plan: dict[str, ParallelStyle] = {
         "query": ColwiseParallel(),
         "key": kv_style,
         "value": kv_style,
@@ -121,13 +123,13 @@ class RepeatedHeads(ParallelStyle):
 class VocabularyEmbedding(nn.Module):
     """The token table, a range of ids on each rank of `tp`: [B, H] ids of this rank -> [B, H, D]."""
 
-    def __init__(self, table: nn.Embedding, mesh: DeviceMesh):
+    def __init__(self, table: TokenTable, mesh: DeviceMesh):
         super().__init__()
         self.weight = nn.Parameter(distribute_tensor(table.weight.data, mesh, [Shard(0)], src_data_rank=None))
         self.mesh = mesh
 
     def forward(self, ids_BH: Tensor) -> Tensor:
-        weight, group = self.weight.to_local(), self.mesh.get_group()
+        weight, group = local(self.weight), self.mesh.get_group()
         ids_nBH = gather_constant(ids_BH, group) - first_id(self.weight.shape[0], self.mesh)
         here = (ids_nBH >= 0) & (ids_nBH < len(weight))
         none = weight.sum(0).expand(*here.shape, -1)  # of a rank without ids: zeros, with a gradient
@@ -151,7 +153,7 @@ class VocabularyHead:
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V / tp]: of the ids of this rank."""
-        return F.linear(hidden_nD, self.model.unembedding_weight.to_local())
+        return F.linear(hidden_nD, local(self.model.unembedding_weight))
 
     def criterion(self, logits_nV: Tensor, labels_n: Tensor) -> Tensor:
         """[n] nats."""

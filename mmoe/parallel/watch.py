@@ -29,6 +29,7 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
+from mmoe.compat import default_store, process_groups, set_group_timeout
 from mmoe.files import write_atomically
 from mmoe.parallel.launch import MARGIN_SECONDS
 from mmoe.parallel.launch_errors import StoppedError, first_failure, name_ranks, record_error
@@ -75,7 +76,7 @@ class Watch:
     ) -> None:
         earlier = None if self._watcher is None else self._watcher.stop(error if isinstance(error, Exception) else None)
         if isinstance(error, Exception):
-            error.at_step, error.after = self.step, earlier
+            vars(error).update(at_step=self.step, after=earlier)
 
 
 class _Watcher(threading.Thread):
@@ -91,12 +92,11 @@ class _Watcher(threading.Thread):
         self.main = MainThread()
         self.stopped = threading.Event()
         # the main thread may sit in a question to the store: the watcher needs a connection of its own
-        self.store = dist.distributed_c10d._get_default_store().clone()
+        self.store = default_store().clone()
         self.store.set_timeout(timedelta(seconds=STORE_SECONDS))
         # groups of a mesh come with torch's defaults (30 minutes, NCCL 10)
-        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        for group in dist.distributed_c10d._world.pg_map:
-            set_timeout(timedelta(seconds=watch.timeout + MARGIN_SECONDS), group)
+        for group in process_groups():
+            set_group_timeout(timedelta(seconds=watch.timeout + MARGIN_SECONDS), group)
 
     def stop(self, error: Exception | None) -> str | None:
         """End the thread. An `error` of the main thread is told to the other ranks; gives what failed before it."""

@@ -14,7 +14,7 @@ Silence = str  # what is known of a rank that gave no answer: its last heartbeat
 def verdict(states: Mapping[int, State], silent: Mapping[int, Silence]) -> list[str]:
     """Sentences, the likely cause first: who gives no answer, who has not called what others wait in, the rest."""
     causes = [f"rank {rank} gives no answer: {silence}" for rank, silence in silent.items()]
-    consequences = []
+    consequences: list[str] = []
     for wait, waiting in _waiting(states):
         calls = {call: [rank for rank in waiting if waiting[rank].call == call] for call in _calls(waiting)}
         where = f"number {wait.number} of group {wait.group} ({name_ranks(list(wait.ranks))})"
@@ -51,7 +51,7 @@ def report(states: Mapping[int, State], silent: Mapping[int, Silence], *, by: in
         *verdict(states, silent),
         "",
     ]
-    rows = [("rank", "host", "pid", "step", "phase", "since", "waits in", "main thread at")]
+    rows: list[tuple[str, ...]] = [("rank", "host", "pid", "step", "phase", "since", "waits in", "main thread at")]
     rows += [_row(rank, states.get(rank)) for rank in sorted({*states, *silent})]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

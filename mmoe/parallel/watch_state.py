@@ -1,8 +1,8 @@
 """What one process can say of itself while its main thread waits: its step, the collectives it is in, its stack.
 
-torch's flight recorder (`_dump_fr_trace_json`: gloo; `_dump_nccl_trace_json`: NCCL) keeps the last 2000 collectives
-of a process with group, number in that group and whether they have ended. It misses gloo's send and receive and waits
-on the store; those show as a function of torch.distributed at the top of the main thread's stack.
+torch's flight recorder keeps the last 2000 collectives of a process with group, number in that group and whether they
+have ended. It misses gloo's send and receive and waits on the store; those show as a function of torch.distributed at
+the top of the main thread's stack.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import traceback
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 
-import torch
 import torch.distributed as dist
-from torch._C import _distributed_c10d as c10d
+
+from mmoe.compat import flight_records, process_groups
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class State:
 
 def pending_collectives() -> tuple[tuple[Collective, ...], dict[str, int]]:
     """What has not ended, the oldest first, and the number of the last one called by the group's name."""
-    members = {group.group_name: tuple(dist.get_process_group_ranks(group)) for group in _groups()}
-    dumps = [c10d._dump_fr_trace_json()] + ([c10d._dump_nccl_trace_json()] if torch.cuda.is_available() else [])
-    waits, called, now = [], {}, time.time_ns()
-    for entry in (entry for dump in dumps for entry in json.loads(dump).get("entries", [])):
+    members = {group.group_name: tuple(dist.get_process_group_ranks(group)) for group in process_groups()}
+    waits: list[Collective] = []
+    called: dict[str, int] = {}
+    now = time.time_ns()
+    for entry in (entry for dump in flight_records() for entry in json.loads(dump).get("entries", [])):
         name, description = entry["process_group"]
         number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
         if not entry["is_p2p"]:
@@ -76,10 +77,6 @@ def pending_collectives() -> tuple[tuple[Collective, ...], dict[str, int]]:
     return tuple(sorted(waits, key=lambda wait: -wait.seconds)), called
 
 
-def _groups() -> list[dist.ProcessGroup]:
-    return list(dist.distributed_c10d._world.pg_map)
-
-
 class MainThread:
     """Looks at the main thread's stack from another thread, and since when its innermost call has been the same."""
 
@@ -89,7 +86,9 @@ class MainThread:
 
     def look(self) -> FrameType:
         """The innermost Python frame; call it regularly, `seconds` counts from the first look at the same call."""
-        frame = sys._current_frames()[threading.main_thread().ident]
+        thread = threading.main_thread().ident
+        assert thread is not None  # it has been started
+        frame = sys._current_frames()[thread]
         where = (id(frame), frame.f_lasti)
         if where != self._where:
             self._where, self._since = where, time.monotonic()

@@ -151,17 +151,18 @@ class Communication:
             self._add("sequence", "all_gather", logits, len(self.routed) * again)
 
     @property
-    def _full(self) -> bool:
-        """Whether all places of a capacity travel and are computed, whatever is routed."""
-        return self.config.model.moe.capacity_factor is not None and self.degrees.sequence_ranks == 1
+    def _capacity(self) -> float | None:
+        """The capacity factor, where all its places travel and are computed, whatever is routed; None elsewhere."""
+        moe = self.config.model.moe
+        return moe.capacity_factor if moe is not None and self.degrees.sequence_ranks == 1 else None
 
     def expert_rows(self, micro: MicroBatch) -> int:
         """That the experts here compute in a layer."""
         moe = self.config.model.moe
         if moe is None:
             return 0
-        if self._full:
-            dispatcher = CapacityDispatcher(moe.experts, moe.capacity_factor)
+        if self._capacity is not None:
+            dispatcher = CapacityDispatcher(moe.experts, self._capacity)
             capacity = dispatcher.capacity(self.batch.sequence_length, moe.top_k)
             return moe.experts * rounded_up(self.batch.micro_batch_sequences * capacity, moe.group_multiple)
         here = moe.experts // self.degrees.ep
@@ -176,7 +177,7 @@ class Communication:
         if moe is None:
             return
         row = model.d_model * self.narrow
-        if self._full:
+        if self._capacity is not None:
             self._add("ep", "all_to_all", self.expert_rows(micro) * row, 2 * layers * (again + back))
             return
         self._add("ep", "all_to_all", moe.experts * WIDE, layers * again)
@@ -215,8 +216,9 @@ class Communication:
         self._there_and_back(axis, ranks * pairs * 2 * self.config.model.contrast_dim * width, 1, 1, 1)
 
     def _balance(self) -> None:
-        if self.config.losses.balance.global_batch and self.routed:
-            self._add("data", "all_reduce", len(self.routed) * self.config.model.moe.experts * WIDE)
+        moe = self.config.model.moe
+        if moe is not None and self.config.losses.balance.global_batch and self.routed:
+            self._add("data", "all_reduce", len(self.routed) * moe.experts * WIDE)
 
     def _finish(self, sources: int) -> None:
         """Gradients of what tp has copies of, the norm, and the reports."""

@@ -4,12 +4,11 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from mmoe.compat import TorchDispatchMode, group_of_collective, tree_leaves
 from mmoe.parallel.mesh import Mesh
 from mmoe.planning.communication_traffic import AXES, Traffic, name_of
 
@@ -47,7 +46,9 @@ class CommunicationTrace(TorchDispatchMode):
             for device_mesh in (mesh.fsdp, mesh.expert_fsdp):
                 self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
         self._axis[mesh.peers.group_name] = "peers"
-        self._axis[torch.distributed.group.WORLD.group_name] = "all"
+        everyone = dist.group.WORLD
+        assert everyone is not None  # a mesh has a default group
+        self._axis[everyone.group_name] = "all"
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -58,13 +59,12 @@ class CommunicationTrace(TorchDispatchMode):
 
     def note(self, function: Any, arguments: tuple, result: Any) -> None:
         """Count what was called."""
-        if function in collective_ops and function not in sync_ops:
-            group = CollectiveOp.get_process_group(function, arguments)
-            if group.size() > 1:
-                collective, whole = COLLECTIVES[function]
-                value = result if whole == "result" else arguments[whole]
-                axis = name_of(self._degrees, self._axis[group.group_name], collective)
-                self.traffic.add(axis, collective, _bytes(value))
+        group = group_of_collective(function, arguments)
+        if group is not None and group.size() > 1:
+            collective, whole = COLLECTIVES[function]
+            value = result if isinstance(whole, str) else arguments[whole]
+            axis = name_of(self._degrees, self._axis[group.group_name], collective)
+            self.traffic.add(axis, collective, _bytes(value))
 
     def take(self) -> Traffic:
         """What was counted since the last call."""

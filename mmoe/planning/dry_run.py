@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
+from mmoe.compat import FakeTensorMode, fake_rank, memory_tracker, pad_shards, shapes_apart, tree_leaves
 from mmoe.config.tree import RunConfig
 from mmoe.models.decoder import MultimodalModel
 from mmoe.optim.muon import build_optimizer
@@ -24,7 +22,7 @@ from mmoe.parallel.pipeline import on_meta
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.dry_run_batch import Assumed, Documents
-from mmoe.planning.dry_run_fake import DryMode, fake_rank, shapes_apart
+from mmoe.planning.dry_run_fake import DryMode
 from mmoe.planning.dry_run_passes import DEVICE, DryPipeline, DryRanks, Passes
 from mmoe.planning.dry_run_routing import Load, plan_routing
 from mmoe.planning.flops_count import FlopCount
@@ -75,10 +73,8 @@ def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, document
         with FakeTensorMode(allow_non_fake_inputs=True), shapes_apart():
             model.to_empty(device=DEVICE)
             for module in model.modules():
-                group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-                if group is not None:  # the root of a middle pipeline stage has no parameters of its own
-                    # Moves uneven shards to padded memory, which the tracker would take for activations later.
-                    group.lazy_init()
+                if isinstance(module, FSDPModule):
+                    pad_shards(module)  # which the tracker would take for activations later
             return _step(config, mesh, model, assumed, documents)
 
 
@@ -94,7 +90,7 @@ def _step(config: RunConfig, mesh: Mesh, model: MultimodalModel, assumed: Assume
     if accumulation > 1 and config.parallel.zero > 1:
         for parameter in model.parameters():  # what the micro-batches before have left
             parameter.grad = torch.zeros_like(parameter)
-    tracker, trace, flops = FSDPMemTracker(model), CommunicationTrace(mesh), FlopCount()
+    tracker, trace, flops = memory_tracker(model), CommunicationTrace(mesh), FlopCount()
     passes = Passes(run, accumulation, trace, flops, tracker, model)
     with tracker, DryMode(trace.note, flops.note):
         tracker.track_inputs(tuple(tree_leaves(vars(batch))))

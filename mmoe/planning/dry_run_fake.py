@@ -1,56 +1,25 @@
-"""One rank of a cluster that is not there: a process group that sends nothing, and tensors without contents."""
+"""What runs on tensors without contents, and how its layout is real nevertheless."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
+from torch.distributed.tensor import DTensor
+
+from mmoe.compat import (
+    GROUPED_MM,
+    ITEM,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
+    TorchDispatchMode,
+    tree_leaves,
     unset_fake_temporarily,
 )
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 MOST_COMPUTED = 1 << 20  # elements; larger integer tensors are masks, whose values no shape depends on
 Note = Callable[[Any, tuple, Any], None]  # operation, arguments, result
-
-
-@contextmanager
-def fake_rank(rank: int, world: int) -> Iterator[None]:
-    """Be rank `rank` of `world`; every collective answers at once, as if all ranks had what this one has, or leaves
-    what it should fill as it is."""
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # which knows groups by name, and meshes that look the same
-
-
-@contextmanager
-def shapes_apart() -> Iterator[None]:
-    """DTensor finds a result's shape by running the operation once on whole fake tensors. Inside, that is seen by no
-    mode: it is not work of this rank, and would be counted as a product and as memory of the global size."""
-    propagator = DTensor._op_dispatcher.sharding_propagator
-    whole = propagator._propagate_tensor_meta_non_cached
-
-    def unseen(operation: Any) -> Any:
-        with _disable_current_modes():
-            return whole(operation)
-
-    propagator._propagate_tensor_meta_non_cached = unseen
-    try:
-        yield
-    finally:
-        del propagator._propagate_tensor_meta_non_cached
 
 
 class DryMode(TorchDispatchMode):
@@ -77,9 +46,9 @@ class DryMode(TorchDispatchMode):
     def _result(self, function: Any, arguments: tuple, options: dict) -> Any:
         tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
         if any(isinstance(x, FakeTensor) for x in tensors):
-            if function is torch.ops.aten._local_scalar_dense.default:
+            if function is ITEM.default:
                 return 1.0 if arguments[0].dtype.is_floating_point else 1
-            if function is torch.ops.aten._grouped_mm.default:
+            if function is GROUPED_MM.default:
                 return _grouped_mm(*arguments, **options)
             return function(*arguments, **options)
         if any(x.dtype.is_floating_point for x in tensors) or not _gives_small_integers(function, arguments, options):
@@ -100,4 +69,5 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__:
     """Its shape in any precision: the kernel for tensors without contents has bfloat16 alone."""
     if b.ndim == 3:
         return a.new_empty(a.shape[0], b.shape[2])
+    assert offs is not None  # two matrices, cut into groups
     return a.new_empty(len(offs), a.shape[0], b.shape[1])

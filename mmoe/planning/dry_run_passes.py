@@ -9,11 +9,10 @@ gathers a block for the next one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from mmoe.config.tree import RunConfig
 from mmoe.data.batch import PackedBatch
@@ -28,6 +27,9 @@ from mmoe.parallel.ranks import ManyRanks
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.flops_count import FlopCount
+
+if TYPE_CHECKING:
+    from mmoe.compat import FSDPMemTracker
 
 DEVICE = torch.device("cpu")
 BETWEEN_STAGES = ("send", "receive")

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from mmoe.compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, GROUPED_MM
 
 
 class FlopCount:
@@ -18,13 +17,13 @@ class FlopCount:
     def note(self, function: Any, arguments: tuple, result: Any) -> None:
         """Count what was called."""
         packet = getattr(function, "_overloadpacket", None)
-        if packet is torch.ops.aten._grouped_mm:
+        if packet is GROUPED_MM:
             self.total += _grouped_mm(*arguments[:2])
-        elif packet is ATTENTION:
-            self.total += 2 * _attention_product(*arguments[:3], causal=_causal(arguments, 4))
-        elif packet is ATTENTION_BACKWARD:
+        elif packet is CPU_ATTENTION:
+            self.total += 2 * _attention_product(arguments[0], arguments[1], _causal(arguments, 4))
+        elif packet is CPU_ATTENTION_BACKWARD:
             # Four products for the gradients, and the scores once more.
-            self.total += 5 * _attention_product(*arguments[1:4], causal=_causal(arguments, 7))
+            self.total += 5 * _attention_product(arguments[1], arguments[2], _causal(arguments, 7))
         elif packet in flop_registry:
             self.total += flop_registry[packet](*arguments, out_val=result)
 
@@ -43,7 +42,7 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor) -> int:
     return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
 
 
-def _attention_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> int:
+def _attention_product(q: torch.Tensor, k: torch.Tensor, causal: bool) -> int:
     """Of scores, or of values with weights: q [b, H, n, K], k [b, G, m, K]."""
     batch, heads, queries, width = q.shape
     return 2 * batch * heads * queries * k.shape[2] * width // (2 if causal else 1)

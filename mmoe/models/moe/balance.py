@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmoe.compat import foreach_add_
 from mmoe.config.base import Config
 from mmoe.models.moe.router import Router, Routing
 from mmoe.models.moe.rows import count
@@ -100,8 +101,9 @@ def update_choice_bias(routers: list[Router], load_NE: Tensor, rate: float) -> N
     """
     load_NE = load_NE.detach()
     above = load_NE.sum(1, keepdim=True) - load_NE.shape[1] * load_NE
-    biases = [router.choice_bias for router in routers]
-    torch._foreach_add_(biases, list((rate * above.sign()).to(biases[0].dtype).unbind()))
+    biases = [router.choice_bias for router in routers if router.choice_bias is not None]
+    steps: tuple[Tensor, ...] = (rate * above.sign()).to(biases[0].dtype).unbind()
+    foreach_add_(biases, steps)
 
 
 def sequence_counts(tokens: Tokens) -> Tensor:

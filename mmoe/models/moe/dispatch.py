@@ -6,9 +6,10 @@ gradients: no sum depends on the order in which threads finish.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,26 +39,46 @@ class Placement:
         return self.row_TK == len(self.choice_R)
 
 
-class Dispatcher(Protocol):
-    def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+class Placed(Protocol):
+    """What every placement says, wherever its rows are: those of the `Placement` that experts here compute."""
+
+    @property
+    def ends_E(self) -> Tensor: ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    @property
+    def dropped_TK(self) -> Tensor: ...
+
+
+P = TypeVar("P", bound=Placed)
+
+
+class Dispatcher(Protocol[P]):
+    def plan(self, routing: Routing, tokens: Tokens) -> P:
         """Give every choice a row, or drop it."""
 
-    def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
+    def dispatch(self, x_TD: Tensor, placement: P) -> Tensor:
         """Send each row its token, [R, D]; empty rows are zero."""
 
-    def arrive(self, rows_RD: Tensor, placement: Placement) -> Tensor:
+    def arrive(self, rows_RD: Tensor, placement: P) -> Tensor:
         """[R, D] sorted by expert, of what `dispatch` returned; waits for the rows where they travel."""
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: P) -> Tensor:
         """[T, D]: the weighted sum over each token's choices; dropped ones add zero."""
 
 
-class LocalDispatcher:
+class LocalDispatcher(ABC):
     """Both dispatchers of one process differ in their `plan` alone."""
 
     def __init__(self, experts: int, group_multiple: int = 1):
         self.experts = experts
         self.group_multiple = group_multiple  # every expert's group has a multiple of so many rows
+
+    @abstractmethod
+    def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+        """As `Dispatcher`."""
 
     def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
         row_TK, choice_R = placement.row_TK, placement.choice_R

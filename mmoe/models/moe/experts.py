@@ -133,4 +133,5 @@ class _GroupedSwiGLU(torch.autograd.Function):
         silu_grad = torch.mul(hidden_grad, up_RF, out=silu_RF)
         gate_grad = torch.ops.aten.silu_backward.grad_input(silu_grad, gate_RF, grad_input=hidden_grad)
         x_grad = grouped_mm(gate_grad, gate_EDF.mT, ends_E).add_(grouped_mm(up_grad, up_EDF.mT, ends_E))
-        return x_grad, *(grouped_mm(x_RD.mT, grad, ends_E) for grad in (gate_grad, up_grad)), down_grad, None
+        gate_up_grad = grouped_mm(x_RD.mT, gate_grad, ends_E), grouped_mm(x_RD.mT, up_grad, ends_E)
+        return x_grad, *gate_up_grad, down_grad, None

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: router, dispatcher and experts, with the losses and statistics of its routing."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -124,10 +125,10 @@ class MoELayer(nn.Module):
             config.groups,
             biased=config.bias_rate > 0,
         )
-        self.experts = Experts(config.experts, size, config.hidden, config.engine)
+        self.experts: nn.Module = Experts(config.experts, size, config.hidden, config.engine)
         self.shared = SwiGLU(size, config.shared_experts * config.hidden) if config.shared_experts else None
         self.shared_gate = nn.Linear(size, 1, bias=False) if config.shared_gate else None
-        self.dispatcher: Dispatcher = (
+        self.dispatcher: Dispatcher[Any] = (
             DroplessDispatcher(config.experts, config.group_multiple)
             if config.capacity_factor is None
             else CapacityDispatcher(config.experts, config.capacity_factor, config.drop, config.group_multiple)

@@ -70,6 +70,8 @@ class Router(nn.Module):
     here would make every layer wait for the device. The trainer names the layer when the gradient norm tells it.
     """
 
+    choice_bias: Tensor | None
+
     def __init__(
         self,
         size: int,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmoe.data.sample import Modality
-from mmoe.models.moe.dispatch import Placement
+from mmoe.models.moe.dispatch import Placed
 from mmoe.models.moe.router import Router, Routing
 from mmoe.models.moe.rows import count
 from mmoe.models.moe.tokens import Tokens
@@ -36,7 +36,7 @@ class RoutingStatistics:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, routing: Routing, placement: Placement, tokens: Tokens, load_BE: Tensor) -> "RoutingStatistics":
+    def of(cls, routing: Routing, placement: Placed, tokens: Tokens, load_BE: Tensor) -> "RoutingStatistics":
         """Of one layer (N = 1), `load_BE` its `expert_load`. Nothing here waits for the device."""
         logits, probability, expert_TK = routing.logits_TE, routing.probability_TE, routing.expert_TK
         experts, top_k = logits.shape[1], expert_TK.shape[1]
@@ -45,7 +45,6 @@ class RoutingStatistics:
         cell_TK = (tokens.modality_T * tokens.sources + tokens.source_T)[:, None] * experts + expert_TK
         load = count(cell_TK, cells).view(shape)
         capacity_C = capacities(tokens.length, top_k, experts, logits.device)
-        wide = {"dim": 0, "dtype": torch.float64}
         return cls(
             load_NMSE=load,
             drops_NMSE=torch.zeros_like(load)
@@ -53,10 +52,10 @@ class RoutingStatistics:
             else count(cell_TK, cells, placement.dropped_TK).view(shape),
             would_drop_NC=(load_BE[..., None] - capacity_C).clamp_(min=0).sum((0, 1))[None],
             tokens_N=torch.full((1,), len(logits), device=logits.device),
-            logit_NE=logits.sum(**wide)[None],
-            logit_square_NE=logits.square().sum(**wide)[None],
-            importance_NE=probability.sum(**wide)[None],
-            entropy_N=_entropy(probability).sum(**wide)[None],
+            logit_NE=_wide_sum(logits),
+            logit_square_NE=_wide_sum(logits.square()),
+            importance_NE=_wide_sum(probability),
+            entropy_N=_wide_sum(_entropy(probability)),
         )
 
     @classmethod
@@ -116,6 +115,11 @@ def router_gradient_norms(routers: list[Router]) -> Tensor | None:
     weights = [router.weight for router in routers]
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
     return torch.linalg.vector_norm(torch.stack(gradients), dim=-1, dtype=torch.float64)
+
+
+def _wide_sum(x_TX: Tensor) -> Tensor:
+    """[1, X] f64."""
+    return x_TX.sum(0, dtype=torch.float64)[None]
 
 
 def _entropy(probability_TE: Tensor) -> Tensor:
