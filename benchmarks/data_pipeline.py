@@ -26,21 +26,21 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 from rich.table import Table
 
-from mmoe.backends import status
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.data.config import DataConfig, SourceConfig
-from mmoe.data.decode import SourceFiles
-from mmoe.data.frames import Backend, is_video
-from mmoe.data.index import ShardIndex
-from mmoe.data.media import reduced_size
-from mmoe.data.mixture import StageConfig
-from mmoe.data.plan import SequencePlan
-from mmoe.data.preparation.prepare import prepare
-from mmoe.data.prepared import Sources
-from mmoe.data.sample import Modality
-from mmoe.data.shards import read_member
-from mmoe.data.stream import Stream
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.data.index.shards import read_member
+from mmoe.data.load.decode import SourceFiles
+from mmoe.data.load.frames import Backend, is_video
+from mmoe.data.load.media import reduced_size
+from mmoe.data.load.stream import Stream
+from mmoe.data.plan.mixture import StageConfig
+from mmoe.data.plan.planner import SequencePlan
+from mmoe.data.plan.prepared import Sources
+from mmoe.optional import status
+from mmoe.preparation.prepare import prepare
 from mmoe.result import print_result, target
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer

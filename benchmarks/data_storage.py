@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.backends import require
-from mmoe.console import Console
-from mmoe.data.blocks import rng
-from mmoe.data.index import SegmentTable, ShardIndex, SourceManifest
-from mmoe.data.preparation.prepare import prepare
-from mmoe.data.shards import spans
-from mmoe.data.storage import Storage, StorageConfig, join
+from mmoe.commands.console import Console
+from mmoe.data.index.shard_index import SegmentTable, ShardIndex, SourceManifest
+from mmoe.data.index.shards import spans
+from mmoe.data.plan.blocks import rng
+from mmoe.data.storage.store import Storage, StorageConfig, join
+from mmoe.optional import require
+from mmoe.preparation.prepare import prepare
 from mmoe.result import print_result
 from mmoe.tokenizers.text import TextTokenizer
 

@@ -13,7 +13,7 @@ import time
 import psutil
 from rich.table import Table
 
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.result import print_result, target
 
 LAYOUTS = ("parallel.ep=8", "parallel.ep=16", "parallel.pp=4")

@@ -21,12 +21,12 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import mmoe.models.moe.layer as layer_module
-from mmoe.console import Console
-from mmoe.data.sample import Modality
+from mmoe.commands.console import Console
 from mmoe.models.layers import SwiGLU
 from mmoe.models.moe.layer import MoEConfig, MoELayer
 from mmoe.models.moe.tokens import Tokens
 from mmoe.result import print_result, target
+from mmoe.schema.sample import Modality
 
 SEQUENCES, LENGTH, WIDTH, HIDDEN, EXPERTS, TOP_K = 4, 1024, 512, 1024, 8, 2
 MANY_EXPERTS = 64

@@ -25,9 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.table import Table
 
+from mmoe.commands.console import Console
 from mmoe.config.load import load
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
 from mmoe.optim.muon import build_optimizer
 from mmoe.parallel.build import spread
 from mmoe.parallel.mesh import Degrees, Mesh
@@ -36,6 +35,7 @@ from mmoe.planning.communication import Communication, MicroBatch
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.dry_run_batch import Assumed, Documents
+from mmoe.recipe.config import RunConfig
 from mmoe.result import print_result, target
 from mmoe.training.gradients import StepSetting, step_gradients
 

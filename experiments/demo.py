@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mmoe.console import Console
-from mmoe.monitoring.memory import PeakMemory
+from mmoe.commands.console import Console
 from mmoe.result import print_result
+from mmoe.runtime.peak_memory import PeakMemory
 
 CONFIG, RUN = "configs/demo.yaml", Path("runs/demo")
 STOP, OVERLAP = 100, 3  # stop OVERLAP steps after the checkpoint of step STOP, resume from it, compare the overlap

@@ -19,17 +19,17 @@ from plotly.subplots import make_subplots
 from rich.table import Table
 from torch import Tensor
 
-from mmoe.console import Console
-from mmoe.data.batch import IGNORE, PackedBatch, Pairs
-from mmoe.data.sample import Modality
+from mmoe.commands.console import Console
 from mmoe.losses.total import LossConfig, PlannedCounts, compute
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import BalanceConfig, StepLoads, update_choice_bias
 from mmoe.models.moe.layer import MoEConfig
-from mmoe.monitoring.figures import ABLATED, INK, MODEL, MUTED, style
 from mmoe.optim.adamw import AdamWConfig, ClipConfig, build_adamw, clip_gradients, gradient_norm
+from mmoe.reporting.figures import ABLATED, INK, MODEL, MUTED, style
 from mmoe.result import print_result
+from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 STEPS, SEEDS, BOUND, IN_A_ROW = 300, (0, 1, 2), 1.5, 50

@@ -10,16 +10,16 @@ import typer
 from rich.text import Text
 
 from mmoe.addresses import without_secrets
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.errors import MmoeError
 
 if TYPE_CHECKING:
-    from mmoe.config.tree import RunConfig
+    from mmoe.recipe.config import RunConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
-Engine = Literal["processes", "ray"]  # as `mmoe.data.preparation.engines.Engine`, which would be slow to import here
+Engine = Literal["processes", "ray"]  # as `mmoe.preparation.engines.Engine`, which would be slow to import here
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
 Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
 # What the machine refuses, and no fault of the program: it ends in a sentence.
@@ -65,7 +65,7 @@ def prepare(
     An interrupted call keeps what it has finished; the same command goes on from there.
     """
     from mmoe.config.load import merge, parse_overrides
-    from mmoe.data.preparation.prepare import prepare as run
+    from mmoe.preparation.prepare import prepare as run
     from mmoe.tokenizers.text import TextConfig
 
     tokenizer = TextConfig(path=text_tokenizer).build()
@@ -93,7 +93,7 @@ def fit_tokenizer(
 ) -> None:
     """Train a byte-level BPE on the training texts of a source."""
     from mmoe.config.load import parse_overrides
-    from mmoe.data.preparation.prepare import training_texts
+    from mmoe.preparation.prepare import training_texts
     from mmoe.tokenizers.text import TextTokenizer
 
     tokenizer = TextTokenizer.train(training_texts(kind, source, parse_overrides(options or [])), vocabulary_size)
@@ -113,7 +113,7 @@ def _given(context: typer.Context, name: str) -> bool:
 def _config(path: Path, overrides: list[str] | None) -> "RunConfig":
     """Read the config in a YAML file, or that of the run whose folder is given; with overrides applied."""
     from mmoe.config.load import load, override
-    from mmoe.config.tree import RunConfig
+    from mmoe.recipe.config import RunConfig
     from mmoe.training.run import is_run, read_config
 
     return override(read_config(path), overrides or []) if is_run(path) else load(RunConfig, path, overrides)
@@ -153,7 +153,7 @@ def train(
         plan = Plan.of(_config(config, overrides), world_size, imbalance, documents, vocabulary)
         show_dry_run(plan, rank or [], console)
         return
-    from mmoe.training.session import train as run
+    from mmoe.commands.train import train as run
 
     run(_config(config, overrides), console, fresh=fresh, stop_after=stop_after, from_step=from_step)
 
@@ -167,9 +167,9 @@ def evaluate(
     shuffle: Annotated[str | None, typer.Option(help="modality taken from another held-out recording")] = None,
 ) -> None:
     """Measure a run on its held-out recordings."""
-    from mmoe.data.sample import Modality
     from mmoe.evaluation.evaluate import evaluate as run
     from mmoe.evaluation.evaluate import show
+    from mmoe.schema.sample import Modality
     from mmoe.training.run import Run
 
     def modality(name: str | None) -> Modality | None:
@@ -217,7 +217,7 @@ def generate(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], overrides: Addresses = None) -> None:
     """Write summary.json and report.html of a run from what its folder holds."""
-    from mmoe.monitoring.report import write_report
+    from mmoe.reporting.report import write_report
     from mmoe.training.run import Run
 
     write_report(Run.load(folder, overrides=overrides or ()))
@@ -267,7 +267,7 @@ def upcycle(
 ) -> None:
     """Make experts of a dense model's networks: the new run's checkpoint of step 0, and what it costs in loss."""
     from mmoe.interchange.upcycle import upcycle as run
-    from mmoe.training.config import StartConfig
+    from mmoe.recipe.training import StartConfig
 
     run(_config(config, overrides), StartConfig(weights=str(folder), step=step, noise=noise), console)
 
@@ -294,10 +294,10 @@ def sync_report(
 ) -> None:
     """Rates, jitter, gaps and offsets of every stream's clock, as a table and an HTML page."""
     from mmoe.config.load import parse_overrides
-    from mmoe.data import sync_report as clocks
     from mmoe.errors import ConfigError
     from mmoe.files import write_atomically, writes
-    from mmoe.monitoring.sync_page import render
+    from mmoe.preparation import sync_report as clocks
+    from mmoe.reporting.sync_page import render
 
     if kind is None and options:
         raise ConfigError(f"options {' '.join(options)} are for a reader of raw recordings; add --kind, or drop them")
@@ -316,7 +316,7 @@ def sync_report(
 @app.command()
 def doctor() -> None:
     """What this machine has: versions, cores, memory, GPU, and every optional backend."""
-    from mmoe.doctor import report as show
+    from mmoe.commands.doctor import report as show
 
     show(console)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.errors import MmoeError
-from mmoe.monitoring import figures
-from mmoe.monitoring.capacity import FORMULA, LAST, LIMIT, CapacityAdvice, read_advice
+from mmoe.planning.capacity import FORMULA, LAST, LIMIT, CapacityAdvice, read_advice
+from mmoe.reporting import figures
 from mmoe.result import print_result
 
 console = Console()

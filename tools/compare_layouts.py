@@ -37,13 +37,13 @@ from rich.table import Table
 from rich.text import Text
 from torch.distributed.tensor import DTensor
 
+from mmoe.commands.console import Console
 from mmoe.config.load import load, merge, validate
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
-from mmoe.data.preparation.ready import ensure_prepared
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.losses.total import PlannedCounts
 from mmoe.parallel.build import degrees_of
+from mmoe.preparation.ready import ensure_prepared
+from mmoe.recipe.config import RunConfig
 from mmoe.result import print_result, target
 from mmoe.training.gradients import step_gradients
 from mmoe.training.run import Run

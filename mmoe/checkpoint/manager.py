@@ -37,12 +37,12 @@ from pydantic import Field
 
 from mmoe.checkpoint.files import CheckedFileSystem, DamagedError, check, sync_folder
 from mmoe.checkpoint.manifest import FORMAT, MANIFEST, Manifest
-from mmoe.checkpoint.ranks import Ranks
 from mmoe.checkpoint.tensors import fill, union, write
 from mmoe.checkpoint.tree import check_document, merge, split
+from mmoe.commands.console import Console
 from mmoe.config.base import Config
-from mmoe.console import Console
 from mmoe.errors import CheckpointError
+from mmoe.runtime.agreement import Ranks
 
 PARTIAL, REPLACED, LEFT = ".partial", ".replaced", ".left"
 POINTER = "latest"  # of format 2, which named the newest checkpoint in it

@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmoe.checkpoint.files import CheckedFileSystem
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.metadata import CheckedReader
-from mmoe.checkpoint.ranks import Ranks
 from mmoe.checkpoint.tree import join, places, prune, split
 from mmoe.checkpoint.upgrade import from_format_1
 from mmoe.errors import CheckpointError
+from mmoe.runtime.agreement import Ranks
 
 Form = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its global shape and dtype
 # What torch raises for files that are not what `.metadata` says of them.

@@ -13,7 +13,7 @@ from mmoe.errors import DataError
 class Config(BaseModel):
     """A node of the configuration tree: strict (no coercion), frozen, finite, and closed to unknown keys.
 
-    Each component declares its own subclass next to its code; `mmoe.config.tree.RunConfig` joins them.
+    Each component declares its own subclass next to its code; `mmoe.recipe.config.RunConfig` joins them.
     A cross-field rule is a `model_validator(mode="after")` that raises `ValueError` with reason and remedy.
     """
 

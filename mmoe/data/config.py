@@ -3,11 +3,11 @@
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Address, Config, Options
-from mmoe.data.blocks import Limits
-from mmoe.data.bounds import Bounds
-from mmoe.data.frames import Backend
-from mmoe.data.mixture import StageConfig, check_stages
-from mmoe.data.storage import StorageConfig
+from mmoe.data.load.frames import Backend
+from mmoe.data.plan.blocks import Limits
+from mmoe.data.plan.mixture import StageConfig, check_stages
+from mmoe.data.storage.store import StorageConfig
+from mmoe.schema.bounds import Bounds
 
 
 class SourceConfig(Config):

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.data.decode import Ablation
-from mmoe.data.index import ShardIndex
-from mmoe.data.prepared import Sources
-from mmoe.data.sample import Modality
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.data.load.decode import Ablation
+from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError
+from mmoe.schema.sample import Modality
 
 POSSIBLE = (Modality.VISION, Modality.AUDIO, Modality.INERTIAL, Modality.STATE)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.index import ShardIndex
-from mmoe.data.media import load_array
-from mmoe.data.prepared import Sources
-from mmoe.data.sample import Modality
-from mmoe.data.shards import read_stored
-from mmoe.data.storage import Storage
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.data.index.shards import read_stored
+from mmoe.data.load.media import load_array
+from mmoe.data.plan.prepared import Sources
+from mmoe.data.storage.store import Storage
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 
 Key = tuple[int, int, int, int]  # source, shard, row, and number of the chunk in its row

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.data.sample import Modality
 from mmoe.evaluation.actions import Chunks, align, hold_last, places, read_chunks, training_means
 from mmoe.evaluation.features import FeatureRows
 from mmoe.evaluation.ridge import Ridge, fit_ridge
 from mmoe.files import write_atomically, writes
+from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
 MOST_DOCUMENTS = 20_000  # training documents of a source that the ridge is fitted on: a seeded choice if there are more

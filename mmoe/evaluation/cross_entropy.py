@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.sample import Modality
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 

@@ -12,12 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from mmoe.addresses import check_address
-from mmoe.console import Console
-from mmoe.data.batch import PackedBatch
+from mmoe.commands.console import Console
 from mmoe.data.config import DataConfig
-from mmoe.data.index import ShardIndex, SourceManifest
-from mmoe.data.prepared import Sources
-from mmoe.data.sample import Modality
+from mmoe.data.index.shard_index import ShardIndex, SourceManifest
+from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
 from mmoe.evaluation.actions import align, chunk_starts, error_tables, read_chunks
@@ -30,6 +28,8 @@ from mmoe.evaluation.ranking import rank_candidates
 from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings
 from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import MultimodalModel
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
 

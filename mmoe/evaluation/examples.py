@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.data.sample import Modality
 from mmoe.evaluation.actions import Chunks
+from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
 TRACES, POINTS, SLICES = 3, 600, 4  # by source

@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.sample import Modality
 from mmoe.evaluation.actions import chunk_starts
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Structure
 
 LAGS = 8

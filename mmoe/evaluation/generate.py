@@ -15,15 +15,15 @@ from pydantic import Field
 from torch import Tensor
 
 from mmoe.config.base import Config
-from mmoe.data.batch import PackedBatch
-from mmoe.data.document import Document, DocumentBuilder
-from mmoe.data.media import audio_info, load_audio, load_image
-from mmoe.data.plan import DocumentRef
-from mmoe.data.sample import NO_PAIR, Modality
-from mmoe.data.stream import make_collator
+from mmoe.data.load.document import Document, DocumentBuilder
+from mmoe.data.load.media import audio_info, load_audio, load_image
+from mmoe.data.load.stream import make_collator
+from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.inference import inference
 from mmoe.precision.widen import widen
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import NO_PAIR, Modality
 from mmoe.tokenizers.audio import Layout, code_order, deserialise, serialise
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run

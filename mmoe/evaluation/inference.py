@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mmoe.data.batch import IGNORE, PackedBatch
 from mmoe.models.decoder import MultimodalModel
 from mmoe.precision.widen import widen
+from mmoe.schema.batch import IGNORE, PackedBatch
 from mmoe.training.run import Run
 
 

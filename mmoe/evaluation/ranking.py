@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.data.decode import Ablation, Decoder
-from mmoe.data.document import Document, DocumentBuilder
-from mmoe.data.plan import DocumentRef
-from mmoe.data.sample import Modality
-from mmoe.data.stream import make_collator
+from mmoe.data.load.decode import Ablation, Decoder
+from mmoe.data.load.document import Document, DocumentBuilder
+from mmoe.data.load.stream import make_collator
+from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.bounds import wilson_low
 from mmoe.evaluation.inference import label_log_probabilities
 from mmoe.models.decoder import MultimodalModel
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.sample import Modality
 from mmoe.evaluation.bounds import mean_low, wilson_low
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 
 POOL, POOLS = 64, 10
 TOP = (1, 5)

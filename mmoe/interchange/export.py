@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.interchange.huggingface import SHARD_BYTES, VOCABULARY_KEY, Exported, save
 from mmoe.interchange.tokenizer import save_tokenizer
 from mmoe.tokenizers.vocabulary import Structure

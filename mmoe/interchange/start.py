@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from mmoe.checkpoint.manager import CheckpointManager
-from mmoe.checkpoint.ranks import Ranks
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.interchange.families import NEUTRAL, NEUTRAL_MOE
 from mmoe.interchange.huggingface import Pretrained, fill
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
+from mmoe.recipe.training import StartConfig
+from mmoe.runtime.agreement import Ranks
 from mmoe.tokenizers.text import TextTokenizer
-from mmoe.training.config import StartConfig
 from mmoe.training.fingerprint import check_unchanged, fingerprint
 from mmoe.training.run import Run, is_run, open_sources, read_config, saved_fingerprint
 

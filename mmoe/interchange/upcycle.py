@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
-from mmoe.data.batch import PackedBatch
+from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.evaluation.inference import label_log_probabilities
 from mmoe.interchange.start import start
 from mmoe.models.decoder import MultimodalModel
-from mmoe.training.config import StartConfig
+from mmoe.recipe.config import RunConfig
+from mmoe.recipe.training import StartConfig
+from mmoe.schema.batch import PackedBatch
 from mmoe.training.lock import run_lock
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer

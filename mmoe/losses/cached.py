@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from mmoe.data.batch import Pairs
 from mmoe.losses.contrastive import Gather, InfoNCE, info_nce
+from mmoe.schema.batch import Pairs
 
 
 @dataclass(frozen=True)

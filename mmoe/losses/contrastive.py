@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmoe.data.batch import Pairs
 from mmoe.precision.widen import widen
+from mmoe.schema.batch import Pairs
 
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 """Rows [P, ...] of this rank -> those of all ranks [C, ...], and where its own begin among them.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmoe.data.batch import IGNORE
 from mmoe.losses.part import WHOLE, Part, share
 from mmoe.precision.widen import widen
+from mmoe.schema.batch import IGNORE
 
 Head = Callable[[Tensor], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmoe.data.batch import Pairs
 from mmoe.losses.contrastive import Gather
 from mmoe.precision.widen import widen
+from mmoe.schema.batch import Pairs
 
 
 def softmax_cross_entropy(logits_nV: Tensor, labels_n: Tensor) -> Tensor:

@@ -17,18 +17,18 @@ from pydantic import Field
 from torch import Tensor
 
 from mmoe.config.base import Config
-from mmoe.data.batch import PackedBatch
-from mmoe.data.sample import Modality
 from mmoe.losses.action import squared_error
 from mmoe.losses.cached import CachedInfoNCE
 from mmoe.losses.contrastive import info_nce
 from mmoe.losses.cross_entropy import cross_entropy
 from mmoe.losses.part import WHOLE, Part, share
 from mmoe.models.moe.balance import BalanceConfig, StepLoads
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from mmoe.data.plan import Counts
+    from mmoe.data.plan.planner import Counts
     from mmoe.models.decoder import ModelOutput, MultimodalModel
 
 KINDS = len(Modality)

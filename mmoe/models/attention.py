@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.sample import Modality
 from mmoe.models.attention_rule import may_attend
 from mmoe.models.layers import RMSNorm
 from mmoe.models.rotary import RotaryTables
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 
 
 class AttentionPlan(Protocol):

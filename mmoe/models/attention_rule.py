@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmoe.data.sample import Modality
+from mmoe.schema.sample import Modality
 
 
 def may_attend(

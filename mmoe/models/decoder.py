@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmoe.config.base import Config
-from mmoe.data.batch import PackedBatch, Pairs
 from mmoe.models.attention import Attention
 from mmoe.models.embeddings import Embeddings, ModelInputs
 from mmoe.models.heads import ActionHead, ContrastHead
@@ -24,6 +23,7 @@ from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
 from mmoe.models.moe.layer import WIDEST, LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
 from mmoe.models.moe.statistics import RoutingStatistics
+from mmoe.schema.batch import PackedBatch, Pairs
 
 
 class ModelConfig(Config):

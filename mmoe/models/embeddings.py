@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.sample import Camera, Modality
 from mmoe.errors import ConfigError
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Camera, Modality
 
 SHORTEST_PERIOD_NS = 2_000_000
 PERIODS = 22  # doubling from 2 ms to 70 minutes

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmoe.data.batch import Pairs
-from mmoe.data.sample import Modality
 from mmoe.precision.widen import widen
+from mmoe.schema.batch import Pairs
+from mmoe.schema.sample import Modality
 
 CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmoe.data.batch import PackedBatch
 from mmoe.models.attention import BACKENDS, AttentionPlan
 from mmoe.models.moe.tokens import Tokens
 from mmoe.models.rotary import RotaryTables
+from mmoe.schema.batch import PackedBatch
 
 if TYPE_CHECKING:
     from mmoe.models.decoder import ModelConfig

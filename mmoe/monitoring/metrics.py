@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mmoe.files import writes
+from mmoe.models.moe.routing import RoutingWindow, by_expert, router_gradients
 from mmoe.monitoring.lines import LineFile
-from mmoe.monitoring.memory import PeakMemory
-from mmoe.monitoring.routing import RoutingWindow, by_expert, router_gradients
+from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback
 from mmoe.training.trainer import StepResult, Trainer
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.training.callback import Callback
 from mmoe.training.trainer import StepResult, Trainer
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.stream import StepData, Stream
+from mmoe.data.load.stream import StepData, Stream
 from mmoe.parallel.mesh import Mesh
+from mmoe.schema.batch import PackedBatch
 
 ALIGNMENT = 16  # bytes, of every tensor in a message
 

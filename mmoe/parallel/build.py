@@ -5,9 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from mmoe.config.tree import RunConfig
 from mmoe.errors import ConfigError
-from mmoe.memory import free_memory, in_gib
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.models.size import parameter_count
 from mmoe.parallel.materialise import materialise
@@ -17,6 +15,8 @@ from mmoe.parallel.pipeline import StageModel, check_stages, on_meta
 from mmoe.parallel.pipeline_schedule import Pipeline
 from mmoe.parallel.ranks import ManyRanks, OneProcess, Ranks
 from mmoe.parallel.sequence import check_length
+from mmoe.recipe.config import RunConfig
+from mmoe.runtime.memory import free_memory, in_gib
 
 
 def build(config: RunConfig, inputs: ModelInputs, sources: int, device: torch.device) -> tuple[MultimodalModel, Ranks]:

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe.data.batch import PackedBatch
 from mmoe.models.attention import differentiable, scaled_dot_product
 from mmoe.models.attention_rule import may_attend
 from mmoe.parallel.collectives import gather
+from mmoe.schema.batch import PackedBatch
 
 
 @dataclass(frozen=True)

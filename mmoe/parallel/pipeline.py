@@ -12,8 +12,6 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from mmoe.config.tree import RunConfig
-from mmoe.data.batch import PackedBatch
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel, gather_routing
 from mmoe.models.embeddings import ModelInputs
@@ -21,6 +19,8 @@ from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.tensor import check_vocabulary
+from mmoe.recipe.config import RunConfig
+from mmoe.schema.batch import PackedBatch
 
 TIED = "embeddings.token.weight"
 

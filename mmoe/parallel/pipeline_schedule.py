@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from mmoe.data.batch import PackedBatch
 from mmoe.losses.total import LossReport
 from mmoe.models.decoder import ModelOutput, RouterLosses
 from mmoe.models.layout import Layout
@@ -32,9 +31,10 @@ from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import accumulate
 from mmoe.parallel.pipeline import TIED, StageModel
 from mmoe.parallel.sequence import Sharding
+from mmoe.schema.batch import PackedBatch
 
 if TYPE_CHECKING:
-    from mmoe.config.tree import RunConfig
+    from mmoe.recipe.config import RunConfig
 
 # The losses of a numbered micro-batch, given the model's output on it and the loads of the step before it.
 Losses = Callable[[ModelOutput, PackedBatch, int, StepLoads], LossReport]

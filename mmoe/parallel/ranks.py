@@ -14,9 +14,8 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.deal import Reach
-from mmoe.data.stream import StepData, Stream
+from mmoe.data.load.stream import StepData, Stream
+from mmoe.data.plan.deal import Reach
 from mmoe.losses.part import WHOLE, Part
 from mmoe.losses.total import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
@@ -31,9 +30,10 @@ from mmoe.parallel.pipeline_schedule import Pipeline
 from mmoe.parallel.reports import sum_report, sum_routing
 from mmoe.parallel.sequence import Sharding
 from mmoe.parallel.tensor import VocabularyHead
+from mmoe.schema.batch import PackedBatch
 
 if TYPE_CHECKING:
-    from mmoe.config.tree import RunConfig
+    from mmoe.recipe.config import RunConfig
 
 
 class Ranks(Protocol):

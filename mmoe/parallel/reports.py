@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe.data.sample import Modality
 from mmoe.losses.total import LossReport
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
+from mmoe.schema.sample import Modality
 
 TERMS = ("ce", "contrastive", "action", "balance_sequence", "balance_micro_batch", "balance_global_batch", "router_z")
 ITEMS = ("ce", "contrastive", "action")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe.data.batch import PackedBatch, Values
 from mmoe.errors import ConfigError
 from mmoe.models.attention import BACKENDS, AttentionPlan
 from mmoe.models.decoder import ModelConfig
@@ -20,6 +19,7 @@ from mmoe.models.rotary import RotaryTables
 from mmoe.parallel.collectives import gather, join
 from mmoe.parallel.context import ContextPlan
 from mmoe.parallel.mesh import Mesh
+from mmoe.schema.batch import PackedBatch, Values
 
 PIECES = 4  # of a sequence, that each rank of cp gets
 

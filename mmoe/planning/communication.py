@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmoe.config.tree import RunConfig
-from mmoe.data.deal import Reach
-from mmoe.data.sample import Modality
+from mmoe.data.plan.deal import Reach
 from mmoe.models.moe.dispatch import CapacityDispatcher, rounded_up
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
 from mmoe.parallel.mesh import Degrees
@@ -23,6 +21,8 @@ from mmoe.parallel.pipeline import TIED, StageModel
 from mmoe.parallel.reports import EVENTS, ITEMS, TERMS
 from mmoe.planning.communication_traffic import Traffic, name_of, ranks_of
 from mmoe.planning.memory_shards import Place, by_unit, shards
+from mmoe.recipe.config import RunConfig
+from mmoe.schema.sample import Modality
 
 WIDE = 8  # bytes of an integer, and of what is added up for reports
 

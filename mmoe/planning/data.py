@@ -4,14 +4,14 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
-from mmoe.data.deal import deal
-from mmoe.data.index import SourceManifest, is_prepared
-from mmoe.data.mixture import Mixture
-from mmoe.data.plan import Planner
-from mmoe.data.prepared import Sources, sizes
-from mmoe.data.storage import Storage
+from mmoe.commands.console import Console
+from mmoe.data.index.shard_index import SourceManifest, is_prepared
+from mmoe.data.plan.deal import deal
+from mmoe.data.plan.mixture import Mixture
+from mmoe.data.plan.planner import Planner
+from mmoe.data.plan.prepared import Sources, sizes
+from mmoe.data.storage.store import Storage
+from mmoe.recipe.config import RunConfig
 
 WARNING = Text("warning", "yellow")
 

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mmoe.compat import FakeTensorMode, fake_rank, memory_tracker, pad_shards, shapes_apart, tree_leaves
-from mmoe.config.tree import RunConfig
 from mmoe.models.decoder import MultimodalModel
 from mmoe.optim.muon import build_optimizer
 from mmoe.parallel.build import degrees_of
@@ -26,6 +25,7 @@ from mmoe.planning.dry_run_fake import DryMode
 from mmoe.planning.dry_run_passes import DEVICE, DryPipeline, DryRanks, Passes
 from mmoe.planning.dry_run_routing import Load, plan_routing
 from mmoe.planning.flops_count import FlopCount
+from mmoe.recipe.config import RunConfig
 from mmoe.training.gradients import StepSetting, step_gradients
 
 KINDS = {

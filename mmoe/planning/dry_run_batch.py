@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmoe.config.tree import RunConfig
-from mmoe.data.batch import IGNORE, PackedBatch, Pairs, Values
-from mmoe.data.sample import NO_CAMERA, NO_SLICE, Modality
-from mmoe.data.storage import DEFAULT
+from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import ConfigError
 from mmoe.losses.total import PlannedCounts
 from mmoe.models.embeddings import ModelInputs
+from mmoe.recipe.config import RunConfig
+from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
+from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
 from mmoe.tokenizers.vision import COORDINATES
 from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary
 

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmoe.config.tree import RunConfig
-from mmoe.data.batch import PackedBatch
 from mmoe.losses.total import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import StepLoads
@@ -27,6 +25,8 @@ from mmoe.parallel.ranks import ManyRanks
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.flops_count import FlopCount
+from mmoe.recipe.config import RunConfig
+from mmoe.schema.batch import PackedBatch
 
 if TYPE_CHECKING:
     from mmoe.compat import FSDPMemTracker

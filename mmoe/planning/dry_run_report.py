@@ -10,9 +10,9 @@ from multiprocessing import get_context
 import torch
 from rich.table import Table
 
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
+from mmoe.models.flops import ParameterCounts, RankWork, computed_flops, model_flops
 from mmoe.parallel.build import degrees_of
 from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.pipeline import on_meta
@@ -21,9 +21,9 @@ from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.dry_run import RankCost, dry_run
 from mmoe.planning.dry_run_batch import Assumed, Documents
 from mmoe.planning.dry_run_routing import Load
-from mmoe.planning.flops import ParameterCounts, RankWork, computed_flops, model_flops
 from mmoe.planning.memory import StateMemory
 from mmoe.planning.memory_shards import Place
+from mmoe.recipe.config import RunConfig
 
 GIB = 2**30
 

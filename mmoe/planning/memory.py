@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmoe.config.tree import RunConfig
 from mmoe.parallel.mesh import Degrees
 from mmoe.planning.memory_shards import Place, shards
+from mmoe.recipe.config import RunConfig
 
 STEP = 4  # bytes
 

@@ -11,9 +11,9 @@ from math import prod
 
 from torch import nn
 
-from mmoe.config.tree import RunConfig
 from mmoe.models.decoder import ModelConfig
 from mmoe.parallel.mesh import Degrees
+from mmoe.recipe.config import RunConfig
 
 TABLES = ("embeddings.token.weight", "unembedding.weight")
 

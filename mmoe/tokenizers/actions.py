@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.index import VectorStats
+from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import ConfigError
 from mmoe.tokenizers.bins import quantile_bins
 from mmoe.tokenizers.vectors import Fences, is_constant

@@ -22,7 +22,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mmoe.config.base import Address, Config
-from mmoe.data.storage import DEFAULT
+from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import DataError
 from mmoe.tokenizers.rates import check_rates
 

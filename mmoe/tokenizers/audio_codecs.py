@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe.backends import require
 from mmoe.errors import ConfigError, DataError
+from mmoe.optional import require
 from mmoe.tokenizers.audio import AudioCodec, AudioConfig, MelCodec, resample, resampled_length
 
 

@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 
 from mmoe.config.base import Config
-from mmoe.data.index import SourceManifest
-from mmoe.data.sample import Modality
+from mmoe.data.index.shard_index import SourceManifest
 from mmoe.errors import ConfigError
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.audio_codecs import load_codec

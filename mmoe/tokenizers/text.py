@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from mmoe.config.base import Address, Config
-from mmoe.data.storage import DEFAULT
+from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import DataError
 from mmoe.tokenizers.probes import loss
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mmoe.data.index import VectorStats
+from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import DataError
 
 

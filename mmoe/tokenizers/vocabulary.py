@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from mmoe.data.sample import Camera, Modality
+from mmoe.schema.sample import Camera, Modality
 
 
 class Structure(IntEnum):

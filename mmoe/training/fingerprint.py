@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmoe.data.index import SourceManifest
-from mmoe.data.prepared import Sources
+from mmoe.data.index.shard_index import SourceManifest
+from mmoe.data.plan.prepared import Sources
 from mmoe.errors import CheckpointError
 from mmoe.tokenizers.bundle import Tokenizers
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmoe.config.tree import RunConfig
-from mmoe.data.batch import PackedBatch
 from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
 from mmoe.losses.total import LossReport, PlannedCounts, compute
 from mmoe.models.decoder import ModelOutput, MultimodalModel
@@ -16,6 +14,8 @@ from mmoe.models.moe.balance import StepLoads
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.pipeline_schedule import Losses
 from mmoe.parallel.ranks import Ranks
+from mmoe.recipe.config import RunConfig
+from mmoe.schema.batch import PackedBatch
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 

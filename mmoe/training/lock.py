@@ -18,10 +18,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.files import writes
-from mmoe.parallel.launch import first_alone
+from mmoe.runtime.launch import first_alone
 
 LOCK = "lock"
 BEAT_SECONDS = 5.0

@@ -10,16 +10,16 @@ import torch
 from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
 from mmoe.config.base import change_addresses
 from mmoe.config.load import absolute, dump, flatten, load, override
-from mmoe.config.tree import RunConfig
-from mmoe.data.batch import PackedBatch
-from mmoe.data.prepared import Sources
-from mmoe.data.sample import Modality
-from mmoe.data.stream import heldout_batches
+from mmoe.data.load.stream import heldout_batches
+from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError
 from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.build import build
 from mmoe.parallel.ranks import Ranks
+from mmoe.recipe.config import RunConfig
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vision import COORDINATES
 from mmoe.training.fingerprint import check_unchanged, fingerprint

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.config.load import dump
-from mmoe.data.stream import StepData, Stream
+from mmoe.data.load.stream import StepData, Stream
 from mmoe.errors import CheckpointError, DivergenceError, OutputError
 from mmoe.losses.total import LossReport, PlannedCounts
 from mmoe.models.moe.balance import update_choice_bias
-from mmoe.monitoring.routing import RoutingWindow
+from mmoe.models.moe.routing import RoutingWindow
 from mmoe.optim.adamw import clip_gradients
 from mmoe.optim.muon import build_optimizer
-from mmoe.parallel.launch import agreed
-from mmoe.parallel.watch import Watch
+from mmoe.runtime.launch import agreed
+from mmoe.runtime.watch import Watch
 from mmoe.training.callback import Callback
 from mmoe.training.fingerprint import check_unchanged, fingerprint
 from mmoe.training.gradients import StepSetting, step_gradients

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mmoe.checkpoint.manifest import Manifest
-from mmoe.checkpoint.ranks import Ranks
 from mmoe.errors import CheckpointError
+from mmoe.runtime.agreement import Ranks
 from tests.checkpoint.states import Crash, edges, faults, loaded, manager, sealed, state_of
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmoe.data.batch import PackedBatch
 from mmoe.data.config import DataConfig, SourceConfig
-from mmoe.data.prepared import Sources
-from mmoe.data.sample import Modality
-from mmoe.data.stream import Stream
+from mmoe.data.load.stream import Stream
+from mmoe.data.plan.prepared import Sources
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.bundle import Tokenizers, TokenizersConfig
 from mmoe.tokenizers.vision import VisionConfig

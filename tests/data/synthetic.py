@@ -8,10 +8,10 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mmoe.data.extent import Extent
-from mmoe.data.index import FORMAT, SourceManifest, SplitEntry, VectorStats
-from mmoe.data.sample import SEGMENT_DTYPE, Camera, Modality, Sample, Segment
-from mmoe.data.shards import ShardWriter
+from mmoe.data.index.extent import Extent
+from mmoe.data.index.shard_index import FORMAT, SourceManifest, SplitEntry, VectorStats
+from mmoe.data.index.shards import ShardWriter
+from mmoe.schema.sample import SEGMENT_DTYPE, Camera, Modality, Sample, Segment
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, MelConfig
 from mmoe.tokenizers.text import TextTokenizer
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.cache import ByteCache
+from mmoe.data.storage.cache import ByteCache
 
 HEADER = 16
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe.data.index import INDEX_SCHEMA, Member, SegmentTable, ShardIndex, SourceManifest
-from mmoe.data.index_file import write_table
-from mmoe.data.sample import SEGMENT_DTYPE, Modality
-from mmoe.data.shards import ShardWriter, read_member, read_stored
+from mmoe.data.index.file import write_table
+from mmoe.data.index.shard_index import INDEX_SCHEMA, Member, SegmentTable, ShardIndex, SourceManifest
+from mmoe.data.index.shards import ShardWriter, read_member, read_stored
 from mmoe.errors import DataError
+from mmoe.schema.sample import SEGMENT_DTYPE, Modality
 from tests.data.synthetic import MAKERS, write_source
 
 PARTS = ("segments", "segment_offsets")
@@ -53,7 +53,7 @@ def test_an_index_is_a_plain_parquet_file_to_everybody_else(tmp_path):
 @pytest.mark.parametrize("one_request", [0, 1 << 20])
 def test_any_damaged_byte_of_an_index_is_a_sentence_or_changes_nothing(tmp_path, monkeypatch, one_request):
     """Every byte of a small index once, and cuts: read by columns a damaged column that is not asked for is not met."""
-    monkeypatch.setattr("mmoe.data.index_file.ONE_REQUEST", one_request)
+    monkeypatch.setattr("mmoe.data.index.file.ONE_REQUEST", one_request)
     tar = a_shard(tmp_path)
     path = tar.with_suffix(".parquet")
     whole, index, table = path.read_bytes(), ShardIndex.read(tar), SegmentTable.read(tar)

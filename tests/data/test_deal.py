@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mmoe.data.deal import Reach, check_dealing, deal
+from mmoe.data.plan.deal import Reach, check_dealing, deal
 from mmoe.errors import ConfigError
 
 

@@ -12,14 +12,14 @@ import av
 import numpy as np
 import pytest
 
-from mmoe.backends import status
-from mmoe.data import decord_proof
-from mmoe.data.bounds import BEYOND, DEFAULT, Bounds, bounded_by
-from mmoe.data.containers import open_container
-from mmoe.data.decord_proof import UNFIT_WIDTHS, why_not
-from mmoe.data.frames import VideoFrames, is_video, stored_frames
-from mmoe.data.media import reduced_size
+from mmoe.data.load import decord_proof
+from mmoe.data.load.containers import open_container
+from mmoe.data.load.decord_proof import UNFIT_WIDTHS, why_not
+from mmoe.data.load.frames import VideoFrames, is_video, stored_frames
+from mmoe.data.load.media import reduced_size
 from mmoe.errors import DataError, Refused
+from mmoe.optional import status
+from mmoe.schema.bounds import BEYOND, DEFAULT, Bounds, bounded_by
 from tests.data.films import FILMS, RATE, number_of, numbered
 from tests.data.recordings import MATRICES, pictures, turned, video
 
@@ -86,7 +86,7 @@ def test_decord_reads_a_stored_film_only_with_the_proof_of_its_preparation(monke
     data = video(numbered(), bf=0)
     with pytest.raises(Refused, match="was not proven.*; set data.video_backend=auto"):
         stored_frames(data, "decord", "shard.tar: a.mp4", proven=False)
-    monkeypatch.setattr("mmoe.data.frames.why_not", lambda *_: pytest.fail("proven again"))
+    monkeypatch.setattr("mmoe.data.load.frames.why_not", lambda *_: pytest.fail("proven again"))
     shown = stored_frames(data, "decord", "shard.tar: a.mp4", proven=True).frames(np.array([20, 3]))
     assert [number_of(picture) for picture in shown] == [20, 3]
     for backend in ("auto", "pyav"):
@@ -246,7 +246,7 @@ def test_damage_that_the_decoder_conceals_is_known_up_to_the_next_key_frame(code
 
 
 def test_importing_does_not_need_decord():
-    code = "import sys, mmoe.data.frames; sys.exit('decord' in sys.modules)"
+    code = "import sys, mmoe.data.load.frames; sys.exit('decord' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmoe.data.index import SourceManifest
+from mmoe.data.index.shard_index import SourceManifest
 from mmoe.errors import DataError
 
 SPLIT = {

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.data.batch import IGNORE
-from mmoe.data.decode import Ablation, Decoder
-from mmoe.data.measure import epoch_positions, measure_index
-from mmoe.data.plan import DocumentRef
-from mmoe.data.sample import Modality
+from mmoe.data.load.decode import Ablation, Decoder
+from mmoe.data.plan.measure import epoch_positions, measure_index
+from mmoe.data.plan.planner import DocumentRef
+from mmoe.schema.batch import IGNORE
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Structure
 from tests.data.streams import LENGTH, setup, stream, take, write_folders
 from tests.data.synthetic import MAKERS

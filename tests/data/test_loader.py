@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
-from mmoe.data.loader import RemoteTraceback, batches
-from mmoe.data.workers import Activity, Watchdog, WorkerError
+from mmoe.data.load.loader import RemoteTraceback, batches
+from mmoe.data.load.workers import Activity, Watchdog, WorkerError
 from mmoe.errors import DataError
 from tests.data.streams import equal, stream, take, write_folders
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmoe.data.bounds import BEYOND, Bounds, bounded_by
-from mmoe.data.media import PICTURE_FORMATS, audio_info, image_format, image_size, load_audio, load_image
-from mmoe.data.sources.encode import flac_piece
+from mmoe.data.load.media import PICTURE_FORMATS, audio_info, image_format, image_size, load_audio, load_image
 from mmoe.errors import DataError, Refused
+from mmoe.preparation.sources.encode import flac_piece
+from mmoe.schema.bounds import BEYOND, Bounds, bounded_by
 from tests.data.recordings import pictures, png, wav
 
 
@@ -95,7 +95,7 @@ def test_pictures_are_converted_by_strips_to_the_same(mode, monkeypatch):
         image = Image.fromarray(pixels).convert(mode)
     if mode == "RGBA":
         image.putalpha(Image.fromarray(pixels[:, :, 1]))
-    from mmoe.data import media
+    from mmoe.data.load import media
 
     whole = media._rgb(image, "x")
     monkeypatch.setattr(media, "_STRIP", 100)
@@ -179,7 +179,7 @@ def test_a_piece_of_more_channels_than_flac_holds_is_what_training_hears(subtype
 
 
 def test_a_sound_is_read_in_blocks_to_the_same(monkeypatch):
-    from mmoe.data import media
+    from mmoe.data.load import media
 
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (5000, 3))
     for kind in ("WAV", "FLAC", "OGG"):

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmoe.data.mixture import Mixture, SourceSize, StageConfig, check_stages
+from mmoe.data.plan.mixture import Mixture, SourceSize, StageConfig, check_stages
 from mmoe.errors import ConfigError
 
 SIZES = st.lists(st.integers(1, 10**13), min_size=1, max_size=8)

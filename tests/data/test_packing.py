@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.packing import best_fit
+from mmoe.data.plan.packing import best_fit
 
 
 @given(

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.blocks import CUT_SLICES, CUT_TEXT, FITS, PATCHES, POSITIONS, units
-from mmoe.data.mixture import StageConfig
-from mmoe.data.plan import Counts, Planner, plan_once
+from mmoe.data.plan.blocks import CUT_SLICES, CUT_TEXT, FITS, PATCHES, POSITIONS, units
+from mmoe.data.plan.mixture import StageConfig
+from mmoe.data.plan.planner import Counts, Planner, plan_once
 from mmoe.errors import ConfigError, DataError
 from tests.data.streams import LENGTH, setup, write_folders
 from tests.data.synthetic import MAKERS

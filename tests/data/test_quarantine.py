@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmoe.data.quarantine import Quarantine, Quarantined
+from mmoe.data.load.quarantine import Quarantine, Quarantined
 from mmoe.errors import OutputError
 
 

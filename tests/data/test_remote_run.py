@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from mmoe.cli import app
-from mmoe.data.index import is_prepared
-from mmoe.data.preparation.prepare import prepare
+from mmoe.data.index.shard_index import is_prepared
 from mmoe.errors import DataError
+from mmoe.preparation.prepare import prepare
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.servers import CREDENTIALS, FaultyServer, certificate, moto_server, upload
 from tests.data.synthetic import MEL, write_sources

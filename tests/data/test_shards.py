@@ -9,10 +9,10 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.index import PLANNED, Member, SegmentTable, ShardIndex
-from mmoe.data.sample import SEGMENT_DTYPE
-from mmoe.data.shards import ShardWriter, check_key, read_member, spans
+from mmoe.data.index.shard_index import PLANNED, Member, SegmentTable, ShardIndex
+from mmoe.data.index.shards import ShardWriter, check_key, read_member, spans
 from mmoe.errors import DataError
+from mmoe.schema.sample import SEGMENT_DTYPE
 
 WORD = st.text(st.characters(codec="utf-8", exclude_characters="./", exclude_categories=("C", "Z")), min_size=1)
 KEYS = st.lists(WORD, min_size=1, max_size=3).map("/".join).filter(lambda key: not key.startswith("__"))

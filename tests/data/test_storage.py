@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmoe.data.config import DataConfig, SourceConfig
-from mmoe.data.decode import Decoder
-from mmoe.data.index import PLANNED, SegmentTable, ShardIndex, SourceManifest
-from mmoe.data.plan import DocumentRef
-from mmoe.data.prepared import Sources
-from mmoe.data.shards import read_member
-from mmoe.data.storage import Storage, StorageConfig, StorageError, join, with_suffix
-from mmoe.data.stream import Stream
+from mmoe.data.index.shard_index import PLANNED, SegmentTable, ShardIndex, SourceManifest
+from mmoe.data.index.shards import read_member
+from mmoe.data.load.decode import Decoder
+from mmoe.data.load.stream import Stream
+from mmoe.data.plan.planner import DocumentRef
+from mmoe.data.plan.prepared import Sources
+from mmoe.data.storage.store import Storage, StorageConfig, StorageError, join, with_suffix
 from mmoe.errors import DataError
 from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
@@ -222,7 +222,7 @@ def test_manifest_index_and_members_are_read_from_a_bucket(folder, uploaded):
 
 
 def test_a_large_index_is_read_by_its_columns(tmp_path, server, monkeypatch):
-    monkeypatch.setattr("mmoe.data.index_file.ONE_REQUEST", 0)
+    monkeypatch.setattr("mmoe.data.index.file.ONE_REQUEST", 0)
     rng = np.random.default_rng(0)
     write_source(tmp_path / "s", {"train": [MAKERS["clip"](rng, f"c-{i}", 4) for i in range(40)]}, 1000)
     tar = tmp_path / "s" / "train" / "shard-000000.tar"
@@ -315,7 +315,7 @@ def test_faults_that_stay_end_in_a_sentence_in_time(server, scheme, fault, said)
 
 def test_pauses_grow_and_differ(server, monkeypatch):
     pauses = []
-    monkeypatch.setattr("mmoe.data.storage.time.sleep", pauses.append)
+    monkeypatch.setattr("mmoe.data.storage.store.time.sleep", pauses.append)
     server.always = 503
     for _ in range(2):
         with pytest.raises(StorageError):
@@ -368,7 +368,7 @@ def test_the_cache_answers_until_the_object_changes(server, scheme, tmp_path):
 
 
 def test_a_range_longer_than_a_request_comes_in_pieces(server, monkeypatch):
-    monkeypatch.setattr("mmoe.data.storage._REQUEST_BYTES", 7000)
+    monkeypatch.setattr("mmoe.data.storage.store._REQUEST_BYTES", 7000)
     far = storage(concurrency=3)
     server.faults = [None, 503, "close"]
     assert far.read_range(address(server, "s3"), 100, 45_000) == CONTENT[100:45_000]
@@ -392,7 +392,7 @@ def test_no_room_for_the_cache_is_no_fault_of_a_sample(server, tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mmoe.data.cache.ByteCache.put", full)
+    monkeypatch.setattr("mmoe.data.storage.cache.ByteCache.put", full)
     with pytest.raises(StorageError, match="data.storage.cache_folder .*No space left.*data.storage.cache_bytes"):
         storage(cache_folder=str(tmp_path)).read_range(address(server, "http"), 0, 10)
 

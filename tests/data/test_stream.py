@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.data.batch import IGNORE
 from mmoe.data.config import DataConfig, SourceConfig
-from mmoe.data.decode import Decoder
-from mmoe.data.plan import DocumentRef
-from mmoe.data.prepared import Sources
-from mmoe.data.quarantine import FEW
-from mmoe.data.sample import Modality
-from mmoe.data.stream import heldout_batches
+from mmoe.data.load.decode import Decoder
+from mmoe.data.load.quarantine import FEW
+from mmoe.data.load.stream import heldout_batches
+from mmoe.data.plan.planner import DocumentRef
+from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
+from mmoe.schema.batch import IGNORE
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.tokenizers.vocabulary import Structure

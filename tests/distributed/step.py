@@ -12,10 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmoe.config.load import validate
-from mmoe.config.tree import RunConfig
-from mmoe.data.batch import PackedBatch
-from mmoe.data.deal import deal
-from mmoe.data.sample import Modality
+from mmoe.data.plan.deal import deal
 from mmoe.losses.total import LossConfig, PlannedCounts
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
@@ -29,6 +26,9 @@ from mmoe.parallel.parallelize import check_layout
 from mmoe.parallel.pipeline import check_stages
 from mmoe.parallel.ranks import OneProcess
 from mmoe.precision.config import PrecisionConfig
+from mmoe.recipe.config import RunConfig
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.training.gradients import StepGradients, StepSetting, step_gradients
 from tests.models.random_batch import INPUTS, VOCABULARY, pack, random_document, random_sequences
 

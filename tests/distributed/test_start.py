@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mmoe.commands import train as session
+from mmoe.commands.console import Console
 from mmoe.config.load import validate
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
 from mmoe.interchange.export import export
 from mmoe.interchange.start import start
-from mmoe.training import session
-from mmoe.training.config import StartConfig
+from mmoe.recipe.config import RunConfig
+from mmoe.recipe.training import StartConfig
 from mmoe.training.run import Run
 from tests.data.synthetic import write_sources
 from tests.training.test_trainer import config

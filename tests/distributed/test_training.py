@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from mmoe.config.load import validate
-from mmoe.config.tree import RunConfig
-from mmoe.data.sample import Modality
-from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.parallel.broadcast import shared_steps
 from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.recipe.config import RunConfig
+from mmoe.runtime.peak_memory import PeakMemory
+from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
 from tests.data.synthetic import write_sources

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmoe.config.load import validate
-from mmoe.config.tree import RunConfig
+from mmoe.recipe.config import RunConfig
 from mmoe.training.run import Run
 from tests.data.synthetic import MAKERS, fit_codec, write_source
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.sample import Modality
 from mmoe.errors import ConfigError
 from mmoe.evaluation import ablation
 from mmoe.evaluation.ablation import _Row, derange
+from mmoe.schema.sample import Modality
 
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([(0,), (0, 1), (1,)])), min_size=1, max_size=40)
 

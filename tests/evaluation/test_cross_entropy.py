@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.sample import Modality
 from mmoe.evaluation.cross_entropy import TokenScores, unigram_entropy
 from mmoe.evaluation.inference import inference, label_log_probabilities
+from mmoe.schema.sample import Modality
 
 
 @settings(deadline=None)

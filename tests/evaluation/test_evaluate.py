@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.console import Console
-from mmoe.data.sample import Modality
+from mmoe.commands.console import Console
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.actions import read_chunks
 from mmoe.evaluation.evaluate import evaluate, file_name, show
 from mmoe.evaluation.examples import examples
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from tests.data.synthetic import clip_sample, text_sample, write_source
 

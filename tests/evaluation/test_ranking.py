@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from mmoe.data.batch import PackedBatch
-from mmoe.data.decode import Decoder
-from mmoe.data.plan import DocumentRef
-from mmoe.data.sample import Modality
-from mmoe.data.stream import make_collator
+from mmoe.data.load.decode import Decoder
+from mmoe.data.load.stream import make_collator
+from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.inference import inference
 from mmoe.evaluation.ranking import _micro_batches, accuracies, rank_candidates, score_texts
+from mmoe.schema.batch import PackedBatch
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Structure
 
 

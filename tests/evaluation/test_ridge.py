@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.data.sample import Modality
 from mmoe.evaluation.baselines import Baselines, read_features
 from mmoe.evaluation.features import FeatureRows
 from mmoe.evaluation.ridge import fit_ridge
+from mmoe.schema.sample import Modality
 
 
 def planted(seed: int = 0):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.preparation.rows import make_row
-from mmoe.data.sources import find_source
 from mmoe.errors import DataError
+from mmoe.preparation.rows import make_row
+from mmoe.preparation.sources import find_source
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings import png
 from tests.data.recordings_robot import write_bridge, write_lerobot

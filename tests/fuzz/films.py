@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.frames import VideoFrames
-from mmoe.data.sources.film import open_film, packet_times, sound_between
+from mmoe.data.load.frames import VideoFrames
 from mmoe.errors import MmoeError
+from mmoe.preparation.sources.film import open_film, packet_times, sound_between
 from tests.data.recordings import pictures, video
 from tests.data.recordings_video import film, ramp
 from tests.fuzz.mutate import damage

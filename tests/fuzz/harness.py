@@ -56,7 +56,7 @@ def campaign(target: str, count: int, first: int = 0) -> list[dict[str, Any]]:
 
 def _child(target: str, folder: Path) -> None:
     module = importlib.import_module(f"tests.fuzz.{target}")
-    from mmoe.console import printable
+    from mmoe.commands.console import printable
     from mmoe.errors import MmoeError
 
     (folder / "data").mkdir(exist_ok=True)

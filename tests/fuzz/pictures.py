@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmoe.data.media import image_size, load_image
+from mmoe.data.load.media import image_size, load_image
 from tests.fuzz.mutate import damage
 
 

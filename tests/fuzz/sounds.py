@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from mmoe.data.media import audio_info, load_audio
-from mmoe.data.sources.encode import flac_piece
+from mmoe.data.load.media import audio_info, load_audio
 from mmoe.errors import MmoeError
+from mmoe.preparation.sources.encode import flac_piece
 from mmoe.tokenizers.audio import resample
 from tests.fuzz.mutate import damage
 

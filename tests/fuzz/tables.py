@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.media import load_array
-from mmoe.data.slices import Clocks
+from mmoe.data.load.media import load_array
+from mmoe.preparation.slices import Clocks
 from tests.fuzz.mutate import damage
 
 

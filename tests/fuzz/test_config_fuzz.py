@@ -13,8 +13,8 @@ import pytest
 
 from mmoe.config.load import absolute, dump, flatten, load, merge, parse_overrides, read_layers, validate
 from mmoe.config.reader import read_yaml
-from mmoe.config.tree import RunConfig
 from mmoe.errors import ConfigError
+from mmoe.recipe.config import RunConfig
 from tests.conftest import REPOSITORY
 
 INPUTS = int(os.environ.get("MMOE_FUZZ", 1000))

@@ -6,19 +6,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mmoe.commands import train as session
+from mmoe.commands.console import Console
 from mmoe.config.load import load, validate
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
 from mmoe.errors import ConfigError, DataError
 from mmoe.interchange.export import export
 from mmoe.interchange.families import family_of
 from mmoe.interchange.start import start
 from mmoe.interchange.tokenizer import save_tokenizer
 from mmoe.interchange.upcycle import upcycle
+from mmoe.recipe.config import RunConfig
+from mmoe.recipe.training import StartConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.tokenizers.vocabulary import Structure, Vocabulary
-from mmoe.training import session
-from mmoe.training.config import StartConfig
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
 from tests.conftest import REPOSITORY

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.batch import Pairs
 from mmoe.losses.contrastive import info_nce
+from mmoe.schema.batch import Pairs
 from tests.losses.ranks import in_ranks
 
 E = 6

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmoe.data.batch import PackedBatch
 from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
 from mmoe.losses.contrastive import info_nce
 from mmoe.models.decoder import ModelConfig, MultimodalModel
+from mmoe.schema.batch import PackedBatch
 from tests.losses.ranks import in_ranks
 from tests.losses.test_contrastive import E, pairs_of
 from tests.models.random_batch import INPUTS, pack, random_sequences

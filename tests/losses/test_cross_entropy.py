@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.batch import IGNORE
 from mmoe.losses.cross_entropy import cross_entropy
+from mmoe.schema.batch import IGNORE
 
 B, L, D, V = 3, 17, 8, 29
 

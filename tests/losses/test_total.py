@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mmoe.data.batch import IGNORE, PackedBatch, Pairs
-from mmoe.data.sample import Modality
 from mmoe.losses.total import (
     ActionLossConfig,
     ContrastiveConfig,
@@ -24,6 +22,8 @@ from mmoe.losses.total import (
 )
 from mmoe.models.decoder import Auxiliary
 from mmoe.models.moe.balance import BalanceConfig, StepLoads
+from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 B, L, D, H, A, E = 4, 12, 8, 2, 3, 5

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from mmoe.data.batch import IGNORE, PackedBatch, Pairs, Values
-from mmoe.data.sample import Camera, Modality
 from mmoe.models.embeddings import ModelInputs
+from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
+from mmoe.schema.sample import Camera, Modality
 from mmoe.tokenizers.vocabulary import CAMERA_TOKEN, Placeholder, Structure, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, audio_codebooks=2, audio_codebook_size=8, action_bins=5)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.sample import Modality
 from mmoe.models.attention import Attention, DensePlan, DocumentPlan
 from mmoe.models.attention_rule import may_attend
 from mmoe.models.rotary import RotaryTables
+from mmoe.schema.sample import Modality
 from tests.models.random_batch import pack, random_batch, random_sequences
 
 RULES = pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])

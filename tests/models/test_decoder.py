@@ -5,10 +5,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from mmoe.data.batch import PackedBatch
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.layer import MoEConfig
+from mmoe.schema.batch import PackedBatch
 from tests.models.random_batch import INPUTS, pack, random_batch, random_sequences
 
 SHAPE = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 48}

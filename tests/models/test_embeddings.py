@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmoe.data.batch import Values
-from mmoe.data.sample import Modality
 from mmoe.errors import ConfigError
 from mmoe.models.embeddings import PERIODS, SHORTEST_PERIOD_NS, Embeddings, ModelInputs, TimeEmbedding
+from mmoe.schema.batch import Values
+from mmoe.schema.sample import Modality
 from tests.models.random_batch import INPUTS, random_batch
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmoe.data.batch import PackedBatch, Values
-from mmoe.data.sample import Modality
 from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel
 from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoEConfig
+from mmoe.schema.batch import PackedBatch, Values
+from mmoe.schema.sample import Modality
 from tests.models.random_batch import INPUTS, pack, random_batch, random_sequences
 
 MODELS = {

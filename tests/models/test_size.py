@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from mmoe.config.load import validate
-from mmoe.data.collate import Collator
 from mmoe.data.config import DataConfig
-from mmoe.data.deal import check_dealing
-from mmoe.data.sample import Modality
+from mmoe.data.load.collate import Collator
+from mmoe.data.plan.deal import check_dealing
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.embeddings import ModelInputs
+from mmoe.models.flops import ParameterCounts
 from mmoe.models.size import parameter_count
 from mmoe.parallel.build import build
-from mmoe.planning.flops import ParameterCounts
+from mmoe.schema.sample import Modality
 from tests.training.test_trainer import config
 
 SMALL = {"d_model": 32, "layers": 3, "heads": 4, "kv_heads": 2, "hidden": 48}

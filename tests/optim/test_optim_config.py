@@ -2,8 +2,8 @@ import io
 
 import pytest
 
+from mmoe.commands.console import Console
 from mmoe.config.load import load
-from mmoe.console import Console
 from mmoe.errors import ConfigError
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.config import OptimConfig

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.batch import PackedBatch
 from mmoe.models.attention import DensePlan
 from mmoe.models.attention_rule import may_attend
 from mmoe.parallel import context
 from mmoe.parallel.context import ContextPlan
 from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.sequence import PIECES, Sharding
+from mmoe.schema.batch import PackedBatch
 from tests.models.random_batch import pack, random_batch, random_sequences
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.mesh import DENSE, Degrees

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.console import Console
+from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.parallel.config import ParallelConfig

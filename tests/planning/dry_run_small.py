@@ -1,8 +1,8 @@
 """Dry runs of a small model with the keys of the 10B run, in any layout."""
 
 from mmoe.config.load import load
-from mmoe.config.tree import RunConfig
 from mmoe.planning.dry_run_report import Plan
+from mmoe.recipe.config import RunConfig
 
 SMALL = """
 model.d_model=64 model.layers=2 model.heads=4 model.kv_heads=2 model.head_dim=16 model.hidden=96 model.moe.experts=4

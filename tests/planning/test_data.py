@@ -4,11 +4,11 @@ import io
 
 import pytest
 
+from mmoe.commands.console import Console
 from mmoe.config.load import load
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
 from mmoe.errors import ConfigError, DataError
 from mmoe.planning.data import inspect, mixture_of, show_stages, si
+from mmoe.recipe.config import RunConfig
 from tests.conftest import REPOSITORY
 from tests.data.streams import LENGTH, write_folders
 from tests.data.synthetic import MAKERS

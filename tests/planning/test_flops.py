@@ -3,9 +3,9 @@
 import pytest
 
 from mmoe.config.load import load
-from mmoe.config.tree import RunConfig
 from mmoe.models.embeddings import ModelInputs
-from mmoe.planning.flops import ParameterCounts, attention_forward, model_flops
+from mmoe.models.flops import ParameterCounts, attention_forward, model_flops
+from mmoe.recipe.config import RunConfig
 from tests.planning.dry_run_small import plan
 
 MAIN = load(RunConfig, "configs/moe_10b.yaml").model

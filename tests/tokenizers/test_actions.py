@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mmoe.data.index import VectorStats
+from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import ConfigError, DataError
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 

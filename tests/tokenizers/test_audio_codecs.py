@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
 
-from mmoe import backends
+from mmoe import optional
 from mmoe.errors import BackendError, ConfigError, DataError
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, MelConfig
 from mmoe.tokenizers.audio_codecs import load_codec
@@ -159,12 +159,12 @@ def test_stereo_models_are_refused(folders, tmp_path):
 
 def test_without_transformers_the_extra_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    backends.status.cache_clear()
+    optional.status.cache_clear()
     try:
         with pytest.raises(BackendError, match=r"tokenizers.audio.kind asks for transformers.*\[codecs\]"):
             load_codec(AudioConfig(kind="dac", path=str(folders / "dac")))
     finally:
-        backends.status.cache_clear()
+        optional.status.cache_clear()
 
 
 def test_the_fitted_codec_is_loaded_and_its_settings_checked(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe.data.sample import Camera, Modality
+from mmoe.schema.sample import Camera, Modality
 from mmoe.tokenizers.vocabulary import CAMERA_TOKEN, Placeholder, Structure, Vocabulary
 
 # As the design's "Vocabulary" contract lists them.

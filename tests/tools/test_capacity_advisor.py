@@ -3,9 +3,9 @@ import subprocess
 import sys
 
 from mmoe.config.load import dump, load
-from mmoe.config.tree import RunConfig
+from mmoe.recipe.config import RunConfig
 from tests.conftest import REPOSITORY
-from tests.monitoring.test_capacity import falling, record
+from tests.planning.test_capacity import falling, record
 
 
 def call(*arguments) -> subprocess.CompletedProcess:

@@ -77,7 +77,7 @@ def test_a_fault_is_noticed(folder: Path, tmp_path: Path, fault: str, layout: st
 
 CHILDLESS = """
 import multiprocessing
-import mmoe.data.preparation.ready as ready
+import mmoe.preparation.ready as ready
 prepare = ready.prepare
 def checked(*arguments, **options):
     assert not multiprocessing.current_process().daemon, "prepared by a process that may have no children"

@@ -7,8 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.checkpoint import checkpoint
 
-from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.metrics import MetricsWriter
+from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback
 from tests.training import test_trainer
 from tests.training.test_trainer import config, trainer

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from mmoe.cli import app
 from mmoe.config.load import absolute, load
-from mmoe.config.tree import RunConfig
 from mmoe.errors import MmoeError
+from mmoe.recipe.config import RunConfig
 from mmoe.training.run import CONFIG, Run
 
 NAME = "a[/b]c[red]"  # of the source: nothing of it is markup

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from mmoe.commands import train as session
+from mmoe.commands.console import Console
 from mmoe.config.load import dump, load, validate
-from mmoe.config.tree import RunConfig
-from mmoe.console import Console
-from mmoe.data.batch import Values
-from mmoe.data.sample import Modality
 from mmoe.errors import CheckpointError, ConfigError, DivergenceError
-from mmoe.monitoring.memory import PeakMemory
 from mmoe.monitoring.metrics import MetricsWriter, state_digest
-from mmoe.training import session
+from mmoe.recipe.config import RunConfig
+from mmoe.runtime.peak_memory import PeakMemory
+from mmoe.schema.batch import Values
+from mmoe.schema.sample import Modality
 from mmoe.training.callback import Callback
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer

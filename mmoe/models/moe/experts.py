@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmoe.backends import require
 from mmoe.errors import ConfigError
 from mmoe.models.dtypes import compute_dtype
+from mmoe.optional import require
 
 Engine = Literal["grouped_mm", "loop", "megablocks", "transformer_engine"]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_RD, weight_EDF, ends_E -> [R, F]

@@ -6,9 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mmoe.data.batch import PackedBatch
 from mmoe.models.moe.noise import token_keys
 from mmoe.models.moe.rows import copy_rows
+from mmoe.schema.batch import PackedBatch
 
 
 @dataclass(frozen=True)

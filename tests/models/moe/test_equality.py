@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mmoe import backends
+from mmoe import optional
 from mmoe.errors import BackendError
 from mmoe.models.moe.experts import Experts
 from mmoe.models.moe.layer import MoEConfig, MoELayer
@@ -164,7 +164,7 @@ OPTIONAL = [("megablocks", "megablocks"), ("transformer_engine", "transformer-en
 
 @pytest.mark.parametrize("engine, backend", OPTIONAL)
 def test_an_engine_that_is_not_there_stops_at_start(engine, backend):
-    if backends.status(backend).available:
+    if optional.status(backend).available:
         pytest.skip(f"{backend} is installed here")
     with pytest.raises(BackendError, match=f"model.moe.engine asks for {backend}, not available because"):
         build(engine=engine)
@@ -174,8 +174,8 @@ def test_an_engine_that_is_not_there_stops_at_start(engine, backend):
 @pytest.mark.parametrize("engine, backend", OPTIONAL)
 def test_contract_of_the_optional_engines(engine, backend):
     """They multiply as the loop does, forwards and backwards, with an expert without a row."""
-    if not backends.status(backend).available:
-        pytest.skip(backends.status(backend).reason)
+    if not optional.status(backend).available:
+        pytest.skip(optional.status(backend).reason)
     sizes = torch.tensor([32, 0, 16, 48], device="cuda")
     found = []
     for name in (engine, "loop"):

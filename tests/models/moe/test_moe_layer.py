@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from mmoe.data.batch import PackedBatch
 from mmoe.models.moe.layer import MoEConfig, MoELayer
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.models.moe.tokens import Tokens
+from mmoe.schema.batch import PackedBatch
 from tests.models.random_batch import SOURCES, pack, random_batch, random_sequences
 
 D = 16

@@ -11,12 +11,7 @@ from mmoe.models.decoder import ModelConfig
 from mmoe.models.moe.balance import expert_load
 from mmoe.models.moe.dispatch import CapacityDispatcher, DroplessDispatcher
 from mmoe.models.moe.layer import MoEConfig
-from mmoe.models.moe.statistics import (
-    CAPACITY_FACTORS,
-    RoutingStatistics,
-    capacities,
-    router_gradient_norms,
-)
+from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics, capacities, router_gradient_norms
 from mmoe.models.moe.tokens import Tokens
 from tests.models.moe.test_dispatch import random_routing
 from tests.models.random_batch import INPUTS, pack, random_batch, random_sequences

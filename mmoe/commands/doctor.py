@@ -1,0 +1,72 @@
+"""`mmoe doctor`: what this machine has, and what of it mmoe can use."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from mmoe.commands.console import Console
+from mmoe.optional import BACKENDS, status
+from mmoe.runtime.memory import in_gib, total_memory
+
+PACKAGES = ("mmoe", "torch", "torchaudio", "numpy", "pydantic", "tokenizers", "pyarrow", "av", "plotly")
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processors with bfloat16 arithmetic
+
+
+def report(console: Console) -> None:
+    """Print versions, the machine and the table of backends."""
+    for title, rows in (("versions", versions()), ("machine", machine())):
+        table = Table(title, "", title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)
+    table = Table("backend", "for", "version", "status")
+    for name, backend in BACKENDS.items():
+        found = status(name)
+        verdict = Text("available", "green") if found.available else found.reason
+        table.add_row(name, backend.purpose, found.version, verdict)
+    console.print(table)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that figures depend on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, str]:
+    """Platform, cores, memory and GPU; counts are those this process may use."""
+    facts = {
+        "platform": platform.platform(),
+        "interpreter": sys.executable,
+        "cores": f"{usable_cores()} usable of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+        "memory": f"{in_gib(psutil.virtual_memory().available)} free of {in_gib(total_memory())}",
+        "bfloat16 on the CPU": _cpu_bf16(),
+    }
+    if not torch.cuda.is_available():
+        return facts | {"GPU": status("cuda").reason}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        bf16 = "bfloat16" if device.major >= 8 else "no bfloat16"
+        compute = f"CUDA {torch.version.cuda}, compute {device.major}.{device.minor}, {bf16}"
+        facts[f"GPU {index}"] = f"{device.name}, {in_gib(device.total_memory)}, {compute}"
+    return facts
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_bf16() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    found = [flag for flag in CPU_BF16 if flag in flags]
+    if found:
+        return f"in hardware ({', '.join(found)}): precision.compute: bfloat16 can be faster"
+    return "emulated: precision.compute: float32 is faster"

@@ -1,0 +1,335 @@
+"""From a planned document part to a laid-out document: read the members, decode, tokenise, lay out."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.data.index.shards import GAP, Span, read_stored, spans
+from mmoe.data.load.document import Document, DocumentBuilder
+from mmoe.data.load.frames import Backend, is_video, stored_frames
+from mmoe.data.load.media import load_array, load_audio, load_image, reduced_size
+from mmoe.data.plan.planner import DocumentRef
+from mmoe.data.storage.store import DEFAULT, Reading, Storage, StorageError, local_path
+from mmoe.errors import DataError
+from mmoe.schema.batch import IGNORE
+from mmoe.schema.sample import Modality
+from mmoe.tokenizers.audio import serialise
+from mmoe.tokenizers.bundle import Tokenizers
+from mmoe.tokenizers.vocabulary import Structure
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What an evaluation takes away: `blank` gives zeros (silence), `shuffle` another recording's payload.
+
+    `donors` maps (source, shard, row) to the (shard, row) whose pictures or sounds are used instead.
+    """
+
+    mode: Literal["blank", "shuffle"]
+    modality: Modality
+    donors: dict[tuple[int, int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Where a source's shards lie, by shard number of the planned split."""
+
+    name: str
+    tars: tuple[str, ...]
+
+
+_INDICES_A_SOURCE = 20  # in memory: those of the block of shards that documents are drawn from, and some of the next
+
+
+class Decoder:
+    """Decodes document parts; holds no state but caches, so any worker gives the same document."""
+
+    def __init__(
+        self,
+        sources: list[SourceFiles],
+        tokenizers: Tokenizers,
+        video_backend: Backend,
+        ablation: Ablation | None = None,
+        skip: frozenset[Modality] = frozenset(),
+        storage: Storage = DEFAULT,
+    ):
+        """`skip`: modalities that are left out of the documents (an analysis that does not look at them)."""
+        self.sources, self.tokenizers, self.video_backend = sources, tokenizers, video_backend
+        self.ablation, self.skip, self.storage = ablation, skip, storage
+        self._index: Callable[[str], ShardIndex] = lru_cache(_INDICES_A_SOURCE * len(sources))(self._load)
+        self._begun: dict[tuple, _Row] = {}
+        self.grid: Callable[[int, int], tuple[int, int]] = lru_cache(maxsize=1024)(tokenizers.vision.grid)
+
+    def __call__(self, ref: DocumentRef, text_ids: np.ndarray | None = None) -> list[Document]:
+        """The documents of a part: one, or the part and the isolated texts of its pairs, in pair order.
+
+        `text_ids` replaces the row's text (candidate ranking); it needs a row with one TEXT segment.
+        """
+        row = self._begun.pop(_key(ref), None) or _Row(self, ref).begin()
+        return row.text_part() if row.text_only else row.document(text_ids)
+
+    def __reduce__(self) -> tuple:
+        settings = (self.sources, self.tokenizers, self.video_backend, self.ablation, self.skip, self.storage)
+        return Decoder, settings
+
+    def prefetch(self, refs: Iterable[DocumentRef]) -> None:
+        """Begin to read what these parts need of remote shards, all at once; decoding one then waits for its own.
+
+        What cannot be read is said when the part is decoded. Raises StorageError for a store that does not answer.
+        """
+        self._begun.clear()
+        remote = [ref for ref in refs if local_path(self.sources[ref.source].tars[ref.shard]) is None]
+        shards = list({(int(ref.source), int(ref.shard)) for ref in remote})
+        usable = dict(zip(shards, self.storage.map(self._is_usable, shards), strict=True)) if shards else {}
+        for ref in remote:
+            if usable[ref.source, ref.shard] and _key(ref) not in self._begun:
+                self._begun[_key(ref)] = _Row(self, ref).begin()
+
+    def index(self, source: int, shard: int) -> ShardIndex:
+        return self._index(self.sources[source].tars[shard])
+
+    def _load(self, tar: str) -> ShardIndex:
+        index = ShardIndex.read(tar, self.storage)
+        index.check_tar(self.storage)
+        return index
+
+    def _is_usable(self, shard: tuple[int, int]) -> bool:
+        try:
+            self.index(*shard)
+        except StorageError:
+            raise
+        except DataError:
+            return False
+        return True
+
+
+def _key(ref: DocumentRef) -> tuple:
+    return ref.source, ref.shard, ref.row, ref.first, ref.last, ref.isolated
+
+
+class _Row:
+    """One document part being decoded."""
+
+    def __init__(self, decoder: Decoder, ref: DocumentRef):
+        self.decoder, self.ref, self.tokenizers = decoder, ref, decoder.tokenizers
+        self.source = decoder.sources[ref.source].name
+        self.index = decoder.index(ref.source, ref.shard)
+        self.segments = self.index.row_segments(ref.row)
+        self.text_only = bool((self.segments["modality"] == Modality.TEXT).all())
+        self.text_start = self.tokenizers.vocabulary.ranges["text"].start
+        self._videos: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # frame numbers, frames
+        self._arrays: dict[str, np.ndarray] = {}
+        self._members: dict[str, bytes] = {}
+        self._coming: dict[str, tuple[Span, Reading]] = {}
+
+    def begin(self) -> "_Row":
+        """Begin to read the members that the part is made of: far away, few ranges of many members each."""
+        tar, chosen = self.index.tar, self._chosen()
+        wanted = np.ones(len(chosen), bool)
+        for kind in Modality:
+            if kind is Modality.TEXT or kind in self.decoder.skip or self._is_taken_away(kind):
+                wanted &= chosen["modality"] != kind
+        members = [self.index.member(self.ref.row, int(n)) for n in np.unique(chosen["member"][wanted])]
+        for span in spans(members, GAP if local_path(tar) is None else 0):
+            what = span.members[0].name + (f" to {span.members[-1].name}" if len(span.members) > 1 else "")
+            reading = self.decoder.storage.begin(tar, span.start, span.stop, what)
+            self._coming |= {member.name: (span, reading) for member in span.members}
+        return self
+
+    def _chosen(self) -> np.ndarray:
+        """The part's segments."""
+        numbers = self.segments["slice"]
+        if not (numbers >= 0).any():
+            return self.segments
+        return self.segments[(numbers >= self.ref.first) & (numbers < self.ref.last)]
+
+    def text_part(self) -> list[Document]:
+        builder = self._builder()
+        builder.structure(Structure.BOS)
+        builder.text(self.text_start + self.index.row_text(self.ref.row)[self.ref.first : self.ref.last], pair=-1)
+        if self.ref.is_last:
+            builder.structure(Structure.EOS, predicted=True)
+        return [builder.finish()]
+
+    def document(self, text_ids: np.ndarray | None) -> list[Document]:
+        chosen = self._chosen()
+        has_slices = bool((self.segments["slice"] >= 0).any())
+        builder, isolated = self._builder(), []
+        builder.structure(Structure.BOS)
+        if has_slices:
+            builder.structure(Structure.VIDEO_START)
+        still, open_slice, ends_with_text = 0, -1, False
+        for at, segment in enumerate(chosen):
+            number = int(segment["slice"])
+            if has_slices and number != open_slice:
+                if open_slice >= 0:
+                    builder.close_slice(predicted=ends_with_text)
+                builder.open_slice(number - self.ref.first, int(segment["timestamp_ns"]))
+                open_slice, ends_with_text = number, False
+            kind = Modality(segment["modality"])
+            if kind in self.decoder.skip:
+                continue
+            pair = int(segment["pair"]) if self.ref.isolated else -1
+            if kind is Modality.TEXT:
+                ids = text_ids if text_ids is not None else self._text(segment)
+                if pair >= 0:
+                    isolated.append(self._isolated(ids, pair, int(segment["text_hash"])))
+                else:
+                    builder.text(ids, pair=-1)
+                    ends_with_text = len(ids) > 0
+                continue
+            ends_with_text = False
+            if kind is Modality.VISION:
+                patches, positions = self._vision(segment, at, chosen)
+                if number >= 0:
+                    builder.frame(patches, positions, int(segment["camera"]), int(segment["offset_ns"]), pair)
+                else:
+                    builder.image(patches, positions, still, pair)
+                    still += 1
+            elif kind is Modality.AUDIO:
+                builder.audio(self._audio(segment, at, chosen), int(segment["offset_ns"]), pair)
+            elif kind is Modality.ACTION:
+                self._action(builder, segment)
+            else:
+                builder.vector(kind, self._vector(kind, segment, at, chosen), int(segment["offset_ns"]))
+        if has_slices:
+            builder.close_slice(predicted=ends_with_text)
+            builder.structure(Structure.VIDEO_END)
+        builder.structure(Structure.EOS, predicted=ends_with_text and not has_slices)
+        return [builder.finish(), *isolated]
+
+    def _builder(self) -> DocumentBuilder:
+        return DocumentBuilder(self.tokenizers.config.action.chunk, self.tokenizers.dims[Modality.ACTION].size)
+
+    def _isolated(self, ids: np.ndarray, pair: int, text_hash: int) -> Document:
+        builder = self._builder()
+        builder.structure(Structure.BOS)
+        builder.text(ids, pair, text_hash)
+        builder.structure(Structure.EOS, predicted=len(ids) > 0)
+        return builder.finish()
+
+    def _text(self, segment: np.void) -> np.ndarray:
+        return self.text_start + self.index.row_text(self.ref.row)[segment["start"] : segment["stop"]]
+
+    def _vision(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Patch vectors [n, vector_dim] and their positions [n, 3]."""
+        vision = self.tokenizers.vision
+        rows, columns = self.decoder.grid(int(segment["height"]), int(segment["width"]))
+        tubelets = int(segment["stop"] - segment["start"]) // vision.config.tubelet
+        if self._is_blank(Modality.VISION):
+            vectors = vision.blank(rows, columns, tubelets)
+        else:
+            row, segment = self._payload_of(segment, at, chosen)
+            least = rows * vision.config.patch, columns * vision.config.patch
+            if is_video(row._member_name(segment)):
+                pictures = row._frames(segment, least)
+            else:
+                pictures = load_image(row._bytes(segment), row._where(segment), least)[None]
+            vectors = vision.encode(pictures, rows, columns)
+        return vectors, vision.positions(rows, columns, tubelets)
+
+    def _audio(self, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
+        codec, samples = self.tokenizers.audio, int(segment["stop"] - segment["start"])
+        if self._is_blank(Modality.AUDIO):
+            wave, rate = np.zeros(samples, np.float32), int(segment["rate"])
+        else:
+            row, donor = self._payload_of(segment, at, chosen)
+            wave, rate = load_audio(row._bytes(donor), int(donor["start"]), int(donor["stop"]), row._where(donor))
+            wave = np.resize(wave, samples)  # a donor's sound is cut or repeated to the length that was planned
+        codes, codebook = serialise(codec.encode(wave, rate), self.tokenizers.config.audio.layout)
+        return self.tokenizers.vocabulary.audio_ids(codes, codebook)
+
+    def _vector(self, kind: Modality, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
+        dims = self.tokenizers.dims[kind]
+        value = np.zeros(dims.size, np.float32)
+        if not self._is_blank(kind):
+            row, donor = self._payload_of(segment, at, chosen)
+            reading = row._array(donor)[donor["stop"] - 1]
+            value[dims.columns[self.source]] = self.tokenizers.normalisers[self.source, kind](reading)
+        return value
+
+    def _action(self, builder: DocumentBuilder, segment: np.void) -> None:
+        tokenizer, dims = self.tokenizers.actions[self.source], self.tokenizers.dims[Modality.ACTION]
+        columns = dims.columns[self.source]
+        rows, mask = tokenizer.chunk_of(self._array(segment), int(segment["start"]), int(segment["stop"]))
+        if self.tokenizers.discrete_actions:
+            ids = self.tokenizers.vocabulary.ranges["action"].start + tokenizer.encode(rows)
+            builder.action_bins(np.where(mask, ids, IGNORE).reshape(-1), int(segment["offset_ns"]))
+            return
+        target = np.zeros((len(rows), dims.size), np.float32)
+        present = np.zeros((len(rows), dims.size), bool)
+        target[:, columns], present[:, columns] = tokenizer.normalise(rows), mask
+        builder.action(np.where(present, target, 0.0), present, int(segment["offset_ns"]))
+
+    def _is_taken_away(self, kind: Modality) -> bool:
+        return self.decoder.ablation is not None and self.decoder.ablation.modality == kind
+
+    def _is_blank(self, kind: Modality) -> bool:
+        return self._is_taken_away(kind) and self.decoder.ablation.mode == "blank"
+
+    def _payload_of(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple["_Row", np.void]:
+        """This row and segment, or the donor's that stands in: its camera where the donor has it, its place in line."""
+        ablation = self.decoder.ablation
+        if ablation is None or ablation.mode != "shuffle" or ablation.modality != segment["modality"]:
+            return self, segment
+        shard, row = ablation.donors[self.ref.source, self.ref.shard, self.ref.row]
+        donor = self._donor(shard, row)
+        theirs = donor.segments[donor.segments["modality"] == segment["modality"]]
+        if not len(theirs):
+            raise DataError(
+                f"{donor.index.tar}: {donor.index.keys[row]} has nothing of modality "
+                f"{Modality(segment['modality']).name} to stand in for {self._where(segment)}; choose another donor"
+            )
+        camera = theirs[theirs["camera"] == segment["camera"]]
+        theirs = camera if len(camera) else theirs
+        same = (chosen["modality"] == segment["modality"]) & (chosen["camera"] == segment["camera"])
+        return donor, theirs[int(same[:at].sum()) % len(theirs)]
+
+    def _donor(self, shard: int, row: int) -> "_Row":
+        if getattr(self, "_donor_row", None) is None:
+            ref = DocumentRef(self.ref.source, shard, row, 0, 0, 0, False, True)
+            self._donor_row = _Row(self.decoder, ref)
+        return self._donor_row
+
+    def _member_name(self, segment: np.void) -> str:
+        return self.index.row_member(self.ref.row, int(segment["member"]))[0]
+
+    def _where(self, segment: np.void) -> str:
+        return f"{self.index.tar}: {self.index.member(self.ref.row, int(segment['member'])).name}"
+
+    def _bytes(self, segment: np.void) -> bytes:
+        number = int(segment["member"])
+        name = self.index.member(self.ref.row, number).name
+        if name not in self._members and name in self._coming:
+            span, reading = self._coming[name]
+            self._members[name] = span.cut(reading.result(), self.index.tar, name)
+        elif name not in self._members:  # a donor's: which of its members stand in is known only now
+            self._members[name] = read_stored(self.index, self.ref.row, number, self.decoder.storage).content
+        return self._members[name]
+
+    def _frames(self, segment: np.void, least: tuple[int, int]) -> np.ndarray:
+        """Frames of a video segment, not much larger than `least`; those of all slices of the part in one pass."""
+        name = self._member_name(segment)
+        if name not in self._videos:
+            segments = self.segments[self.segments["member"] == segment["member"]]
+            if self.ref.last > self.ref.first:
+                segments = segments[(segments["slice"] >= self.ref.first) & (segments["slice"] < self.ref.last)]
+            numbers = np.unique(np.concatenate([np.arange(s["start"], s["stop"]) for s in segments]))
+            scaled = reduced_size((int(segment["height"]), int(segment["width"])), least)
+            proven = self.index.row_decord(self.ref.row, int(segment["member"]))
+            where, backend = self._where(segment), self.decoder.video_backend
+            video = stored_frames(self._bytes(segment), backend, where, proven, scaled)
+            self._videos[name] = numbers, video.frames(numbers)
+        numbers, frames = self._videos[name]  # every number between start and stop is among them
+        first = int(np.searchsorted(numbers, segment["start"]))
+        return frames[first : first + int(segment["stop"] - segment["start"])]
+
+    def _array(self, segment: np.void) -> np.ndarray:
+        name = self._member_name(segment)
+        if name not in self._arrays:
+            self._arrays[name] = load_array(self._bytes(segment), self._where(segment))
+        return self._arrays[name]

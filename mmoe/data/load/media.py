@@ -1,0 +1,215 @@
+"""Payloads: bytes of a picture, a video, a sound or a table -> arrays.
+
+Every loader takes `where`, the name of the payload in messages (file or tar, and key), and raises DataError with
+it for bytes that cannot be used. Nothing is guessed and no reader replaces another silently.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import soundfile
+from PIL import Image, UnidentifiedImageError
+
+from mmoe.data.load.reading import reading
+from mmoe.data.load.tables import load_npy
+from mmoe.errors import DataError
+from mmoe.schema.bounds import check_bound
+
+# Pictures are opened as these alone: Pillow knows 40 kinds, some by running other programs (EPS starts Ghostscript).
+# What phones write as MPO is a JPEG with a second picture behind it; PPM stands for PBM, PGM and PNM too.
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the picture by a quarter
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_STRIP = 1 << 22  # pixels that are converted at once: some conversions take many times the picture's memory
+Image.MAX_IMAGE_PIXELS = None  # `picture_pixels` of `mmoe.schema.bounds` stands in its place, and has a key to raise it
+
+_VALUES_AT_ONCE = 1 << 20  # of a sound: its header may state far more than its bytes hold
+# Bytes a sample of encodings that do not compress, in containers that hold them plainly.
+_PLAIN_SOUNDS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF")
+_WIDTHS = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+
+_SPARE = 2  # a picture is decoded at no less than twice the size it is then resized to: a filter needs neighbours
+
+
+def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], upright (EXIF orientation), transparent parts over white, 16 bits scaled to 8.
+
+    Of an animation the first frame. `least` (height, width): a JPEG more than `_SPARE` times as large may come out at
+    a half, a quarter or an eighth of its size, which its decoder gives at a fraction of the cost.
+    """
+    with _picture(data, where) as image:
+        if least is not None and image.format == "JPEG":
+            height, width = least[::-1] if _orientation(image) >= 5 else least
+            image.draft(image.mode, (_SPARE * width, _SPARE * height))
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        return _rgb(image if turn is None else image.transpose(turn), where)
+
+
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """Height and width in pixels of the upright picture, from its header alone."""
+    with _picture(data, where) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def image_format(data: bytes, where: str) -> str:
+    """The kind of a picture, as the suffix of a file: one of `PICTURE_FORMATS` in lower case."""
+    with _picture(data, where) as image:
+        return {"MPO": "jpeg"}.get(image.format, image.format.lower())
+
+
+@contextmanager
+def _picture(data: bytes, where: str) -> Iterator[Image.Image]:
+    """A picture that is opened, its size checked, and not yet decoded."""
+    with (
+        reading("picture", where, "replace it with a readable PNG or JPEG, or leave it out"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of odd metadata, without the name of the file
+        try:
+            image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        except UnidentifiedImageError as error:  # whose message quotes an address in memory
+            raise ValueError(f"it is none of {', '.join(PICTURE_FORMATS)}") from error
+        with image:
+            check_bound("picture_pixels", image.width * image.height, where, "is a picture with too many pixels")
+            yield image
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the picture is to be turned, 1 to 8 as EXIF numbers it; 1 (as it is) for what is no such number."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, their size included
+    if image.format == "PNG":
+        image.load()  # EXIF may stand behind the pixels; what is wrong with those is to be said
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF that cannot be read says nothing of the picture, which may be good
+        return 1
+    return value if type(value) is int and value in _TURNS else 1
+
+
+def reduced_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int] | None:
+    """The whole fraction of a frame's (height, width) that is no less than `_SPARE` times `least`; None: all of it."""
+    fraction = min(side // (_SPARE * wanted) for side, wanted in zip(size, least, strict=True))
+    return (size[0] // fraction, size[1] // fraction) if fraction > 1 else None
+
+
+@contextmanager
+def open_sound(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
+    """A sound whose header has been checked: what it states is within the bounds, and fits into its bytes."""
+    with reading("sound", where, "give a whole WAV, FLAC, OGG or MP3 file, or leave it out"):
+        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+            if sound.samplerate < 1:
+                raise ValueError(f"a sample rate of {sound.samplerate} Hz")
+            check_bound("sound_rate", sound.samplerate, where, "has too many samples a second")
+            check_bound("sound_channels", sound.channels, where, "has too many channels")
+            check_bound("sound_seconds", sound.frames / sound.samplerate, where, "says that it lasts too many seconds")
+            width = _WIDTHS.get(sound.subtype, 0) if sound.format in _PLAIN_SOUNDS else 0
+            if sound.frames < 0 or sound.frames * width * sound.channels > len(data):
+                raise ValueError(f"its header states {sound.frames} samples, which {len(data)} bytes cannot hold")
+            yield sound
+
+
+def sound_blocks(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
+    """Samples [start, stop) of every channel in blocks [n, channels]; fewer where the sound ends before."""
+    sound.seek(start)
+    at, most = start, max(1, _VALUES_AT_ONCE // sound.channels)
+    while at < stop:
+        block = sound.read(min(stop - at, most), dtype=dtype, always_2d=True)
+        if not len(block):
+            return
+        at += len(block)
+        yield block
+
+
+def audio_info(data: bytes, where: str) -> tuple[int, int]:
+    """Samples per channel and sample rate in Hz, from the header."""
+    with open_sound(data, where) as sound:
+        return sound.frames, sound.samplerate
+
+
+def load_audio(data: bytes, start: int, stop: int, where: str) -> tuple[np.ndarray, int]:
+    """Samples [start, stop) as float32 mono [n] in [-1, 1] (channels are averaged), and the rate in Hz."""
+    check_bound("array_bytes", 4 * (stop - start), where, f"has samples {start} to {stop}, too many bytes as float32")
+    with open_sound(data, where) as sound:
+        rate = sound.samplerate
+        wave, found = np.empty(max(stop - start, 0), np.float32), 0
+        for block in sound_blocks(sound, start, stop, "float32"):
+            wave[found : found + len(block)] = block.mean(axis=1)
+            found += len(block)
+    if found < stop - start:
+        raise DataError(
+            f"{where}: samples {start} to {stop} are asked for, the sound ends after {start + found}; it is "
+            "truncated or not the sound that was indexed: restore it or prepare the source again"
+        )
+    check_finite(wave, start, where)
+    return wave, rate
+
+
+def check_finite(wave: np.ndarray, start: int, where: str) -> None:
+    """Raise DataError for samples [n] or [n, channels], the first of them number `start`, that are no numbers."""
+    if not np.isfinite(wave).all():
+        sample = start + int(np.argwhere(~np.isfinite(wave))[0, 0])
+        raise DataError(f"{where}: sample {sample} is not finite; repair the recording or leave it out")
+
+
+def load_array(data: bytes, where: str) -> np.ndarray:
+    """A table of readings, float or integer [rows, dimensions], from ``.npy`` bytes. Refuses NaN and infinity, and
+    what float32 cannot hold."""
+    table = load_npy(data, where)
+    if table.ndim != 2 or table.dtype.kind not in "fiu":
+        raise DataError(
+            f"{where} holds {table.dtype} of shape {list(table.shape)}; a table of readings is numeric with two axes, "
+            "rows and dimensions"
+        )
+    wrong, fault = ~np.isfinite(table), ""
+    if table.dtype.kind == "f" and table.dtype.itemsize > 4 and not wrong.any():
+        wrong, fault = np.abs(table) > np.finfo(np.float32).max, ", beyond what float32 holds"
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(
+            f"{where}: row {row}, column {column} is {table[row, column]} ({int(wrong.sum())} such values){fault}; "
+            "drop or repair these readings before preparing"
+        )
+    return table
+
+
+def _rgb(image: Image.Image, where: str) -> np.ndarray:
+    """A decoded picture as uint8 [H, W, 3]."""
+    width, height = image.size
+    rows = max(1, _STRIP // max(width, 1))
+    if rows >= height:
+        return _strip_rgb(image, where)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = _strip_rgb(strip, where)
+    return pixels
+
+
+def _strip_rgb(image: Image.Image, where: str) -> np.ndarray:
+    if image.mode == "F":
+        raise DataError(f"{where} holds floating-point pixels, whose range is unknown; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits a pixel (some decoders widen them to 32)
+        grey = np.asarray(image)
+        if grey.min(initial=0) < 0 or grey.max(initial=0) > 0xFFFF:
+            raise DataError(f"{where} holds pixels of more than 16 bits, whose range is unknown; convert it to 16 bits")
+        grey = ((grey.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -1,0 +1,316 @@
+"""The one place that reads a prepared source's bytes: manifests, shard indices and byte ranges of tars.
+
+An address is a local path (or ``file://``), ``s3://``, ``gs://``, ``https://`` or whatever else fsspec knows. Local
+files are read directly. A remote read may come from a bounded cache on the node's disk, is tried again where the
+fault may pass, and ends in a sentence where it may not.
+"""
+
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from mmoe.config.base import Address, Config
+from mmoe.data.storage.cache import ByteCache
+from mmoe.data.storage.remote import ObjectInfo, Remote, StorageError, refusal, status_of
+from mmoe.errors import DataError, MmoeError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_LONGEST_PAUSE_S = 30.0
+_REQUEST_BYTES = 16 << 20  # a longer range is read as several requests at once
+_KNOWN_OBJECTS = 4096  # whose size and version a process keeps in mind
+_RANGE_NOT_SATISFIABLE = 416
+
+
+class StorageConfig(Config):
+    """How remote shards are read; local files need none of it."""
+
+    cache_folder: Address | None = None  # on a disk of the node, shared by its processes; null keeps nothing
+    cache_bytes: int = Field(64 << 30, gt=0)
+    attempts: int = Field(8, gt=0)  # of one request, before the run stops
+    timeout_s: float = Field(30.0, gt=0)  # of one attempt
+    backoff_s: float = Field(0.5, ge=0)  # before the second attempt; doubles each time, up to 30 s, with jitter
+    concurrency: int = Field(16, gt=0)  # requests that one process has in flight
+
+
+@dataclass
+class StorageStats:
+    """What a process has read from remote stores since it was asked last."""
+
+    requests: int = 0  # attempts, failed ones too
+    bytes: int = 0  # received
+    retries: int = 0
+    waited_s: float = 0.0  # between attempts
+    cache_hits: int = 0
+    cache_misses: int = 0
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, **counts: float) -> None:
+        with self._lock:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+    def take(self) -> dict[str, float]:
+        """The counts so far; they begin again at zero."""
+        names = [f.name for f in fields(self) if f.name != "_lock"]
+        with self._lock:
+            counts = {name: getattr(self, name) for name in names}
+            for name in names:
+                setattr(self, name, type(counts[name])())
+        return counts
+
+
+class Reading:
+    """A range that is on its way; `result` waits for it and raises what went wrong."""
+
+    def __init__(self, pieces: list[Future] | Callable[[], bytes]):
+        self._pieces = pieces
+
+    def result(self) -> bytes:
+        if callable(self._pieces):
+            return self._pieces()
+        found = [piece.result() for piece in self._pieces]
+        return found[0] if len(found) == 1 else b"".join(found)
+
+
+class _Process:
+    """What must not be shared with a forked child: event loops, threads, locks."""
+
+    def __init__(self, config: StorageConfig):
+        self.pid = os.getpid()
+        self.remote = Remote(config.timeout_s, config.concurrency)
+        self.pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="storage")
+        self.cache = ByteCache(config.cache_folder, config.cache_bytes) if config.cache_folder else None
+        self.known: OrderedDict[str, ObjectInfo] = OrderedDict()
+        self.lock = threading.Lock()
+        self.stats = StorageStats()
+        self.random = random.Random()  # of the jitter: never one that the data's order depends on
+
+
+class Storage:
+    """Reads by address. It may be pickled and survives a fork: every process opens connections of its own."""
+
+    def __init__(self, config: StorageConfig | None = None):
+        self.config = config or StorageConfig()
+        self._current: _Process | None = None
+        self._inherited: list[_Process] = []  # of the parent: closing its connections here would disturb it there
+
+    def __reduce__(self) -> tuple:
+        return Storage, (self.config,)
+
+    @property
+    def stats(self) -> StorageStats:
+        """Of this process: a worker's reads are counted in the worker."""
+        return self._process().stats
+
+    def read(self, url: str | Path, what: str = "") -> bytes:
+        """All bytes of a file; `what` they are serves the messages.
+
+        Raises DataError when it does not exist or may not be read, StorageError when the store gives no answer.
+        """
+        if (path := local_path(url)) is not None:
+            return _read_local(path, str(url), what=what)
+        info = self._info(str(url), what)
+        if info.size is None:
+            return self._tried(str(url), what, lambda: self._process().remote.read(str(url), None, None))
+        return self.read_range(url, 0, info.size, what)
+
+    def read_range(self, url: str | Path, start: int, stop: int, what: str = "") -> bytes:
+        """The bytes `start`..`stop` of a file; `what` they are serves the messages.
+
+        Raises DataError when the file does not exist, may not be read or ends before; StorageError when the store
+        gives no answer.
+        """
+        if (path := local_path(url)) is not None:
+            return _read_local(path, str(url), start, stop, what)
+        if stop - start <= _REQUEST_BYTES:
+            return self._range(str(url), start, stop, what)
+        return self.begin(url, start, stop, what).result()
+
+    def begin(self, url: str | Path, start: int, stop: int, what: str = "") -> Reading:
+        """Like `read_range`, without waiting; a local file is read when its result is asked for."""
+        if (path := local_path(url)) is not None:
+            return Reading(lambda: _read_local(path, str(url), start, stop, what))
+        cuts = [*range(start, stop, _REQUEST_BYTES), stop] if stop > start else [start, stop]
+        pool = self._process().pool
+        return Reading([pool.submit(self._range, str(url), a, b, what) for a, b in zip(cuts, cuts[1:])])
+
+    def size(self, url: str | Path) -> int | None:
+        """Bytes of a file as it is now; None where a remote store does not say."""
+        if (path := local_path(url)) is not None:
+            try:
+                return os.stat(path).st_size
+            except OSError as error:
+                raise _local_error(str(url), error, "") from error
+        return self._info(str(url)).size
+
+    def exists(self, url: str | Path) -> bool:
+        """Whether there is such a file. Raises StorageError where a remote store does not say."""
+        if (path := local_path(url)) is not None:
+            return os.path.exists(path)
+        try:
+            self._info(str(url))
+        except StorageError:
+            raise
+        except DataError:
+            return False
+        return True
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """`function` of every item in order, several at once: for reading many files far away."""
+        items = list(items)
+        with ThreadPoolExecutor(max(1, min(self.config.concurrency, len(items)))) as pool:
+            return list(pool.map(function, items))
+
+    def _process(self) -> _Process:
+        current = self._current
+        if current is None or current.pid != os.getpid():
+            if current is not None:
+                self._inherited.append(current)
+            current = self._current = _Process(self.config)
+        return current
+
+    def _info(self, url: str, what: str = "") -> ObjectInfo:
+        """Asks the store; what it says is kept in mind as the version that cached ranges must have."""
+        process = self._process()
+        info = self._tried(url, what, lambda: process.remote.info(url))
+        with process.lock:
+            process.known[url] = info
+            if len(process.known) > _KNOWN_OBJECTS:
+                process.known.popitem(last=False)
+        return info
+
+    def _range(self, url: str, start: int, stop: int, what: str) -> bytes:
+        process = self._process()
+        if process.cache is None:
+            return self._fetch(url, start, stop, what)
+        with process.lock:
+            info = process.known.get(url)
+        key = f"{url}\n{(info or self._info(url, what)).version}\n{start}\n{stop}"
+        if (content := process.cache.get(key)) is not None:
+            process.stats.add(cache_hits=1)
+            return content
+        content = self._fetch(url, start, stop, what)
+        process.stats.add(cache_misses=1)
+        try:
+            process.cache.put(key, content)
+        except OSError as error:
+            raise StorageError(
+                f"data.storage.cache_folder {self.config.cache_folder} cannot be written ({error}); make room, lower "
+                "data.storage.cache_bytes, or name another folder"
+            ) from error
+        return content
+
+    def _fetch(self, url: str, start: int, stop: int, what: str) -> bytes:
+        process = self._process()
+
+        def attempt() -> bytes:
+            try:
+                content = process.remote.read(url, start, stop) if stop > start else b""
+            except Exception as error:
+                if status_of(error) != _RANGE_NOT_SATISFIABLE:
+                    raise
+                content = b""
+            process.stats.add(bytes=len(content))
+            if len(content) > stop - start:
+                raise StorageError(
+                    f"{url}: asked for {stop - start} bytes, the server sends {len(content)}: it does not support "
+                    "range requests; serve the shards from one that does"
+                )
+            if len(content) < stop - start:
+                size = process.remote.info(url).size  # an object that ends there, or an answer that was cut?
+                if size is not None and size < stop:
+                    raise _truncated(url, stop, what)
+                raise ConnectionError(f"only {len(content)} of {stop - start} bytes came")
+            return content
+
+        return self._tried(url, f"{what or 'what is asked for'} (bytes {start} to {stop})", attempt)
+
+    def _tried(self, url: str, what: str, call: Callable[[], R]) -> R:
+        """`call`, again after a pause while its fault may pass."""
+        process, config, began = self._process(), self.config, time.monotonic()
+        for attempt in range(1, config.attempts + 1):
+            process.stats.add(requests=1)
+            try:
+                return call()
+            except MmoeError:
+                raise
+            except Exception as error:
+                if (refused := refusal(url, error, _lost(what))) is not None:
+                    raise refused from error
+                failed = error
+            if attempt < config.attempts:
+                pause = min(_LONGEST_PAUSE_S, config.backoff_s * 2 ** (attempt - 1)) * process.random.uniform(0.5, 1)
+                process.stats.add(retries=1, waited_s=pause)
+                time.sleep(pause)
+        said = f"{type(failed).__name__}: {failed}".strip(": ")
+        raise StorageError(
+            f"{url} could not be read in {config.attempts} attempts over {time.monotonic() - began:.1f} s"
+            f"{_lost(what)}; the last one ended with {said}; check the network and the request "
+            "limits of the store, or raise data.storage.attempts or data.storage.timeout_s"
+        ) from failed
+
+
+DEFAULT = Storage()
+
+
+def local_path(url: str | Path) -> str | None:
+    """The path of a local address, None of a remote one. Raises DataError for a shell command."""
+    text = os.fspath(url)
+    if "://" not in text:
+        if text.startswith("pipe:"):
+            raise DataError(f"{text} is a shell command, and none is ever run; give a folder or a URL")
+        return text
+    return text.removeprefix("file://") if text.startswith("file://") else None
+
+
+def join(folder: str | Path, name: str) -> str:
+    """The address of `name` in a local or remote folder."""
+    return f"{os.fspath(folder).rstrip('/')}/{name}" if name else os.fspath(folder)
+
+
+def with_suffix(url: str | Path, suffix: str) -> str:
+    """The address of the file of the same stem with another suffix."""
+    folder, slash, name = os.fspath(url).rpartition("/")
+    return f"{folder}{slash}{name.rpartition('.')[0] or name}{suffix}"
+
+
+def _read_local(path: str, url: str, start: int = 0, stop: int | None = None, what: str = "") -> bytes:
+    try:
+        with open(path, "rb", buffering=0 if stop is not None and stop - start < _REQUEST_BYTES else -1) as file:
+            file.seek(start)
+            if stop is not None and stop > os.fstat(file.fileno()).st_size:  # asked before room is made for them
+                raise _truncated(url, stop, what)
+            content = file.read(-1 if stop is None else stop - start)
+    except OSError as error:
+        raise _local_error(url, error, what) from error
+    if stop is not None and len(content) < stop - start:
+        raise _truncated(url, stop, what)
+    return content
+
+
+def _local_error(url: str, error: OSError, what: str) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{url} does not exist{_lost(what)}; restore it or prepare the source again")
+    return DataError(f"{url} cannot be read ({error}){_lost(what)}; restore it or prepare the source again")
+
+
+def _lost(what: str) -> str:
+    return f", so {what} cannot be read" if what else ""
+
+
+def _truncated(url: str, stop: int, what: str) -> DataError:
+    return DataError(
+        f"{url} is truncated: {what or 'what is asked for'} ends at byte {stop}, which the file does not reach; copy "
+        "it again or prepare the source again"
+    )

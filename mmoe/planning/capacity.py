@@ -1,0 +1,112 @@
+"""Which capacity factor a run needs: what each would have dropped of the choices its routers made, and its memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmoe.config.load import load
+from mmoe.errors import ConfigError, DataError
+from mmoe.models.moe.statistics import CAPACITY_FACTORS, capacities
+from mmoe.monitoring.summary import METRICS, RunRecords
+from mmoe.recipe.config import RunConfig
+
+LIMIT = 1e-3  # of the choices may be dropped
+LAST = 0.5  # of the steps are looked at, unless told otherwise: routing settles first
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+FORMULA = (
+    "rows of an expert for a sequence: C = ceil(cf * L * K / E); bytes of a sequence's rows in a layer: "
+    "E * C * (2 D + 4 F) * bytes of a number, for the tokens brought and the outputs (D each), and for gate, "
+    "silu(gate), up and their product (F each); cf 1 has the rows of a dropless layer without padding"
+)
+
+
+@dataclass(frozen=True)
+class CapacityAdvice:
+    """Figures for C capacity factors and N layers of experts (numbered from 0 among them).
+
+    `drops` [N, C] i64 are the choices that each factor would have dropped, `choices` [N] i64 all of them, between the
+    records of steps `first` and `last`. `rows` [C] are those of one expert for one sequence, `bytes` [C]
+    the activations of one sequence in the experts of one layer.
+    """
+
+    factors: tuple[float, ...]
+    drops: np.ndarray
+    choices: np.ndarray
+    rows: np.ndarray
+    bytes: np.ndarray
+    first: int
+    last: int
+
+    @property
+    def rates(self) -> np.ndarray:
+        """[N, C]: share of the choices of each layer."""
+        return self.drops / np.maximum(self.choices, 1)[:, None]
+
+    @property
+    def rates_overall(self) -> np.ndarray:
+        """[C]: share of the choices of all layers."""
+        return self.drops.sum(0) / max(self.choices.sum(), 1)
+
+    @property
+    def smallest(self) -> list[float | None]:
+        """Of each layer, the smallest factor that drops less than `LIMIT`; None where not even the largest does."""
+        return [self._smallest(rates) for rates in self.rates]
+
+    @property
+    def smallest_overall(self) -> float | None:
+        """The smallest factor with which all layers together drop less than `LIMIT`."""
+        return self._smallest(self.rates_overall)
+
+    @property
+    def smallest_everywhere(self) -> float | None:
+        """The smallest factor with which every layer drops less than `LIMIT`."""
+        return self._smallest(self.rates.max(0))
+
+    def _smallest(self, rates: np.ndarray) -> float | None:
+        return next((factor for factor, rate in zip(self.factors, rates) if rate < LIMIT), None)
+
+
+def read_advice(folder: str | Path, share: float = LAST) -> CapacityAdvice:
+    """`advise` on the run in `folder`. Raises ConfigError where it is none, DataError where nothing was trained."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}/config.yaml does not exist: {folder} is not a run; train it first")
+    return advise(RunRecords.read(folder).steps, load(RunConfig, folder / "config.yaml"), share, str(folder))
+
+
+def advise(steps: list[dict[str, Any]], config: RunConfig, share: float, folder: str) -> CapacityAdvice:
+    """What the records of the last `share` (0 to 1) of a run's steps say; `folder` names the run in errors.
+
+    Raises ConfigError for a model without experts, DataError where no record counts what would be dropped.
+    """
+    moe = config.model.moe
+    if moe is None:
+        raise ConfigError(f"{folder}: model.moe is null, so there are no experts whose capacity could be chosen")
+    begin = steps[-1]["step"] - steps[-1]["step"] * share
+    chosen = [step for step in steps if step["step"] > begin]
+    for step in chosen:
+        if "would_drop" not in step:
+            raise DataError(
+                f"{folder}/{METRICS}: step {step['step']} has no would_drop: it was written before that was recorded; "
+                "train the run again, or choose a later part of it with --last"
+            )
+        if tuple(step["capacity_factors"]) != CAPACITY_FACTORS:
+            raise DataError(
+                f"{folder}/{METRICS}: step {step['step']} has other capacity_factors than this version counts; "
+                "choose a later part of the run with --last"
+            )
+    layers = list(chosen[0]["would_drop"])
+    length, width = config.data.sequence_length, 2 * config.model.d_model + 4 * moe.hidden
+    rows = capacities(length, moe.top_k, moe.experts).numpy()
+    return CapacityAdvice(
+        factors=CAPACITY_FACTORS,
+        drops=np.array([np.sum([step["would_drop"][layer] for step in chosen], axis=0) for layer in layers]),
+        choices=np.array([sum(sum(step["expert_load"][layer]) for step in chosen) for layer in layers]),
+        rows=rows,
+        bytes=rows * moe.experts * width * BYTES[config.precision.compute],
+        first=chosen[0]["step"],
+        last=chosen[-1]["step"],
+    )

@@ -1,0 +1,259 @@
+"""The unit of work of a preparation: a run of items -> checked, filtered samples in shards, and a record of them.
+
+A chunk is a folder with its shards, `record.json` (counts, what was refused and removed) and `arrays.npz` (hashes,
+signatures, statistics). It is written under another name and renamed when it is whole, so what can be seen is
+finished, by whomever: a worker process, a Ray task, or an earlier attempt at the same job.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from pydantic import Field
+
+from mmoe.config.base import Config
+from mmoe.data.index.shard_index import ShardEntry, ShardIndex
+from mmoe.data.index.shards import ShardWriter, read_stored
+from mmoe.data.load.frames import Backend
+from mmoe.data.load.media import load_array
+from mmoe.preparation.hygiene import FilterConfig, find_fault
+from mmoe.preparation.rows import Row, make_row
+from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
+from mmoe.preparation.sources.base import Item, Refused
+from mmoe.preparation.tally import Tally
+from mmoe.schema.bounds import Bounds, bounded_by
+from mmoe.schema.sample import NO_SLICE, Modality, Sample
+from mmoe.tokenizers.text import TextTokenizer
+
+_TABLES = (Modality.INERTIAL, Modality.STATE, Modality.ACTION)
+
+
+class ChunkConfig(Config):
+    """What a chunk is made by. Kept apart from what else preparation decides, so that its processes need no torch."""
+
+    shard_bytes: int = Field(256 << 20, gt=0)
+    shard_rows: int = Field(10_000, gt=0)
+    video_backend: Backend = "auto"  # decord: stored films it is proven to read, the others are refused
+    filters: FilterConfig = FilterConfig()
+    dedup: DedupConfig = DedupConfig()
+    bounds: Bounds = Bounds()  # of what is read of one file
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Items that are prepared together: the `number`-th run of those of `side`."""
+
+    side: str
+    number: int
+    items: Sequence[Item] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.side}-{self.number:06d}"
+
+
+def cut(side: str, items: Sequence[Item], length: int) -> list[Chunk]:
+    """Runs of at most `length` items, as even as they can be."""
+    count = -(-len(items) // length)
+    ends = [len(items) * number // count for number in range(count + 1)] if count else []
+    return [Chunk(side, number, items[start:stop]) for number, (start, stop) in enumerate(pairwise(ends))]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A finished chunk on disk."""
+
+    folder: Path
+
+    @cached_property
+    def record(self) -> dict:
+        return json.loads((self.folder / "record.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "arrays.npz", allow_pickle=False) as stored:
+            return dict(stored)
+
+    def whole(self) -> bool:
+        """Whether it is finished, and its files are as they were written: a crash of the machine may cut them."""
+        try:
+            sizes = [(self.folder / shard.path).stat().st_size == shard.bytes for shard in self.shards]
+            return all(sizes) and bool(self.arrays)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return False
+
+    @property
+    def shards(self) -> list[ShardEntry]:
+        """With paths relative to the folder."""
+        return [ShardEntry(**shard) for shard in self.record["shards"]]
+
+    @property
+    def refused(self) -> list[tuple[int, str, str]]:
+        """(item, reason, message) of what could not be read."""
+        return [tuple(line) for line in self.record["refused"]]
+
+    @property
+    def removed(self) -> list[tuple[int, str, str]]:
+        """(item, reason, message) of what a filter took out."""
+        return [tuple(line) for line in self.record["removed"]]
+
+    def tally(self) -> Tally:
+        return Tally.load(self.record["tally"], self.arrays)
+
+    def signatures(self) -> Signatures:
+        with np.load(self.folder / "arrays.npz", allow_pickle=False) as stored:  # of these only: the rest is larger
+            return Signatures(**{field.name: stored[field.name] for field in fields(Signatures)})
+
+    def rows(self) -> Iterator[Row]:
+        """The samples as they were written, without the segments of the reader."""
+        sizes, contents = self.arrays["text_bytes"].tolist(), self.arrays["content"].tolist()
+        flags, number = self.record["flags"], 0
+        for shard in self.shards:
+            index = ShardIndex.read(self.folder / shard.path)
+            for at in range(len(index)):
+                yield _stored_row(index, at, contents[number], sizes[number], Counter(flags.get(str(number), {})))
+                number += 1
+
+
+@dataclass(frozen=True)
+class Make:
+    """Chunk -> folder ``<chunk.name>`` in `folder`; returns the number of items. Picklable: the work of an engine."""
+
+    folder: Path
+    config: ChunkConfig
+    tokenizer: TextTokenizer
+    vector_names: dict[str, tuple[str, ...]]
+    sound_rate: int | None = None  # Hz, of the codec that is to be fitted
+
+    def __call__(self, chunk: Chunk) -> int:
+        refused, removed = [], []
+        with bounded_by(self.config.bounds), _Writer(self.folder / chunk.name, self.config) as writer:
+            for number, item in enumerate(chunk.items):
+                row = self.row(item)
+                if isinstance(row, Refused):
+                    refused.append((number, row.reason, str(row)))
+                elif fault := find_fault(_texts(row), _sizes(row), self.config.filters):
+                    removed.append((number, fault.reason, f"sample {item.key} {fault.said}"))
+                else:
+                    writer.add(row, number)
+            writer.finish(refused, removed)
+        return len(chunk.items)
+
+    def row(self, item: Item) -> Row | Refused:
+        return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.sound_rate)
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """A finished chunk whose `items` (numbers) turned out to be duplicates."""
+
+    name: str
+    items: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Thin:
+    """Writes the rest of a chunk of `source` into `folder`, from its shards; returns the number of samples left out."""
+
+    source: Path
+    folder: Path
+    config: ChunkConfig
+
+    def __call__(self, thinning: Thinning) -> int:
+        stored = Stored(self.source / thinning.name)
+        config = self.config.model_copy(update={"dedup": DedupConfig()})  # what is left has been compared
+        with _Writer(self.folder / thinning.name, config) as writer:
+            for item, row in zip(stored.arrays["item"].tolist(), stored.rows(), strict=True):
+                if item not in thinning.items:
+                    writer.add(row, item)
+            writer.finish(stored.refused, stored.removed)
+        return len(thinning.items)
+
+
+class _Writer:
+    """Writes the folder of a chunk under a name of its own, which `finish` changes to `folder`."""
+
+    def __init__(self, folder: Path, config: ChunkConfig):
+        self._folder = folder
+        self._temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
+        self._shards = ShardWriter(self._temporary, config.shard_bytes, config.shard_rows)
+        self._tally, self._signatures = Tally(), SignatureBuilder(config.dedup)
+        self._text_bytes: list[int] = []
+        self._flags: dict[int, Counter[str]] = {}
+
+    def add(self, row: Row, item: int) -> None:
+        if row.sample.flags:
+            self._flags[len(self._text_bytes)] = row.sample.flags
+        self._text_bytes.append(row.text_bytes)
+        self._tally.add(row)
+        self._signatures.add(
+            item, row.content_hash, row.segments, list(row.sample.members), lambda: _texts(row), row.sample.members.get
+        )
+        row.write(self._shards)
+
+    def finish(self, refused: list[tuple[int, str, str]], removed: list[tuple[int, str, str]]) -> None:
+        self._shards.__exit__(None)
+        record = {
+            "tally": self._tally.as_dict(),
+            "refused": refused,
+            "removed": removed,
+            "flags": self._flags,
+            "shards": [s.model_copy(update={"path": Path(s.path).name}).model_dump() for s in self._shards.shards],
+        }
+        arrays = {"text_bytes": np.array(self._text_bytes, np.int64), **self._tally.arrays()}
+        np.savez(self._temporary / "arrays.npz", **arrays, **self._signatures.build().arrays())
+        text = json.dumps(record)  # ASCII: file names may hold what is no UTF-8
+        (self._temporary / "record.json").write_text(text, encoding="ascii")
+        if self._folder.exists():  # half of one, or finished by somebody who was thought dead
+            shutil.rmtree(self._folder)
+        os.rename(self._temporary, self._folder)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            self._shards.__exit__(kind)
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _texts(row: Row) -> list[str]:
+    return [segment.text for segment in row.sample.segments if segment.modality is Modality.TEXT]
+
+
+def _sizes(row: Row) -> list[tuple[int, int]]:
+    """Height and width of the still pictures."""
+    pictures = (s for s in row.sample.segments if s.modality is Modality.VISION and s.slice == NO_SLICE)
+    return [(picture.height, picture.width) for picture in pictures]
+
+
+def _stored_row(index: ShardIndex, at: int, content_hash: int, text_bytes: int, flags: Counter[str]) -> Row:
+    segments, members = index.row_segments(at), {}
+    for number in range(index.row_members(at)):
+        stored = read_stored(index, at, number)
+        members[stored.name] = stored.content
+    names = list(members)
+    proven = frozenset(name for number, name in enumerate(names) if index.row_decord(at, number))
+    vectors: dict[Modality, list[np.ndarray]] = {}
+    payloads = zip(segments["modality"].tolist(), segments["member"].tolist())
+    for kind, number in dict.fromkeys(p for p in payloads if p[0] in _TABLES):
+        table = load_array(members[names[number]], f"{index.keys[at]}.{names[number]}")
+        vectors.setdefault(Modality(kind), []).append(table.astype(np.float32))
+    return Row(
+        sample=Sample(index.keys[at], index.recordings[at], members, flags=flags),
+        content_hash=content_hash,
+        text_ids=index.row_text(at),
+        segments=segments,
+        text_bytes=text_bytes,
+        vectors=vectors,
+        decord=proven,
+    )

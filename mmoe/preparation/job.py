@@ -1,0 +1,148 @@
+"""A preparation as a job that survives its process: the folder that holds it until it is done.
+
+The folder ``.<output>.unfinished`` beside the output holds `job.json`, which pins all that the result follows from,
+and a folder for every finished unit of work (`chunks.py`). The same command finds them there and goes on; another one
+is refused.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mmoe.config.load import flatten
+from mmoe.errors import DataError
+from mmoe.preparation.sources.base import Item
+
+JOB_FORMAT = 2  # of all that is stored in an unfinished preparation
+JOB = "job.json"
+_LOCK = "lock"
+_ASSEMBLING = "assembling"
+
+
+class Job:
+    """The folder of an unfinished preparation, held by one process at a time.
+
+    Leaving the context by an exception keeps it, so that the same command goes on from there.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.folder = output.with_name(f".{output.name}.unfinished")
+        self.result = self.folder / "output"  # becomes the output
+
+    def __enter__(self) -> "Job":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise DataError(f"another process prepares {self.output}; wait for it, or name another folder") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def restart(self) -> None:
+        """Forget what an earlier process has done."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
+
+    def pin(self, pins: dict[str, Any]) -> bool:
+        """Whether an earlier process has begun the same job; raises DataError where it began another.
+
+        Otherwise this is where it begins.
+        """
+        path = self.folder / JOB
+        pins = json.loads(json.dumps(pins))
+        if not path.is_file():
+            self.restart()
+            _write(path, pins)
+            return False
+        before = flatten(json.loads(path.read_text()))
+        now = flatten(pins)
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            said = "; ".join(_said(key, before.get(key), now.get(key)) for key in changed)
+            raise DataError(
+                f"{self.folder} holds an unfinished preparation of something else ({said}); give it as before to go "
+                "on, or delete that folder to start over, as mmoe prepare --fresh does"
+            )
+        return True
+
+    def remember(self, name: str, make: Any) -> Any:
+        """What an earlier process remembered under this name, else the JSON value that `make()` gives now."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            _write(path, make())
+        return json.loads(path.read_text())
+
+    def begin_again(self, name: str, value: Any) -> None:
+        """Forget what has been finished, but not which job it is, and remember this value in its place."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (_LOCK, JOB):
+                path.unlink()
+        _write(self.folder / f"{name}.json", value)
+
+    def begin_assembly(self) -> None:
+        """From here on the shards of finished units move away."""
+        (self.folder / _ASSEMBLING).touch()
+
+    @property
+    def assembling(self) -> bool:
+        return (self.folder / _ASSEMBLING).exists()
+
+    def finish(self) -> None:
+        """The result takes the output's name, and the folder goes."""
+        self.result.rename(self.output)
+        self.discard()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def listing_digest(items: Iterable[Item], input: Path | None, leave_out: tuple[Path, ...] = ()) -> str:
+    """Of what the reader lists, and of size and time of every file at or under `input` but those under `leave_out`."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.key, item.recording, item.start, item.stop, item.rank]).encode())
+    if input is None:
+        return digest.hexdigest()
+    passed = {path.resolve() for path in leave_out}
+    for folder, folders, files in os.walk(input):
+        folders[:] = sorted(name for name in folders if (Path(folder) / name).resolve() not in passed)
+        for name in sorted(files):
+            _add_file(digest, os.path.join(folder, name))
+    if input.is_file():
+        _add_file(digest, str(input))
+    return digest.hexdigest()
+
+
+def _add_file(digest: Any, path: str) -> None:
+    try:
+        stat = os.stat(path)
+    except OSError:  # a dangling link; the reader says so where it matters
+        return
+    digest.update(f"{os.path.basename(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+
+
+def _write(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.rename(path)
+
+
+def _said(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, str) and isinstance(now, str) and len(before) == len(now) == 64:  # digests
+        return f"the {key} has changed"
+    return f"{key} was {json.dumps(before)}, is now {json.dumps(now)}"

@@ -1,0 +1,98 @@
+"""The lists of what is not in a prepared source and why, and what is said where they leave a split without a sample."""
+
+from pathlib import Path
+
+from mmoe.errors import DataError
+from mmoe.preparation.chunks import Chunk, Stored
+from mmoe.preparation.tally import ItemLog, Tally
+
+QUARANTINE = "quarantine.jsonl"  # what could not be read
+REMOVED = "removed.jsonl"  # what could be read and was left out
+GAP = "gap before the held-out tail"  # the reason of what the split leaves out
+
+# (item, reason, message, key of what it duplicates or "") of samples left out of a chunk
+Removed = list[tuple[int, str, str, str]]
+# (key, reason, message) of what is refused before or beside the chunks
+Refusals = list[tuple[str, str, str]]
+
+
+def write_lists(
+    folder: Path, listed: Refusals, folders: dict[Chunk, Path], removed: dict[str, Removed]
+) -> tuple[ItemLog, ItemLog]:
+    """Write what is not in the shards; returns the lists of what was refused and of what was removed."""
+    with ItemLog(folder / QUARANTINE) as refused, ItemLog(folder / REMOVED) as left_out:
+        for line in listed:
+            refused.write(*line)
+        for chunk, place in folders.items():
+            stored = Stored(place)
+            for number, reason, message in stored.refused:
+                refused.write(chunk.items[number].key, reason, message)
+            lines = [(*line, "") for line in stored.removed] + removed.get(chunk.name, [])
+            for number, reason, message, of in sorted(lines):
+                left_out.write(chunk.items[number].key, reason, message, **({"duplicate_of": of} if of else {}))
+    return refused, left_out
+
+
+def unfilled(
+    tallies: dict[str, Tally],
+    heldout_share: float,
+    refused: ItemLog,
+    left_out: ItemLog,
+    input: str | Path,
+    output: Path,
+) -> DataError | None:
+    """What to say where a split has no sample: the commonest reason, and where the lists will be; else None."""
+    taken = {name: tally.samples for name, tally in tallies.items()}
+    empty = "train" if not taken["train"] else "heldout" if heldout_share and not taken["heldout"] else None
+    if empty is None:
+        return None
+    counts, examples = refused.counts + left_out.counts, left_out.examples | refused.examples
+    if not counts:
+        more = ", or set prepare.heldout_share=0" if empty == "heldout" else ""
+        return DataError(f"{input} gives no sample for the split {empty}; add recordings{more}")
+    # The gap follows from the split: whoever has nothing left wants to know what became of the rest.
+    named = {reason: count for reason, count in counts.items() if reason != GAP} or counts
+    reason = max(named, key=named.get)
+    lists = [str(beside(output, n)) for log, n in ((refused, QUARANTINE), (left_out, REMOVED)) if log.counts]
+    return DataError(
+        f"{input} leaves no sample for the split {empty}: {counts.total()} were refused or removed, "
+        f"{sum(taken.values())} taken; repair or add recordings. The commonest reason is {reason!r} ({named[reason]}), "
+        f"as here: {examples[reason]}. All are in {' and '.join(lists)}"
+    )
+
+
+def with_list(error: DataError, listed: Refusals, output: Path) -> DataError:
+    """An error that ended the listing, with what had been refused until then written beside the output."""
+    if not listed:
+        return error
+    place = beside(output, QUARANTINE)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with ItemLog(place) as log:
+        for line in listed:
+            log.write(*line)
+    reason, count = log.counts.most_common(1)[0]
+    return DataError(
+        f"{error}. {len(listed)} items were refused before that, {count} for the reason {reason!r}, as here: "
+        f"{log.examples[reason]}. All are in {place}"
+    )
+
+
+def beside(output: Path, name: str) -> Path:
+    """Where a list stays when there is no output."""
+    return output.with_name(f"{output.name}.{name}")
+
+
+def keep_lists(folder: Path, output: Path, refused: ItemLog, left_out: ItemLog) -> None:
+    """Move the lists that are not empty from the folder of an output that is not to be to where `unfilled` says."""
+    for log, name in ((refused, QUARANTINE), (left_out, REMOVED)):
+        if log.counts:
+            (folder / name).replace(beside(output, name))
+
+
+def refusals(folders: dict[Chunk, Path]) -> Refusals:
+    """What was refused as the chunks were made."""
+    return [
+        (chunk.items[number].key, reason, message)
+        for chunk, place in folders.items()
+        for number, reason, message in Stored(place).refused
+    ]

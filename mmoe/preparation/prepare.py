@@ -1,0 +1,414 @@
+"""Preparation: raw recordings -> indexed WebDataset shards with held-out recordings, a manifest, and lists of the rest.
+
+`Source.items` lists what there is, and `split` decides by recording. Runs of items (`chunks.py`) are then made,
+checked, filtered and written by whatever engine runs them (`engines.py`). From the hashes they leave behind, this
+process decides in order what is a duplicate (`dedup.py`); the chunks that hold one are written again without it. At
+last the shards are numbered and the counts added up. All this happens in a folder beside the output (`job.py`) that
+keeps what is finished when the process dies, and becomes the output when all is done.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmoe.addresses import check_address
+from mmoe.commands.console import Console
+from mmoe.config.base import Config
+from mmoe.config.load import validate
+from mmoe.data.index.shard_index import FORMAT, SPLITS, ShardEntry, ShardIndex, SourceManifest, VectorStats
+from mmoe.data.index.shards import read_stored
+from mmoe.data.load.media import load_audio
+from mmoe.data.load.reading import reading
+from mmoe.errors import DataError
+from mmoe.optional import require
+from mmoe.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
+from mmoe.preparation.dedup import Duplicates
+from mmoe.preparation.engines import Engine, run
+from mmoe.preparation.job import JOB_FORMAT, Job, listing_digest
+from mmoe.preparation.lists import (
+    GAP,
+    QUARANTINE,
+    REMOVED,
+    Refusals,
+    Removed,
+    beside,
+    keep_lists,
+    refusals,
+    unfilled,
+    with_list,
+    write_lists,
+)
+from mmoe.preparation.references import Reference, Sign, find_references, is_signed, load_signatures
+from mmoe.preparation.rows import Row, make_sample
+from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.files import check_name
+from mmoe.preparation.splits import GAP_NS, Split, split
+from mmoe.preparation.statistics import KNOTS
+from mmoe.preparation.tally import Tally, summary
+from mmoe.schema.bounds import bounded_by
+from mmoe.schema.sample import Modality
+from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
+from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
+from mmoe.tokenizers.text import TextTokenizer
+
+AUDIO_CODEC = "audio_codec.safetensors"
+AUDIO_REPORT = "audio_codec.json"
+
+_REMOTE = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
+_PROBES = 8  # items made to learn how large and how slow they are
+_CHUNKS, _SMALLEST_CHUNK = 16, 32  # a small source has as many chunks as give that many items each
+_FILL = 0.8  # of `shard_bytes` that a chunk is meant to fill: where items vary, few chunks then need a second shard
+_WORTH_SECONDS = 4.0  # of work, for which a process more is started
+
+
+class PrepareConfig(ChunkConfig):
+    """What preparation decides for any source; given as ``prepare.<key>`` among the reader's options."""
+
+    heldout_share: float = Field(0.15, ge=0, lt=1)  # of recordings, or of the length of each; 0: hold out nothing
+    audio: AudioConfig = AudioConfig()  # the codec fitted to a source with sound, where its kind is mel
+    audio_seed: int = Field(0, ge=0)
+
+    def chunks(self) -> ChunkConfig:
+        return ChunkConfig(**{name: getattr(self, name) for name in ChunkConfig.model_fields})
+
+
+def prepare(
+    kind: str,
+    input: str | Path,
+    output: str | Path,
+    *,
+    text_tokenizer: TextTokenizer,
+    workers: int | None = 1,
+    engine: Engine = "processes",
+    fresh: bool = False,
+    options: dict[str, Any] | None = None,
+    console: Console | None = None,
+) -> SourceManifest:
+    """Prepare the recordings in `input` (of a kind in `SOURCES`) as the folder `output`.
+
+    `options` are keys of the reader's config, and under ``prepare`` keys of `PrepareConfig`. The output is the same
+    for any number of `workers` (None: as many as the work is worth) and on any `engine`. What an interrupted call has
+    finished is kept for the same call again; `fresh` deletes it instead. Raises DataError when `output` exists,
+    `input` does not, another preparation of `output` is unfinished, or a split is left without a sample; ConfigError
+    for an unknown kind or option.
+    """
+    source, reader, config = _settings(kind, options)
+    _check_named(input)
+    config.filters.check()
+    config.dedup.check()
+    if config.video_backend == "decord":
+        require("decord", "prepare.video_backend")
+    for address in (input, output):
+        check_address(str(address))
+    if _REMOTE.match(str(output)):
+        raise DataError(f"{output} is no local folder; prepare into one, and copy it to the store when it is complete")
+    output, console = Path(output), console or Console()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")
+    listed: Refusals = []
+    beside(output, QUARANTINE).unlink(missing_ok=True)  # of an attempt before, and no input of this one
+    beside(output, REMOVED).unlink(missing_ok=True)
+    with bounded_by(config.bounds):
+        try:
+            items = _list_items(
+                source, Path(input), reader, lambda key, why: listed.append((key, why.reason, str(why)))
+            )
+            _split(source, items, [], config)
+        except DataError as error:
+            raise with_list(error, listed, output) from error
+        with reading("source", str(input), "repair its description"):
+            source = source.of(Path(input), reader)
+    references = find_references(config.dedup, text_tokenizer)
+    with bounded_by(config.bounds), Job(output) as job:
+        if fresh:
+            job.restart()
+        pins = {
+            "format": JOB_FORMAT,
+            "kind": kind,
+            "options": reader.model_dump(mode="json") | {"prepare": config.model_dump(mode="json")},
+            "text tokenizer": text_tokenizer.fingerprint,
+            "input": listing_digest(items, None if source.generated else Path(input), (job.folder, output)),
+            "against": {source: _digest(source) for source in config.dedup.against},
+        }
+        resumed = job.pin(pins)
+        rate = config.audio.mel.sample_rate if config.audio.kind == "mel" else None
+        make = Make(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
+
+        def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
+            _work(task, todo, workers, engine, _progress(console), said, done, total)
+
+        lost: Refusals = job.remember("lost", list)
+        while True:
+            sides, gap = _split(source, items, lost, config)
+            plan = job.remember("plan", partial(_plan, make, sides.heldout + sides.train))
+            chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
+            if workers is None:
+                workers = max(1, min(len(os.sched_getaffinity(0)), int(plan["seconds"] / _WORTH_SECONDS)))
+            _make_chunks(job, make, chunks, work, console if resumed else None)
+            _sign_references(job, Sign(job.folder / "references", config.dedup, text_tokenizer), references, work)
+            removed = _find_duplicates(job, chunks, references, config)
+            folders = _thin_chunks(job, Thin(make.folder, job.folder / "thinned", make.config), chunks, removed, work)
+            tallies, shards = _assemble(job, folders)
+            refused, left_out = write_lists(job.result, [*listed, *lost, *gap], folders, removed)
+            problem = unfilled(tallies, config.heldout_share, refused, left_out, input, output)
+            if problem is None:
+                break
+            again = [*lost, *refusals(folders)]
+            if tallies["train"].samples and len(again) > len(lost) and _can_split(source, items, again, config):
+                job.begin_again("lost", again)  # what was held out cannot be read: others are held out instead
+                lost = again
+                continue
+            keep_lists(job.result, output, refused, left_out)
+            job.discard()  # what is repaired is to be read again
+            raise problem
+        manifest = SourceManifest(
+            format=FORMAT,
+            kind=source.kind,
+            text_fingerprint=text_tokenizer.fingerprint,
+            clock=source.clock,
+            skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
+            vectors=vector_stats(source, tallies["train"], tallies["heldout"]),
+            splits={name: tallies[name].entry(shards[name]) for name in SPLITS},
+            quarantined=dict(sorted(refused.counts.items())),
+            removed=dict(sorted(left_out.counts.items())),
+        )
+        console.print(summary(kind, tallies, refused.counts, left_out.counts, manifest.vectors))
+        for note in source.notes:
+            console.print(note)
+        if source.clock == "synthetic":
+            console.print("clock: synthetic, made from a row's number and a rate; it cannot show skew between sensors")
+        if Modality.ACTION in tallies["train"].vectors:
+            rows = tallies["train"].vectors[Modality.ACTION].sample()
+            console.print(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
+        if tallies["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
+            _fit_audio_codec(job.result, manifest, config, console)
+        manifest.save(job.result)
+        job.finish()
+    return manifest
+
+
+def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None = None) -> Iterator[str]:
+    """Every text of the training part in order, to train a text tokenizer on; refused items are passed over."""
+    source, reader, config = _settings(kind, options)
+    _check_named(input)
+    with bounded_by(config.bounds):
+        items = _list_items(source, Path(input), reader, lambda key, refusal: None)
+        items = _split(source, items, [], config)[0].train
+    for item in items:
+        try:
+            with bounded_by(config.bounds):
+                sample = make_sample(item)
+        except DataError:
+            continue  # `prepare` counts it and says why
+        yield from (segment.text for segment in sample.segments if segment.modality is Modality.TEXT)
+
+
+def vector_stats(source: Source, train: Tally, heldout: Tally) -> dict[str, VectorStats]:
+    """By modality name, over all rows of the training tables; actions with the quantiles that bins are cut at.
+
+    Of the held-out tables only what is clipped, and how far their values reach.
+    """
+    stats = {}
+    for modality, rows in sorted(train.vectors.items()):
+        action = modality is Modality.ACTION
+        names, period = source.vector_names[modality.name], source.action_period_ns if action else 0
+        stats[modality.name] = rows.stats(names, period, KNOTS if action else 0, heldout.vectors.get(modality))
+    return stats
+
+
+def _round_trip(stats: VectorStats, rows: np.ndarray) -> str:
+    tokenizer = ActionTokenizer(ActionConfig(mode="discrete"), stats)
+    errors = ", ".join(f"{name} {error:.2g}" for name, error in tokenizer.round_trip_error(rows).items())
+    return f"actions: root mean square error of {tokenizer.config.bins} uniform bins: {errors}"
+
+
+def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config, PrepareConfig]:
+    source, options = find_source(kind), dict(options or {})
+    config = validate(PrepareConfig, options.pop("prepare", {}), f"options of {kind}, under prepare")
+    return source, validate(source.config, options, f"options of {kind}"), config
+
+
+def _check_named(input: str | Path) -> None:
+    """Raises DataError for an empty input, which `Path` would take for the current folder."""
+    if not str(input).strip():
+        raise DataError("the input is empty, which names no folder; give the file or folder of the recordings")
+
+
+def _list_items(source: Source, input: Path, reader: Config, quarantine: Quarantine) -> list[Item]:
+    """The items that may be made; those whose key or recording cannot be one are refused."""
+    if not source.generated and not input.exists():
+        raise DataError(f"{input} does not exist; give the file or folder of the recordings to prepare")
+    items: dict[str, Item] = {}
+    with reading(f"source of kind {source.kind}", str(input), "repair what describes its recordings"):
+        for item in source.items(input, reader, quarantine):
+            try:
+                check_name(item.key, str(input))
+                check_name(item.recording, str(input))
+                if item.key in items:
+                    message = f"sample key {item.key} occurs twice in {input}; give every recording its own name"
+                    raise Refused("duplicate key", message)
+            except Refused as refusal:
+                quarantine(item.key, refusal)
+            else:
+                items[item.key] = item
+    return list(items.values())
+
+
+def _split(source: Source, items: list[Item], lost: Refusals, config: PrepareConfig) -> tuple[Split, Refusals]:
+    """The items that are not `lost` by side, and what lies in the gap between."""
+    gone = {key for key, *_ in lost}
+    left = [item for item in items if item.key not in gone]
+    sides = split(left, config.heldout_share, gap=0 if source.clock == "none" else GAP_NS)
+    said = "sample {} lies in the gap before the held-out tail of {}"
+    return sides, [(item.key, GAP, said.format(item.key, item.recording)) for item in sides.gap]
+
+
+def _can_split(source: Source, items: list[Item], lost: Refusals, config: PrepareConfig) -> bool:
+    try:
+        sides, _ = _split(source, items, lost, config)
+    except DataError:
+        return False
+    return bool(sides.heldout and sides.train)
+
+
+def _digest(prepared: str) -> str:
+    return hashlib.sha256(SourceManifest.load(prepared).model_dump_json().encode()).hexdigest()
+
+
+def _plan(make: Make, items: Sequence[Item]) -> dict[str, Any]:
+    """Items a chunk, and about how many seconds one process needs for all, from a few items all over the source."""
+    rows, seconds = [], []
+    for item in items[:: max(1, len(items) // _PROBES)][:_PROBES]:
+        begun = time.perf_counter()
+        row = make.row(item)
+        seconds.append(time.perf_counter() - begun)
+        rows += [row] if isinstance(row, Row) else []
+    chunk = min(make.config.shard_rows, max(_SMALLEST_CHUNK, math.ceil(len(items) / _CHUNKS)))
+    size = fmean(sum(map(len, row.sample.members.values())) for row in rows) if rows else 0
+    if chunk * size > make.config.shard_bytes:
+        chunk = max(1, int(_FILL * make.config.shard_bytes / size))
+    return {"chunk": chunk, "seconds": round(median(seconds) * len(items), 1) if items else 0.0}
+
+
+def _work(
+    task: Callable, todo: Sequence, workers: int, engine: Engine, progress: Progress, said: str, done: int, total: int
+) -> None:
+    if not todo:
+        return
+    with progress, closing(run(task, todo, workers, engine)) as counts:
+        bar = progress.add_task(said, total=total, completed=done)
+        for count in counts:
+            progress.advance(bar, count)
+
+
+def _make_chunks(job: Job, make: Make, chunks: list[Chunk], work: Callable, resumed: Console | None) -> None:
+    make.folder.mkdir(exist_ok=True)
+    todo = [] if job.assembling else [chunk for chunk in chunks if not Stored(make.folder / chunk.name).whole()]
+    total = sum(len(chunk.items) for chunk in chunks)
+    done = total - sum(len(chunk.items) for chunk in todo)
+    if resumed:
+        resumed.print(f"going on: {done:,} of {total:,} items are done (--fresh starts over)")
+    work(make, todo, done, total, "preparing")
+
+
+def _sign_references(job: Job, sign: Sign, references: list[Reference], work: Callable) -> None:
+    sign.folder.mkdir(exist_ok=True)
+    todo = [reference for reference in references if not is_signed(sign.folder, reference)]
+    work(sign, todo, 0, None, "reading other sources")
+
+
+def _find_duplicates(
+    job: Job, chunks: list[Chunk], references: list[Reference], config: PrepareConfig
+) -> dict[str, Removed]:
+    """By name of the chunk, what is to be left out of it."""
+    duplicates, removed = Duplicates(config.dedup), {}
+    for reference in references:
+        duplicates.reference(reference.side, *load_signatures(job.folder / "references", reference))
+    for chunk in chunks:
+        signatures = Stored(job.folder / "chunks" / chunk.name).signatures()
+        items = [chunk.items[number] for number in signatures.item.tolist()]
+        keys, recordings = [item.key for item in items], [item.recording for item in items]
+        for found in duplicates.judge(chunk.side, signatures, keys, recordings):
+            message = f"sample {keys[found.row]} is a {found.reason}, {found.of}"
+            line = int(signatures.item[found.row]), found.reason, message, found.of
+            removed.setdefault(chunk.name, []).append(line)
+    return removed
+
+
+def _thin_chunks(
+    job: Job, thin: Thin, chunks: list[Chunk], removed: dict[str, Removed], work: Callable
+) -> dict[Chunk, Path]:
+    """Write the chunks with duplicates again; returns where each chunk now is."""
+    thin.folder.mkdir(exist_ok=True)
+    thinnings = [Thinning(name, frozenset(line[0] for line in lines)) for name, lines in removed.items()]
+    todo = [] if job.assembling else [t for t in thinnings if not Stored(thin.folder / t.name).whole()]
+    work(thin, todo, 0, sum(len(thinning.items) for thinning in todo), "leaving out duplicates")
+    return {c: (thin.folder if c.name in removed else thin.source) / c.name for c in chunks}
+
+
+def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], dict[str, list[ShardEntry]]]:
+    """Number the shards through and add up the counts; can be broken off anywhere and done again."""
+    job.begin_assembly()
+    tallies, shards = {name: Tally() for name in SPLITS}, {name: [] for name in SPLITS}
+    for name in SPLITS:
+        (job.result / name).mkdir(parents=True, exist_ok=True)
+    for chunk, folder in folders.items():
+        stored, entries = Stored(folder), shards[chunk.side]
+        tallies[chunk.side].merge(stored.tally())
+        for shard in stored.shards:
+            path = f"{chunk.side}/shard-{len(entries):06d}.tar"
+            for suffix in (".parquet", ".tar"):
+                here, there = (folder / shard.path).with_suffix(suffix), (job.result / path).with_suffix(suffix)
+                if not there.exists():
+                    here.rename(there)
+            entries.append(shard.model_copy(update={"path": path}))
+    return tallies, shards
+
+
+def _fit_audio_codec(folder: Path, manifest: SourceManifest, config: PrepareConfig, console: Console) -> None:
+    """Fit on the training sounds, save, and report the error on the held-out ones (on the former if none are)."""
+    rate = config.audio.mel.sample_rate
+    codec = MelCodec.fit(_waves(folder, manifest, "train", rate), config.audio, config.audio_seed)
+    codec.save(folder / AUDIO_CODEC)
+    measured = "heldout" if manifest.splits["heldout"].segments("AUDIO") else "train"
+    errors = codec.reconstruction_error(_waves(folder, manifest, measured, rate))
+    report = {"fingerprint": codec.fingerprint, "split": measured, "reconstruction_error": errors}
+    (folder / AUDIO_REPORT).write_text(json.dumps(report, indent=1))
+    levels = ", ".join(f"{error:.3f} with {level}" for level, error in errors.items())
+    console.print(f"audio codec: mean squared error of the normalised log-mel bands ({measured}), by levels: {levels}")
+
+
+def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:
+    """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
+    for shard in manifest.splits[name].shards:
+        index = ShardIndex.read(folder / shard.path)
+        for row in range(len(index)):
+            for segment in index.row_segments(row):
+                if segment["modality"] == Modality.AUDIO:
+                    stored = read_stored(index, row, int(segment["member"]))
+                    wave, found = load_audio(stored.content, int(segment["start"]), int(segment["stop"]), stored.where)
+                    yield resample(wave, found, rate).numpy()
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)

@@ -1,0 +1,74 @@
+"""Preparing what a config names and the disk does not hold yet; only a command that says so does this."""
+
+import os
+import shlex
+from itertools import chain, islice
+from pathlib import Path
+
+from mmoe.commands.console import Console
+from mmoe.data.config import SourceConfig
+from mmoe.data.storage.store import local_path
+from mmoe.errors import ConfigError
+from mmoe.files import said_nearest
+from mmoe.preparation.prepare import prepare, training_texts
+from mmoe.preparation.sources import find_source
+from mmoe.tokenizers.text import TextConfig, TextTokenizer
+
+FIT_TEXTS = 500  # of each source, for the text tokenizer: making a sample may mean rendering it
+NO_INPUT = "-"  # of a simulation
+
+
+def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console: Console) -> None:
+    """Fit the text tokenizer where its file is missing, then prepare every source whose folder is missing.
+
+    What exists is left as it is; whether it fits this config is for `Sources.check` to say. Raises ConfigError
+    before anything is made where a source cannot be prepared, since nothing says from what.
+    """
+    missing = {name: source for name, source in sources.items() if _is_missing(source.shards)}
+    fits = text.path is not None and text.vocabulary_size is not None and _is_missing(text.path)
+    for name, source in missing.items():
+        _check_input(name, source, f"data.sources.{name}.shards", source.shards)
+    for name, source in sources.items() if fits else ():
+        _check_input(name, source, "tokenizers.text.path", text.path)
+    if fits:
+        console.print(f"{text.path} does not exist: fitting it to training texts of {', '.join(sources)}")
+        texts = chain.from_iterable(
+            islice(training_texts(s.kind, s.input or NO_INPUT, s.options), FIT_TEXTS) for s in sources.values()
+        )
+        Path(local_path(text.path)).parent.mkdir(parents=True, exist_ok=True)
+        TextTokenizer.train(texts, text.vocabulary_size).save(local_path(text.path))
+    for name, source in missing.items():
+        origin = f"{source.kind} in {source.input}" if source.input is not None else source.kind
+        console.print(f"{source.shards} does not exist: preparing source {name} there, from {origin}")
+        tokenizer = text.build()
+        prepare(
+            source.kind,
+            source.input or NO_INPUT,
+            local_path(source.shards),
+            text_tokenizer=tokenizer,
+            workers=None,  # as many as the work is worth
+            options=source.options,
+            console=console,
+        )
+
+
+def _is_missing(address: str) -> bool:
+    """Whether a local address names nothing. What is far away is never made: reading it says what it lacks."""
+    path = local_path(address)
+    return path is not None and not Path(path).exists()
+
+
+def _check_input(name: str, source: SourceConfig, key: str, missing: str) -> None:
+    """Raises ConfigError where there is nothing to make `missing`, the value of `key`, from."""
+    if find_source(source.kind).generated:
+        return
+    said = f"{key}: {missing} does not exist{said_nearest(missing)}"
+    if source.input is None:
+        raise ConfigError(
+            f"{said}; correct it, or give the {source.kind} recordings to make it from in data.sources.{name}.input"
+        )
+    if not os.path.exists(source.input):
+        raise ConfigError(
+            f"{said}, and it cannot be made: data.sources.{name}.input, {shlex.quote(source.input)}, does not exist "
+            f"either{said_nearest(source.input)}; correct one of the two"
+        )

@@ -1,0 +1,95 @@
+"""The signatures of sources that are prepared already, so that another does not repeat them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmoe.data.index.shard_index import SPLITS, ShardIndex, SourceManifest
+from mmoe.data.index.shards import read_stored
+from mmoe.data.storage.store import join
+from mmoe.errors import DataError
+from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
+from mmoe.schema.sample import Modality
+from mmoe.tokenizers.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A shard of another source's `side`."""
+
+    number: int
+    source: str
+    side: str
+    shard: str  # relative to the source
+
+    @property
+    def name(self) -> str:
+        return f"reference-{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Reference -> ``<name>.npz`` and ``<name>.json`` in `folder`; returns the number of samples. Picklable."""
+
+    folder: Path
+    config: DedupConfig
+    tokenizer: TextTokenizer
+
+    def __call__(self, reference: Reference) -> int:
+        index = ShardIndex.read(join(reference.source, reference.shard))
+        contents = index.content_hashes.tolist()
+        builder = SignatureBuilder(self.config)
+        for row, content in enumerate(contents):
+            numbers = {index.row_member(row, number)[0]: number for number in range(index.row_members(row))}
+
+            def read(name: str, row: int = row, numbers: dict[str, int] = numbers) -> bytes:
+                return read_stored(index, row, numbers[name]).content
+
+            def texts(row: int = row) -> list[str]:
+                return _texts(index, row, self.tokenizer)
+
+            builder.add(row, content, index.row_segments(row), list(numbers), texts, read)
+        labels = [[f"{reference.source}: {key}" for key in index.keys], index.recordings]
+        (self.folder / f"{reference.name}.json").write_text(json.dumps(labels), encoding="ascii")
+        temporary = self.folder / f".{reference.name}.npz"
+        np.savez(temporary, **builder.build().arrays())
+        temporary.rename(self.folder / f"{reference.name}.npz")
+        return len(contents)
+
+
+def find_references(config: DedupConfig, tokenizer: TextTokenizer) -> list[Reference]:
+    """Every shard of the sources to compare with. Raises DataError for one whose texts cannot be compared."""
+    found: list[Reference] = []
+    for source in config.against:
+        manifest = SourceManifest.load(source)
+        if config.near and manifest.text_fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"{source} was prepared with another text tokenizer, so its texts cannot be compared for near "
+                "duplicates; prepare both with the same one"
+            )
+        for side in filter(manifest.splits.get, SPLITS):
+            found += [
+                Reference(number, source, side, shard.path)
+                for number, shard in enumerate(manifest.splits[side].shards, start=len(found))
+            ]
+    return found
+
+
+def load_signatures(folder: Path, reference: Reference) -> tuple[Signatures, Sequence[str], Sequence[str]]:
+    """What `Sign` wrote: the signatures, what each sample is called in messages, and its recording."""
+    labels, recordings = json.loads((folder / f"{reference.name}.json").read_text(encoding="ascii"))
+    with np.load(folder / f"{reference.name}.npz", allow_pickle=False) as arrays:
+        return Signatures(**arrays), labels, [f"{reference.source}: {name}" for name in recordings]
+
+
+def is_signed(folder: Path, reference: Reference) -> bool:
+    return (folder / f"{reference.name}.npz").is_file()
+
+
+def _texts(index: ShardIndex, row: int, tokenizer: TextTokenizer) -> list[str]:
+    segments, ids = index.row_segments(row), index.row_text(row)
+    ranges = segments[segments["modality"] == Modality.TEXT]
+    return [tokenizer.decode(ids[start:stop]) for start, stop in zip(ranges["start"].tolist(), ranges["stop"].tolist())]

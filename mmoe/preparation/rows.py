@@ -1,0 +1,296 @@
+"""One sample -> one row of the index: every payload is opened once here, so that training meets no surprise.
+
+This runs in the worker processes of preparation; it depends on nothing but the sample and the text tokenizer.
+"""
+
+import errno
+import hashlib
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmoe.data.index.shards import ShardWriter, check_field, check_key
+from mmoe.data.load.decord_proof import why_not
+from mmoe.data.load.frames import Backend, VideoFrames, is_video, unproven
+from mmoe.data.load.media import audio_info, load_array, load_audio, load_image
+from mmoe.errors import DataError, MmoeError
+from mmoe.preparation.sources.base import Item, Refused
+from mmoe.schema.sample import SEGMENT_DTYPE, Modality, Sample, Segment
+from mmoe.tokenizers.rates import check_rates
+from mmoe.tokenizers.text import TextTokenizer
+
+_COPIED = [name for name in SEGMENT_DTYPE.names if name not in ("member", "text_hash")]
+_FRAMES_AT_ONCE = 64  # of a video being checked: bounds the memory
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_REASONS = {
+    Modality.VISION: "unreadable picture or video",
+    Modality.AUDIO: "unreadable sound",
+    Modality.ACTION: "unusable action table",
+    Modality.STATE: "unusable state table",
+    Modality.INERTIAL: "unusable inertial table",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checked sample with its index fields. `text_ids` [n] i32; `segments` [m] SEGMENT_DTYPE.
+
+    `text_bytes` is the UTF-8 length of its texts; `vectors` holds the tables [N, D] f32 that the segments refer
+    to, by modality, each once. `decord` names the videos that decord is proven to read.
+    """
+
+    sample: Sample
+    content_hash: int
+    text_ids: np.ndarray
+    segments: np.ndarray
+    text_bytes: int
+    vectors: dict[Modality, list[np.ndarray]]
+    decord: frozenset[str] = frozenset()
+
+    def write(self, writer: ShardWriter) -> None:
+        writer.write(
+            self.sample.key,
+            self.sample.members,
+            recording=self.sample.recording,
+            content_hash=self.content_hash,
+            text_ids=self.text_ids,
+            segments=self.segments,
+            decord=self.decord,
+        )
+
+
+def make_row(
+    item: Item,
+    tokenizer: TextTokenizer,
+    video_backend: Backend,
+    vector_names: dict[str, tuple[str, ...]],
+    sound_rate: int | None = None,
+) -> Row | Refused:
+    """Make the item's sample and check it. Anything wrong with the data is returned, not raised.
+
+    `sound_rate` is what the codec that is to be fitted resamples sounds to, in Hz.
+    """
+    try:
+        sample = make_sample(item)
+        with _translated(item.key):
+            _check_rates(sample, sound_rate)
+            return build_row(sample, tokenizer, video_backend, vector_names)
+    except Refused as refusal:
+        return refusal
+
+
+def make_sample(item: Item) -> Sample:
+    """The item's sample. Raises `Refused` for whatever is wrong with the data."""
+    with _counted_as("unusable key"):
+        check_key(item.key)
+    with _translated(item.key), _counted_as("unreadable recording"):
+        sample = item.make()
+    if (sample.key, sample.recording) != (item.key, item.recording):
+        raise ValueError(f"reader made sample {sample.key} of {sample.recording} for item {item}")
+    return sample
+
+
+@contextmanager
+def _translated(key: str) -> Iterator[None]:
+    """The last line of defence: what no reader foresaw costs its item, not the hours of the preparation around it.
+
+    Decoders' exceptions are translated where foreign bytes are decoded (`data.load.reading`), so that what comes up to
+    here is a fault of ours. It is counted under a reason of its own, with its type and place for a report. What the
+    machine lacks (disk, file handles) is no fault of the item, and ends the preparation.
+    """
+    try:
+        yield
+    except MmoeError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200]
+        message = (
+            f"{key}: the reader failed with {type(error).__name__} ({said}) in {Path(place.filename).name}, line "
+            f"{place.lineno}; please report it, and leave the item out meanwhile"
+        )
+        raise Refused("reader failed", message) from error
+
+
+def build_row(
+    sample: Sample, tokenizer: TextTokenizer, video_backend: Backend, vector_names: dict[str, tuple[str, ...]]
+) -> Row:
+    """Check every payload of the sample and tokenise its texts. Raises `Refused`."""
+    with _counted_as("malformed sample"):
+        _check_structure(sample)
+    vectors: dict[Modality, list[np.ndarray]] = {}
+    proven = set()
+    for (modality, member), segments in _by_payload(sample).items():
+        with _counted_as(_REASONS[modality]):
+            where = f"{sample.key}.{member}"
+            table = _check_payload(segments, sample.members[member], where)
+            if modality is Modality.VISION and is_video(member):
+                if _is_proven(sample.members[member], where, video_backend):
+                    proven.add(member)
+            elif table is not None:
+                _check_dimensions(table, vector_names.get(modality.name, ()), where)
+                vectors.setdefault(modality, []).append(table.astype(np.float32))
+
+    text_ids = tokenizer.encode_batch([s.text for s in sample.segments if s.modality is Modality.TEXT])
+    names = list(sample.members)
+    segments = np.zeros(len(sample.segments), SEGMENT_DTYPE)
+    ranges = iter(np.cumsum([0, *map(len, text_ids)]).tolist())
+    start = next(ranges)
+    for row, segment in zip(segments, sample.segments):
+        for name in _COPIED:
+            row[name] = getattr(segment, name)
+        row["member"] = names.index(segment.member)
+        if segment.modality is Modality.TEXT:
+            row["start"], row["stop"] = start, (start := next(ranges))
+            row["text_hash"] = hash64(segment.text.encode())
+    return Row(
+        sample=sample,
+        content_hash=_content_hash(sample),
+        text_ids=np.concatenate([np.zeros(0, np.int32), *text_ids]).astype(np.int32),
+        segments=segments,
+        text_bytes=sum(len(s.text.encode()) for s in sample.segments),
+        vectors=vectors,
+        decord=frozenset(proven),
+    )
+
+
+def hash64(*parts: bytes) -> int:
+    """A stable signed 64-bit hash of the parts; equal on every machine, so that splits and pairs are too."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _check_rates(sample: Sample, target: int | None) -> None:
+    for segment in sample.segments:
+        if target is not None and segment.modality is Modality.AUDIO:
+            with _counted_as(_REASONS[Modality.AUDIO]):
+                check_rates(segment.rate, target, f"{sample.key}.{segment.member}")
+
+
+def _by_payload(sample: Sample) -> dict[tuple[Modality, str], list[Segment]]:
+    """Segments that have a payload of their own, by modality and member, so that each is opened once."""
+    payloads: dict[tuple[Modality, str], list[Segment]] = {}
+    for segment in sample.segments:
+        if segment.modality is not Modality.TEXT:
+            payloads.setdefault((segment.modality, segment.member), []).append(segment)
+    return payloads
+
+
+def _check_dimensions(table: np.ndarray, names: tuple[str, ...], where: str) -> None:
+    if table.shape[1] != len(names):
+        raise DataError(
+            f"{where} has {table.shape[1]} dimensions, the source names {len(names)} ({', '.join(names)}); "
+            "correct the log or the reader"
+        )
+
+
+def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarray | None:
+    """Open the payload `data` of one modality and decode all that its segments refer to; returns a table [N, D]."""
+    first = segments[0]
+    if first.modality is Modality.VISION:
+        if is_video(first.member):
+            _check_video(segments, VideoFrames(data, "pyav", where), where)
+        else:
+            _check_pictures(segments, 1, load_image(data, where)[None], where)
+    elif first.modality is Modality.AUDIO:
+        samples, rate = audio_info(data, where)
+        for segment in segments:
+            if rate != segment.rate:
+                raise DataError(f"{where} has {rate} Hz, its segment says {segment.rate} Hz; correct the reader")
+            _check_range(segment, samples, where)
+            load_audio(data, segment.start, segment.stop, where)
+    else:
+        table = load_array(data, where)
+        for segment in segments:
+            _check_range(segment, len(table), where)
+        return table
+    return None
+
+
+def _check_video(segments: list[Segment], video: VideoFrames, where: str) -> None:
+    wanted = np.unique(np.concatenate([np.arange(s.start, s.stop) for s in segments]))
+    for at in range(0, len(wanted), _FRAMES_AT_ONCE):
+        indices = wanted[at : at + _FRAMES_AT_ONCE]
+        _check_pictures(segments, len(video), video.frames(indices), where)
+        if video.damaged:  # a reader that takes pictures out counts them; here every epoch would show them anew
+            raise DataError(
+                f"{where} is damaged: the decoder makes up parts of {len(video.damaged)} frames, the first is "
+                f"{min(video.damaged)}; restore it or leave it out"
+            )
+
+
+def _is_proven(data: bytes, where: str, video_backend: Backend) -> bool:
+    """Prove that decord reads the video, where it is to. Raises `Refused` where it does not.
+
+    Only then: the proof decodes every film several times, and without it training takes PyAV, which is as fast.
+    """
+    if video_backend != "decord":
+        return False
+    if reason := why_not(data, where):
+        raise unproven(where, reason, "prepare.video_backend")
+    return True
+
+
+def _check_pictures(segments: list[Segment], length: int, pictures: np.ndarray, where: str) -> None:
+    """`pictures` [n, H, W, 3] must have the size that every segment states, and its range lie in `length`."""
+    height, width = pictures.shape[1:3]
+    for segment in segments:
+        _check_range(segment, length, where)
+        if (segment.height, segment.width) != (height, width):
+            raise DataError(
+                f"{where} has {height} x {width} pixels, its segment says {segment.height} x {segment.width}; "
+                "correct the reader"
+            )
+
+
+def _check_structure(sample: Sample) -> None:
+    for field in sample.members:
+        check_field(sample.key, field)
+    if not sample.segments:
+        raise DataError(f"sample {sample.key} has no segment, so there is nothing to learn from it; leave it out")
+    others = set()  # slices that already hold something else than VISION
+    for segment in sample.segments:
+        if segment.member not in sample.members:
+            raise DataError(f"sample {sample.key}: a segment names {segment.member!r}, which is not a member of it")
+        if segment.modality is Modality.VISION and segment.slice >= 0 and segment.slice in others:
+            raise DataError(f"sample {sample.key}: in slice {segment.slice} VISION follows another modality")
+        if segment.modality is not Modality.VISION:
+            others.add(segment.slice)
+        if segment.modality is Modality.TEXT and not segment.text.strip():
+            raise DataError(f"sample {sample.key}: a text is blank; give it words or leave the segment out")
+
+
+def _check_range(segment: Segment, length: int, where: str) -> None:
+    if not 0 <= segment.start < segment.stop <= length:
+        raise DataError(
+            f"{where} holds {length} entries, its segment asks for {segment.start} to {segment.stop}; the recording "
+            "is empty, truncated or not the one the log belongs to: restore it or leave it out"
+        )
+
+
+def _content_hash(sample: Sample) -> int:
+    """Of what was sensed, whatever is said of it: a picture with another caption is the same picture."""
+    sensed = {s.member for s in sample.segments if s.modality is not Modality.TEXT}
+    if not sensed:
+        return hash64(*(s.text.encode() for s in sample.segments))
+    return hash64(*(sample.members[name] for name in sorted(sensed)))
+
+
+@contextmanager
+def _counted_as(reason: str) -> Iterator[None]:
+    """Turn a DataError that names no class into `Refused` of this one."""
+    try:
+        yield
+    except Refused:
+        raise
+    except DataError as error:
+        raise Refused(reason, str(error)) from error

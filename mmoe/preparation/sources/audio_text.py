@@ -1,0 +1,208 @@
+"""Sounds with their words, in the three layouts that such sets come in.
+
+============================== ==================================================================================
+input                          what describes a sound
+============================== ==================================================================================
+folder, ``transcripts.jsonl``  rows ``{"audio": path, "text": words}``, optional `take`, `speaker`, `samples`,
+                               `sample_rate`
+folder, ``*.trans.txt``        lines ``<id> WORDS`` beside ``<id>.flac``, as in LibriSpeech: <speaker>/<chapter>/
+file ``.jsonl``                rows ``{"audio_filepath": path, "text": words, "duration": s}`` as in the manifests of
+                               NeMo and k2, optional `offset` in seconds (the row is then a piece of the file),
+                               `speaker`; paths are relative to the manifest
+============================== ==================================================================================
+
+A sample is one sound and its transcript, the two sides of a contrastive pair. What a split holds out as a whole is
+the take where rows have one (all takes of one index, the last first), else the speaker, else the file (in a tree,
+`tree_recording`). Where samples, sample rate or duration are stated, the file must agree: a WAV that was cut off
+still opens. Sounds without words, and other files of a folder, are refused, so that they are counted.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmoe.config.base import Config
+from mmoe.data.load.media import audio_info
+from mmoe.errors import DataError
+from mmoe.preparation.sources import files, jsonl
+from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.encode import flac_piece
+from mmoe.schema.sample import Modality, Sample, Segment
+
+_SOUNDS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
+
+
+class AudioTextConfig(Config):
+    # What is held out as a whole of a tree <speaker>/<chapter>/; a speaker on both sides makes the task easier.
+    tree_recording: Literal["speaker", "chapter"] = "speaker"
+    duration_tolerance_s: float = Field(0.01, ge=0)  # manifests round: two decimals are off by up to this
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """What a description says of a sound, for the file to agree; None where it says nothing. Times in seconds."""
+
+    samples: int | None = None
+    sample_rate: int | None = None
+    duration: float | None = None
+    offset: float | None = None  # the sound is the piece of the file that begins here
+    tolerance: float = 0.0
+
+
+def items(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterator[Item]:
+    """One item per described sound."""
+    if path.is_file():
+        return _manifest(path, config, quarantine)
+    if (path / "transcripts.jsonl").is_file():
+        return _rows(path, quarantine)
+    found = files.listing(path, quarantine)
+    transcripts = [file for file in found if file.name.lower().endswith(".trans.txt")]
+    if not transcripts:
+        raise DataError(
+            f"{path} holds neither transcripts.jsonl nor any *.trans.txt, so its sounds have no words; write one of "
+            "them, or give a manifest (a .jsonl file with audio_filepath, text and duration)"
+        )
+    return _tree(path, found, transcripts, config, quarantine)
+
+
+def _rows(path: Path, quarantine: Quarantine) -> Iterator[Item]:
+    named = {path / "transcripts.jsonl"}
+    for where, row in jsonl.rows(path / "transcripts.jsonl", quarantine):
+        try:
+            key, take = jsonl.key_of(row, "audio", where), _take(row, where)
+            named.add(path / jsonl.name_of(row, "audio", where))
+        except Refused as refusal:
+            quarantine(where, refusal)
+            continue
+        recording = f"take-{take}" if take is not None else _speaker(row) or key
+        stated = _Stated(samples=row.get("samples"), sample_rate=row.get("sample_rate"))
+        make = partial(_sample, key, recording, path / row["audio"], row.get("text"), stated, where)
+        yield Item(key, recording, make, rank=take or 0)
+    _without_words((file for file in files.listing(path, quarantine) if file not in named), path, quarantine)
+
+
+def _manifest(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterator[Item]:
+    stem = path.stem.replace(".", "_")
+    for number, (where, row) in enumerate(jsonl.rows(path, quarantine)):
+        key = f"{stem}-{number:06d}"
+        try:
+            name = jsonl.text_of(row, "audio_filepath", where)
+            times = {field: _seconds(row, field, where) for field in ("duration", "offset")}
+        except Refused as refusal:
+            quarantine(key, refusal)
+            continue
+        stated = _Stated(**times, tolerance=config.duration_tolerance_s)
+        recording = _speaker(row) or name  # pieces of one file belong together
+        yield Item(key, recording, partial(_sample, key, recording, path.parent / name, row.get("text"), stated, where))
+
+
+def _tree(
+    path: Path, found: list[Path], transcripts: list[Path], config: AudioTextConfig, quarantine: Quarantine
+) -> Iterator[Item]:
+    sounds = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".flac"}
+    named = set(transcripts)
+    for transcript in transcripts:
+        folder = transcript.parent
+        recording = (folder.parent if config.tree_recording == "speaker" else folder).relative_to(path).as_posix()
+        try:
+            lines = files.read_bytes(transcript, str(path)).removeprefix(jsonl.BOM).splitlines()
+            jsonl.check_utf16(b"".join(lines[:1]), transcript)
+        except Refused as refusal:
+            quarantine(transcript.relative_to(path).as_posix(), refusal)
+            continue
+        for number, line in enumerate(lines, start=1):
+            where = f"{transcript}, line {number}"
+            name, _, words = line.strip().partition(b" ")
+            if not name:
+                continue
+            try:
+                place, words = folder / jsonl.decode(name, where, 0), jsonl.decode(words, where, len(name) + 1)
+            except Refused as refusal:
+                quarantine(where, refusal)
+                continue
+            file = sounds.get(place, place.with_name(f"{place.name}.flac"))
+            named.add(file)
+            key = place.relative_to(path).as_posix()
+            yield Item(key, recording, partial(_sample, key, recording, file, words, _Stated(), where))
+    _without_words((file for file in found if file not in named), path, quarantine)
+
+
+def _without_words(unnamed: Iterable[Path], path: Path, quarantine: Quarantine) -> None:
+    """Write down the files that no line names: sounds, and those of other kinds."""
+    others = []
+    for file in unnamed:
+        if file.suffix.lower() in _SOUNDS:
+            message = f"{file} has no words: no line names it; add a line or remove it"
+            quarantine(file.relative_to(path).as_posix(), Refused("sound without transcript", message))
+        else:
+            others.append(file)
+    files.pass_over(others, path, "transcripts and the sounds that they name", quarantine)
+
+
+def _take(row: dict[str, Any], where: str) -> int | None:
+    take = row.get("take")
+    return None if take is None else jsonl.integer_of(row, "take", where)
+
+
+def _speaker(row: dict[str, Any]) -> str | None:
+    return None if row.get("speaker") is None else f"speaker-{row['speaker']}"
+
+
+def _seconds(row: dict[str, Any], field: str, where: str) -> float | None:
+    value = None if row.get(field) is None else jsonl.number_of(row, field, where, "a number of seconds")
+    if value is not None and value < 0:
+        raise Refused("malformed row", f"{where}: {field!r} is {value!r}, not a number of seconds; repair the line")
+    return value
+
+
+def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, where: str) -> Sample:
+    words = jsonl.text_of({"text": text} if text is not None else {}, "text", where)
+    sound = files.read_bytes(file, where)
+    samples, rate = audio_info(sound, str(file))
+    for field, found in (("samples", samples), ("sample_rate", rate)):
+        if getattr(stated, field) not in (None, found):
+            raise _differs(f"{file} has {field} {found}, {where} says {jsonl.shown(getattr(stated, field))}")
+    start, stop = _range(stated, samples, rate, file, where)
+    member = f"audio{file.suffix.lower()}"
+    if stated.offset is not None:
+        member, sound = "audio.flac", flac_piece(sound, start, stop, str(file))
+    return Sample(
+        key,
+        recording,
+        {member: sound, "txt": jsonl.encode_text(words, where)},
+        [
+            Segment(Modality.AUDIO, member, stop=stop - start, rate=rate, pair=0),
+            Segment(Modality.TEXT, "txt", pair=0, text=words),
+        ],
+    )
+
+
+def _range(stated: _Stated, samples: int, rate: int, file: Path, where: str) -> tuple[int, int]:
+    """The samples [start, stop) of the file that are meant; refused where the file does not hold them."""
+    length, offset = samples / rate, stated.offset or 0.0
+    if stated.duration is None:
+        end = length
+    else:
+        end = offset + stated.duration
+        if end > length + stated.tolerance:
+            raise _differs(f"{file} lasts {length:.3f} s, {where} asks for {offset:.3f} s to {end:.3f} s")
+        if stated.offset is None and end < length - stated.tolerance:
+            raise _differs(f"{file} lasts {length:.3f} s, {where} says {stated.duration:.3f} s")
+    start, stop = round(offset * rate), min(round(end * rate), samples)
+    if stated.offset is None:
+        stop = samples
+    if start >= stop:
+        raise _differs(f"{file} lasts {length:.3f} s, {where} asks for {offset:.3f} s to {end:.3f} s")
+    return start, stop
+
+
+def _differs(facts: str) -> Refused:
+    message = f"{facts}; the file is truncated or another one: restore it or correct the row"
+    return Refused("sound differs from its row", message)
+
+
+SOURCE = Source(kind="audio_text", clock="none", skew_budget_ns=0, config=AudioTextConfig, items=items)

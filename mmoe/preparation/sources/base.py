@@ -1,0 +1,71 @@
+"""What a reader of raw recordings hands to preparation."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mmoe.config.base import Config
+from mmoe.errors import Refused
+from mmoe.schema.sample import Sample
+
+# Records an item that is refused before a sample of it can be made: its key, and why.
+Quarantine = Callable[[str, Refused], None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample still to be made: what the split must know of it, and the picklable call that makes it.
+
+    `make` may raise DataError (or `Refused`, which names the class it is counted under). Its sample has this key
+    and recording. `start`, `stop` is the item's extent in its recording (ns where the source has a clock, else
+    bytes) where a recording may be cut for the split; 0, 0 where it may not. Recordings of the highest `rank` are
+    held out first (an index of takes); equal ranks are drawn by a keyed hash.
+    """
+
+    key: str
+    recording: str
+    make: Callable[[], Sample]
+    start: int = 0
+    stop: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Names of the dimensions by modality name, and the period of the rows of an action table (0: none).
+
+    `notes` are sentences for whoever prepares the source: what was chosen where it could have been otherwise.
+    """
+
+    names: dict[str, tuple[str, ...]]
+    action_period_ns: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of raw recording. `items` lists cheaply and in a fixed order what `input` holds.
+
+    `clock` and `skew_budget_ns` are those of `SourceManifest`; `vector_names` names the dimensions by modality name.
+    A `generated` source reads no input. Where names and period depend on what `input` holds, `describe` reads them.
+    """
+
+    kind: str
+    clock: str
+    skew_budget_ns: int
+    config: type[Config]
+    items: Callable[[Path, Any, Quarantine], Iterator[Item]]
+    vector_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    action_period_ns: int = 0
+    generated: bool = False
+    describe: Callable[[Path, Any], Vectors] | None = None
+    notes: tuple[str, ...] = ()
+
+    def of(self, input: Path, config: Config) -> "Source":
+        """This source with the vector names and the action period of this input."""
+        if self.describe is None:
+            return self
+        vectors = self.describe(input, config)
+        period_ns = vectors.action_period_ns
+        return replace(self, vector_names=vectors.names, action_period_ns=period_ns, notes=vectors.notes)

@@ -1,0 +1,20 @@
+"""A picture with a caption as a sample: what several kinds of raw data hold."""
+
+from mmoe.data.load.media import image_size
+from mmoe.preparation.sources import jsonl
+from mmoe.schema.sample import Modality, Sample, Segment
+
+
+def captioned(key: str, recording: str, picture: bytes, suffix: str, file: str, caption: str, where: str) -> Sample:
+    """The picture's bytes, of `file` with this `suffix`, and its caption (from `where`): the two sides of a pair."""
+    height, width = image_size(picture, file)
+    member = f"image{suffix.lower()}"
+    return Sample(
+        key,
+        recording,
+        {member: picture, "txt": jsonl.encode_text(caption, where)},
+        [
+            Segment(Modality.VISION, member, height=height, width=width, pair=0),
+            Segment(Modality.TEXT, "txt", pair=0, text=caption),
+        ],
+    )

@@ -1,0 +1,57 @@
+"""Bytes of members that readers make themselves: pictures out of videos, pieces of sounds, tables."""
+
+from io import BytesIO
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from mmoe.data.load.media import check_finite, open_sound, sound_blocks
+from mmoe.data.load.reading import reading
+from mmoe.errors import DataError
+from mmoe.schema.bounds import check_bound
+
+_FLAC_CHANNELS = 8  # at most
+_WIDE = {"PCM_24", "PCM_32", "FLOAT", "DOUBLE"}  # more than 16 bits a sample; FLAC keeps 24 of them
+
+
+def encode_jpeg(picture: np.ndarray, quality: int) -> bytes:
+    """A picture u8 [H, W, 3] as JPEG with colours at full resolution (4:4:4)."""
+    buffer = BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def encode_table(table: np.ndarray) -> bytes:
+    """A table of readings [N, D] as float32 ``.npy``."""
+    buffer = BytesIO()
+    np.save(buffer, table.astype(np.float32))
+    return buffer.getvalue()
+
+
+def encode_flac(wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> bytes:
+    """Samples [n] or [n, channels] (float in [-1, 1], or int16/int32 over their whole range) as FLAC."""
+    buffer = BytesIO()
+    soundfile.write(buffer, wave, rate, format="FLAC", subtype=subtype)
+    return buffer.getvalue()
+
+
+def flac_piece(sound: bytes, start: int, stop: int, where: str) -> bytes:
+    """Samples [start, stop) of a sound, at its own width up to 24 bits. Raises DataError.
+
+    Every channel is kept, but for more than FLAC can hold, which are averaged into one, as training hears them.
+    """
+    check_bound("array_bytes", 8 * (stop - start), where, f"has samples {start} to {stop}, too many bytes to cut out")
+    with open_sound(sound, where) as file:
+        subtype = "PCM_24" if file.subtype in _WIDE else "PCM_16"
+        # As integers where the file has them (no rounding); libsndfile does not scale floats to integers.
+        dtype = "int32" if file.subtype.startswith("PCM") else "float64"
+        rate, many = file.samplerate, file.channels > _FLAC_CHANNELS
+        blocks = list(sound_blocks(file, start, stop, "float64" if many else dtype))
+    found = sum(map(len, blocks))
+    if found < stop - start:
+        raise DataError(f"{where} ends after {start + found} of {stop} samples; it is truncated: restore it")
+    wave = np.concatenate([block.mean(axis=1) if many else block for block in blocks])
+    check_finite(wave, start, where)
+    with reading("sound", where, "convert it to a rate and a width that FLAC can hold, or leave it out"):
+        return encode_flac(wave, rate, "PCM_24" if many else subtype)

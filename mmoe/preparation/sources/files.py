@@ -1,0 +1,92 @@
+"""Files of a folder that somebody else filled: which there are, what their names may be, and their bytes.
+
+Only regular files are opened (a FIFO would wait for ever, a device never end), and no more of them is read than the
+bounds allow. Names that begin with a dot are hidden on purpose, and no reader looks at them. What a reader has no use
+for is not passed over in silence: `pass_over` writes it into the list of what was refused.
+"""
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from mmoe.preparation.sources.base import Quarantine, Refused
+from mmoe.schema.bounds import bounds, check_bound
+
+OTHER_KIND = "file of another kind"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Raises OSError for anything else, and for a name that no file can have."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # first: opening some devices does something
+            raise OSError(0, "it is no regular file")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a name with a NUL, or with what no file system can spell
+        raise OSError(0, f"no file can have this name: {error}") from error
+    file = open(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(0, "it is no regular file")
+    return file
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError, and `Refused` where they are more than the bounds allow."""
+    with open_regular(path) as file:
+        check_bound("file_bytes", os.fstat(file.fileno()).st_size, str(path), "has too many bytes")
+        data = file.read(bounds().file_bytes + 1)  # what a kernel makes up states no size
+    check_bound("file_bytes", len(data), str(path), "has too many bytes")
+    return data
+
+
+def read_bytes(path: Path, where: str) -> bytes:
+    """The bytes of the file that `where` names. Raises `Refused`."""
+    try:
+        return read_regular(path)
+    except OSError as error:
+        message = f"{path} cannot be read ({error.strerror}), named by {where}; restore the file or remove the line"
+        raise Refused("missing file", message) from error
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse a name that UTF-8 cannot spell: it would be the key of a sample, in tars, tables and messages."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        message = f"{where}: the name {shown} is not UTF-8 at character {error.start}; rename the file or recording"
+        raise Refused("name is not UTF-8", message) from error
+
+
+def listing(root: Path, quarantine: Quarantine) -> list[Path]:
+    """The regular files below `root` that are not hidden, sorted; others are refused, as are names out of UTF-8."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # Only folders behind links are not walked into: a link to what holds it would never end.
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in links + names:
+            if not name.startswith("."):
+                found.append(Path(folder, name))
+    files = []
+    for path in sorted(found):
+        name = path.relative_to(root).as_posix()
+        try:
+            check_name(name, str(root))
+            if not path.is_file():
+                message = f"{path} is no regular file (a link to a folder or to nothing, a FIFO, a device); copy it"
+                raise Refused("no regular file", message)
+        except Refused as refusal:
+            quarantine(name, refusal)
+            continue
+        files.append(path)
+    return files
+
+
+def pass_over(files: Iterable[Path], root: Path, wanted: str, quarantine: Quarantine) -> None:
+    """Write down files that a reader has no use for; `wanted` says what it reads."""
+    for file in files:
+        message = f"{file} is not read: this kind of source reads {wanted}; convert it, or take it out of the folder"
+        quarantine(file.relative_to(root).as_posix(), Refused(OTHER_KIND, message))

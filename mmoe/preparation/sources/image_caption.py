@@ -1,0 +1,50 @@
+"""Pictures with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
+
+A sample is one picture and one caption, its two sides a contrastive pair. A picture is a recording, so all its
+captions fall on one side of the split. Files of the folder that no row names are refused, so that they are counted.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from mmoe.config.base import Config
+from mmoe.preparation.sources import files, jsonl
+from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.captioned import captioned
+from mmoe.schema.sample import Sample
+
+
+class ImageCaptionConfig(Config):
+    captions: tuple[str, ...] = Field(("caption",), min_length=1)  # fields of a row; null or absent after the first
+
+
+def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Iterator[Item]:
+    """One item per picture and caption; the second field's captions have keys ending in ``-1``, and so on."""
+    named = {path / "captions.jsonl"}
+    for where, row in jsonl.rows(path / "captions.jsonl", quarantine):
+        try:
+            picture = jsonl.key_of(row, "image", where)
+            named.add(path / jsonl.name_of(row, "image", where))
+        except Refused as refusal:
+            quarantine(where, refusal)
+            continue
+        for number, field in enumerate(config.captions):
+            if number and row.get(field) is None:
+                continue
+            key = f"{picture}-{number}" if number else picture
+            yield Item(key, picture, partial(_sample, path, where, row, field, key, picture))
+    unnamed = (file for file in files.listing(path, quarantine) if file not in named)
+    files.pass_over(unnamed, path, "captions.jsonl and the pictures that it names", quarantine)
+
+
+def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:
+    caption, picture = jsonl.text_of(row, field, where), jsonl.read_file(path, row, "image", where)
+    file = path / row["image"]
+    return captioned(key, recording, picture, file.suffix, str(file), caption, where)
+
+
+SOURCE = Source(kind="image_caption", clock="none", skew_budget_ns=0, config=ImageCaptionConfig, items=items)

@@ -1,0 +1,206 @@
+"""JSON as readers find it: folders described by a ``.jsonl`` file, tables, and the fields of their rows."""
+
+import json
+import math
+import posixpath
+import re
+from collections.abc import Iterator
+from os.path import splitext
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mmoe.errors import DataError
+from mmoe.preparation.sources.base import Quarantine, Refused
+from mmoe.preparation.sources.files import open_regular, read_bytes, read_regular
+from mmoe.schema.bounds import BEYOND, bounds, check_bound
+
+BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_EXACT = 2**53  # integers beyond it are no count, number or time
+
+
+def rows(path: Path, quarantine: Quarantine) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of every line of the file that holds a JSON object; other lines are refused.
+
+    Raises DataError when the file cannot be read.
+    """
+    try:
+        with open_regular(path) as stream:
+            for number, (start, line) in enumerate(lines(stream), start=1):
+                where = f"{path}, line {number}"
+                try:
+                    if line.strip():
+                        yield where, parse_row(line, path, start, where)
+                except Refused as refusal:
+                    quarantine(f"{path.stem}-line-{number}", refusal)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); a folder of this kind needs it, one JSON object a line"
+        ) from error
+
+
+def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of every line of a stream, without its end and without a byte order mark.
+
+    Of a line beyond the bound of a row no more than one byte too many is given, for `parse` to refuse; the rest
+    of it is passed over, so that no line takes more memory than that.
+    """
+    at, most = 0, bounds().row_bytes
+    while line := stream.readline(most + 1):
+        start, length = at, len(line)
+        while not line.endswith(b"\n") and length > most and (rest := stream.readline(most + 1)):
+            length += len(rest)
+            if rest.endswith(b"\n"):
+                break
+        at += length
+        if start == 0 and line.startswith(BOM):
+            start, line = len(BOM), line[len(BOM) :]
+        yield start, line.rstrip(b"\r\n")
+
+
+def parse_row(data: bytes, file: Path | str, offset: int, where: str) -> dict[str, Any]:
+    """The JSON object that stands at byte `offset` of `file`. Raises `Refused`."""
+    check_bound("row_bytes", len(data), where, "is a row of too many bytes")
+    row = parse(decode(data, file, offset), where)
+    if not isinstance(row, dict):
+        raise Refused("malformed row", f"{where} is a JSON {type(row).__name__}, not an object; repair or remove it")
+    return row
+
+
+def parse(text: str, where: str) -> Any:
+    """What a JSON text holds. Raises `Refused` for what is none, and beyond the bounds of depth and digits."""
+    table = bounds()
+    long = re.compile("[0-9]" + f"{{{table.json_digits + 1}}}")
+    hooks = {}
+    if long.search(text):  # perhaps inside a string: only then is each number looked at
+        hooks = {"parse_int": _number(int, where), "parse_float": _number(float, where)}
+    try:
+        value = json.loads(text, **hooks)
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ValueError as error:
+        raise Refused("malformed row", f"{where} is not JSON ({error}); repair or remove it") from error
+    if text.count("[") + text.count("{") > table.json_depth and _depth(value, table.json_depth) > table.json_depth:
+        raise _too_deep(where)
+    return value
+
+
+def _number(kind: type, where: str):
+    def convert(digits: str) -> Any:
+        check_bound("json_digits", len(digits), where, "holds a number of too many digits")
+        return kind(digits)
+
+    return convert
+
+
+def _depth(value: Any, most: int) -> int:
+    """How many lists and objects stand inside each other, as far as one beyond `most`."""
+    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
+    while level and depth <= most:
+        depth += 1
+        held = (child for one in level for child in (one.values() if type(one) is dict else one))
+        level = [child for child in held if type(child) in (dict, list)]
+    return depth
+
+
+def _too_deep(where: str) -> Refused:
+    message = (
+        f"{where} nests lists and objects deeper than the bound json_depth, {bounds().json_depth}; raise "
+        "prepare.bounds.json_depth if that is right, or repair or remove it"
+    )
+    return Refused(BEYOND, message)
+
+
+def load(file: Path, remedy: str) -> Any:
+    """What a file of JSON holds. Raises DataError; `remedy` is for a file that cannot be opened."""
+    try:
+        data = read_regular(file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
+    return parse(decode(data, file, 0), str(file))
+
+
+def text_of(row: dict[str, Any], field: str, where: str) -> str:
+    """The string in `field`, not blank."""
+    if not isinstance(row.get(field), str):
+        found = "is missing" if field not in row else f"is {shown(row[field])}, not a string"
+        raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
+    if not row[field].strip():
+        raise Refused("empty text", f"{where}: {field!r} is blank; give it a text or remove the line")
+    return row[field]
+
+
+def number_of(row: dict[str, Any], field: str, where: str, what: str = "a number") -> float:
+    """The finite number in `field`; NaN and Infinity, which JSON's readers take, are none."""
+    if not is_number(row.get(field)):
+        found = "is missing" if field not in row else f"is {shown(row[field])}, not {what}"
+        raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
+    return row[field]
+
+
+def integer_of(row: dict[str, Any], field: str, where: str) -> int:
+    """The integer in `field`, of no more than 53 bits."""
+    value = row.get(field)
+    if type(value) is not int or abs(value) > _EXACT:
+        found = "is missing" if field not in row else f"is {shown(value)}, not an integer of 53 bits"
+        raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that float64 holds."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value of a row as a message quotes it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def encode_text(text: str, where: str) -> bytes:
+    """UTF-8. Refuses lone surrogates, which JSON escapes can spell but no text holds."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{where}: character {error.start} is half of a surrogate pair; repair the escape in the file"
+        raise Refused("text is not UTF-8", message) from error
+
+
+def decode(data: bytes, file: Path | str, offset: int) -> str:
+    """UTF-8 `data` that stands at byte `offset` of `file`, without the byte order mark that it may begin with."""
+    if offset == 0:
+        check_utf16(data, file)
+        data, offset = (data[len(BOM) :], len(BOM)) if data.startswith(BOM) else (data, 0)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = offset + error.start
+        message = f"{file}: byte {byte} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
+        raise Refused("text is not UTF-8", message) from error
+
+
+def check_utf16(data: bytes, file: Path | str) -> None:
+    """Refuse a file that begins as UTF-16 or UTF-32: by its mark, or by zeros in every second byte."""
+    begin = data[:64]
+    if begin.startswith(_UTF16) or 5 * begin.count(0) > 2 * len(begin):
+        message = f"{file} is UTF-16 or UTF-32, not UTF-8; convert it, as by `iconv -f UTF-16 -t UTF-8`"
+        raise Refused("text is not UTF-8", message)
+
+
+def read_file(folder: Path, row: dict[str, Any], field: str, where: str) -> bytes:
+    """The bytes of the file that `row[field]` names, relative to `folder`."""
+    return read_bytes(folder / text_of(row, field, where), where)
+
+
+def name_of(row: dict[str, Any], field: str, where: str) -> str:
+    """The path that `row[field]` gives, in its plainest spelling: ``./a//b.png`` is ``a/b.png``."""
+    return posixpath.normpath(text_of(row, field, where))
+
+
+def key_of(row: dict[str, Any], field: str, where: str) -> str:
+    """A sample's key: the path that `row[field]` gives, without the suffix."""
+    return splitext(name_of(row, field, where))[0]

@@ -1,0 +1,334 @@
+"""LeRobot datasets, version 3.0: robot episodes in parquet, with videos that hold many episodes end to end.
+
+`input` is the dataset's folder (``meta/info.json``). The picture of a row is the frame of each video at the
+episode's `from_timestamp` + the row's `timestamp`; it must be there to 1 ms. Pictures may also stand inside parquet
+(features of dtype ``image``). State and action are the features that the options name; their dimensions have the
+names of ``info.json``. The instruction of a row is its task. A row's time is its number / fps, made by the writer: the
+clock is synthetic and says nothing of how far sensors were apart. A name that occurs again among the dimensions
+(two arms with the same joints) is numbered from its second occurrence on: `gripper`, `gripper_2`. What is cut from an
+episode, and how the ends are padded, is said in `episodes.py`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from mmoe.data.load.frames import DAMAGED, Backend, VideoFrames
+from mmoe.data.load.media import image_format
+from mmoe.data.load.reading import reading
+from mmoe.errors import DataError
+from mmoe.preparation import sync
+from mmoe.preparation.sources import jsonl
+from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source, Vectors
+from mmoe.preparation.sources.encode import encode_jpeg
+from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
+from mmoe.preparation.sources.files import open_regular
+from mmoe.schema.sample import Modality, Sample
+
+VERSION = "v3.0"
+_CONVERT = "convert it with `python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"
+_EPISODE = ("episode_index", "length", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index")
+_FASTEST = 10_000  # Hz
+_MOST, _LONGEST = 1 << 31, 1 << 24  # episodes, and rows of one; more is damage, and would be that many items
+_ROW = ("timestamp", "frame_index", "index", "task_index")
+
+CameraName = Literal["front", "front_left", "front_right", "back", "back_left", "back_right"]
+
+
+class LeRobotConfig(EpisodeConfig):
+    # Which rig camera's embedding each picture feature takes, null for none; features left out are not read, with {}
+    # no pictures. May be left out (null) where there is one at most, which is then read.
+    cameras: dict[str, CameraName | None] | None = None
+    state: str | None = "observation.state"  # null: none
+    action: str | None = "action"
+    video_backend: Backend = "auto"
+    picture_quality: int = Field(95, ge=1, le=100)  # JPEG, of the frames taken from videos
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """`info.json`, and the features that are read."""
+
+    root: Path
+    info: dict[str, Any]
+    cameras: dict[str, CameraName | None]
+    vectors: dict[Modality, str]
+
+    @property
+    def fps(self) -> float:
+        return self.info["fps"]
+
+    def path(self, template: str, **place: Any) -> Path:
+        with reading("description of a LeRobot dataset", str(self.root / "meta/info.json"), f"repair its {template}"):
+            return self.root / self.info[template].format(**place)
+
+
+def items(path: Path, config: LeRobotConfig, quarantine: Quarantine) -> Iterator[Item]:
+    """Clips of every episode, in the order of ``meta/episodes``."""
+    dataset = _open(path, config)
+    tasks = _tasks(path)
+    columns = [*_EPISODE, *(f"videos/{key}/{name}" for key in _videos(dataset) for name in _VIDEO)]
+    for file in sorted((path / "meta/episodes").rglob("*.parquet")):
+        for number, episode in enumerate(_table(file, columns).to_pylist()):
+            try:
+                _check_episode(episode, columns)
+            except (TypeError, ValueError) as error:
+                message = f"{file}: row {number} is no episode ({error}); repair the metadata"
+                quarantine(f"{file.stem}-row-{number}", Refused("inconsistent episode", message))
+                continue
+            name = f"episode-{episode['episode_index']:06d}"
+            extent = episode["dataset_to_index"] - episode["dataset_from_index"]
+            if extent != episode["length"] or extent < 1:
+                message = (
+                    f"{file}: episode {episode['episode_index']} has length {episode['length']} and rows "
+                    f"{episode['dataset_from_index']} to {episode['dataset_to_index']}; repair the metadata"
+                )
+                quarantine(name, Refused("inconsistent episode", message))
+                continue
+            for rows in windows(extent, config):
+                key = f"{name}-{rows[0]:06d}"
+                yield Item(key, name, partial(_clip, dataset, tasks, key, name, episode, rows, config))
+
+
+def describe(path: Path, config: LeRobotConfig) -> Vectors:
+    """Names as ``info.json`` gives them; an action's period is 1 / fps."""
+    dataset = _open(path, config)
+    stated = {key: _names(dataset, key) for key in dataset.vectors.values()}
+    notes = tuple(
+        f"{key}: names repeat in info.json ({', '.join(names)}); they are numbered: {', '.join(_numbered(names))}"
+        for key, names in stated.items()
+        if len(set(names)) < len(names)
+    )
+    names = {modality.name: _numbered(stated[key]) for modality, key in dataset.vectors.items()}
+    return Vectors(names, round(1e9 / dataset.fps) if config.action else 0, notes)
+
+
+_VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+
+
+def _open(path: Path, config: LeRobotConfig) -> _Dataset:
+    file = path / "meta/info.json"
+    info = jsonl.load(file, "give the folder of a LeRobot dataset")
+    with reading("description of a LeRobot dataset", str(file), "restore it"):
+        version, features = info["codebase_version"], info["features"]
+        if version != VERSION:
+            raise DataError(f"{path} is a LeRobot dataset {version}; only {VERSION} is read: {_CONVERT}")
+        _check_info(info)
+    pictures = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+    if len(pictures) > 1 and config.cameras is None:
+        raise DataError(
+            f"{path} has the cameras {', '.join(pictures)}; say by the option cameras which rig camera stands for "
+            'each, so that the model can tell them apart, as cameras={"'
+            + pictures[0]
+            + '": front, ...}, or cameras={} '
+            "to read no pictures"
+        )
+    cameras = {key: None for key in pictures} if config.cameras is None else config.cameras
+    vectors = {Modality.STATE: config.state, Modality.ACTION: config.action}
+    wanted = [*cameras, *(key for key in vectors.values() if key is not None)]
+    for key in wanted:
+        if key not in features:
+            raise DataError(
+                f"{path} has no feature {key!r}; it has {', '.join(features)}: set the options cameras, state, action"
+            )
+    for key in cameras:
+        if key not in pictures:
+            raise DataError(f"{path}: feature {key!r} is {features[key]['dtype']}, not pictures; correct cameras")
+    vectors = {modality: key for modality, key in vectors.items() if key is not None}
+    if not cameras and not vectors:
+        raise DataError(f"{path}: the options cameras, state and action leave nothing to read; name one of them")
+    return _Dataset(path, info, cameras, vectors)
+
+
+def _check_info(info: dict[str, Any]) -> None:
+    """Raise ValueError where what is read of `info.json` is not of the type that the format says."""
+    fps = info["fps"]
+    if not jsonl.is_number(fps) or not 0 < fps <= _FASTEST:
+        raise ValueError(f"fps is {jsonl.shown(fps)}, not a rate up to {_FASTEST} Hz")
+    for key, feature in info["features"].items():
+        shape = feature["shape"]
+        if not isinstance(feature["dtype"], str) or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f"feature {key!r} has dtype {feature['dtype']!r} and shape {jsonl.shown(shape)}")
+    for template in ("data_path", "video_path"):
+        if not isinstance(info.get(template, ""), str | None):
+            raise ValueError(f"{template} is {jsonl.shown(info[template])}")
+
+
+def _check_episode(episode: dict[str, Any], columns: list[str]) -> None:
+    """Raise ValueError where a row of ``meta/episodes`` holds another type than the format says, or nothing."""
+    for column in columns:
+        kind = (int, float) if column.endswith("_timestamp") else int
+        if not isinstance(episode[column], kind):
+            raise ValueError(f"{column} is {jsonl.shown(episode[column])}")
+    if not 0 <= episode["episode_index"] < _MOST:
+        raise ValueError(f"episode_index is {episode['episode_index']}")
+    if episode["dataset_to_index"] - episode["dataset_from_index"] > _LONGEST:
+        raise ValueError(f"it has {episode['dataset_to_index'] - episode['dataset_from_index']} rows")
+
+
+def _names(dataset: _Dataset, key: str) -> tuple[str, ...]:
+    """A feature's dimensions as stated: a list, a mapping of names to lists or to columns, or none (then numbered)."""
+    feature = dataset.info["features"][key]
+    shape, names = feature["shape"], feature.get("names")
+    if len(shape) != 1:
+        raise DataError(f"{dataset.root}: feature {key!r} has shape {shape}; only vectors can be state or action")
+    if isinstance(names, dict):
+        lists = [value for value in names.values() if isinstance(value, list)]
+        names = [name for held in lists for name in held] if lists else list(names)
+    if names is None:
+        names = [f"{key.rpartition('.')[2]}_{number}" for number in range(shape[0])]
+    if not isinstance(names, list) or len(names) != shape[0]:
+        raise DataError(f"{dataset.root}: feature {key!r} has shape {shape} but names {names}; correct info.json")
+    return tuple(str(name) for name in names)
+
+
+def _numbered(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names with a number behind those that occurred before; columns of one name would be one dimension."""
+    given, unique = set(names), []
+    for name in names:
+        number, new = 1, name
+        while new in unique or number > 1 and new in given:
+            number += 1
+            new = f"{name}_{number}"
+        unique.append(new)
+    return tuple(unique)
+
+
+def _videos(dataset: _Dataset) -> list[str]:
+    return [key for key in dataset.cameras if dataset.info["features"][key]["dtype"] == "video"]
+
+
+def _tasks(path: Path) -> dict[int, str]:
+    """Task text by number; the text is the table's index, which pandas may have named in several ways."""
+    file = path / "meta/tasks.parquet"
+    table = _table(file, None)
+    with reading("table of tasks", str(file), "restore it"):
+        kinds = {name: table.schema.field(name).type for name in table.column_names}
+        texts = [name for name, kind in kinds.items() if pa.types.is_string(kind)]
+        texts += [name for name, kind in kinds.items() if pa.types.is_large_string(kind)]
+        if not texts or not pa.types.is_integer(kinds.get("task_index", pa.null())):
+            raise ValueError(f"its columns are {kinds}, not a text and task_index")
+        tasks = dict(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist()))
+    return {number: text or "" for number, text in tasks.items()}
+
+
+def _table(file: Path, columns: list[str] | None, **rows: Any) -> pa.Table:
+    with reading("table", str(file), "restore it, or prepare without it"):
+        open_regular(file).close()
+        table = pq.read_table(file, columns=columns, partitioning=None, **rows)
+        if missing := [name for name in columns or () if name not in table.column_names]:
+            raise ValueError(f"it has no column {', '.join(missing)}")
+        return table
+
+
+def _clip(
+    dataset: _Dataset,
+    tasks: dict[int, str],
+    key: str,
+    name: str,
+    episode: dict[str, Any],
+    rows: range,
+    config: LeRobotConfig,
+) -> Sample:
+    place = {"chunk_index": episode["data/chunk_index"], "file_index": episode["data/file_index"]}
+    file = dataset.path("data_path", **place)
+    inside = [key for key in dataset.cameras if key not in _videos(dataset)]
+    table = _episode_rows(file, episode["episode_index"], (*_ROW, *dataset.vectors.values(), *inside))
+    first, last = episode["dataset_from_index"], episode["dataset_to_index"]
+    if table["index"].to_pylist() != list(range(first, last)):
+        message = (
+            f"{file} has {len(table)} rows of {name}, the metadata says rows {first} to {last}; it is truncated or "
+            "not the file that the metadata describes: restore it"
+        )
+        raise Refused("inconsistent episode", message)
+    with reading("table", f"{file}, {name}", "repair its times"):
+        stated = table["timestamp"].to_numpy().astype(np.float64)
+    times_ns = sync.check_clock(sync.seconds_to_ns(stated, "timestamp", str(file)), "timestamp", f"{file}, {name}")
+    where = f"{dataset.root}, {name}"
+    tables = {modality: _vectors(table[feature], f"{file}, {feature}") for modality, feature in dataset.vectors.items()}
+    texts = [tasks.get(task, "") for task in table["task_index"].to_pylist()]
+    views, flags = [], Counter()
+    for feature, camera in dataset.cameras.items():
+        if feature in inside:
+            view = _stored_view(table[feature], rows, feature, f"{file}, {feature}")
+        else:
+            view = _video_view(dataset, episode, stated[list(rows)], feature, config, flags)
+        views.append(View(_member(feature), *view[:2], camera=camera_of(camera), file_ns=view[2]))
+    sample = clip(key, Episode(name, times_ns, tables, texts), rows, views, config, where)
+    return replace(sample, flags=sample.flags + flags)
+
+
+def _member(feature: str) -> str:
+    return feature.removeprefix("observation.images.").replace(".", "_").replace("/", "_").lower()
+
+
+@lru_cache(maxsize=2)
+def _episode_rows(file: Path, episode: int, columns: tuple[str, ...]) -> pa.Table:
+    return _table(file, list(columns), filters=[("episode_index", "=", episode)])
+
+
+def _vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    try:
+        return np.array(column.to_pylist(), dtype=np.float64).reshape(len(column), -1)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise Refused("unreadable table", f"{where} is no table of numbers ({error}); repair the file") from error
+
+
+def _stored_view(column: pa.ChunkedArray, rows: range, name: str, where: str) -> tuple[str, list[bytes], None]:
+    """Pictures inside parquet, as they are: structs of `bytes` and `path`."""
+    pictures = [column[row].as_py() for row in rows]
+    pictures = [picture.get("bytes") if isinstance(picture, dict) else None for picture in pictures]
+    if not all(isinstance(picture, bytes) for picture in pictures):
+        row = next(row for row, picture in zip(rows, pictures) if not isinstance(picture, bytes))
+        message = f"{where}: row {row} holds no picture; embed the pictures or use videos"
+        raise Refused("missing picture", message)
+    kinds = {image_format(picture, where) for picture in pictures}
+    if len(kinds) > 1:
+        raise Refused("unreadable picture or video", f"{where}: pictures of kinds {sorted(kinds)}; store one kind")
+    return kinds.pop(), pictures, None
+
+
+def _video_view(
+    dataset: _Dataset,
+    episode: dict[str, Any],
+    seconds: np.ndarray,
+    feature: str,
+    config: LeRobotConfig,
+    flags: Counter[str],
+) -> tuple[str, list[bytes], np.ndarray]:
+    """JPEGs of the frames at `seconds` [R] of the episode, and the times [R] that the file gives them."""
+    chunk, number, start, stop = (episode[f"videos/{feature}/{name}"] for name in _VIDEO)
+    file = dataset.path("video_path", video_key=feature, chunk_index=chunk, file_index=number)
+    if not file.is_file():
+        raise Refused("missing file", f"{file} does not exist; restore it or leave {feature} out of the cameras")
+    video = _video(file, config.video_backend)
+    start_ns, stop_ns = sync.seconds_to_ns(np.array([start, stop]), feature, str(file))
+    wanted_ns = start_ns + sync.seconds_to_ns(seconds, feature, str(file))
+    frames = sync.nearest(video.times_ns, wanted_ns)
+    file_ns = video.times_ns[frames] - start_ns
+    # Near its ends a frame of the next episode may be the nearest; the alignment check would take it within 1 ms.
+    if (video.times_ns[frames] > stop_ns + sync.ALIGNMENT_NS).any():
+        raise Refused(
+            "inconsistent episode", f"{file}: the episode reaches beyond its end at {stop} s; repair the metadata"
+        )
+    pictures = [encode_jpeg(picture, config.picture_quality) for picture in video.frames(frames)]
+    flags[DAMAGED] += sum(frame in video.damaged for frame in frames.tolist())
+    return "jpg", pictures, file_ns
+
+
+@lru_cache(maxsize=8)
+def _video(file: Path, backend: Backend) -> VideoFrames:
+    return VideoFrames(file, backend, str(file), key="video_backend")
+
+
+SOURCE = Source(
+    kind="lerobot", clock="synthetic", skew_budget_ns=0, config=LeRobotConfig, items=items, describe=describe
+)

@@ -1,0 +1,192 @@
+"""What preparation counts: the content of each split, what was refused or removed and why, and the summary of both."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mmoe.data.index.extent import Extent
+from mmoe.data.index.shard_index import ShardEntry, SplitEntry, VectorStats
+from mmoe.preparation.rows import Row, hash64
+from mmoe.preparation.statistics import VectorSummary
+from mmoe.schema.sample import Modality
+
+
+@dataclass
+class Tally:
+    """What a split, or a part of one, holds. Parts are stored, and merged in the order of their samples."""
+
+    samples: int = 0
+    recordings: set[str] = field(default_factory=set)
+    extent: Extent = field(default_factory=Extent)
+    vectors: dict[Modality, VectorSummary] = field(default_factory=dict)  # of the tables its samples refer to
+    text_tokens: int = 0
+    text_bytes: int = 0
+    pictures: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    flags: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Row) -> None:
+        kind, span = row.segments["modality"], row.segments["stop"] - row.segments["start"]
+        sound = kind == Modality.AUDIO
+        self.samples += 1
+        self.recordings.add(row.sample.recording)
+        self.extent.add(row.segments)
+        for modality, tables in row.vectors.items():
+            for number, table in enumerate(tables):
+                seed = hash64(row.sample.key.encode(), modality.name.encode(), b"%d" % number)
+                self.vectors.setdefault(modality, VectorSummary(table.shape[1])).add(table, seed)
+        self.text_tokens += len(row.text_ids)
+        self.text_bytes += row.text_bytes
+        self.pictures += int(span[kind == Modality.VISION].sum())
+        self.seconds += float((span[sound] / row.segments["rate"][sound]).sum())
+        self.bytes += sum(map(len, row.sample.members.values()))
+        self.flags += row.sample.flags
+
+    def merge(self, other: "Tally") -> None:
+        for name in _PLAIN:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.recordings |= other.recordings
+        self.extent.merge(other.extent)
+        self.flags += other.flags
+        for modality, summary in other.vectors.items():
+            self.vectors.setdefault(modality, VectorSummary(len(summary.mean))).merge(summary)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but `vectors`, as JSON holds it."""
+        extent = self.extent
+        return {name: getattr(self, name) for name in _PLAIN} | {
+            "recordings": sorted(self.recordings),
+            "extent": {
+                "groups": [[*map(int, g), n, extent.spans[g]] for g, n in sorted(extent.counts.items())],
+                "clips": extent.clips,
+                "slices": extent.slices,
+            },
+            "flags": dict(sorted(self.flags.items())),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`vectors` under names ``<modality>.<array>``."""
+        return {
+            f"{modality.name}.{name}": array
+            for modality, summary in self.vectors.items()
+            for name, array in summary.arrays().items()
+        }
+
+    @classmethod
+    def load(cls, stored: dict[str, Any], arrays: dict[str, np.ndarray]) -> "Tally":
+        """What `as_dict` and `arrays` gave; other arrays are left alone."""
+        tally = cls(**{name: stored[name] for name in _PLAIN})
+        tally.recordings, tally.flags = set(stored["recordings"]), Counter(stored["flags"])
+        tally.extent.clips, tally.extent.slices = stored["extent"]["clips"], stored["extent"]["slices"]
+        for kind, sliced, camera, height, width, rate, count, span in stored["extent"]["groups"]:
+            group = (kind, bool(sliced), bool(camera), height, width, rate)
+            tally.extent.counts[group], tally.extent.spans[group] = count, span
+        for modality in Modality:
+            prefix = f"{modality.name}."
+            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            if own:
+                tally.vectors[modality] = VectorSummary.from_arrays(own)
+        return tally
+
+    def entry(self, shards: list[ShardEntry]) -> SplitEntry:
+        return SplitEntry(
+            samples=self.samples,
+            recordings=len(self.recordings),
+            shards=tuple(shards),
+            clips=self.extent.clips,
+            slices=self.extent.slices,
+            groups=self.extent.groups(),
+            flagged=dict(sorted(self.flags.items())),
+        )
+
+
+_PLAIN = [f.name for f in fields(Tally) if f.type in (int, float)]  # numbers that add up
+
+
+class ItemLog:
+    """A file of items that are not in the prepared source, one JSON object a line with key, reason and message."""
+
+    def __init__(self, path: Path):
+        self.counts: Counter[str] = Counter()  # by reason
+        self.examples: dict[str, str] = {}  # the first message of each reason
+        self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
+
+    def write(self, key: str, reason: str, message: str, **more: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, message)
+        line = {"key": key, "reason": reason, "message": message, **more}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> "ItemLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def summary(
+    kind: str,
+    tallies: dict[str, Tally],
+    refused: Counter[str],
+    removed: Counter[str],
+    vectors: dict[str, VectorStats],
+) -> Table:
+    """One column a split, one line a measure that is not zero everywhere; then what is flagged, clipped to the fences
+    of its dimension (rows, of all rows), refused, removed."""
+    measures = {
+        "samples": [f"{t.samples:,}" for t in tallies.values()],
+        "recordings": [f"{len(t.recordings):,}" for t in tallies.values()],
+        "text tokens": [f"{t.text_tokens:,}" for t in tallies.values()],
+        "text bytes": [f"{t.text_bytes:,}" for t in tallies.values()],
+        "pictures": [f"{t.pictures:,}" for t in tallies.values()],
+        "seconds of sound": [f"{t.seconds:,.1f}" for t in tallies.values()],
+        "bytes": [f"{t.bytes:,}" for t in tallies.values()],
+    }
+    for modality in Modality:
+        measures[f"{modality.name} segments"] = [f"{t.extent.segments(modality):,}" for t in tallies.values()]
+    table = Table(title=f"prepared {kind}", title_justify="left")
+    table.add_column("")
+    for name in tallies:
+        table.add_column(name, justify="right")
+    for measure, values in measures.items():
+        if any(value.strip("0.,") for value in values):
+            table.add_row(measure, *values)
+    flags = sorted(set().union(*(t.flags for t in tallies.values())))
+    if flags:
+        table.add_section()
+        for flag in flags:
+            table.add_row(f"flagged: {flag}", *(f"{t.flags[flag]:,}" for t in tallies.values()))
+    clipped = {f"clipped: {name}": cells for name, cells in _clipped(tallies, vectors).items()}
+    if clipped:
+        table.add_section()
+        for line, cells in clipped.items():
+            table.add_row(line, *cells)
+    for said, counts in (("refused", refused), ("removed", removed)):
+        if counts:
+            table.add_section()
+            for reason, count in sorted(counts.items()):
+                table.add_row(f"{said}: {reason}", f"{count:,}")
+    return table
+
+
+def _clipped(tallies: dict[str, Tally], vectors: dict[str, VectorStats]) -> dict[str, list[str]]:
+    """By dimension that has any, a cell for each split: rows outside its fences of all rows."""
+    lines: dict[str, list[str]] = {}
+    for modality, stats in vectors.items():
+        for number, name in enumerate(stats.names):
+            if not any(counts[number] for counts in stats.clipped.values()):
+                continue
+            cells = []
+            for split, tally in tallies.items():
+                summary = tally.vectors.get(Modality[modality])
+                rows, counts = summary.count if summary else 0, stats.clipped.get(split)
+                about = "about " if summary and summary.estimated else ""
+                cells.append(f"{about}{counts[number] if counts else 0:,} of {rows:,}")
+            lines[f"{modality} {name}"] = cells
+    return lines

@@ -1,0 +1,91 @@
+"""The whole run as one printable tree; each node is declared by the component it configures."""
+
+from typing import Any
+
+from pydantic import model_validator
+
+from mmoe.checkpoint.manager import CheckpointConfig
+from mmoe.config.base import Config
+from mmoe.data.config import DataConfig
+from mmoe.data.plan.deal import Reach
+from mmoe.losses.total import LossConfig
+from mmoe.models.decoder import ModelConfig
+from mmoe.optim.batch import BatchArithmetic
+from mmoe.optim.config import OptimConfig
+from mmoe.parallel.config import ParallelConfig
+from mmoe.precision.config import PrecisionConfig
+from mmoe.recipe.monitoring import MonitoringConfig
+from mmoe.recipe.training import TrainingConfig
+from mmoe.tokenizers.bundle import TokenizersConfig
+
+
+class RunConfig(Config):
+    data: DataConfig
+    tokenizers: TokenizersConfig = TokenizersConfig()
+    model: ModelConfig
+    losses: LossConfig = LossConfig()
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @property
+    def batch(self) -> BatchArithmetic:
+        """That of one replica; GB_tok and the number of steps are the same for any number."""
+        return self.batch_of(replicas=1)
+
+    def batch_of(self, replicas: int) -> BatchArithmetic:
+        """mu_tok, D, A, GB_tok and the number of steps. Raises ConfigError where the batch does not divide."""
+        return BatchArithmetic.of(
+            sequence_length=self.data.sequence_length,
+            micro_batch_sequences=self.training.micro_batch_sequences,
+            global_batch_positions=self.training.global_batch_positions,
+            budget_positions=self.training.budget_positions,
+            replicas=replicas,
+        )
+
+    @property
+    def contrastive_group(self) -> int:
+        """Sequences of one contrastive group: the configured number, or the whole global batch."""
+        return self.losses.contrastive.group_sequences or self.batch.sequences
+
+    def contrastive_reach(self, replicas: int) -> Reach:
+        """Where the sequences of a contrastive group are."""
+        return Reach.of(self.contrastive_group, self.batch_of(replicas).micro_batch_sequences, replicas)
+
+    def embeds_first(self, replicas: int) -> bool:
+        """Whether a step embeds all its micro-batches before any has a gradient: groups are wider than a micro-step."""
+        return self.losses.contrastive.weight > 0 and self.contrastive_reach(replicas) is Reach.STEP
+
+    @classmethod
+    def check_layer(cls, below: dict[str, Any], above: dict[str, Any]) -> None:
+        """A changed batch must say what the learning rate does (recipes.md, 1)."""
+        old, new = (_at(tree, "training", "global_batch_positions") for tree in (below, above))
+        if old is None or new is None or old == new or _at(above, "optim", "lr", "peak") is not None:
+            return
+        if not any(_at(tree, "optim", "lr", "scaling_rule") for tree in (below, above)):
+            raise ValueError(
+                f"training.global_batch_positions changes from {old} to {new}, but nothing says what the learning rate "
+                f"does: set optim.lr.reference_batch_positions={old} and optim.lr.scaling_rule=sqrt, or a new "
+                "optim.lr.peak"
+            )
+
+    @model_validator(mode="after")
+    def _batch(self) -> "RunConfig":
+        sequences, group = self.batch.sequences, self.contrastive_group
+        if sequences % group:
+            raise ValueError(
+                f"losses.contrastive.group_sequences is {group}, but a global batch has {sequences} sequences "
+                "(training.global_batch_positions / data.sequence_length): it must be made of whole groups; set "
+                "group_sequences to a divisor of them, or to null for the whole global batch"
+            )
+        return self
+
+
+def _at(tree: Any, *path: str) -> Any:
+    """The value under a path of keys; None where there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree

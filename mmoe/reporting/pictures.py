@@ -1,0 +1,106 @@
+"""Held-out slices as pictures in a page: every camera of an instant, and what was said of it."""
+
+import base64
+import io
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.data.index.shards import read_stored
+from mmoe.data.load.frames import Backend, is_video, stored_frames
+from mmoe.data.load.media import load_image
+from mmoe.data.storage.store import Storage
+from mmoe.schema.sample import Camera, Modality
+from mmoe.training.run import Run
+
+# As one stands in the rig: the row in front, the row behind.
+RIG = (
+    (Camera.FRONT_LEFT, Camera.FRONT, Camera.FRONT_RIGHT),
+    (Camera.BACK_LEFT, Camera.BACK, Camera.BACK_RIGHT),
+)
+WIDEST = 480  # pixels of a picture in the page
+_LOSSLESS_PIXELS = 1 << 14
+
+
+@dataclass(frozen=True)
+class SlicePictures:
+    """`pictures` uint8 [H, W, 3] by camera number (-1: no camera) and the slice's `caption`."""
+
+    pictures: dict[int, np.ndarray]
+    caption: str
+
+
+def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> SlicePictures:
+    """The slice of a held-out row that its action chunk number `chunk` belongs to."""
+    files = next(files for files in run.sources.files("heldout") if files.name == source)
+    index = ShardIndex.read(files.tars[shard], run.sources.storage)
+    segments = index.row_segments(row)
+    number = segments["slice"][np.flatnonzero(segments["modality"] == Modality.ACTION)[chunk]]
+    pictures: dict[int, np.ndarray] = {}
+    caption = ""
+    for segment in segments[segments["slice"] == number]:
+        if segment["modality"] == Modality.VISION:
+            pictures.setdefault(
+                int(segment["camera"]),
+                _picture(run.sources.storage, index, row, segment, run.config.data.video_backend),
+            )
+        elif segment["modality"] == Modality.TEXT:
+            caption = run.tokenizers.text.decode(index.row_text(row)[segment["start"] : segment["stop"]])
+    return SlicePictures(pictures, caption)
+
+
+def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> str:
+    """HTML of one slice: its pictures as the rig sees them, its caption, and its action as logged and predicted."""
+    if len(found.pictures) > 1:
+        pictures = [(camera.name.lower(), found.pictures.get(camera)) for line in RIG for camera in line]
+    else:
+        pictures = [("", picture) for picture in found.pictures.values()]
+    kind = "rig" if len(found.pictures) > 1 else "single"
+    figures = "".join(_figure(picture, name.replace("_", " ")) for name, picture in pictures)
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th>{_cells(item['true'], a)}{_cells(item['predicted'], a, 'predicted')}</tr>"
+        for a, name in enumerate(names)
+    )
+    steps = len(item["true"])
+    heads = "".join(f"<th>+{step}</th>" for step in range(steps)) * 2
+    return (
+        f'<article class="slice"><div class="{kind}">{figures}</div><p class="caption">{escape(found.caption)}</p>'
+        f'<table class="chunk"><tr><td></td><th colspan="{steps}">logged</th>'
+        f'<th class="predicted" colspan="{steps}">predicted</th></tr><tr><td></td>{heads}</tr>{rows}</table>'
+        f'<p class="note">recording {escape(item["recording"])}</p></article>'
+    )
+
+
+def data_uri(picture: np.ndarray) -> str:
+    """A picture uint8 [H, W, 3] as a data URI: PNG where it is small, else JPEG of at most `WIDEST` pixels width."""
+    image = Image.fromarray(picture)
+    if image.width > WIDEST:
+        image = image.resize((WIDEST, max(1, round(image.height * WIDEST / image.width))), Image.Resampling.LANCZOS)
+    kind = "png" if image.width * image.height <= _LOSSLESS_PIXELS else "jpeg"
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _picture(storage: Storage, index: ShardIndex, row: int, segment: np.void, backend: Backend) -> np.ndarray:
+    member = int(segment["member"])
+    stored = read_stored(index, row, member, storage)
+    if is_video(stored.name):
+        frames = stored_frames(stored.content, backend, stored.where, index.row_decord(row, member))
+        return frames.frames(np.array([segment["start"]]))[0]
+    return load_image(stored.content, stored.where)
+
+
+def _figure(picture: np.ndarray | None, name: str) -> str:
+    if picture is None:
+        return f'<figure class="absent"><figcaption>{name}: absent</figcaption></figure>'
+    label = f"<figcaption>{name}</figcaption>" if name else ""
+    return f'<figure><img src="{data_uri(picture)}" alt="{name}">{label}</figure>'
+
+
+def _cells(rows: list[list[float]], dimension: int, kind: str = "logged") -> str:
+    return "".join(f'<td class="{kind}">{row[dimension]:.3f}</td>' for row in rows)

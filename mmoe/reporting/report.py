@@ -1,0 +1,254 @@
+"""`report.html`: one self-contained page on a run, and `summary.json` beside it."""
+
+from html import escape
+from string import Template
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from mmoe.config.load import dump
+from mmoe.files import write_atomically, writes
+from mmoe.monitoring.summary import RunRecords, summarise, write_summary
+from mmoe.planning.capacity import LAST, advise
+from mmoe.reporting import figures
+from mmoe.reporting.page import PAGE, STYLE
+from mmoe.reporting.pictures import read_slice, slice_card
+from mmoe.training.run import Run
+
+REPORT = "report.html"
+
+TRAINING = {
+    "lr": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "fill": "packing fill",
+    "tokens_per_second": "positions per second",
+}
+
+
+def write_report(run: Run) -> None:
+    """Write ``summary.json`` and ``report.html`` into the run's folder, from its metrics and evaluations.
+
+    Pictures of sample slices are read from the held-out shards. Raises DataError where no step was recorded.
+    """
+    write_summary(run.folder)
+    html = render(run, RunRecords.read(run.folder))
+    with writes(run.folder / REPORT):
+        write_atomically(run.folder / REPORT, html)
+
+
+def render(run: Run, records: RunRecords) -> str:
+    """The page as HTML."""
+    summary = summarise(records)
+    sections = [_training(records), _experts(run, records)]
+    if records.plain:
+        sections += [
+            _actions(records),
+            _retrieval(records),
+            _texts(records),
+            _slices(run, records),
+            _evaluations(records),
+        ]
+    sections += [_data(run, records), _config(run)]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in filter(None, sections))
+    return Template(PAGE).substitute(
+        title=escape(str(run.folder)),
+        style=STYLE,
+        plotly=get_plotlyjs(),
+        lead=escape(_lead(run, summary)),
+        cards="".join(_card(*card) for card in key_figures(summary)),
+        body=body,
+    )
+
+
+def key_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, value, what to hold it against) of the figures at the head of the page; only what was measured."""
+    cards = []
+    if summary["action_mse"] is not None:
+        mse, baselines = summary["action_mse"], summary["action_mse_baselines"]
+        ratio = f"{mse / baselines['mean']:.2f} x training mean" if baselines["mean"] else ""
+        cards.append(("action error", f"{mse:.4f}", f"{ratio}; ridge {baselines['ridge']:.4f}"))
+        for key, value in summary.items():
+            if key.startswith("action_mse_") and key != "action_mse_baselines" and value is not None:
+                name = key.removeprefix("action_mse_").replace("_", " ")
+                cards.append(
+                    (f"action error, {name}", f"{value:.4f}", f"{value / mse:.1f} x with sight" if mse else "")
+                )
+    retrieval = summary["retrieval"]
+    if retrieval["r1"] is not None:
+        beside = f"lower bound {retrieval['r1_low']:.3f}, chance {1 / retrieval['pool']:.3f}"
+        cards.append((f"recall@1 of {retrieval['pool']}", f"{retrieval['r1']:.3f}", beside))
+    for kind, ce in (summary["val_ce"] or {}).items():
+        if kind != "structure":
+            cards.append((f"CE of {kind}", f"{ce:.3f}", f"unigram {summary['unigram_ce'][kind]:.3f} nats"))
+    cards.append(("packing efficiency", f"{summary['packing_efficiency']:.2%}", "useful of all positions"))
+    if summary["drop_rate"] is not None:
+        cards.append(("dropped by experts", f"{summary['drop_rate']:.3%}", "of their choices"))
+    exact = {True: "bit for bit", False: "differs", None: "not checked"}[summary["resume_exact"]]
+    cards.append(("resume", exact, "a repeated step against its first run"))
+    cards.append(("speed", f"{summary['tokens_per_second']:,.0f}", "positions per second"))
+    cards.append(("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB", "PSS of the process tree"))
+    cards.append(("training time", f"{summary['wall_seconds']:,.0f} s", f"{summary['steps']:,} steps"))
+    return cards
+
+
+Section = tuple[str, str] | None
+
+
+def _training(records: RunRecords) -> Section:
+    steps = records.steps
+    return "Training", (
+        "<h3>Loss terms</h3>"
+        + _note("Each before its weight; sums over items divided by the planned counts of the step.")
+        + _plot(figures.curves(steps, figures.TERMS, 3))
+        + "<h3>Optimisation and throughput</h3>"
+        + _plot(figures.curves(steps, TRAINING, 2))
+    )
+
+
+def _experts(run: Run, records: RunRecords) -> Section:
+    load, gradients = figures.expert_load(records.steps), figures.router_gradients(records.steps)
+    if load is None:
+        return None
+    note = "Choices of each expert over an even share, before any drop, counted between two records."
+    parts = [_note(note), _plot(load)]
+    if gradients is not None:
+        note = "Norm of the gradient of each expert's router weights over the mean of its layer, before clipping."
+        parts += ["<h3>Router gradients</h3>", _note(note), _plot(gradients)]
+    if "would_drop" in records.steps[-1]:
+        last = [step for step in records.steps if "would_drop" in step]
+        advice = advise(last, run.config, LAST, str(run.folder))
+        note = (
+            f"What a capacity for each sequence would have dropped of the choices of steps {advice.first} to "
+            f"{advice.last}; tools/capacity_advisor.py tells what each factor costs."
+        )
+        parts += ["<h3>Capacity</h3>", _note(note), _plot(figures.would_drop(advice))]
+    return "Expert load", "".join(parts)
+
+
+def _actions(records: RunRecords) -> Section:
+    figure = figures.action_errors(records.evaluations)
+    if figure is None:
+        return None
+    facts = records.plain["actions"]
+    note = (
+        f"{facts['chunks']} held-out chunks. Hold-last falls back to the training mean for the "
+        f"{facts['hold_last_without_history']} chunks before which nothing was logged. The ridge reads every input "
+        "but the pictures."
+    )
+    parts = [_note(note), _plot(figure)]
+    ablated = {
+        name: evaluation["examples"]
+        for name, evaluation in records.evaluations.items()
+        if evaluation["ablation"] and evaluation["ablation"]["mode"] == "shuffle" and not evaluation["shards"]
+    }
+    for source, examples in records.plain["examples"].items():
+        others = {name: sources[source] for name, sources in ablated.items() if source in sources}
+        parts.append(f"<h3>{escape(source)}: predicted against logged {escape(examples['names'][0])}</h3>")
+        parts.append(_note("The first step of every chunk over the longest held-out recordings, in logged units."))
+        parts.append(_plot(figures.trace(examples, others, 0)))
+        parts.append(_plot(figures.scatter(examples)))
+    return "Actions", "".join(parts)
+
+
+def _retrieval(records: RunRecords) -> Section:
+    figure = figures.retrieval(records.evaluations)
+    if figure is None:
+        return None
+    reasons = {
+        f"{name}: {entry['reason']}" for name, entry in records.plain["retrieval"]["by"].items() if entry["r1"] is None
+    }
+    note = "Isolated pairs in ten seeded pools with different captions, the mean of both directions. "
+    return "Retrieval", _note(note + " ".join(sorted(reasons))) + _plot(figure)
+
+
+def _texts(records: RunRecords) -> Section:
+    figure = figures.cross_entropy(records.plain)
+    parts = ["" if figure is None else _plot(figure)]
+    ranking = records.plain["ranking"]
+    if ranking:
+        rows = [
+            [
+                source,
+                entry["rows"],
+                entry["candidates"],
+                f"{entry['chance']:.3f}",
+                *(f"{entry['accuracy'][score]:.3f} (low {entry['low'][score]:.3f})" for score in entry["accuracy"]),
+            ]
+            for source, entry in ranking.items()
+            if entry["rows"]
+        ]
+        heads = ["source", "rows", "candidates", "chance", "by ln p", "by ln p per token", "by PMI"]
+        parts.append("<h3>Which text fits the sound or picture best</h3>" + _table(heads, rows))
+    return "Cross-entropy and ranking", "".join(parts)
+
+
+def _slices(run: Run, records: RunRecords) -> Section:
+    cards = [
+        slice_card(item, examples["names"], read_slice(run, source, item["shard"], item["row"], item["chunk"]))
+        for source, examples in records.plain["examples"].items()
+        for item in examples["slices"]
+    ]
+    return ("Held-out slices", f'<div class="slices">{"".join(cards)}</div>') if cards else None
+
+
+def _evaluations(records: RunRecords) -> Section:
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    rows = []
+    for name, evaluation in records.evaluations.items():
+        samples = sum(entry["evaluated"] for entry in evaluation["samples"].values())
+        left_out = "; ".join(f"{source}: {reason}" for source, reason in evaluation["not_evaluated"].items())
+        kinds = [evaluation["val_ce"].get(kind) for kind in ("text", "audio")]
+        figures_of = [evaluation["action_mse"], evaluation["retrieval"]["r1"], *kinds]
+        rows.append([name or "plain", samples, *map(figure, figures_of), left_out])
+    heads = ["evaluation", "samples", "action error", "recall@1", "CE text", "CE audio", "not evaluated"]
+    return "Evaluations", _table(heads, rows)
+
+
+def _data(run: Run, records: RunRecords) -> Section:
+    last = records.steps[-1]
+    lost, planned, served = (last.get(key, {}) for key in ("lost", "planned_positions", "served_positions"))
+    rows = []
+    for name, manifest in run.sources.manifests.items():
+        counts = [manifest.splits[s].samples if s in manifest.splits else 0 for s in ("train", "heldout")]
+        mine = {key.partition(" / ")[2]: n for key, n in lost.items() if key.partition(" / ")[0] == name}
+        refused = ", ".join(f"{n} {reason}" for reason, n in (manifest.quarantined | manifest.removed).items())
+        shares = [f"{of[name] / max(sum(of.values()), 1):.2%}" if name in of else "-" for of in (planned, served)]
+        lines = [f"{n} {r}" for r, n in mine.items()]
+        if bad := last.get("quarantined", {}).get(name):
+            lines.append(f"{bad} could not be decoded")
+        rows.append([name, manifest.kind, *counts, *shares, ", ".join(lines), refused])
+    heads = ["source", "kind", "training", "held out", "planned share", "served", "cut, dropped or lost", "refused"]
+    return "Data", _table(heads, rows)
+
+
+def _config(run: Run) -> Section:
+    tree = escape(dump(run.config))
+    return "Configuration", f"<details><summary>the resolved tree</summary><pre>{tree}</pre></details>"
+
+
+def _lead(run: Run, summary: dict[str, Any]) -> str:
+    parameters = sum(p.numel() for p in run.model.parameters())
+    sources = ", ".join(run.sources.names)
+    return f"{parameters:,} parameters, {summary['positions']:,} positions of {sources}"
+
+
+def _plot(figure: go.Figure) -> str:
+    config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+    return figure.to_html(full_html=False, include_plotlyjs=False, config=config)
+
+
+def _card(label: str, value: str, beside: str) -> str:
+    return f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span><i>{escape(beside)}</i></div>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _table(heads: list[str], rows: list[list[Any]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    cells = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{cells}</table></div>'

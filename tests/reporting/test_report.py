@@ -1,0 +1,156 @@
+"""The report of a small run: self-contained, complete, and safe against what captions may hold."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.data.index.shards import read_member
+from mmoe.data.load.media import load_image
+from mmoe.evaluation.evaluate import evaluate
+from mmoe.models.moe.statistics import CAPACITY_FACTORS
+from mmoe.monitoring.summary import RunRecords, summarise
+from mmoe.reporting import figures
+from mmoe.reporting.pictures import SlicePictures, data_uri, read_slice, slice_card
+from mmoe.reporting.report import render, write_report
+from mmoe.schema.sample import Camera, Modality
+from tests.monitoring.test_summary import line
+
+
+def metrics(step: int) -> dict:
+    terms = {"loss_ce": 2.0, "loss_contrastive": 1.0, "loss_action": 0.5, "loss_router_z": 0.1}
+    terms["loss_balance_sequence"] = 1.0
+    experts = {
+        "expert_load": {"0": [1, 2, 3], "1": [4, 4, 4]},
+        "expert_drops": {"0": [0, 0, 0], "1": [0, 0, 0]},
+        "router_grad_norm": {"0": [0.1, 0.1, 0.4], "1": [0.0, 0.0, 0.0]},
+        "capacity_factors": list(CAPACITY_FACTORS),
+        "would_drop": {"0": [3, 1, *[0] * 19], "1": [6, *[0] * 20]},
+    }
+    return line(step, lr=1e-3, lost={"clip / cut at a slice": 3}, **terms, **experts)
+
+
+@pytest.fixture(scope="module")
+def reported(build_run):
+    run = build_run(names=("audio", "clip"), model__moe={"experts": 3, "top_k": 2, "hidden": 16})
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(metrics(step)) + "\n" for step in (10, 20, 30)))
+    evaluate(run)
+    evaluate(run, shuffle=Modality.VISION)
+    evaluate(run, blank=Modality.AUDIO)
+    write_report(run)
+    return run, (run.folder / "report.html").read_text()
+
+
+def test_the_page_needs_nothing_but_itself(reported):
+    _, html = reported
+    assert html.count("plotly.js v") == 1
+    own = re.sub(r"<script>.*?</script>", "", html, count=1, flags=re.S)  # plotly's own code names its servers
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", own)
+
+
+def test_every_part_is_there(reported):
+    _, html = reported
+    for title in ("Training", "Expert load", "Actions", "Retrieval", "Cross-entropy and ranking", "Held-out slices"):
+        assert f"<h2>{title}</h2>" in html
+    for said in (
+        "shuffle vision",
+        "blank audio",
+        "predicted against logged steer",
+        "cut at a slice",
+        "Router gradients",
+        "steps 20 to 30; tools/capacity_advisor.py",
+        "sequence_length",
+    ):
+        assert said in html
+    assert html.count('class="plotly-graph-div"') >= 8
+
+
+def test_the_summary_stands_beside_it(reported):
+    run, _ = reported
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["action_mse_shuffle_vision"] is not None and summary["action_mse_blank_audio"] is not None
+    assert summary["drop_rate"] == 0.0
+
+
+def test_a_run_that_was_not_evaluated_yet_has_a_page_too(reported):
+    run, _ = reported
+    html = render(run, RunRecords([line(1, lr=1e-3)], {}))
+    assert "<h2>Training</h2>" in html and "<h2>Actions</h2>" not in html and "<h2>Expert load</h2>" not in html
+
+
+def test_pictures_are_those_of_the_slice(reported):
+    run, _ = reported
+    index = ShardIndex.read(run.sources.files("heldout")[1].tars[0])
+    for row in range(3):
+        segments = index.row_segments(row)
+        actions = segments[segments["modality"] == Modality.ACTION]
+        for chunk, action in enumerate(actions):
+            found = read_slice(run, "clip", 0, row, chunk)
+            mine = segments[(segments["slice"] == action["slice"]) & (segments["modality"] == Modality.VISION)]
+            assert set(found.pictures) == set(mine["camera"].tolist())
+            for segment in mine:
+                name, offset, size = index.row_member(row, int(segment["member"]))
+                expected = load_image(read_member(index.tar, offset, size), name)
+                np.testing.assert_array_equal(found.pictures[int(segment["camera"])], expected)
+
+
+def test_captions_are_text_and_missing_cameras_are_said():
+    picture = np.zeros((8, 8, 3), np.uint8)
+    item = {"recording": "a<b", "true": [[0.25, 1.0]], "predicted": [[0.5, 2.0]]}
+    some = {int(Camera.FRONT): picture, int(Camera.BACK): picture}
+    card = slice_card(item, ["steer", "gas"], SlicePictures(some, "<script>x</script>"))
+    assert "<script>" not in card and "&lt;script&gt;x" in card and "a&lt;b" in card
+    assert card.count("absent</figcaption>") == 4 and card.count("<img") == 2
+    assert '<td class="logged">0.250</td>' in card and '<td class="predicted">2.000</td>' in card
+    alone = slice_card(item, ["steer", "gas"], SlicePictures({-1: picture}, ""))
+    assert 'class="single"' in alone and "absent" not in alone
+
+
+@pytest.mark.parametrize(("size", "kind"), [((24, 32), "png"), ((300, 400), "jpeg"), ((500, 2000), "jpeg")])
+def test_pictures_in_the_page_open_again(size, kind):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    head, _, body = data_uri(picture).partition(",")
+    assert head == f"data:image/{kind};base64"
+    image = Image.open(io.BytesIO(base64.b64decode(body)))
+    assert image.width == min(size[1], 480)
+    if kind == "png":
+        np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def test_load_is_shown_over_an_even_share(reported):
+    figure = figures.expert_load([metrics(10)])
+    np.testing.assert_allclose(np.array(figure.data[0].z)[:, 0], [0.5, 1.0, 1.5])
+    np.testing.assert_allclose(np.array(figure.data[1].z)[:, 0], [1.0, 1.0, 1.0])
+
+
+def test_router_gradients_are_shown_over_the_mean_of_their_layer():
+    figure = figures.router_gradients([metrics(10)])
+    np.testing.assert_allclose(np.array(figure.data[0].z)[:, 0], [0.5, 0.5, 2.0])
+    np.testing.assert_allclose(np.array(figure.data[1].z)[:, 0], [0.0, 0.0, 0.0])
+    assert figures.router_gradients([line(1)]) is None
+
+
+def test_a_run_from_before_a_figure_was_recorded_has_the_others(reported):
+    run, _ = reported
+    old = {key: value for key, value in metrics(1).items() if key not in ("router_grad_norm", "would_drop")}
+    html = render(run, RunRecords([old], {}))
+    assert "<h2>Expert load</h2>" in html and "Router gradients" not in html and "capacity_advisor" not in html
+    assert "tools/capacity_advisor.py" in render(run, RunRecords([old, metrics(2)], {}))
+
+
+def test_bars_are_the_figures_of_the_evaluations(reported):
+    run, _ = reported
+    records = RunRecords.read(run.folder)
+    bars = {bar.name: bar.y for bar in figures.action_errors(records.evaluations).data}
+    assert bars["model"][0] == summarise(records)["action_mse"]
+    assert bars["model, shuffle vision"][0] == summarise(records)["action_mse_shuffle_vision"]
+    assert bars["ridge, non-visual"][0] == summarise(records)["action_mse_baselines"]["ridge"]
+    trace = records.plain["examples"]["clip"]["traces"][0]
+    shown = {item.name: item.y for item in figures.trace(records.plain["examples"]["clip"], {}, 1).data[:2]}
+    assert list(shown["logged"]) == [row[1] for row in trace["true"]]
+    assert list(shown["predicted"]) == [row[1] for row in trace["predicted"]]

@@ -1,0 +1,97 @@
+"""What is asked of optional packages: present, missing, unusable here, broken, unknown."""
+
+import importlib
+import importlib.util
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmoe.errors import BackendError
+from mmoe.optional import BACKENDS, Backend, require, status
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    status.cache_clear()
+    yield
+    status.cache_clear()
+
+
+def add(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
+    monkeypatch.setitem(BACKENDS, "sample", backend)
+
+
+def test_a_present_backend_has_its_version_and_module() -> None:
+    found = status("pyav")
+    assert found.available and found.version == metadata.version("av") and found.reason == ""
+    assert require("pyav", "data.video_backend") is importlib.import_module("av")
+
+
+def test_a_missing_package_names_itself_the_key_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    add(monkeypatch, Backend("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[wandb]'"))
+    found = status("sample")
+    reason = "not available because the package no-such-package is not installed: pip install -e '.[wandb]'"
+    assert not found.available and found.version == "" and found.reason == reason
+    with pytest.raises(BackendError) as error:
+        require("sample", "monitoring.sample")
+    assert str(error.value).startswith(f"monitoring.sample asks for sample, {reason}")
+
+
+@pytest.mark.parametrize("failure", ["raise OSError('libcudart.so.12: cannot open')", "raise SystemError"])
+def test_a_broken_package_is_not_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: str) -> None:
+    (tmp_path / "mmoe_broken_module.py").write_text(failure)
+    monkeypatch.syspath_prepend(tmp_path)
+    add(monkeypatch, Backend("nothing", "mmoe_broken_module", "broken", "broken"))
+    expected = "libcudart.so.12: cannot open" if "OSError" in failure else "SystemError"
+    assert f"not available because importing mmoe_broken_module fails ({expected})" in status("sample").reason
+
+
+def test_what_the_machine_lacks_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "triton"):
+        found = status(name)
+        assert not found.available and "CUDA" in found.reason and found.version
+    monkeypatch.setattr(torch.version, "cuda", None)
+    status.cache_clear()
+    assert "is built without CUDA" in status("cuda").reason
+
+
+def test_an_unknown_backend_names_the_nearest() -> None:
+    with pytest.raises(BackendError, match="^data.video_backend: 'decrod' is not a backend; did you mean decord?"):
+        require("decrod", "data.video_backend")
+    with pytest.raises(BackendError, match="did you mean flash-attn"):
+        status("flash_attn")
+
+
+def test_answers_are_lazy_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mmoe_lazy_module.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    add(monkeypatch, Backend("nothing", "mmoe_lazy_module", "lazy", "lazy"))
+    asked, find_spec = [], importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: asked.append(name) or find_spec(name))
+    assert "mmoe_lazy_module" not in sys.modules
+    assert status("sample") is status("sample") and asked == ["mmoe_lazy_module"]
+    assert sys.modules.pop("mmoe_lazy_module")
+
+
+def test_every_extra_that_is_advised_exists() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name, backend in BACKENDS.items():
+        assert backend.module and backend.purpose, name
+        if backend.install.startswith("-e"):
+            extra = backend.install.split("[")[1].split("]")[0]
+            packages = re.search(rf"^{extra} = \[(.*?)\]\n", text, re.DOTALL | re.MULTILINE)[1]
+            assert f'"{backend.distribution}' in packages, name
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_answers(name: str) -> None:
+    found = status(name)
+    assert found.available == (found.reason == "")
+    assert found.available or found.reason.startswith("not available because ")
