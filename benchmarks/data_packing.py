@@ -22,23 +22,18 @@ from mmoe.commands.console import Console
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.index.extent import Extent
 from mmoe.data.index.file import write_table
-from mmoe.data.index.shard_index import (
-    DIGEST,
-    FORMAT,
-    INDEX_SCHEMA,
-    ShardEntry,
-    SourceManifest,
-    SplitEntry,
-    VectorStats,
-)
-from mmoe.data.plan.blocks import FITS, PATCHES
+from mmoe.data.index.shard_index import DIGEST, INDEX_SCHEMA
+from mmoe.data.plan.blocks import FITS
 from mmoe.data.plan.deal import deal
 from mmoe.data.plan.mixture import StageConfig
 from mmoe.data.plan.packing import best_fit
 from mmoe.data.plan.planner import Planner
 from mmoe.data.plan.prepared import Sources
 from mmoe.result import print_result, target
+from mmoe.schema.counts import PATCHES
+from mmoe.schema.manifest import FORMAT, ShardEntry, SourceManifest, SplitEntry
 from mmoe.schema.sample import SEGMENT_DTYPE, Camera, Modality
+from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.bundle import Tokenizers, TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.tokenizers.vision import VisionConfig

@@ -22,14 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mmoe.addresses import join
 from mmoe.commands.console import Console
-from mmoe.data.index.shard_index import SegmentTable, ShardIndex, SourceManifest
+from mmoe.data.index.shard_index import SegmentTable, ShardIndex
 from mmoe.data.index.shards import spans
 from mmoe.data.plan.blocks import rng
-from mmoe.data.storage.store import Storage, StorageConfig, join
+from mmoe.data.storage.store import Storage, StorageConfig
 from mmoe.optional import require
 from mmoe.preparation.prepare import prepare
 from mmoe.result import print_result
+from mmoe.schema.manifest import SourceManifest
 from mmoe.tokenizers.text import TextTokenizer
 
 BLOCK_SHARDS = 16
@@ -42,7 +44,7 @@ def read_samples(
     """One rank: figures of what it read in `seconds` after all ranks were ready."""
     storage = Storage(config)
     began = time.perf_counter()
-    manifest = SourceManifest.load(url, storage)
+    manifest = SourceManifest.load(url, storage.read)
     shards = manifest.splits["train"].shards
     tars = [join(url, shards[i].path) for i in rng(seed, 0).permutation(len(shards))[:BLOCK_SHARDS]]
     storage.map(lambda tar: SegmentTable.read(tar, storage), tars)

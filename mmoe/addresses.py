@@ -4,7 +4,9 @@ A config is copied into the run's folder and into checkpoints, and addresses sta
 those would have the password too.
 """
 
+import os
 import re
+from pathlib import Path
 
 from mmoe.errors import DataError
 
@@ -50,3 +52,24 @@ def _hide(found: re.Match) -> str:
 def _hide_parameter(found: re.Match) -> str:
     name, equals, value = found[0].partition("=")
     return f"{name}={_HIDDEN}" if equals and value and _SECRET.search(name) else found[0]
+
+
+def local_path(url: str | Path) -> str | None:
+    """The path of a local address, None of a remote one. Raises DataError for a shell command."""
+    text = os.fspath(url)
+    if "://" not in text:
+        if text.startswith("pipe:"):
+            raise DataError(f"{text} is a shell command, and none is ever run; give a folder or a URL")
+        return text
+    return text.removeprefix("file://") if text.startswith("file://") else None
+
+
+def join(folder: str | Path, name: str) -> str:
+    """The address of `name` in a local or remote folder."""
+    return f"{os.fspath(folder).rstrip('/')}/{name}" if name else os.fspath(folder)
+
+
+def with_suffix(url: str | Path, suffix: str) -> str:
+    """The address of the file of the same stem with another suffix."""
+    folder, slash, name = os.fspath(url).rpartition("/")
+    return f"{folder}{slash}{name.rpartition('.')[0] or name}{suffix}"

@@ -65,10 +65,11 @@ def prepare(
     An interrupted call keeps what it has finished; the same command goes on from there.
     """
     from mmoe.config.load import merge, parse_overrides
+    from mmoe.data.storage.store import DEFAULT
     from mmoe.preparation.prepare import prepare as run
     from mmoe.tokenizers.text import TextConfig
 
-    tokenizer = TextConfig(path=text_tokenizer).build()
+    tokenizer = TextConfig(path=text_tokenizer).build(DEFAULT.read)
     duplicates = {"near": True} if dedup else {}
     duplicates |= {"against": against} if against else {}
     run(

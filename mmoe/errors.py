@@ -17,6 +17,10 @@ class DataError(MmoeError):
     """A file or sample that cannot be used: names the file, the key inside it and the remedy."""
 
 
+class MissingFileError(DataError):
+    """A file that is not where its address says."""
+
+
 class Refused(DataError):
     """An item that cannot become a sample: `reason` is the class it is counted under, the message says it in full."""
 

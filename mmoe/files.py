@@ -2,13 +2,17 @@
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
-from mmoe.errors import OutputError
+from mmoe.addresses import local_path
+from mmoe.errors import DataError, MissingFileError, OutputError
+
+Read = Callable[[str, str], bytes]
+"""Reads a whole file by its address; the second argument says what it is, for messages. `read_file` or a storage's."""
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -29,6 +33,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
         raise
 
 
+_BUFFERED = 16 << 20  # bytes from which reading through a buffer costs nothing
 _MOST_SIBLINGS = 10_000  # that a name is compared with
 
 
@@ -61,3 +66,39 @@ def writes(path: str | Path, rest: str = "") -> Iterator[None]:
             f"{path} cannot be written ({error.strerror or error}){more}; free space on its disk, or make it and its "
             "folder writable, and give the same command again"
         ) from error
+
+
+def read_file(url: str | Path, what: str = "", start: int = 0, stop: int | None = None) -> bytes:
+    """Read a local file, or its bytes `start`..`stop`; `what` they are serves the messages.
+
+    Raises DataError where it cannot be read or ends before, and for an address that is far away.
+    """
+    path = local_path(url)
+    if path is None:
+        raise DataError(f"{url} is far away, where only local files are read{lost(what)}; copy it here")
+    try:
+        with open(path, "rb", buffering=0 if stop is not None and stop - start < _BUFFERED else -1) as file:
+            file.seek(start)
+            content = file.read(-1 if stop is None else stop - start)
+    except OSError as error:
+        raise local_error(str(url), error, what) from error
+    if stop is not None and len(content) < stop - start:
+        raise truncated(str(url), stop, what)
+    return content
+
+
+def local_error(url: str, error: OSError, what: str) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return MissingFileError(f"{url} does not exist{lost(what)}; restore it or prepare the source again")
+    return DataError(f"{url} cannot be read ({error}){lost(what)}; restore it or prepare the source again")
+
+
+def lost(what: str) -> str:
+    return f", so {what} cannot be read" if what else ""
+
+
+def truncated(url: str, stop: int, what: str) -> DataError:
+    return DataError(
+        f"{url} is truncated: {what or 'what is asked for'} ends at byte {stop}, which the file does not reach; copy "
+        "it again or prepare the source again"
+    )

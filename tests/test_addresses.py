@@ -6,10 +6,10 @@ from mmoe.addresses import check_address, without_secrets
 from mmoe.cli import main
 from mmoe.config.load import validate
 from mmoe.data.config import DataConfig
-from mmoe.data.index.shard_index import SourceManifest
 from mmoe.data.storage.store import Storage
 from mmoe.errors import MmoeError
 from mmoe.preparation.prepare import prepare
+from mmoe.schema.manifest import SourceManifest
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer
 

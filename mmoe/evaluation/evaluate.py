@@ -14,7 +14,7 @@ from torch import Tensor
 from mmoe.addresses import check_address
 from mmoe.commands.console import Console
 from mmoe.data.config import DataConfig
-from mmoe.data.index.shard_index import ShardIndex, SourceManifest
+from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
@@ -29,6 +29,7 @@ from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings
 from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import MultimodalModel
 from mmoe.schema.batch import PackedBatch
+from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
@@ -199,7 +200,7 @@ def _actions(
 def _other_shards(run: Run, shards: str) -> Run:
     """The run with one source: the prepared folder `shards`, read as the run's source of the same kind is."""
     check_address(shards)
-    manifest = SourceManifest.load(shards, run.sources.storage)
+    manifest = SourceManifest.load(shards, run.sources.storage.read)
     names = [name for name, known in run.sources.manifests.items() if _content(manifest) == _content(known)]
     if not names:
         known = ", ".join(f"{name} ({manifest.kind})" for name, manifest in run.sources.manifests.items())

@@ -28,8 +28,8 @@ from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from mmoe.data.plan.planner import Counts
     from mmoe.models.decoder import ModelOutput, MultimodalModel
+    from mmoe.schema.counts import Counts
 
 KINDS = len(Modality)
 

@@ -5,13 +5,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe.commands.console import Console
-from mmoe.data.index.shard_index import SourceManifest, is_prepared
+from mmoe.data.index.shard_index import is_prepared
 from mmoe.data.plan.deal import deal
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.planner import Planner
 from mmoe.data.plan.prepared import Sources, sizes
 from mmoe.data.storage.store import Storage
 from mmoe.recipe.config import RunConfig
+from mmoe.schema.manifest import SourceManifest
 
 WARNING = Text("warning", "yellow")
 
@@ -20,11 +21,11 @@ def mixture_of(config: RunConfig) -> Mixture:
     """The config's mixture; sources whose `positions` are given need not be prepared yet."""
     storage = Storage(config.data.storage)
     unknown = {
-        name: SourceManifest.load(source.shards, storage)
+        name: SourceManifest.load(source.shards, storage.read)
         for name, source in config.data.sources.items()
         if source.positions is None and is_prepared(source.shards, storage)
     }
-    tokenizers = config.tokenizers.build(unknown) if unknown else None
+    tokenizers = config.tokenizers.build(unknown, storage.read) if unknown else None
     return Mixture(config.data.stages, sizes(config.data, unknown, tokenizers), config.training.budget_positions)
 
 
@@ -65,7 +66,7 @@ def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> N
     """Plan so many steps from the start of the run and tell what is in them; nothing is decoded."""
     group, micro = config.contrastive_group, config.batch_of(replicas).micro_batch_sequences
     sources = Sources(config.data)
-    tokenizers = config.tokenizers.build(sources.manifests)
+    tokenizers = config.tokenizers.build(sources.manifests, sources.storage.read)
     sources.check(tokenizers)
     limits = config.data.limits(config.training.seed)
     planned = sources.planned("train", limits, tokenizers)

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.index.shard_index import ShardEntry, ShardIndex
+from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import ShardWriter, read_stored
 from mmoe.data.load.frames import Backend
 from mmoe.data.load.media import load_array
@@ -31,6 +31,7 @@ from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signature
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.preparation.tally import Tally
 from mmoe.schema.bounds import Bounds, bounded_by
+from mmoe.schema.manifest import ShardEntry
 from mmoe.schema.sample import NO_SLICE, Modality, Sample
 from mmoe.tokenizers.text import TextTokenizer
 

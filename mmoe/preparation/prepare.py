@@ -28,10 +28,11 @@ from mmoe.addresses import check_address
 from mmoe.commands.console import Console
 from mmoe.config.base import Config
 from mmoe.config.load import validate
-from mmoe.data.index.shard_index import FORMAT, SPLITS, ShardEntry, ShardIndex, SourceManifest, VectorStats
+from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
 from mmoe.data.load.media import load_audio
 from mmoe.data.load.reading import reading
+from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import DataError
 from mmoe.optional import require
 from mmoe.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
@@ -60,7 +61,9 @@ from mmoe.preparation.splits import GAP_NS, Split, split
 from mmoe.preparation.statistics import KNOTS
 from mmoe.preparation.tally import Tally, summary
 from mmoe.schema.bounds import bounded_by
+from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.sample import Modality
+from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
 from mmoe.tokenizers.text import TextTokenizer
@@ -286,7 +289,7 @@ def _can_split(source: Source, items: list[Item], lost: Refusals, config: Prepar
 
 
 def _digest(prepared: str) -> str:
-    return hashlib.sha256(SourceManifest.load(prepared).model_dump_json().encode()).hexdigest()
+    return hashlib.sha256(SourceManifest.load(prepared, DEFAULT.read).model_dump_json().encode()).hexdigest()
 
 
 def _plan(make: Make, items: Sequence[Item]) -> dict[str, Any]:

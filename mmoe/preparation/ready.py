@@ -5,9 +5,10 @@ import shlex
 from itertools import chain, islice
 from pathlib import Path
 
+from mmoe.addresses import local_path
 from mmoe.commands.console import Console
 from mmoe.data.config import SourceConfig
-from mmoe.data.storage.store import local_path
+from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import ConfigError
 from mmoe.files import said_nearest
 from mmoe.preparation.prepare import prepare, training_texts
@@ -40,7 +41,7 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console:
     for name, source in missing.items():
         origin = f"{source.kind} in {source.input}" if source.input is not None else source.kind
         console.print(f"{source.shards} does not exist: preparing source {name} there, from {origin}")
-        tokenizer = text.build()
+        tokenizer = text.build(DEFAULT.read)
         prepare(
             source.kind,
             source.input or NO_INPUT,

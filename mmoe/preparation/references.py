@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.index.shard_index import SPLITS, ShardIndex, SourceManifest
+from mmoe.addresses import join
+from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.storage.store import join
+from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import DataError
 from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
+from mmoe.schema.manifest import SPLITS, SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.text import TextTokenizer
 
@@ -64,7 +66,7 @@ def find_references(config: DedupConfig, tokenizer: TextTokenizer) -> list[Refer
     """Every shard of the sources to compare with. Raises DataError for one whose texts cannot be compared."""
     found: list[Reference] = []
     for source in config.against:
-        manifest = SourceManifest.load(source)
+        manifest = SourceManifest.load(source, DEFAULT.read)
         if config.near and manifest.text_fingerprint != tokenizer.fingerprint:
             raise DataError(
                 f"{source} was prepared with another text tokenizer, so its texts cannot be compared for near "

@@ -13,7 +13,7 @@ reservoir that lie within, and what lies outside is clipped to the fences, and c
 
 import numpy as np
 
-from mmoe.data.index.shard_index import VectorStats
+from mmoe.schema.vectors import VectorStats
 
 RESERVOIR = 1 << 16  # rows
 KNOTS = 513  # quantiles kept of an action: 0, 1/512, ... 1; whatever fills one of 256 bins holds two of them

@@ -12,9 +12,9 @@ from pydantic import BeforeValidator
 
 from mmoe.config.base import Config
 from mmoe.errors import DataError
+from mmoe.schema.sample import ALIGNMENT_NS
 
 ABSENT = -1
-ALIGNMENT_NS = 1_000_000
 SECOND_NS = 1_000_000_000
 
 # float64 seconds beyond this (104 days) are off by more than 2 ns; unix seconds are 238 ns apart.

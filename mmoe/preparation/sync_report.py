@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from mmoe.addresses import join
 from mmoe.config.load import validate
-from mmoe.data.index.shard_index import SPLITS, ShardIndex, SourceManifest
+from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.storage.store import DEFAULT, Storage, join
+from mmoe.data.storage.store import DEFAULT, Storage
 from mmoe.errors import DataError
 from mmoe.preparation import sync
 from mmoe.preparation.rows import make_sample
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources import find_source
 from mmoe.preparation.sources.base import Refused
+from mmoe.schema.manifest import SPLITS, SourceManifest
 
 MS = 1_000_000
 BURSTS = 0.05  # share of repeated times beyond which a stream comes in bursts
@@ -79,7 +81,7 @@ class SyncReport:
 
 def report_prepared(folder: str | Path, storage: Storage = DEFAULT) -> SyncReport:
     """Of a prepared source. Raises DataError where no sample carries clocks."""
-    manifest = SourceManifest.load(folder, storage)
+    manifest = SourceManifest.load(folder, storage.read)
     logs: dict[str, Clocks] = {}
     for split in filter(manifest.splits.get, SPLITS):
         for shard in manifest.splits[split].shards:

@@ -10,10 +10,11 @@ import numpy as np
 from rich.table import Table
 
 from mmoe.data.index.extent import Extent
-from mmoe.data.index.shard_index import ShardEntry, SplitEntry, VectorStats
 from mmoe.preparation.rows import Row, hash64
 from mmoe.preparation.statistics import VectorSummary
+from mmoe.schema.manifest import ShardEntry, SplitEntry
 from mmoe.schema.sample import Modality
+from mmoe.schema.vectors import VectorStats
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from mmoe.data.load.quarantine import Quarantined
+from mmoe.schema.quarantined import Quarantined
 from mmoe.schema.sample import Modality
 
 IGNORE = -100

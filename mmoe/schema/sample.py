@@ -38,6 +38,8 @@ class Camera(IntEnum):
 NO_CAMERA = -1
 NO_SLICE = -1
 NO_PAIR = -1
+KINDS = len(Modality)
+ALIGNMENT_NS = 1_000_000  # that the time of a reading may be from the time in its file
 
 # One row per segment; the same fields stand in the shard index. See `Segment` for their meaning.
 SEGMENT_DTYPE = np.dtype(

@@ -6,8 +6,8 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import ConfigError
+from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.bins import quantile_bins
 from mmoe.tokenizers.vectors import Fences, is_constant
 

@@ -22,8 +22,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mmoe.config.base import Address, Config
-from mmoe.data.storage.store import DEFAULT
-from mmoe.errors import DataError
+from mmoe.errors import DataError, MissingFileError
+from mmoe.files import Read, read_file
 from mmoe.tokenizers.rates import check_rates
 
 Layout = Literal["flat", "delay"]
@@ -132,14 +132,15 @@ class MelCodec:
         return cls(mel, mean, std, torch.stack(levels))
 
     @classmethod
-    def load(cls, path: str | Path, codebooks: int | None = None) -> "MelCodec":
-        """Read, near or far, what `save` wrote, with only its first `codebooks` levels where that is given."""
-        if not DEFAULT.exists(path):
+    def load(cls, path: str | Path, codebooks: int | None = None, read: Read = read_file) -> "MelCodec":
+        """Read what `save` wrote, with only its first `codebooks` levels where that is given."""
+        try:
+            content = read(str(path), "the audio codec")
+        except MissingFileError:
             raise DataError(
                 f"{path} does not exist: tokenizers.audio.path must name a fitted audio codec; prepare a "
                 "source with sound to get one"
-            )
-        content = DEFAULT.read(path, "the audio codec")
+            ) from None
         try:
             tensors = load(content)
             length = int.from_bytes(content[:8], "little")  # of the header: JSON with the metadata

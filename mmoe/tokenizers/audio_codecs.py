@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from mmoe.errors import ConfigError, DataError
+from mmoe.files import Read, read_file
 from mmoe.optional import require
 from mmoe.tokenizers.audio import AudioCodec, AudioConfig, MelCodec, resample, resampled_length
 
 
-def load_codec(config: AudioConfig) -> AudioCodec:
-    """The codec a config names.
+def load_codec(config: AudioConfig, read: Read = read_file) -> AudioCodec:
+    """The codec a config names; `read` reads the file of a fitted one, which may be far away.
 
     Raises ConfigError without a path, DataError for a file or folder that is missing or holds something else,
     BackendError where a pretrained codec is asked for and transformers is not installed.
@@ -30,7 +31,7 @@ def load_codec(config: AudioConfig) -> AudioCodec:
         )
     if config.kind != "mel":
         return _ADAPTERS[config.kind](config.path, config.codebooks)
-    codec = MelCodec.load(config.path, config.codebooks)
+    codec = MelCodec.load(config.path, config.codebooks, read)
     fitted, asked = codec.config.model_dump(), config.mel.model_dump()
     different = [key for key in asked if fitted[key] != asked[key]]
     if different:

@@ -6,8 +6,9 @@ from functools import cached_property
 import numpy as np
 
 from mmoe.config.base import Config
-from mmoe.data.index.shard_index import SourceManifest
 from mmoe.errors import ConfigError
+from mmoe.files import Read, read_file
+from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig
@@ -26,8 +27,9 @@ class TokenizersConfig(Config):
     audio: AudioConfig | None = None  # null: no source of the run holds sound
     action: ActionConfig = ActionConfig()
 
-    def build(self, manifests: dict[str, SourceManifest]) -> "Tokenizers":
-        return Tokenizers(self, manifests)
+    def build(self, manifests: dict[str, SourceManifest], read: Read = read_file) -> "Tokenizers":
+        """The tokenizers of sources with these manifests; `read` reads their files, which may be far away."""
+        return Tokenizers(self, manifests, read)
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Tokenizers:
     Raises ConfigError when a source holds sound and no audio codec is configured.
     """
 
-    def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest]):
+    def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest], read: Read = read_file):
         self.config = config
-        self.text: TextTokenizer = config.text.build()
+        self.text: TextTokenizer = config.text.build(read)
         self.vision = VisionTokenizer(config.vision)
-        self.audio = load_codec(config.audio) if config.audio is not None else None
+        self.audio = load_codec(config.audio, read) if config.audio is not None else None
         self.dims = {kind: _union(manifests, kind) for kind in VECTOR_MODALITIES}
         self.value_dims = {
             Modality.VISION: self.vision.vector_dim if _holds(manifests, Modality.VISION) else 0,

@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from mmoe.config.base import Address, Config
-from mmoe.data.storage.store import DEFAULT
-from mmoe.errors import DataError
+from mmoe.errors import DataError, MissingFileError
+from mmoe.files import Read, read_file
 from mmoe.tokenizers.probes import loss
 
 BYTES = 256
@@ -43,10 +43,11 @@ class TextConfig(Config):
             raise ValueError("vocabulary_size is set, but without a path there is no trained tokenizer; set path too")
         return self
 
-    def build(self) -> "TextTokenizer":
+    def build(self, read: Read = read_file) -> "TextTokenizer":
+        """The tokenizer; `read` reads its file, which may be far away."""
         if self.path is None:
             return TextTokenizer.bytes()
-        tokenizer = TextTokenizer.load(self.path)
+        tokenizer = TextTokenizer.load(self.path, read)
         if self.vocabulary_size is not None and tokenizer.size > self.vocabulary_size:
             raise DataError(
                 f"{self.path} has {tokenizer.size} ids, more than tokenizers.text.vocabulary_size "
@@ -87,19 +88,18 @@ class TextTokenizer:
         return cls(_byte_level([tuple(merge) for merge in merges]))
 
     @classmethod
-    def load(cls, path: str | Path) -> "TextTokenizer":
+    def load(cls, path: str | Path, read: Read = read_file) -> "TextTokenizer":
         """Read the JSON of `save`, or any lossless byte-level BPE in the format of the `tokenizers` library.
 
-        The file may be far away, as shards may. Special tokens in it are ignored: their ids lie outside `size`.
-        Raises DataError.
+        Special tokens in it are ignored: their ids lie outside `size`. Raises DataError.
         """
-        if not DEFAULT.exists(path):
+        try:
+            content = read(str(path), "the text tokenizer").decode()
+        except MissingFileError:
             raise DataError(
                 f"{path} does not exist: tokenizers.text.path must name a tokenizer's JSON; train one, or "
                 "set it to null for plain bytes"
-            )
-        try:
-            content = DEFAULT.read(path, "the text tokenizer").decode()
+            ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path} cannot be read as a text tokenizer ({error}); train it again") from error
         try:

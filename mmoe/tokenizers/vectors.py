@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import DataError
+from mmoe.schema.vectors import VectorStats
 
 
 def is_constant(mean: np.ndarray, std: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmoe.data.index.shard_index import SourceManifest
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import CheckpointError
+from mmoe.schema.manifest import SourceManifest
 from mmoe.tokenizers.bundle import Tokenizers
 
 Fingerprint = dict[str, dict[str, Any]]  # of every source and tokenizer, each as named parts

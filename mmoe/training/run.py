@@ -30,7 +30,7 @@ CONFIG = "config.yaml"  # in the run's folder, and a copy in every checkpoint
 def open_sources(config: RunConfig) -> tuple[Sources, Tokenizers]:
     """Open and check the sources of a run, which must be prepared, and build its tokenizers."""
     sources = Sources(config.data)
-    tokenizers = config.tokenizers.build(sources.manifests)
+    tokenizers = config.tokenizers.build(sources.manifests, sources.storage.read)
     sources.check(tokenizers)
     return sources, tokenizers
 

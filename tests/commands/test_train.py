@@ -13,9 +13,9 @@ from rich.console import Console
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.commands import train as session
 from mmoe.config.load import dump, load
-from mmoe.data.index.shard_index import SourceManifest
 from mmoe.errors import CheckpointError, ConfigError, DataError, OutputError
 from mmoe.recipe.config import RunConfig
+from mmoe.schema.manifest import SourceManifest
 from mmoe.training.run import Run, read_config
 from mmoe.training.trainer import Trainer
 from tests.data.synthetic import fit_codec, text_sample, write_source, write_sources

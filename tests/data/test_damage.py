@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe.data.index.file import write_table
-from mmoe.data.index.shard_index import INDEX_SCHEMA, Member, SegmentTable, ShardIndex, SourceManifest
+from mmoe.data.index.shard_index import INDEX_SCHEMA, Member, SegmentTable, ShardIndex
 from mmoe.data.index.shards import ShardWriter, read_member, read_stored
 from mmoe.errors import DataError
+from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import SEGMENT_DTYPE, Modality
 from tests.data.synthetic import MAKERS, write_source
 

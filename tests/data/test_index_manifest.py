@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mmoe.data.index.shard_index import SourceManifest
 from mmoe.errors import DataError
+from mmoe.schema.manifest import SourceManifest
 
 SPLIT = {
     "samples": 1,

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.plan.blocks import CUT_SLICES, CUT_TEXT, FITS, PATCHES, POSITIONS, units
+from mmoe.data.plan.blocks import CUT_SLICES, CUT_TEXT, FITS, units
 from mmoe.data.plan.mixture import StageConfig
-from mmoe.data.plan.planner import Counts, Planner, plan_once
+from mmoe.data.plan.planner import Planner, plan_once
 from mmoe.errors import ConfigError, DataError
+from mmoe.schema.counts import PATCHES, POSITIONS, Counts
 from tests.data.streams import LENGTH, setup, write_folders
 from tests.data.synthetic import MAKERS
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mmoe.data.load.quarantine import Quarantine, Quarantined
+from mmoe.data.load.quarantine import Quarantine
 from mmoe.errors import OutputError
+from mmoe.schema.quarantined import Quarantined
 
 
 def test_a_list_that_cannot_be_written_is_one_sentence_and_the_sample_counts_once_it_is_written(tmp_path: Path) -> None:

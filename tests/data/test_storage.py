@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmoe.addresses import join, with_suffix
 from mmoe.data.config import DataConfig, SourceConfig
-from mmoe.data.index.shard_index import PLANNED, SegmentTable, ShardIndex, SourceManifest
+from mmoe.data.index.shard_index import PLANNED, SegmentTable, ShardIndex
 from mmoe.data.index.shards import read_member
 from mmoe.data.load.decode import Decoder
 from mmoe.data.load.stream import Stream
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.data.plan.prepared import Sources
-from mmoe.data.storage.store import Storage, StorageConfig, StorageError, join, with_suffix
+from mmoe.data.storage.store import Storage, StorageConfig, StorageError
 from mmoe.errors import DataError
+from mmoe.schema.manifest import SourceManifest
 from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.vision import VisionConfig

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmoe.data.load.quarantine import FEW, Quarantine, Quarantined
+from mmoe.data.load.quarantine import FEW, Quarantine
 from mmoe.errors import DataError
 from mmoe.losses.total import LossReport
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
 from mmoe.parallel.collectives import add_up
 from mmoe.parallel.reports import sum_report, sum_routing
+from mmoe.schema.quarantined import Quarantined
 from mmoe.schema.sample import Modality
 from tests.distributed.compare import check
 from tests.distributed.pool import Pool

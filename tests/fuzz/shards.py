@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.index.shard_index import MANIFEST
+from mmoe.schema.manifest import MANIFEST
 from tests.data.streams import setup
 from tests.data.streams import stream as make_stream
 from tests.data.synthetic import MAKERS, write_source

@@ -13,7 +13,7 @@ import pytest
 
 from mmoe.commands.console import Console
 from mmoe.config.base import Config
-from mmoe.data.index.shard_index import SPLITS, ShardIndex, SourceManifest, SplitEntry
+from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_member
 from mmoe.data.load.frames import VideoFrames
 from mmoe.data.load.media import load_array, load_audio, load_image
@@ -22,6 +22,7 @@ from mmoe.preparation import chunks, sources, splits
 from mmoe.preparation.prepare import prepare, training_texts
 from mmoe.preparation.rows import hash64
 from mmoe.preparation.sources.base import Item, Refused, Source
+from mmoe.schema.manifest import SPLITS, SourceManifest, SplitEntry
 from mmoe.schema.sample import Modality, Sample, Segment
 from mmoe.tokenizers.audio import MelCodec
 from mmoe.tokenizers.text import TextTokenizer

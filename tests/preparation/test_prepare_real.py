@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmoe.data.index.shard_index import SPLITS
+from mmoe.schema.manifest import SPLITS
 from tests.preparation.test_prepare import keys, payload, read_everything, rows, run
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import ConfigError, DataError
+from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 
 CONTINUOUS = ActionConfig()

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import DataError
+from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.vectors import VectorNormaliser
 
 rows = arrays(np.float64, st.tuples(st.integers(2, 30), st.just(3)), elements=st.floats(-1e4, 1e4, width=32))

@@ -8,26 +8,11 @@ many sizes, so sizes are rounded, ever more coarsely, until there are no more th
 from collections import Counter
 
 import numpy as np
-from pydantic import Field
 
-from mmoe.config.base import Config
+from mmoe.schema.manifest import SegmentGroup
 from mmoe.schema.sample import Modality
 
 MOST_GROUPS = 512
-MOST = 1 << 50  # of anything that is counted
-
-
-class SegmentGroup(Config):
-    """`count` segments alike in all that decides their positions but length; `span` is their total stop - start."""
-
-    modality: str
-    sliced: bool  # they stand in time slices
-    camera: bool  # they are pictures of a known camera
-    height: int = Field(ge=0, le=MOST)
-    width: int = Field(ge=0, le=MOST)
-    rate: int = Field(ge=0, le=MOST)
-    count: int = Field(ge=0, le=MOST)
-    span: int = Field(ge=0, le=MOST)
 
 
 class Extent:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import tarfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,22 +24,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from mmoe.config.base import Config
+from mmoe.addresses import join, with_suffix
 from mmoe.data.index.check import check_members, check_segments
-from mmoe.data.index.extent import MOST, SegmentGroup
 from mmoe.data.index.file import read_table, write_table
-from mmoe.data.storage.store import DEFAULT, Storage, join, local_path, with_suffix
-from mmoe.errors import DataError, brief
+from mmoe.data.storage.store import DEFAULT, Storage
+from mmoe.errors import DataError
+from mmoe.schema.manifest import MANIFEST
 from mmoe.schema.sample import SEGMENT_DTYPE
 
-FORMAT = 3  # 2 had neither checksums of members nor the proof that decord may read them
-MANIFEST = "source.json"
 DIGEST = b"mmoe.digest"  # the key under which an index file holds its own
-SPLITS = ("train", "heldout")
-VECTORS = ("ACTION", "STATE", "INERTIAL")  # modalities whose payloads are rows of numbers
-_MOST_ROWS = 10_000_000  # of a shard: an epoch is shuffled a block of shards at a time
 
 # Of a segment, what its token count follows from.
 PLANNED = ("modality", "slice", "camera", "start", "stop", "height", "width", "rate", "pair")
@@ -69,124 +62,6 @@ INDEX_SCHEMA = pa.schema(
         ("segments", pa.list_(_SEGMENT_STRUCT)),
     ]
 )
-
-
-class VectorStats(Config):
-    """Per-dimension statistics of an ACTION, STATE or INERTIAL stream over the training split.
-
-    Values outside `low` to `high` are glitches: clipped when they are read, and not in mean and std. `clipped` counts
-    those rows, by split and dimension: exact up to `statistics.RESERVOIR` rows, estimated above. Manifests written
-    before there were such fences have none of the last five.
-    """
-
-    names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    q01: tuple[float, ...]
-    q99: tuple[float, ...]
-    period_ns: int = 0  # of the rows of an action table; 0 where rows have no fixed period
-    quantiles: tuple[tuple[float, ...], ...] = ()  # by dimension, evenly spaced from the minimum to the maximum
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    minimum: tuple[float, ...] = ()  # of all rows of all splits, as float32: no row of the source is below it
-    maximum: tuple[float, ...] = ()
-    clipped: dict[str, tuple[int, ...]] = {}
-
-    @model_validator(mode="after")
-    def _one_value_a_name(self) -> "VectorStats":
-        if repeated := [name for name, count in Counter(self.names).items() if count > 1]:
-            raise ValueError(f"the dimension name {repeated[0]} occurs twice among {', '.join(self.names)}")
-        needed = {"mean", "std", "q01", "q99"}
-        columns = {f: getattr(self, f) for f in (*sorted(needed), "quantiles", "low", "high", "minimum", "maximum")}
-        columns |= {f"clipped.{split}": counts for split, counts in self.clipped.items()}
-        for field, values in columns.items():
-            if len(values) != len(self.names) and (values or field in needed):
-                raise ValueError(f"{field} has {len(values)} values for {len(self.names)} dimensions")
-        return self
-
-
-class ShardEntry(Config):
-    path: str  # of the tar, relative to the source folder; the index has the same stem
-    rows: int = Field(ge=0, le=_MOST_ROWS)
-    bytes: int = Field(ge=0, le=MOST)
-    digest: str  # of all that its index says, the checksums of every member among it
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        if not path or path.startswith("/") or "\0" in path or ".." in path.split("/"):
-            raise ValueError(f"{brief(path)} is no path inside the source's folder")
-        return path
-
-
-class SplitEntry(Config):
-    samples: int = Field(ge=0, le=MOST)
-    recordings: int = Field(ge=0, le=MOST)
-    shards: tuple[ShardEntry, ...]
-    clips: int = Field(ge=0, le=MOST)  # samples made of time slices
-    slices: int = Field(ge=0, le=MOST)
-    groups: tuple[SegmentGroup, ...]
-    flagged: dict[str, int] = {}  # "<stream>: <what>" -> members of slices; see `mmoe.preparation.slices`
-
-    def segments(self, modality: str) -> int:
-        """Number of segments of the modality of this name."""
-        return sum(group.count for group in self.groups if group.modality == modality)
-
-
-class _Format(BaseModel):
-    """What every version of a manifest holds."""
-
-    format: int
-
-
-class SourceManifest(Config):
-    """`source.json`: all that planning and model building need to know of a prepared source."""
-
-    format: int
-    kind: str
-    text_fingerprint: str  # of the text tokenizer whose ids stand in the index
-    clock: str  # "captured", "synthetic" (times made by a writer) or "none"
-    skew_budget_ns: int  # |offset_ns| that captured members may have; 0 without a clock
-    vectors: dict[str, VectorStats]  # by modality name: "ACTION", "STATE", "INERTIAL"
-    splits: dict[str, SplitEntry]
-    quarantined: dict[str, int]  # reason -> samples refused
-    removed: dict[str, int] = {}  # reason -> readable samples left out: filters, duplicates
-
-    @field_validator("splits")
-    @classmethod
-    def _known(cls, splits: dict[str, SplitEntry]) -> dict[str, SplitEntry]:
-        if "train" not in splits or not set(splits) <= set(SPLITS):
-            raise ValueError(f"it has {brief(', '.join(splits) or 'none')}, where train and perhaps heldout belong")
-        return splits
-
-    @model_validator(mode="after")
-    def _scaled(self) -> "SourceManifest":
-        present = {group.modality for split in self.splits.values() for group in split.groups}
-        if lacking := sorted((present & set(VECTORS)) - self.vectors.keys()):
-            raise ValueError(f"vectors has no statistics of {lacking[0]}, of which there are segments")
-        return self
-
-    @classmethod
-    def load(cls, folder: str | Path, storage: Storage = DEFAULT) -> "SourceManifest":
-        path = join(folder, MANIFEST)
-        if local_path(path) and not Path(local_path(path)).is_file():
-            raise DataError(f"{path} does not exist: {folder} is not a prepared source; run `mmoe prepare` to write it")
-        content = storage.read(path, "the source")
-        try:
-            found = _Format.model_validate_json(content).format
-            if found != FORMAT:
-                raise DataError(f"{path} has format {found}, this version reads {FORMAT}; prepare it again")
-            return cls.model_validate_json(content)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            key = brief(".".join(map(str, fault["loc"])) or "all of it", quoted=False)
-            said = fault["msg"].removeprefix("Value error, ")
-            raise DataError(
-                f"{path} is not a source manifest ({key}: {said}); copy it again or prepare the source again"
-            ) from error
-
-    def save(self, folder: str | Path) -> None:
-        (Path(folder) / MANIFEST).write_text(self.model_dump_json(indent=1))
 
 
 class Member(NamedTuple):

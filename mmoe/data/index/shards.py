@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.index.shard_index import Member, ShardEntry, ShardIndex, write_index
+from mmoe.data.index.shard_index import Member, ShardIndex, write_index
 from mmoe.data.storage.store import DEFAULT, Storage
 from mmoe.errors import DataError
+from mmoe.schema.manifest import ShardEntry
 
 GAP = 128 << 10  # bytes: reading them costs a remote store less than another request
 _BLOCK = tarfile.BLOCKSIZE

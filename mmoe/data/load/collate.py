@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from mmoe.data.load.document import Document
-from mmoe.data.load.quarantine import Quarantined
 from mmoe.data.load.workers import is_worker
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError
 from mmoe.runtime.memory import free_memory, in_gib
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
+from mmoe.schema.quarantined import Quarantined
 from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
 from mmoe.tokenizers.vocabulary import Structure, Vocabulary
 

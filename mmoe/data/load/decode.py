@@ -7,13 +7,14 @@ from typing import Literal
 
 import numpy as np
 
+from mmoe.addresses import local_path
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import GAP, Span, read_stored, spans
 from mmoe.data.load.document import Document, DocumentBuilder
 from mmoe.data.load.frames import Backend, is_video, stored_frames
 from mmoe.data.load.media import load_array, load_audio, load_image, reduced_size
 from mmoe.data.plan.planner import DocumentRef
-from mmoe.data.storage.store import DEFAULT, Reading, Storage, StorageError, local_path
+from mmoe.data.storage.store import DEFAULT, Reading, Storage, StorageError
 from mmoe.errors import DataError
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.sample import Modality

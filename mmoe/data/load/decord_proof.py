@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 
 from mmoe.data.load.containers import list_packets, open_container, translated, unreadable
 from mmoe.optional import require, status
-from mmoe.preparation.sync import ALIGNMENT_NS
+from mmoe.schema.sample import ALIGNMENT_NS
 
 CODECS = ("h264", "mpeg4")
 CONTAINERS = ("mov", "matroska")

@@ -7,27 +7,17 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmoe.errors import DataError
 from mmoe.files import writes
+from mmoe.schema.quarantined import Quarantined
 
 ENDED_WORKER = "the decoding of a sample ended its process"  # how the reason begins of one that is not tried again
 FEW = 8  # of a source: never enough to stop a run, whatever their share
-
-
-class Quarantined(NamedTuple):
-    """A document part that became padding: its source's number, shard, row and key, the reason, its positions."""
-
-    source: int
-    shard: str
-    row: int
-    key: str
-    reason: str
-    positions: int
 
 
 class Quarantine:

@@ -14,16 +14,18 @@ from mmoe.data.load.collate import Collator
 from mmoe.data.load.decode import Ablation, Decoder
 from mmoe.data.load.document import Document
 from mmoe.data.load.loader import batches
-from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine, Quarantined
+from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
 from mmoe.data.load.workers import Activity, Place, WorkerError
 from mmoe.data.plan.deal import check_dealing, deal
-from mmoe.data.plan.planner import Counts, DocumentRef, Planner, SequencePlan, plan_once
+from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan, plan_once
 from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import StorageError
 from mmoe.errors import DataError, MmoeError
 from mmoe.optional import require
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.bounds import Bounds, bounded_by
+from mmoe.schema.counts import Counts
+from mmoe.schema.quarantined import Quarantined
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from mmoe.data.index.shard_index import SegmentTable, SourceManifest
-from mmoe.data.plan.measure import KINDS, Measures, epoch_positions, measure_index, measure_slices
-from mmoe.data.storage.store import Storage, join, local_path
+from mmoe.addresses import join, local_path
+from mmoe.data.index.shard_index import SegmentTable
+from mmoe.data.plan.measure import Measures, epoch_positions, measure_index, measure_slices
+from mmoe.data.storage.store import Storage
 from mmoe.errors import ConfigError, DataError
+from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, COST, LABELS, PAIRS, PATCHES, POSITIONS
+from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 
@@ -32,10 +35,6 @@ PART_DTYPE = np.dtype(
         ("length", "i4"),
     ]
 )
-# Columns of a part's counts: positions, patches, pairs, action elements, attention cost, then labels by modality.
-POSITIONS, PATCHES, PAIRS, ACTION_ELEMENTS, COST = range(5)
-LABELS = slice(5, 5 + KINDS)
-COLUMNS = 5 + KINDS
 
 FITS, CUT_TEXT, CUT_SLICES, TOO_LONG, SLICE_TOO_LONG = range(5)
 FATES = (

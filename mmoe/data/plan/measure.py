@@ -8,11 +8,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from mmoe.data.index.shard_index import SegmentTable, SplitEntry
-from mmoe.schema.sample import Modality
+from mmoe.data.index.shard_index import SegmentTable
+from mmoe.schema.manifest import SplitEntry
+from mmoe.schema.sample import KINDS, Modality
 from mmoe.tokenizers.bundle import Tokenizers
-
-KINDS = len(Modality)
 
 
 @dataclass(frozen=True)

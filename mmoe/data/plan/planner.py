@@ -7,30 +7,16 @@ sequences before a stage's border come from that stage, the ones behind it from 
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmoe.data.plan.blocks import (
-    ACTION_ELEMENTS,
-    COLUMNS,
-    COST,
-    FATES,
-    FITS,
-    LABELS,
-    PAIRS,
-    PATCHES,
-    POSITIONS,
-    Block,
-    Limits,
-    PlannedSource,
-    rng,
-)
+from mmoe.data.plan.blocks import FATES, FITS, Block, Limits, PlannedSource, rng
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.packing import best_fit
 from mmoe.errors import ConfigError
+from mmoe.schema.counts import PATCHES, POSITIONS, Counts
 
 _SPARE = 16  # documents read ahead of the estimate of what a window takes from a source
 
@@ -46,43 +32,6 @@ class DocumentRef(NamedTuple):
     last: int
     isolated: bool
     is_last: bool  # the part that ends the document
-
-
-class Counts(NamedTuple):
-    """What a sequence or a step holds, known before anything is decoded: the columns of `mmoe.data.plan.blocks`."""
-
-    columns: np.ndarray  # [COLUMNS] i64
-
-    @property
-    def positions(self) -> int:
-        """Positions that are not padding."""
-        return int(self.columns[POSITIONS])
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[modalities] by modality of the target."""
-        return self.columns[LABELS]
-
-    @property
-    def action_elements(self) -> int:
-        return int(self.columns[ACTION_ELEMENTS])
-
-    @property
-    def pairs(self) -> int:
-        return int(self.columns[PAIRS])
-
-    @property
-    def patches(self) -> int:
-        return int(self.columns[PATCHES])
-
-    @property
-    def cost(self) -> int:
-        """Attention work: the sum of squared document lengths."""
-        return int(self.columns[COST])
-
-    @staticmethod
-    def total(counts: Iterable["Counts"]) -> "Counts":
-        return Counts(sum((c.columns for c in counts), np.zeros(COLUMNS, np.int64)))
 
 
 class SequencePlan(NamedTuple):

@@ -3,15 +3,16 @@
 import os
 import shlex
 
+from mmoe.addresses import join, local_path
 from mmoe.data.config import DataConfig
-from mmoe.data.index.shard_index import SourceManifest
 from mmoe.data.load.decode import SourceFiles
 from mmoe.data.plan.blocks import Limits, PlannedSource
 from mmoe.data.plan.measure import epoch_positions
 from mmoe.data.plan.mixture import Mixture, SourceSize
-from mmoe.data.storage.store import Storage, join, local_path
+from mmoe.data.storage.store import Storage
 from mmoe.errors import DataError
 from mmoe.files import said_nearest
+from mmoe.schema.manifest import SourceManifest
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.text import check_fingerprint
 
@@ -24,7 +25,7 @@ class Sources:
         self.names = list(config.sources)
         self.folders = [source.shards for source in config.sources.values()]
         _check_there(config)
-        loaded = self.storage.map(lambda folder: SourceManifest.load(folder, self.storage), self.folders)
+        loaded = self.storage.map(lambda folder: SourceManifest.load(folder, self.storage.read), self.folders)
         self.manifests = dict(zip(self.names, loaded, strict=True))
 
     def check(self, tokenizers: Tokenizers) -> None:

@@ -13,7 +13,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
 from mmoe.addresses import check_address
-from mmoe.errors import DataError
+from mmoe.errors import DataError, MissingFileError
 from mmoe.optional import require
 
 _BACKENDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
@@ -140,7 +140,9 @@ def refusal(url: str, error: Exception, lost: str = "") -> DataError | None:
     status = status_of(error)
     said = f"{type(error).__name__}: {error}".strip(": ")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return DataError(f"{url} does not exist{lost}; correct the address, or copy the prepared source there again")
+        return MissingFileError(
+            f"{url} does not exist{lost}; correct the address, or copy the prepared source there again"
+        )
     if isinstance(error, PermissionError) or status in (401, 403) or str(error).startswith("Forbidden"):
         return StorageError(
             f"{url} may not be read ({said}); give credentials that may read it, or correct the address (many stores "

@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
+from mmoe.addresses import local_path
 from mmoe.config.base import Address, Config
 from mmoe.data.storage.cache import ByteCache
 from mmoe.data.storage.remote import ObjectInfo, Remote, StorageError, refusal, status_of
 from mmoe.errors import DataError, MmoeError
+from mmoe.files import local_error, lost, read_file, truncated
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -118,8 +120,8 @@ class Storage:
 
         Raises DataError when it does not exist or may not be read, StorageError when the store gives no answer.
         """
-        if (path := local_path(url)) is not None:
-            return _read_local(path, str(url), what=what)
+        if local_path(url) is not None:
+            return read_file(url, what)
         info = self._info(str(url), what)
         if info.size is None:
             return self._tried(str(url), what, lambda: self._process().remote.read(str(url), None, None))
@@ -131,16 +133,16 @@ class Storage:
         Raises DataError when the file does not exist, may not be read or ends before; StorageError when the store
         gives no answer.
         """
-        if (path := local_path(url)) is not None:
-            return _read_local(path, str(url), start, stop, what)
+        if local_path(url) is not None:
+            return read_file(url, what, start, stop)
         if stop - start <= _REQUEST_BYTES:
             return self._range(str(url), start, stop, what)
         return self.begin(url, start, stop, what).result()
 
     def begin(self, url: str | Path, start: int, stop: int, what: str = "") -> Reading:
         """Like `read_range`, without waiting; a local file is read when its result is asked for."""
-        if (path := local_path(url)) is not None:
-            return Reading(lambda: _read_local(path, str(url), start, stop, what))
+        if local_path(url) is not None:
+            return Reading(lambda: read_file(url, what, start, stop))
         cuts = [*range(start, stop, _REQUEST_BYTES), stop] if stop > start else [start, stop]
         pool = self._process().pool
         return Reading([pool.submit(self._range, str(url), a, b, what) for a, b in zip(cuts, cuts[1:])])
@@ -151,7 +153,7 @@ class Storage:
             try:
                 return os.stat(path).st_size
             except OSError as error:
-                raise _local_error(str(url), error, "") from error
+                raise local_error(str(url), error, "") from error
         return self._info(str(url)).size
 
     def exists(self, url: str | Path) -> bool:
@@ -230,7 +232,7 @@ class Storage:
             if len(content) < stop - start:
                 size = process.remote.info(url).size  # an object that ends there, or an answer that was cut?
                 if size is not None and size < stop:
-                    raise _truncated(url, stop, what)
+                    raise truncated(url, stop, what)
                 raise ConnectionError(f"only {len(content)} of {stop - start} bytes came")
             return content
 
@@ -246,7 +248,7 @@ class Storage:
             except MmoeError:
                 raise
             except Exception as error:
-                if (refused := refusal(url, error, _lost(what))) is not None:
+                if (refused := refusal(url, error, lost(what))) is not None:
                     raise refused from error
                 failed = error
             if attempt < config.attempts:
@@ -256,61 +258,9 @@ class Storage:
         said = f"{type(failed).__name__}: {failed}".strip(": ")
         raise StorageError(
             f"{url} could not be read in {config.attempts} attempts over {time.monotonic() - began:.1f} s"
-            f"{_lost(what)}; the last one ended with {said}; check the network and the request "
+            f"{lost(what)}; the last one ended with {said}; check the network and the request "
             "limits of the store, or raise data.storage.attempts or data.storage.timeout_s"
         ) from failed
 
 
 DEFAULT = Storage()
-
-
-def local_path(url: str | Path) -> str | None:
-    """The path of a local address, None of a remote one. Raises DataError for a shell command."""
-    text = os.fspath(url)
-    if "://" not in text:
-        if text.startswith("pipe:"):
-            raise DataError(f"{text} is a shell command, and none is ever run; give a folder or a URL")
-        return text
-    return text.removeprefix("file://") if text.startswith("file://") else None
-
-
-def join(folder: str | Path, name: str) -> str:
-    """The address of `name` in a local or remote folder."""
-    return f"{os.fspath(folder).rstrip('/')}/{name}" if name else os.fspath(folder)
-
-
-def with_suffix(url: str | Path, suffix: str) -> str:
-    """The address of the file of the same stem with another suffix."""
-    folder, slash, name = os.fspath(url).rpartition("/")
-    return f"{folder}{slash}{name.rpartition('.')[0] or name}{suffix}"
-
-
-def _read_local(path: str, url: str, start: int = 0, stop: int | None = None, what: str = "") -> bytes:
-    try:
-        with open(path, "rb", buffering=0 if stop is not None and stop - start < _REQUEST_BYTES else -1) as file:
-            file.seek(start)
-            if stop is not None and stop > os.fstat(file.fileno()).st_size:  # asked before room is made for them
-                raise _truncated(url, stop, what)
-            content = file.read(-1 if stop is None else stop - start)
-    except OSError as error:
-        raise _local_error(url, error, what) from error
-    if stop is not None and len(content) < stop - start:
-        raise _truncated(url, stop, what)
-    return content
-
-
-def _local_error(url: str, error: OSError, what: str) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{url} does not exist{_lost(what)}; restore it or prepare the source again")
-    return DataError(f"{url} cannot be read ({error}){_lost(what)}; restore it or prepare the source again")
-
-
-def _lost(what: str) -> str:
-    return f", so {what} cannot be read" if what else ""
-
-
-def _truncated(url: str, stop: int, what: str) -> DataError:
-    return DataError(
-        f"{url} is truncated: {what or 'what is asked for'} ends at byte {stop}, which the file does not reach; copy "
-        "it again or prepare the source again"
-    )

@@ -18,6 +18,7 @@ from mmoe.preparation import sync
 from mmoe.preparation.sources.base import Refused
 from mmoe.preparation.sources.encode import encode_flac
 from mmoe.schema.bounds import check_bound
+from mmoe.schema.sample import ALIGNMENT_NS
 
 Choice = int | Literal["best"] | None
 
@@ -148,7 +149,7 @@ def sound_between(film: Film, start_ns: int, stop_ns: int) -> list[Run]:
     rate = 0
     for time_ns, wave, its_rate in _sound_frames(film, start_ns, stop_ns):
         end_ns = parts[0][0] + sum(len(w) for _, w in parts) * sync.SECOND_NS // rate if parts else None
-        if end_ns is None or its_rate != rate or abs(time_ns - end_ns) > sync.ALIGNMENT_NS:
+        if end_ns is None or its_rate != rate or abs(time_ns - end_ns) > ALIGNMENT_NS:
             runs += _run(parts, rate, start_ns, stop_ns)
             parts, rate = [], its_rate
         parts.append((time_ns, wave))

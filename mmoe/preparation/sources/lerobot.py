@@ -31,7 +31,7 @@ from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source, Vec
 from mmoe.preparation.sources.encode import encode_jpeg
 from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
 from mmoe.preparation.sources.files import open_regular
-from mmoe.schema.sample import Modality, Sample
+from mmoe.schema.sample import ALIGNMENT_NS, Modality, Sample
 
 VERSION = "v3.0"
 _CONVERT = "convert it with `python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"
@@ -315,7 +315,7 @@ def _video_view(
     frames = sync.nearest(video.times_ns, wanted_ns)
     file_ns = video.times_ns[frames] - start_ns
     # Near its ends a frame of the next episode may be the nearest; the alignment check would take it within 1 ms.
-    if (video.times_ns[frames] > stop_ns + sync.ALIGNMENT_NS).any():
+    if (video.times_ns[frames] > stop_ns + ALIGNMENT_NS).any():
         raise Refused(
             "inconsistent episode", f"{file}: the episode reaches beyond its end at {stop} s; repair the metadata"
         )

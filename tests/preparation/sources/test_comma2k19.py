@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmoe.data.index.shard_index import VectorStats
 from mmoe.errors import DataError
 from mmoe.preparation import slices
 from mmoe.preparation.slices import CLOCKS, Clocks
@@ -14,6 +13,7 @@ from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.comma2k19 import PERIOD_NS
 from mmoe.preparation.splits import GAP_NS, split
 from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from tests.data.recordings import pictures
 from tests.data.recordings_driving import BOOT_S, write_segment
