@@ -49,7 +49,7 @@ def test_a_secret_is_refused_and_not_printed_wherever_an_address_is_taken(addres
         ),
     ]
     if "://" in address:
-        calls += [lambda: Storage().read(address), lambda: SourceManifest.load(address)]
+        calls += [lambda: Storage().read(address), lambda: SourceManifest.load(address, Storage().read)]
     for call in calls:
         with pytest.raises(MmoeError) as caught:
             call()

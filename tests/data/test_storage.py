@@ -209,7 +209,7 @@ def test_a_bad_shard_is_said_when_its_part_is_decoded_and_a_dead_store_at_once(f
 
 def test_manifest_index_and_members_are_read_from_a_bucket(folder, uploaded):
     far, near = Storage(), folder / "clip"
-    manifest = SourceManifest.load(f"{uploaded}/clip", far)
+    manifest = SourceManifest.load(f"{uploaded}/clip", far.read)
     assert manifest == SourceManifest.load(near)
     for shard in manifest.splits["train"].shards:
         tar = join(f"{uploaded}/clip", shard.path)
