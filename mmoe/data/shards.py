@@ -208,7 +208,7 @@ def spans(members: Iterable[Member], gap: int = GAP) -> list[Span]:
 
 
 def _content(span: bytes, at: int, size: int, tar: str | Path, offset: int, name: str, crc32: int | None) -> bytes:
-    """The member whose content begins at `at` of the span, proven by its checksum, or where none is known by its header."""
+    """The member whose content begins at `at` of the span, proven by its checksum, or without one by its header."""
     content = span[at : at + size]
     if crc32 is not None and zlib.crc32(content) == crc32:
         return content
