@@ -74,18 +74,15 @@ class VisionTokenizer:
         pixels = torch.from_numpy(np.ascontiguousarray(frames))
         if pixels.shape[1:3] != size:
             # In bytes: the vectorised kernel is several times faster than in floats, and rounds by half a grey level.
-            channels_first = rearrange(pixels, "t h w c -> t c h w")
-            pixels = rearrange(interpolate(channels_first, size, mode="bilinear", antialias=True), "t c h w -> t h w c")
-        patches = rearrange(
-            pixels,
-            "(t s) (r p) (k q) c -> (t r k) (s p q c)",
-            s=config.tubelet,
-            p=config.patch,
-            q=config.patch,
-        )
-        vectors = self.blank(rows, columns, len(frames) // config.tubelet)
+            channels_first = pixels.permute(0, 3, 1, 2)
+            pixels = interpolate(channels_first, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+        # "(t s) (r p) (k q) c -> (t r k) (s p q c)" as two views, so that each pixel is read and written once.
+        tubelets, s, p = len(frames) // config.tubelet, config.tubelet, config.patch
+        patches = pixels.reshape(tubelets, s, rows, p, columns, p, 3).permute(0, 2, 4, 1, 3, 5, 6)
+        vectors = self.blank(rows, columns, tubelets)
         values = torch.from_numpy(vectors)[:, : self.patch_dim]
-        torch.mul(patches, 1 / 127.5, out=values).sub_(1.0)
+        torch.mul(patches, 1 / 127.5, out=values.unflatten(1, (s, p, p, 3)).unflatten(0, (tubelets, rows, columns)))
+        values.sub_(1.0)
         return vectors
 
     def blank(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:

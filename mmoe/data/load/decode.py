@@ -313,7 +313,8 @@ class _Row:
         return self._members[name]
 
     def _frames(self, segment: np.void, least: tuple[int, int]) -> np.ndarray:
-        """Frames of a video segment, not much larger than `least`; those of all slices of the part in one pass."""
+        """Frames of a video segment, no larger than they must be for `least`; those of all slices of the part in one
+        pass."""
         name = self._member_name(segment)
         if name not in self._videos:
             segments = self.segments[self.segments["member"] == segment["member"]]

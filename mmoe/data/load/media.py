@@ -102,9 +102,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def reduced_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int] | None:
-    """The whole fraction of a frame's (height, width) that is no less than `_SPARE` times `least`; None: all of it."""
-    fraction = min(side // (_SPARE * wanted) for side, wanted in zip(size, least, strict=True))
-    return (size[0] // fraction, size[1] // fraction) if fraction > 1 else None
+    """The (height, width) that a frame of this size is scaled to as it is converted: `least`; None: it is no larger."""
+    return least if size != least and all(side >= wanted for side, wanted in zip(size, least, strict=True)) else None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from mmoe.errors import MmoeError
@@ -36,17 +37,29 @@ class Activity:
     """What each worker does, in memory shared with the training process: a time, a pid, a sample, a line of text."""
 
     def __init__(self, workers: int):
-        self._numbers = torch.zeros(max(workers, 1), 2, dtype=torch.float64).share_memory_()
-        self._places = torch.full((max(workers, 1), 3), -1, dtype=torch.int64).share_memory_()
-        self._texts = torch.zeros(max(workers, 1), _WIDTH, dtype=torch.uint8).share_memory_()
+        count = max(workers, 1)
+        self._shared = (
+            torch.zeros(count, 2, dtype=torch.float64).share_memory_(),
+            torch.full((count, 3), -1, dtype=torch.int64).share_memory_(),
+            torch.zeros(count, _WIDTH, dtype=torch.uint8).share_memory_(),
+        )
+        self.__setstate__(self._shared)
+
+    def __getstate__(self) -> tuple[torch.Tensor, ...]:
+        return self._shared  # which stays shared on the way to another process
+
+    def __setstate__(self, shared: tuple[torch.Tensor, ...]) -> None:
+        # The same memory for numpy, whose assignments cost a fraction of torch's: one is made for every document.
+        self._shared = shared
+        self._numbers, self._places, self._texts = (tensor.numpy() for tensor in shared)
 
     def say(self, text: str, place: Place | None = None) -> None:
         """Called where the work is done, in a worker or in the training process; `place` is the sample in hand."""
         worker = _here or 0
         line = text.encode(errors="backslashreplace")[:_WIDTH].ljust(_WIDTH, b"\0")
-        self._texts[worker] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
-        self._places[worker] = torch.tensor(place or (-1, -1, -1))
-        self._numbers[worker, 0], self._numbers[worker, 1] = time.time(), os.getpid()
+        self._texts[worker] = np.frombuffer(line, np.uint8)
+        self._places[worker] = place or (-1, -1, -1)
+        self._numbers[worker] = time.time(), os.getpid()
 
     def place(self, worker: int) -> Place | None:
         """The sample that a worker has in hand."""
@@ -54,7 +67,7 @@ class Activity:
         return None if source < 0 else (source, shard, row)
 
     def text(self, worker: int) -> str:
-        return bytes(self._texts[worker].tolist()).rstrip(b"\0").decode(errors="replace")
+        return self._texts[worker].tobytes().rstrip(b"\0").decode(errors="replace")
 
     def clear(self, worker: int) -> None:
         """Before another process becomes this worker."""
