@@ -21,10 +21,10 @@ class MissingFileError(DataError):
     """A file that is not where its address says."""
 
 
-class Refused(DataError):
+class Refused(DataError):  # noqa: N818  # what became of an item, the word its lists and messages use
     """An item that cannot become a sample: `reason` is the class it is counted under, the message says it in full."""
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both, so that the exception survives pickling
         self.reason = reason
 

@@ -21,12 +21,14 @@ class SourceConfig(Config):
     shards: Address
     kind: str
     input: Address | None = None  # null: nothing to prepare it from
-    options: Options = {}
+    options: Options = Field(default_factory=dict)
     positions: int | None = Field(default=None, gt=0)  # of one epoch, for the mixture; null: as the manifest says
     max_epochs: float | None = Field(default=None, gt=0)  # of the whole run; null: as many as the stages ask for
 
 
 class DataConfig(Config):
+    """Says which sources a run reads, in which stages, and how they are packed and decoded."""
+
     sources: dict[str, SourceConfig] = Field(min_length=1)
     stages: dict[str, StageConfig] = Field(default={"all": StageConfig(temperature=1.0)}, min_length=1)
     sequence_length: int = Field(gt=8, le=1 << 24)
@@ -50,6 +52,7 @@ class DataConfig(Config):
 
     @property
     def patch_budget(self) -> int:
+        """Give the VISION vectors that a sequence has room for."""
         return self.patches_per_sequence or self.sequence_length
 
     def limits(self, seed: int, isolated_pair_share: float | None = None) -> Limits:

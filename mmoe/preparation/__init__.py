@@ -1,0 +1,1 @@
+"""Turn raw recordings into prepared sources, offline; only `reporting` and `commands` may import it, no trainer."""

@@ -6,7 +6,6 @@ finished, by whomever: a worker process, a Ray task, or an earlier attempt at th
 """
 
 import json
-import os
 import shutil
 import zipfile
 from collections import Counter
@@ -59,6 +58,7 @@ class Chunk:
 
     @property
     def name(self) -> str:
+        """Name the folder of the chunk."""
         return f"{self.side}-{self.number:06d}"
 
 
@@ -77,10 +77,12 @@ class Stored:
 
     @cached_property
     def record(self) -> dict:
+        """Read ``record.json``: counts, shards, and what was refused and removed."""
         return json.loads((self.folder / "record.json").read_text(encoding="utf-8"))
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
+        """Read all of ``arrays.npz``."""
         with np.load(self.folder / "arrays.npz", allow_pickle=False) as stored:
             return dict(stored)
 
@@ -108,9 +110,11 @@ class Stored:
         return [tuple(line) for line in self.record["removed"]]
 
     def tally(self) -> Tally:
+        """Give what the samples of the chunk add up to."""
         return Tally.load(self.record["tally"], self.arrays)
 
     def signatures(self) -> Signatures:
+        """Read what duplicates are found by."""
         with np.load(self.folder / "arrays.npz", allow_pickle=False) as stored:  # of these only: the rest is larger
             return Signatures(**{field.name: stored[field.name] for field in fields(Signatures)})
 
@@ -136,6 +140,7 @@ class Make:
     sound_rate: int | None = None  # Hz, of the codec that is to be fitted
 
     def __call__(self, chunk: Chunk) -> int:
+        """Write the folder of the chunk; returns the number of its items."""
         refused, removed = [], []
         with bounded_by(self.config.bounds), _Writer(self.folder / chunk.name, self.config) as writer:
             for number, item in enumerate(chunk.items):
@@ -150,6 +155,7 @@ class Make:
         return len(chunk.items)
 
     def row(self, item: Item) -> Row | Refused:
+        """Make the sample of an item and check it; what is wrong with it is returned, not raised."""
         return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.sound_rate)
 
 
@@ -170,6 +176,7 @@ class Thin:
     config: ChunkConfig
 
     def __call__(self, thinning: Thinning) -> int:
+        """Write the folder of what is left; returns the number of samples left out."""
         stored = Stored(self.source / thinning.name)
         config = self.config.model_copy(update={"dedup": DedupConfig()})  # what is left has been compared
         with _Writer(self.folder / thinning.name, config) as writer:
@@ -183,7 +190,7 @@ class Thin:
 class _Writer:
     """Writes the folder of a chunk under a name of its own, which `finish` changes to `folder`."""
 
-    def __init__(self, folder: Path, config: ChunkConfig):
+    def __init__(self, folder: Path, config: ChunkConfig) -> None:
         self._folder = folder
         self._temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
         self._shards = ShardWriter(self._temporary, config.shard_bytes, config.shard_rows)
@@ -197,7 +204,12 @@ class _Writer:
         self._text_bytes.append(row.text_bytes)
         self._tally.add(row)
         self._signatures.add(
-            item, row.content_hash, row.segments, list(row.sample.members), lambda: _texts(row), row.sample.members.get
+            item,
+            row.content_hash,
+            row.segments,
+            list(row.sample.members),
+            lambda: _texts(row),
+            row.sample.members.__getitem__,
         )
         row.write(self._shards)
 
@@ -211,12 +223,13 @@ class _Writer:
             "shards": [s.model_copy(update={"path": Path(s.path).name}).model_dump() for s in self._shards.shards],
         }
         arrays = {"text_bytes": np.array(self._text_bytes, np.int64), **self._tally.arrays()}
-        np.savez(self._temporary / "arrays.npz", **arrays, **self._signatures.build().arrays())
+        arrays |= self._signatures.build().arrays()
+        np.savez(self._temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]  # numpy's stubs: as its flag
         text = json.dumps(record)  # ASCII: file names may hold what is no UTF-8
         (self._temporary / "record.json").write_text(text, encoding="ascii")
         if self._folder.exists():  # half of one, or finished by somebody who was thought dead
             shutil.rmtree(self._folder)
-        os.rename(self._temporary, self._folder)
+        self._temporary.rename(self._folder)
 
     def __enter__(self) -> "_Writer":
         return self

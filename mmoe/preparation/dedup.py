@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Duplicates:
     `reference` takes the samples of other sources, `judge` those of this one: all held-out ones first.
     """
 
-    def __init__(self, config: DedupConfig):
+    def __init__(self, config: DedupConfig) -> None:
         self._heldout: dict[int, str] = {}  # content hash -> whose; of this and other sources
         self._foreign: dict[int, str] = {}  # content hash of what other sources train on -> whose
         self._samples: dict[str, dict[int, str]] = {"heldout": {}, "train": {}}  # sample hash -> the first
@@ -113,7 +114,7 @@ def _queries(signatures: Signatures) -> list[_Query]:
 class _Near:
     """The texts and pictures of the samples kept so far, found again by likeness."""
 
-    def __init__(self, config: DedupConfig):
+    def __init__(self, config: DedupConfig) -> None:
         self._similarity, self._empty = config.text_similarity, empty_minhash(config.permutations)
         library = require("datasketch", "prepare.dedup.near")
         # A candidate too many costs one comparison, one too few is a duplicate not found.
@@ -149,7 +150,7 @@ class _Near:
         labels = ((*self._owners[i], i) for i in self._pictures.near(picture))
         return next((label for label, other, _ in labels if other != recording), "")
 
-    def _minhash(self, signature: np.ndarray):
+    def _minhash(self, signature: np.ndarray) -> Any:
         minhash = self._empty.copy()
         minhash.hashvalues = signature
         return minhash
@@ -163,7 +164,7 @@ class PictureIndex:
     evenly spread hashes n / 65,536 comparisons a bucket.
     """
 
-    def __init__(self, bits: int):
+    def __init__(self, bits: int) -> None:
         self._bits = bits
         self._hashes: list[int] = []
         self._buckets: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(_BANDS)]
@@ -175,6 +176,7 @@ class PictureIndex:
         ]
 
     def add(self, picture: int) -> None:
+        """Keep a hash; its number is how many were kept before."""
         for bucket, value in zip(self._buckets, _bands(picture)):
             bucket[value].append(len(self._hashes))
         self._hashes.append(picture)

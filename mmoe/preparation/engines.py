@@ -7,10 +7,11 @@ end does not matter.
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from mmoe.errors import DataError
 from mmoe.optional import require
@@ -19,10 +20,12 @@ T = TypeVar("T")
 
 Engine = Literal["processes", "ray"]
 
-_work: Callable = None  # of this worker process: sent once, not with every task
+_work: Callable[[Any], int] | None = None  # of this worker process: sent once, not with every task
 
 
-def run(work: Callable[[T], int], tasks: Sequence[T], workers: int, engine: Engine = "processes") -> Iterator[int]:
+def run(
+    work: Callable[[T], int], tasks: Sequence[T], workers: int, engine: Engine = "processes"
+) -> Generator[int, None, None]:
     """`work(task)` of every task, as they end; an exception of `work` is raised here and the rest is not begun.
 
     `work` and the tasks must be picklable for more than one worker and for Ray.
@@ -63,11 +66,14 @@ def _receive(work: Callable) -> None:
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for a task for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 
 def _run(task: object) -> int:
+    assert _work is not None  # `_receive` came first
     return _work(task)
 
 
@@ -87,10 +93,11 @@ def _on_ray(work: Callable[[T], int], tasks: Sequence[T], workers: int) -> Itera
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
     try:
         shared, remote = ray.put(work), ray.remote(_call)
-        waiting, running = list(reversed(tasks)), []
+        waiting = list(reversed(tasks))
+        running: list[Any] = []
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(remote.remote(shared, waiting.pop(), os.getcwd()))
+                running.append(remote.remote(shared, waiting.pop(), str(Path.cwd())))
             done, running = ray.wait(running)
             try:
                 yield from ray.get(done)

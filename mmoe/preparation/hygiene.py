@@ -36,11 +36,15 @@ class TextFilters(Config):
 
 
 class PictureFilters(Config):
+    """Says which still pictures are left out; null keeps all."""
+
     min_side: int | None = Field(None, ge=1)  # pixels
     aspect: float | None = Field(None, ge=1)  # longer side over the shorter
 
 
 class FilterConfig(Config):
+    """Says which readable samples are left out, by their texts and their still pictures."""
+
     text: TextFilters = TextFilters()
     picture: PictureFilters = PictureFilters()
 
@@ -77,10 +81,12 @@ def find_fault(texts: Sequence[str], sizes: Sequence[tuple[int, int]], config: F
 
 
 def replacement_share(text: str) -> float:
+    """Measure the share of characters that are U+FFFD, what undecodable bytes become."""
     return text.count(REPLACEMENT) / max(1, len(text))
 
 
 def longest_digit_run(text: str) -> int:
+    """Measure the longest run of digits, in characters."""
     return max(map(len, _DIGITS.findall(text)), default=0)
 
 
@@ -100,7 +106,7 @@ def ngram_share(text: str, n: int) -> float:
     commonest, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
     if count == 1:
         return 0.0
-    covered = set()  # occurrences may overlap
+    covered: set[int] = set()  # occurrences may overlap
     for start in range(len(words) - n + 1):
         if tuple(words[start : start + n]) == commonest:
             covered.update(range(start, start + n))

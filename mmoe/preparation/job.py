@@ -30,7 +30,7 @@ class Job:
     Leaving the context by an exception keeps it, so that the same command goes on from there.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output.with_name(f".{output.name}.unfinished")
         self.result = self.folder / "output"  # becomes the output
@@ -100,6 +100,7 @@ class Job:
 
     @property
     def assembling(self) -> bool:
+        """Tell whether the assembly has begun, so that shards may have moved away."""
         return (self.folder / _ASSEMBLING).exists()
 
     def finish(self) -> None:
@@ -108,6 +109,7 @@ class Job:
         self.discard()
 
     def discard(self) -> None:
+        """Delete the folder with all that is finished."""
         shutil.rmtree(self.folder)
 
 
@@ -122,18 +124,18 @@ def listing_digest(items: Iterable[Item], input: Path | None, leave_out: tuple[P
     for folder, folders, files in os.walk(input):
         folders[:] = sorted(name for name in folders if (Path(folder) / name).resolve() not in passed)
         for name in sorted(files):
-            _add_file(digest, os.path.join(folder, name))
+            _add_file(digest, Path(folder, name))
     if input.is_file():
-        _add_file(digest, str(input))
+        _add_file(digest, input)
     return digest.hexdigest()
 
 
-def _add_file(digest: Any, path: str) -> None:
+def _add_file(digest: Any, path: Path) -> None:
     try:
-        stat = os.stat(path)
+        stat = path.stat()
     except OSError:  # a dangling link; the reader says so where it matters
         return
-    digest.update(f"{os.path.basename(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
 
 
 def _write(path: Path, value: Any) -> None:

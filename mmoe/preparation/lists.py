@@ -52,7 +52,7 @@ def unfilled(
         return DataError(f"{input} gives no sample for the split {empty}; add recordings{more}")
     # The gap follows from the split: whoever has nothing left wants to know what became of the rest.
     named = {reason: count for reason, count in counts.items() if reason != GAP} or counts
-    reason = max(named, key=named.get)
+    reason = max(named, key=named.__getitem__)
     lists = [str(beside(output, n)) for log, n in ((refused, QUARANTINE), (left_out, REMOVED)) if log.counts]
     return DataError(
         f"{input} leaves no sample for the split {empty}: {counts.total()} were refused or removed, "

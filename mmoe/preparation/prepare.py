@@ -86,6 +86,7 @@ class PrepareConfig(ChunkConfig):
     audio_seed: int = Field(0, ge=0)
 
     def chunks(self) -> ChunkConfig:
+        """Give the part that the making of chunks goes by."""
         return ChunkConfig(**{name: getattr(self, name) for name in ChunkConfig.model_fields})
 
 
@@ -152,6 +153,7 @@ def prepare(
         make = Make(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
 
         def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
+            assert workers is not None  # decided before there is work
             _work(task, todo, workers, engine, _progress(console), said, done, total)
 
         lost: Refusals = job.remember("lost", list)
@@ -338,7 +340,8 @@ def _find_duplicates(
     job: Job, chunks: list[Chunk], references: list[Reference], config: PrepareConfig
 ) -> dict[str, Removed]:
     """By name of the chunk, what is to be left out of it."""
-    duplicates, removed = Duplicates(config.dedup), {}
+    duplicates = Duplicates(config.dedup)
+    removed: dict[str, Removed] = {}
     for reference in references:
         duplicates.reference(reference.side, *load_signatures(job.folder / "references", reference))
     for chunk in chunks:
@@ -366,7 +369,8 @@ def _thin_chunks(
 def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], dict[str, list[ShardEntry]]]:
     """Number the shards through and add up the counts; can be broken off anywhere and done again."""
     job.begin_assembly()
-    tallies, shards = {name: Tally() for name in SPLITS}, {name: [] for name in SPLITS}
+    tallies = {name: Tally() for name in SPLITS}
+    shards: dict[str, list[ShardEntry]] = {name: [] for name in SPLITS}
     for name in SPLITS:
         (job.result / name).mkdir(parents=True, exist_ok=True)
     for chunk, folder in folders.items():

@@ -25,27 +25,28 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console:
     What exists is left as it is; whether it fits this config is for `Sources.check` to say. Raises ConfigError
     before anything is made where a source cannot be prepared, since nothing says from what.
     """
-    missing = {name: source for name, source in sources.items() if _is_missing(source.shards)}
-    fits = text.path is not None and text.vocabulary_size is not None and _is_missing(text.path)
-    for name, source in missing.items():
-        _check_input(name, source, f"data.sources.{name}.shards", source.shards)
-    for name, source in sources.items() if fits else ():
-        _check_input(name, source, "tokenizers.text.path", text.path)
-    if fits:
+    missing = {name: path for name, source in sources.items() if (path := _missing(source.shards)) is not None}
+    unfitted = None if text.path is None or text.vocabulary_size is None else _missing(text.path)
+    for name in missing:
+        _check_input(name, sources[name], f"data.sources.{name}.shards", sources[name].shards)
+    for name, source in sources.items() if unfitted is not None else ():
+        _check_input(name, source, "tokenizers.text.path", str(text.path))
+    if unfitted is not None and text.vocabulary_size is not None:
         console.print(f"{text.path} does not exist: fitting it to training texts of {', '.join(sources)}")
         texts = chain.from_iterable(
             islice(training_texts(s.kind, s.input or NO_INPUT, s.options), FIT_TEXTS) for s in sources.values()
         )
-        Path(local_path(text.path)).parent.mkdir(parents=True, exist_ok=True)
-        TextTokenizer.train(texts, text.vocabulary_size).save(local_path(text.path))
-    for name, source in missing.items():
+        unfitted.parent.mkdir(parents=True, exist_ok=True)
+        TextTokenizer.train(texts, text.vocabulary_size).save(unfitted)
+    for name, path in missing.items():
+        source = sources[name]
         origin = f"{source.kind} in {source.input}" if source.input is not None else source.kind
         console.print(f"{source.shards} does not exist: preparing source {name} there, from {origin}")
         tokenizer = text.build(DEFAULT.read)
         prepare(
             source.kind,
             source.input or NO_INPUT,
-            local_path(source.shards),
+            path,
             text_tokenizer=tokenizer,
             workers=None,  # as many as the work is worth
             options=source.options,
@@ -53,10 +54,10 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console:
         )
 
 
-def _is_missing(address: str) -> bool:
-    """Whether a local address names nothing. What is far away is never made: reading it says what it lacks."""
+def _missing(address: str) -> Path | None:
+    """The local path that an address names, where nothing is there; of what is far away, reading says what it lacks."""
     path = local_path(address)
-    return path is not None and not Path(path).exists()
+    return None if path is None or Path(path).exists() else Path(path)
 
 
 def _check_input(name: str, source: SourceConfig, key: str, missing: str) -> None:
@@ -68,7 +69,7 @@ def _check_input(name: str, source: SourceConfig, key: str, missing: str) -> Non
         raise ConfigError(
             f"{said}; correct it, or give the {source.kind} recordings to make it from in data.sources.{name}.input"
         )
-    if not os.path.exists(source.input):
+    if not os.path.exists(source.input):  # noqa: PTH110  # false, not an error, where it may not be looked at
         raise ConfigError(
             f"{said}, and it cannot be made: data.sources.{name}.input, {shlex.quote(source.input)}, does not exist "
             f"either{said_nearest(source.input)}; correct one of the two"

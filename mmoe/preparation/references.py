@@ -29,6 +29,7 @@ class Reference:
 
     @property
     def name(self) -> str:
+        """Name the files of its signatures."""
         return f"reference-{self.number:06d}"
 
 
@@ -41,6 +42,7 @@ class Sign:
     tokenizer: TextTokenizer
 
     def __call__(self, reference: Reference) -> int:
+        """Write the signatures of a shard; returns the number of its samples."""
         index = ShardIndex.read(join(reference.source, reference.shard))
         contents = index.content_hashes.tolist()
         builder = SignatureBuilder(self.config)
@@ -57,7 +59,7 @@ class Sign:
         labels = [[f"{reference.source}: {key}" for key in index.keys], index.recordings]
         (self.folder / f"{reference.name}.json").write_text(json.dumps(labels), encoding="ascii")
         temporary = self.folder / f".{reference.name}.npz"
-        np.savez(temporary, **builder.build().arrays())
+        np.savez(temporary, **builder.build().arrays())  # type: ignore[arg-type]  # numpy's stubs: as its flag
         temporary.rename(self.folder / f"{reference.name}.npz")
         return len(contents)
 
@@ -88,6 +90,7 @@ def load_signatures(folder: Path, reference: Reference) -> tuple[Signatures, Seq
 
 
 def is_signed(folder: Path, reference: Reference) -> bool:
+    """Tell whether `Sign` has finished this shard."""
     return (folder / f"{reference.name}.npz").is_file()
 
 

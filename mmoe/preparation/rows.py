@@ -20,11 +20,11 @@ from mmoe.data.load.frames import Backend, VideoFrames, is_video, unproven
 from mmoe.data.load.media import audio_info, load_array, load_audio, load_image
 from mmoe.errors import DataError, MmoeError
 from mmoe.preparation.sources.base import Item, Refused
-from mmoe.schema.sample import SEGMENT_DTYPE, Modality, Sample, Segment
+from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS, Modality, Sample, Segment
 from mmoe.tokenizers.rates import check_rates
 from mmoe.tokenizers.text import TextTokenizer
 
-_COPIED = [name for name in SEGMENT_DTYPE.names if name not in ("member", "text_hash")]
+_COPIED = [name for name in SEGMENT_FIELDS if name not in ("member", "text_hash")]
 _FRAMES_AT_ONCE = 64  # of a video being checked: bounds the memory
 _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _REASONS = {
@@ -53,6 +53,7 @@ class Row:
     decord: frozenset[str] = frozenset()
 
     def write(self, writer: ShardWriter) -> None:
+        """Append the sample to a shard."""
         writer.write(
             self.sample.key,
             self.sample.members,
@@ -140,10 +141,10 @@ def build_row(
 
     text_ids = tokenizer.encode_batch([s.text for s in sample.segments if s.modality is Modality.TEXT])
     names = list(sample.members)
-    segments = np.zeros(len(sample.segments), SEGMENT_DTYPE)
+    records = np.zeros(len(sample.segments), SEGMENT_DTYPE)
     ranges = iter(np.cumsum([0, *map(len, text_ids)]).tolist())
     start = next(ranges)
-    for row, segment in zip(segments, sample.segments):
+    for row, segment in zip(records, sample.segments):
         for name in _COPIED:
             row[name] = getattr(segment, name)
         row["member"] = names.index(segment.member)
@@ -154,7 +155,7 @@ def build_row(
         sample=sample,
         content_hash=_content_hash(sample),
         text_ids=np.concatenate([np.zeros(0, np.int32), *text_ids]).astype(np.int32),
-        segments=segments,
+        segments=records,
         text_bytes=sum(len(s.text.encode()) for s in sample.segments),
         vectors=vectors,
         decord=frozenset(proven),

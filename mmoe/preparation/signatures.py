@@ -59,11 +59,14 @@ class Signatures:
     picture: np.ndarray  # u64 [p]
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """Give the arrays by name, as they are stored."""
         return dict(vars(self))
 
 
 class SignatureBuilder:
-    def __init__(self, config: DedupConfig):
+    """Collects the signatures of samples one by one; `build` gives those of all."""
+
+    def __init__(self, config: DedupConfig) -> None:
         self.config = config
         self._item: list[int] = []
         self._content: list[int] = []
@@ -98,6 +101,7 @@ class SignatureBuilder:
                 self._pictures.append((row, found))
 
     def build(self) -> Signatures:
+        """Stack the signatures of all samples so far."""
         text = [signature for _, signature in self._texts]
         return Signatures(
             item=np.array(self._item, np.int64),

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from mmoe.data.load.tables import load_npz
 from mmoe.errors import DataError, Refused
 from mmoe.preparation import sync
 from mmoe.schema.sample import NO_CAMERA, NO_PAIR, Modality, Segment
+
+Choice = Literal["last", "nearest", "first"]
+Kind = Literal["captured", "synthetic"]
 
 CLOCKS = "clocks.npz"  # the member of a time-sliced sample that holds its `Clocks`
 
@@ -57,7 +60,7 @@ class Stream:
     times_ns: np.ndarray
     member: str | Sequence[str]
     max_gap_ns: int | None
-    choice: Literal["last", "nearest", "first"] = "last"
+    choice: Choice = "last"
     window: int = 1
     camera: int = NO_CAMERA
     size: tuple[int, int] | Sequence[tuple[int, int]] = (0, 0)  # height, width in pixels: of all, or of each reading
@@ -151,15 +154,16 @@ def _choose(
 
 
 def _segment(stream: Stream, row: int, number: int, time_ns: int, pair: int) -> Segment:
-    single = isinstance(stream.member, str)
     if stream.modality is Modality.ACTION:
         start, stop = row, len(stream.times_ns)
     else:
+        single = isinstance(stream.member, str)
         start, stop = (max(row + 1 - stream.window, 0), row + 1) if single else (0, 1)
-    height, width = stream.size if not stream.size or isinstance(stream.size[0], int) else stream.size[row]
+    size = cast("tuple[int, int]", stream.size if isinstance(stream.size[0], int) else stream.size[row])
+    height, width = size
     return Segment(
         stream.modality,
-        stream.member if single else stream.member[row],
+        stream.member if isinstance(stream.member, str) else stream.member[row],
         start,
         stop,
         height=height,
@@ -237,7 +241,7 @@ class Clocks:
     """
 
     log: str
-    kind: Literal["captured", "synthetic"]
+    kind: Kind
     reference: str
     times_ns: dict[str, np.ndarray]
     origin_ns: int = 0
@@ -245,9 +249,10 @@ class Clocks:
     def to_bytes(self) -> bytes:
         """As ``.npz``: by stream its first time and then the intervals (these compress), and the rest as JSON."""
         about = {"log": self.log, "kind": self.kind, "reference": self.reference, "origin_ns": self.origin_ns}
-        arrays = {name: np.diff(times, prepend=np.int64(0)) for name, times in self.times_ns.items()}
+        arrays = {_ABOUT: np.array(json.dumps(about))}
+        arrays |= {name: np.diff(times, prepend=np.int64(0)) for name, times in self.times_ns.items()}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{_ABOUT: np.array(json.dumps(about))}, **arrays)
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stubs: as its flag
         return buffer.getvalue()
 
     @classmethod

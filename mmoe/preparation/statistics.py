@@ -26,7 +26,7 @@ _JUDGED = 100  # rows below which nothing can be told to be a glitch
 class VectorSummary:
     """Moments and a keyed reservoir of the rows of a stream with `dims` dimensions; merging is exact."""
 
-    def __init__(self, dims: int, capacity: int = RESERVOIR):
+    def __init__(self, dims: int, capacity: int = RESERVOIR) -> None:
         self.capacity = capacity
         self.count = 0
         self.mean = np.zeros(dims)
@@ -46,6 +46,7 @@ class VectorSummary:
         )
 
     def merge(self, other: "VectorSummary") -> None:
+        """Add the rows of another summary."""
         if other.count:
             self._join_moments(other.count, other.mean, other.m2)
             self._join_range(other.minimum, other.maximum)
@@ -121,6 +122,7 @@ class VectorSummary:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], capacity: int = RESERVOIR) -> "VectorSummary":
+        """Make the summary again from what `arrays` gave."""
         summary = cls(len(arrays["mean"]), capacity)
         summary.count = int(arrays["count"])
         summary.mean, summary.m2 = arrays["mean"], arrays["m2"]

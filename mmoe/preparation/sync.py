@@ -5,7 +5,7 @@ to 1 ms. *Skew* is |offset| of captured members (frames, sound) against the budg
 streams (inertial, speed) have a maximum gap instead: a reading older than that is absent, not stale.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BeforeValidator
@@ -153,10 +153,10 @@ class SkewPolicy(Config):
         return (~beyond if self.policy == "drop" else np.ones_like(beyond)), count
 
 
-def skew_option(default: SkewPolicy) -> Any:
-    """The type of a reader's option `skew`, whose default this is: what is not given stays the source's own."""
+def completed_from(default: SkewPolicy) -> BeforeValidator:
+    """Annotate a reader's option `skew`, whose default this is, so that what is not given stays the source's own."""
 
     def complete(given: Any) -> Any:
         return {**default.model_dump(), **given} if isinstance(given, dict) else given
 
-    return Annotated[SkewPolicy, BeforeValidator(complete)]
+    return BeforeValidator(complete)

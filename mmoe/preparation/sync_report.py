@@ -63,6 +63,7 @@ class StreamTiming:
 
     @property
     def bursts(self) -> bool:
+        """Tell whether readings come in bursts of one time, so that intervals say nothing."""
         return self.repeats > BURSTS * max(len(self.intervals), 1)
 
 
@@ -236,7 +237,7 @@ COLUMNS = (
 
 def rows(report: SyncReport) -> list[tuple[str, ...]]:
     """A line a stream under `COLUMNS`, as text."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for stream in report.streams:
         intervals, jitter, gaps = "-", "-", "-"
         if len(stream.intervals):

@@ -33,6 +33,7 @@ class Tally:
     flags: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
+        """Count a sample."""
         kind, span = row.segments["modality"], row.segments["stop"] - row.segments["start"]
         sound = kind == Modality.AUDIO
         self.samples += 1
@@ -50,6 +51,7 @@ class Tally:
         self.flags += row.sample.flags
 
     def merge(self, other: "Tally") -> None:
+        """Add what the next part of the split holds."""
         for name in _PLAIN:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.recordings |= other.recordings
@@ -96,6 +98,7 @@ class Tally:
         return tally
 
     def entry(self, shards: list[ShardEntry]) -> SplitEntry:
+        """Give what the manifest says of a split that is stored in these shards."""
         return SplitEntry(
             samples=self.samples,
             recordings=len(self.recordings),
@@ -113,12 +116,13 @@ _PLAIN = [f.name for f in fields(Tally) if f.type in (int, float)]  # numbers th
 class ItemLog:
     """A file of items that are not in the prepared source, one JSON object a line with key, reason and message."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.counts: Counter[str] = Counter()  # by reason
         self.examples: dict[str, str] = {}  # the first message of each reason
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
 
     def write(self, key: str, reason: str, message: str, **more: str) -> None:
+        """Write down an item and count it under its reason; `more` are further fields of its line."""
         self.counts[reason] += 1
         self.examples.setdefault(reason, message)
         line = {"key": key, "reason": reason, "message": message, **more}

@@ -1,6 +1,7 @@
 """`PackedBatch`: the only thing the model, the losses and the statistics see of the data."""
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch with every tensor on `device`."""
-        changes = {}
+        changes: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):

@@ -34,14 +34,17 @@ class Counts(NamedTuple):
 
     @property
     def action_elements(self) -> int:
+        """Count the elements of action targets: steps inside the recording x dimensions."""
         return int(self.columns[ACTION_ELEMENTS])
 
     @property
     def pairs(self) -> int:
+        """Count the contrastive pairs."""
         return int(self.columns[PAIRS])
 
     @property
     def patches(self) -> int:
+        """Count the VISION vectors."""
         return int(self.columns[PATCHES])
 
     @property
@@ -51,4 +54,5 @@ class Counts(NamedTuple):
 
     @staticmethod
     def total(counts: Iterable["Counts"]) -> "Counts":
+        """Add up counts; of none, all are zero."""
         return Counts(sum((c.columns for c in counts), np.zeros(COLUMNS, np.int64)))

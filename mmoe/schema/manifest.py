@@ -52,6 +52,8 @@ _MOST_ROWS = 10_000_000  # of a shard: an epoch is shuffled a block of shards at
 
 
 class ShardEntry(Config):
+    """Names one shard of a split: its tar, how much it holds, and the digest of its index."""
+
     path: str  # of the tar, relative to the source folder; the index has the same stem
     rows: int = Field(ge=0, le=_MOST_ROWS)
     bytes: int = Field(ge=0, le=MOST)
@@ -66,13 +68,16 @@ class ShardEntry(Config):
 
 
 class SplitEntry(Config):
+    """Says what one split of a source holds: its shards, and its segments by group."""
+
     samples: int = Field(ge=0, le=MOST)
     recordings: int = Field(ge=0, le=MOST)
     shards: tuple[ShardEntry, ...]
     clips: int = Field(ge=0, le=MOST)  # samples made of time slices
     slices: int = Field(ge=0, le=MOST)
     groups: tuple[SegmentGroup, ...]
-    flagged: dict[str, int] = {}  # "<stream>: <what>" -> members of slices; see `mmoe.preparation.slices`
+    # "<stream>: <what>" -> members of slices; see `mmoe.preparation.slices`
+    flagged: dict[str, int] = Field(default_factory=dict)
 
     def segments(self, modality: str) -> int:
         """Number of segments of the modality of this name."""
@@ -96,7 +101,7 @@ class SourceManifest(Config):
     vectors: dict[str, VectorStats]  # by modality name: "ACTION", "STATE", "INERTIAL"
     splits: dict[str, SplitEntry]
     quarantined: dict[str, int]  # reason -> samples refused
-    removed: dict[str, int] = {}  # reason -> readable samples left out: filters, duplicates
+    removed: dict[str, int] = Field(default_factory=dict)  # reason -> readable samples left out: filters, duplicates
 
     @field_validator("splits")
     @classmethod
@@ -119,7 +124,7 @@ class SourceManifest(Config):
         Raises DataError for one that is missing, damaged or of another format.
         """
         path = join(folder, MANIFEST)
-        if local_path(path) and not Path(local_path(path)).is_file():
+        if (local := local_path(path)) and not Path(local).is_file():
             raise DataError(f"{path} does not exist: {folder} is not a prepared source; run `mmoe prepare` to write it")
         content = read(path, "the source")
         try:

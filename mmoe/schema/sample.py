@@ -59,6 +59,7 @@ SEGMENT_DTYPE = np.dtype(
         ("text_hash", "i8"),
     ]
 )
+SEGMENT_FIELDS: tuple[str, ...] = SEGMENT_DTYPE.names or ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 
@@ -26,7 +26,7 @@ class VectorStats(Config):
     high: tuple[float, ...] = ()
     minimum: tuple[float, ...] = ()  # of all rows of all splits, as float32: no row of the source is below it
     maximum: tuple[float, ...] = ()
-    clipped: dict[str, tuple[int, ...]] = {}
+    clipped: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_value_a_name(self) -> "VectorStats":

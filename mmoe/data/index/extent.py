@@ -14,13 +14,15 @@ from mmoe.schema.sample import Modality
 
 MOST_GROUPS = 512
 
+_Group = tuple[int, bool, bool, int, int, int]  # modality, sliced, camera, height, width, rate
+
 
 class Extent:
     """Counts segments by group, and the samples that are clips of time slices."""
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[int, ...]] = Counter()  # by (modality, sliced, camera, height, width, rate)
-        self.spans: Counter[tuple[int, ...]] = Counter()
+        self.counts: Counter[_Group] = Counter()
+        self.spans: Counter[_Group] = Counter()
         self.clips = 0
         self.slices = 0
 
@@ -42,6 +44,7 @@ class Extent:
         return sum(count for group, count in self.counts.items() if group[0] == modality)
 
     def merge(self, other: "Extent") -> None:
+        """Add what another part of the split holds."""
         self.counts.update(other.counts)
         self.spans.update(other.spans)
         self.clips += other.clips
@@ -68,9 +71,9 @@ class Extent:
         )
 
 
-def _coarser(counts: Counter[tuple[int, ...]], step: int) -> Counter[tuple[int, ...]]:
+def _coarser(counts: Counter[_Group], step: int) -> Counter[_Group]:
     """The same counts with heights and widths rounded to the nearest multiple of `step` (at least one of them)."""
-    rounded: Counter[tuple[int, ...]] = Counter()
+    rounded: Counter[_Group] = Counter()
     for (kind, sliced, camera, height, width, rate), count in counts.items():
         if kind == Modality.VISION:
             height, width = (max(step, (side + step // 2) // step * step) for side in (height, width))

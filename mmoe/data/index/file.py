@@ -66,13 +66,14 @@ def read_table(path: str, schema: pa.Schema, storage: Storage, columns: list[str
 
 
 def unreadable(path: str, said: object) -> DataError:
+    """Say that a file is no shard index, or a damaged one."""
     return DataError(f"{path} cannot be read as a shard index ({said}); copy it again or prepare the source again")
 
 
 class _Ranges(io.RawIOBase):
     """The parts of a file that are in memory, as pyarrow reads a file."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self._size, self._at = size, 0
         self._pieces: list[tuple[int, bytes]] = []
 
@@ -129,7 +130,8 @@ def _read(path: str, schema: pa.Schema, storage: Storage, columns: list[str] | N
         raise ValueError("a column lies outside the file")
     _fetch(path, [(start, stop) for start, stop, _ in wanted], file, storage, what)
     for start, stop, checksum in wanted:
-        if zlib.crc32(file.part(start, stop)) != checksum:
+        content = file.part(start, stop)
+        if content is None or zlib.crc32(content) != checksum:
             raise ValueError(f"bytes {start} to {stop} are not those that were written: their checksum differs")
     unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if unpacked > bounds().file_bytes:

@@ -31,14 +31,14 @@ from mmoe.data.index.file import read_table, write_table
 from mmoe.data.storage.store import DEFAULT, Storage
 from mmoe.errors import DataError
 from mmoe.schema.manifest import MANIFEST
-from mmoe.schema.sample import SEGMENT_DTYPE
+from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS
 
 DIGEST = b"mmoe.digest"  # the key under which an index file holds its own
 
 # Of a segment, what its token count follows from.
 PLANNED = ("modality", "slice", "camera", "start", "stop", "height", "width", "rate", "pair")
 _PLANNED_DTYPE = np.dtype([(name, SEGMENT_DTYPE[name]) for name in PLANNED])
-_SEGMENT_STRUCT = pa.struct([(name, pa.from_numpy_dtype(SEGMENT_DTYPE[name])) for name in SEGMENT_DTYPE.names])
+_SEGMENT_STRUCT = pa.struct([(name, pa.from_numpy_dtype(SEGMENT_DTYPE[name])) for name in SEGMENT_FIELDS])
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -94,13 +94,7 @@ class SegmentTable:
         """Raises DataError where it cannot be read, or is not the index of `digest` (`ShardEntry`)."""
         path = with_suffix(tar, ".parquet")
         columns = [f"segments.list.element.{name}" for name in PLANNED]
-        table = read_table(path, INDEX_SCHEMA, storage, columns)
-        found = (table.schema.metadata or {}).get(DIGEST, b"").decode(errors="replace")
-        if digest is not None and found != digest:
-            raise DataError(
-                f"{path} is not the index that {MANIFEST} names (digest {found[:12]}, not {digest[:12]}): "
-                "shards were replaced or changed places; copy the whole source again, or prepare it again"
-            )
+        table = _read(path, storage, digest, columns)
         segments = _chunk(table, "segments")
         records = _records(segments.flatten(), _PLANNED_DTYPE)
         check_segments(path, records)
@@ -129,9 +123,10 @@ class ShardIndex(SegmentTable):
     text_offsets: np.ndarray
 
     @classmethod
-    def read(cls, tar: str | Path, storage: Storage = DEFAULT) -> "ShardIndex":
+    def read(cls, tar: str | Path, storage: Storage = DEFAULT, digest: str | None = None) -> "ShardIndex":
+        """Read all columns. Raises DataError where it cannot be read, or is not the index of `digest`."""
         path = with_suffix(tar, ".parquet")
-        table = read_table(path, INDEX_SCHEMA, storage)
+        table = _read(path, storage, digest)
         members, text, segments = (_chunk(table, name) for name in ("members", "text_ids", "segments"))
         flat_members = members.flatten()
         ranges = [flat_members.field(name).to_numpy(zero_copy_only=False) for name in ("offset", "size")]
@@ -180,12 +175,15 @@ class ShardIndex(SegmentTable):
 
     @cached_property
     def rows(self) -> list[slice]:
+        """Give the range of every row in `segments`."""
         return [slice(a, b) for a, b in zip(self.segment_offsets[:-1], self.segment_offsets[1:])]
 
     def row_segments(self, row: int) -> np.ndarray:
+        """Give the segments of a row, `SEGMENT_DTYPE` [n]."""
         return self.segments[self.rows[row]]
 
     def row_text(self, row: int) -> np.ndarray:
+        """Give the token ids of all texts of a row, i32 [n]."""
         return self.text_ids[self.text_offsets[row] : self.text_offsets[row + 1]]
 
     def row_member(self, row: int, member: int) -> tuple[str, int, int]:
@@ -225,7 +223,7 @@ def write_index(tar: str | Path, rows: list[dict]) -> str:
     lengths = np.array([len(row["segments"]) for row in rows])
     flat = np.concatenate([row["segments"] for row in rows]) if rows else np.empty(0, SEGMENT_DTYPE)
     struct = pa.StructArray.from_arrays(
-        [pa.array(np.ascontiguousarray(flat[name])) for name in SEGMENT_DTYPE.names],
+        [pa.array(np.ascontiguousarray(flat[name])) for name in SEGMENT_FIELDS],
         fields=list(_SEGMENT_STRUCT),
     )
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
@@ -251,9 +249,20 @@ def _digest(rows: list[dict]) -> str:
     return digest.hexdigest()
 
 
+def _read(path: str, storage: Storage, digest: str | None, columns: list[str] | None = None) -> pa.Table:
+    table = read_table(path, INDEX_SCHEMA, storage, columns)
+    found = (table.schema.metadata or {}).get(DIGEST, b"").decode(errors="replace")
+    if digest is not None and found != digest:
+        raise DataError(
+            f"{path} is not the index that {MANIFEST} names (digest {found[:12]}, not {digest[:12]}): "
+            "shards were replaced or changed places; copy the whole source again, or prepare it again"
+        )
+    return table
+
+
 def _records(flat: pa.StructArray, dtype: np.dtype) -> np.ndarray:
     rows = np.empty(len(flat), dtype)
-    for name in dtype.names:
+    for name in dtype.names or ():
         rows[name] = flat.field(name).to_numpy(zero_copy_only=False)
     return rows
 

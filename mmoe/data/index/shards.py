@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -62,12 +63,12 @@ class ShardWriter:
     the shard in progress.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int = 256 << 20, max_rows: int = 10_000):
+    def __init__(self, folder: str | Path, max_bytes: int = 256 << 20, max_rows: int = 10_000) -> None:
         self.folder, self.max_bytes, self.max_rows = Path(folder), max_bytes, max_rows
         self.shards: list[ShardEntry] = []  # `path` relative to the parent of `folder`
         self._keys: set[str] = set()
         self._rows: list[dict] = []
-        self._file = None
+        self._file: BinaryIO | None = None  # the shard in progress; None where it has no row yet
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "ShardWriter":
@@ -105,13 +106,19 @@ class ShardWriter:
             raise DataError(f"sample {key} has no member: a tar cannot hold it; leave it out or give it a payload")
         self._keys.add(key)
         coming = sum(_BLOCK + _padded(len(content)) for content in members.values())
-        if self._rows and (len(self._rows) >= self.max_rows or self._file.tell() + coming > self.max_bytes):
+        file = self._file
+        if (
+            file is not None
+            and self._rows
+            and (len(self._rows) >= self.max_rows or file.tell() + coming > self.max_bytes)
+        ):
             self._close_shard()
-        if self._file is None:
-            self._file = self._temporary.open("wb")
+            file = None
+        if file is None:
+            file = self._file = self._temporary.open("wb")
         row = {"key": key, "recording": recording, "content_hash": content_hash}
         row["members"] = [
-            (field, *self._append(f"{key}.{field}", content), zlib.crc32(content), field in decord)
+            (field, *_append(file, f"{key}.{field}", content), zlib.crc32(content), field in decord)
             for field, content in members.items()
         ]
         self._rows.append(row | {"text_ids": text_ids, "segments": segments})
@@ -123,16 +130,6 @@ class ShardWriter:
     @property
     def _temporary(self) -> Path:
         return self._path.with_name(f".{self._path.name}")
-
-    def _append(self, name: str, content: bytes) -> tuple[int, int]:
-        """Write one member with its header; returns the byte offset of its content, and its size."""
-        header = tarfile.TarInfo(name)  # owner 0, time 0, mode 0644: nothing of the machine that wrote it
-        header.size = len(content)
-        self._file.write(header.tobuf(tarfile.GNU_FORMAT))
-        offset = self._file.tell()
-        self._file.write(content)
-        self._file.write(bytes(_padded(len(content)) - len(content)))
-        return offset, len(content)
 
     def _close_shard(self) -> None:
         if self._file is None:
@@ -147,6 +144,17 @@ class ShardWriter:
         relative = f"{self.folder.name}/{self._path.name}"
         self.shards.append(ShardEntry(path=relative, rows=len(self._rows), bytes=size, digest=digest))
         self._rows, self._file = [], None
+
+
+def _append(file: BinaryIO, name: str, content: bytes) -> tuple[int, int]:
+    """Write one member with its header; returns the byte offset of its content, and its size."""
+    header = tarfile.TarInfo(name)  # owner 0, time 0, mode 0644: nothing of the machine that wrote it
+    header.size = len(content)
+    file.write(header.tobuf(tarfile.GNU_FORMAT))
+    offset = file.tell()
+    file.write(content)
+    file.write(bytes(_padded(len(content)) - len(content)))
+    return offset, len(content)
 
 
 def read_member(
@@ -214,7 +222,7 @@ def _content(span: bytes, at: int, size: int, tar: str | Path, offset: int, name
     if crc32 is not None and zlib.crc32(content) == crc32:
         return content
     header = span[at - _BLOCK : at]
-    if _stated_size(header) != size or name and _stated_name(header) != name.encode()[: tarfile.LENGTH_NAME]:
+    if _stated_size(header) != size or (name and _stated_name(header) != name.encode()[: tarfile.LENGTH_NAME]):
         raise DataError(
             f"{tar} is not the tar its index describes: there is no {name or 'member'} of {size} bytes at byte "
             f"{offset}; one of the two is older: copy both again or prepare the source again"

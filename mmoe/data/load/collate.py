@@ -32,7 +32,7 @@ class Collator:
         action_shape: tuple[int, int],
         vocabulary: Vocabulary,
         weights: np.ndarray,
-    ):
+    ) -> None:
         self.length, self.patches, self.dims, self.action_shape = length, patches, dims, action_shape
         self.vocabulary, self.weights = vocabulary, weights.astype(np.float32)
 

@@ -65,7 +65,8 @@ def open_container(data: bytes | Path, where: str) -> InputContainer:
         if isinstance(data, Path) and not stat.S_ISREG(data.stat().st_mode):
             raise Refused(UNREADABLE, f"{where} is no regular file; give a video file or leave it out")
         # The prefix keeps a name like "tcp:a.mp4" a name.
-        container = av.open(io.BytesIO(data) if isinstance(data, bytes) else f"file:{data}", container_options=_OPTIONS)
+        file = io.BytesIO(data) if isinstance(data, bytes) else f"file:{data}"
+        container = av.open(file, "r", container_options=_OPTIONS)
     try:
         _check_header(container, where)
     except BaseException:
@@ -128,6 +129,7 @@ def list_packets(
             if visit is not None:
                 visit(packet)
         if pts:
+            assert stream.time_base is not None, "its stream has no unit of time"
             seconds = float((max(pts) - min(pts)) * stream.time_base)
             check_bound("film_seconds", seconds, where, "has frames so many seconds apart")
     return Packets(np.array(pts, dtype=np.int64), np.array(is_key, dtype=bool), hidden)

@@ -57,7 +57,7 @@ class Decoder:
         ablation: Ablation | None = None,
         skip: frozenset[Modality] = frozenset(),
         storage: Storage = DEFAULT,
-    ):
+    ) -> None:
         """`skip`: modalities that are left out of the documents (an analysis that does not look at them)."""
         self.sources, self.tokenizers, self.video_backend = sources, tokenizers, video_backend
         self.ablation, self.skip, self.storage = ablation, skip, storage
@@ -91,6 +91,7 @@ class Decoder:
                 self._begun[_key(ref)] = _Row(self, ref).begin()
 
     def index(self, source: int, shard: int) -> ShardIndex:
+        """Give the index of a shard, from the cache where it was read before."""
         return self._index(self.sources[source].tars[shard])
 
     def _load(self, tar: str) -> ShardIndex:
@@ -115,7 +116,7 @@ def _key(ref: DocumentRef) -> tuple:
 class _Row:
     """One document part being decoded."""
 
-    def __init__(self, decoder: Decoder, ref: DocumentRef):
+    def __init__(self, decoder: Decoder, ref: DocumentRef) -> None:
         self.decoder, self.ref, self.tokenizers = decoder, ref, decoder.tokenizers
         self.source = decoder.sources[ref.source].name
         self.index = decoder.index(ref.source, ref.shard)
@@ -234,14 +235,17 @@ class _Row:
         return vectors, vision.positions(rows, columns, tubelets)
 
     def _audio(self, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
-        codec, samples = self.tokenizers.audio, int(segment["stop"] - segment["start"])
+        codec, config = self.tokenizers.audio, self.tokenizers.config.audio
+        assert codec is not None  # `Tokenizers` refuses sound without a codec
+        assert config is not None  # which it is loaded by
+        samples = int(segment["stop"] - segment["start"])
         if self._is_blank(Modality.AUDIO):
             wave, rate = np.zeros(samples, np.float32), int(segment["rate"])
         else:
             row, donor = self._payload_of(segment, at, chosen)
             wave, rate = load_audio(row._bytes(donor), int(donor["start"]), int(donor["stop"]), row._where(donor))
             wave = np.resize(wave, samples)  # a donor's sound is cut or repeated to the length that was planned
-        codes, codebook = serialise(codec.encode(wave, rate), self.tokenizers.config.audio.layout)
+        codes, codebook = serialise(codec.encode(wave, rate), config.layout)
         return self.tokenizers.vocabulary.audio_ids(codes, codebook)
 
     def _vector(self, kind: Modality, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
@@ -267,10 +271,12 @@ class _Row:
         builder.action(np.where(present, target, 0.0), present, int(segment["offset_ns"]))
 
     def _is_taken_away(self, kind: Modality) -> bool:
-        return self.decoder.ablation is not None and self.decoder.ablation.modality == kind
+        ablation = self.decoder.ablation
+        return ablation is not None and ablation.modality == kind
 
     def _is_blank(self, kind: Modality) -> bool:
-        return self._is_taken_away(kind) and self.decoder.ablation.mode == "blank"
+        ablation = self.decoder.ablation
+        return ablation is not None and ablation.modality == kind and ablation.mode == "blank"
 
     def _payload_of(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple["_Row", np.void]:
         """This row and segment, or the donor's that stands in: its camera where the donor has it, its place in line."""

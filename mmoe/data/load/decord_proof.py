@@ -22,7 +22,6 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 
 from mmoe.data.load.containers import list_packets, open_container, translated, unreadable
 from mmoe.optional import require, status
@@ -46,7 +45,7 @@ class DecordReader:
     `scaled` (height, width) is passed to decord where it can scale to it; else frames come at full size.
     """
 
-    def __init__(self, data: bytes | Path, where: str, scaled: tuple[int, int] | None = None):
+    def __init__(self, data: bytes | Path, where: str, scaled: tuple[int, int] | None = None) -> None:
         decord = require("decord", "video_backend")  # only here: it exists for Linux on x86-64 alone
         self._where, self._raised = where, (RuntimeError, decord.DECORDError, IndexError, ValueError)
         decord.logging.set_level(decord.logging.QUIET)  # it prints what it then raises
@@ -61,6 +60,7 @@ class DecordReader:
         self.damaged: set[int] = set()  # it does not tell
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
+        """Decode the frames at `indices` [n]: uint8 [n, H, W, 3]. Raises `Refused` where decord cannot."""
         try:
             return self._video.get_batch(indices).asnumpy()
         except self._raised as error:
@@ -90,21 +90,21 @@ def _examine_file(file: Path, where: str, changed_ns: int, size: int) -> str | N
 
 def _examine(data: bytes | Path, where: str) -> str | None:
     with open_container(data, where) as container:
-        stream = container.streams.video[0] if container.streams.video else None
-        if reason := _unfit_kind(container, stream):
+        if reason := _unfit_kind(container):
             return reason
+        (stream,) = container.streams.video
         digests, converter = {}, VideoReformatter()
 
         def digest(packet: Packet) -> None:
             for frame in packet.decode():
                 if frame.is_corrupt:
-                    raise _Unfit(f"the frame at {frame.time} s is damaged")
+                    raise _UnfitError(f"the frame at {frame.time} s is damaged")
                 pixels = converter.reformat(frame, format="rgb24").to_ndarray()
                 digests[frame.pts] = _digest(np.rot90(pixels, frame.rotation // 90))
 
         try:
             packets = list_packets(container, stream, where, digest)
-        except _Unfit as unfit:
+        except _UnfitError as unfit:
             return str(unfit)
         if packets.hidden:
             return f"an edit list or the codec hides {packets.hidden} packets, which it would count as frames"
@@ -115,23 +115,26 @@ def _examine(data: bytes | Path, where: str) -> str | None:
         if list(digests) != pts.tolist():
             return "what is decoded are not the frames of its packets"
         ticks = (pts - (stream.start_time or 0)).astype(np.float64)
-        times_ns = ticks * (stream.time_base.numerator * 1e9 / stream.time_base.denominator)
+        base = stream.time_base
+        assert base is not None  # its packets have times
+        times_ns = ticks * (base.numerator * 1e9 / base.denominator)
         if np.abs(times_ns).max() > _LONGEST_NS:
             return "it is too long for its times, which are float32"
     return _compare(data, times_ns, list(digests.values()), np.flatnonzero(packets.is_key[order]))
 
 
-class _Unfit(Exception):
+class _UnfitError(Exception):
     """A film that decord must not read, found while it is decoded."""
 
 
-def _unfit_kind(container: InputContainer, stream: VideoStream | None) -> str | None:
-    name = container.format.name
-    if len(container.streams.video) != 1:
-        return f"there are {len(container.streams.video)} video streams, and it may take another one"
+def _unfit_kind(container: InputContainer) -> str | None:
+    name, streams = container.format.name, container.streams.video
+    if len(streams) != 1:
+        return f"there are {len(streams)} video streams, and it may take another one"
     if not set(name.split(",")) & set(CONTAINERS):
         return f"a container of the kind {name} does not tell it the times of frames"
-    codec = stream.codec_context.name if stream.codec_context else "unknown"
+    context = streams[0].codec_context
+    codec = context.name if context else "unknown"
     if codec not in CODECS:
         return f"the codec {codec} is not among those it seeks well in ({', '.join(CODECS)})"
     return None
@@ -182,11 +185,14 @@ def _ask(request: tuple[bytes | Path, list[list[np.ndarray]]], limit: float) -> 
             stderr=subprocess.DEVNULL,
             env=environment,
         )
+    requests, answers = process.stdin, process.stdout
+    assert requests is not None  # pipes, as asked for
+    assert answers is not None
     try:
-        pickle.dump(request, process.stdin)
-        process.stdin.flush()
-        if select.select([process.stdout], [], [], limit)[0]:
-            return pickle.load(process.stdout)
+        pickle.dump(request, requests)
+        requests.flush()
+        if select.select([answers], [], [], limit)[0]:
+            return pickle.load(answers)
         said = f"it takes longer than {limit:.0f} s"
     except (EOFError, OSError, pickle.UnpicklingError):
         said = "it ends its process"
@@ -199,6 +205,7 @@ def _ask(request: tuple[bytes | Path, list[list[np.ndarray]]], limit: float) -> 
 def serve() -> None:
     """Be the process apart: read requests from standard input, decode by decord, and write digests, until its end."""
     answers = os.fdopen(os.dup(1), "wb")
+    answer: tuple[np.ndarray, list[list[bytes]]] | str
     os.dup2(2, 1)  # what a library prints is no answer
     while True:
         try:

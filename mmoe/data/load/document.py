@@ -83,6 +83,7 @@ class DocumentBuilder:
         self.structure(Structure.TIMESTAMP, offset_ns=timestamp_ns)
 
     def close_slice(self, predicted: bool) -> None:
+        """End the open slice by `slice_end`, which is a label where `predicted`."""
         self.structure(Structure.SLICE_END, predicted=predicted)
         self._current_slice, self._slice_time = NO_SLICE, None
 
@@ -101,12 +102,14 @@ class DocumentBuilder:
         self._vision(patches, positions, camera, offset_ns, pair)
 
     def audio(self, ids: np.ndarray, offset_ns: int, pair: int) -> None:
+        """Append the codes of a sound, `ids` [n], between its structure tokens."""
         self.structure(Structure.AUDIO_START)
         self._span(pair, len(ids), Modality.AUDIO)
         self._append(ids, Modality.AUDIO, predicted=True, offset_ns=offset_ns)
         self.structure(Structure.AUDIO_END, predicted=len(ids) > 0)
 
     def text(self, ids: np.ndarray, pair: int, text_hash: int = 0) -> None:
+        """Append a text, `ids` [n]; `text_hash` tells it from the texts of other pairs."""
         self._span(pair, len(ids), Modality.TEXT, text_hash)
         self._append(ids, Modality.TEXT, predicted=True)
 
@@ -129,6 +132,7 @@ class DocumentBuilder:
         self.structure(Structure.ACTION_END)
 
     def finish(self) -> Document:
+        """Build the document of all that was appended."""
         n = self._length
         ids = np.concatenate(self._ids).astype(np.int64, copy=False)
         runs = np.array(self._runs, np.int64)
@@ -216,7 +220,7 @@ def _between_vision(modality: np.ndarray, slices: np.ndarray) -> np.ndarray:
     if at.size:
         number = slices[at]
         order = np.argsort(number, kind="stable")
-        numbers, first = np.unique(number[order], return_index=True)
+        _, first = np.unique(number[order], return_index=True)
         last = np.append(first[1:], at.size) - 1
         for a, b in zip(at[order][first], at[order][last]):
             inside[a : b + 1] = True

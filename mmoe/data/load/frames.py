@@ -8,6 +8,7 @@ from typing import Literal
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from mmoe.data.load.containers import UNREADABLE, list_packets, open_container, translated
 from mmoe.data.load.decord_proof import DecordReader, why_not
@@ -54,14 +55,14 @@ class VideoFrames:
         scaled: tuple[int, int] | None = None,
         proven: bool = False,
         key: str = "data.video_backend",
-    ):
+    ) -> None:
         self.where = where
         if backend == "decord":
             if stream is not None:
                 raise unproven(where, "it reads the best video stream only", key)
             if not proven and (reason := why_not(data, where)):
                 raise unproven(where, reason, key)
-            self._reader = DecordReader(data, where, scaled)
+            self._reader: DecordReader | _PyAVReader = DecordReader(data, where, scaled)
         else:
             self._reader = _PyAVReader(data, where, stream, scaled)
         self.times_ns = _checked_times(self._reader.times_ns, where)
@@ -71,16 +72,18 @@ class VideoFrames:
 
     @property
     def damaged(self) -> set[int]:
+        """Give the indices of frames found damaged so far, of those that were asked for."""
         return self._reader.damaged
 
     @cached_property
     def size(self) -> tuple[int, int]:
+        """Give height and width of the frames in pixels; decodes the first one."""
         return self.frames(np.array([0])).shape[1:3]
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
         """Frames uint8 [n, H, W, 3] at `indices` [n], in presentation order; any order, repeats allowed."""
         indices = np.asarray(indices, dtype=np.int64)
-        if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise Refused(
                 UNREADABLE,
                 f"{self.where}: frames {indices.min()} to {indices.max()} are asked for, the video has {len(self)}; "
@@ -110,7 +113,7 @@ def unproven(where: str, reason: str, key: str) -> Refused:
 class _PyAVReader:
     """Frames are known by the times of their packets, and found by seeking to a key frame and decoding from there."""
 
-    def __init__(self, data: bytes | Path, where: str, stream: int | None, scaled: tuple[int, int] | None):
+    def __init__(self, data: bytes | Path, where: str, stream: int | None, scaled: tuple[int, int] | None) -> None:
         self._data, self._where, self._number, self._scaled = data, where, stream, scaled
         self._open()
         self._start = self._stream.start_time or 0
@@ -130,16 +133,18 @@ class _PyAVReader:
         self._container = open_container(self._data, self._where)
         with translated(self._where):
             streams = self._container.streams
-            self._stream = streams.best("video") if self._number is None else streams[self._number]
-        if self._stream is None or self._stream.type != "video" or self._stream.codec_context is None:
+            stream = streams.best("video") if self._number is None else streams[self._number]
+        if not isinstance(stream, VideoStream) or stream.codec_context is None:
             message = f"{self._where} has no video stream that can be decoded; give a video file or leave it out"
             raise Refused("no video stream", message)
+        self._stream = stream
 
     @property
     def times_ns(self) -> np.ndarray:
         base = self._stream.time_base
         ticks = [int(t) for t in self._pts - self._start]  # Python integers: a tick times 1e9 can leave 64 bits
         with translated(self._where):
+            assert base is not None, "its stream has no unit of time"
             return np.array([round(t * 10**9 * base.numerator / base.denominator) for t in ticks], dtype=np.int64)
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
@@ -193,8 +198,8 @@ class _PyAVReader:
             if first is None:
                 continue
             for frame in packet.decode():
-                self._in_damage = frame.is_corrupt or packet.is_corrupt or self._in_damage and not frame.key_frame
-                if from_start or frame.pts is not None and frame.pts >= first:
+                self._in_damage = frame.is_corrupt or packet.is_corrupt or (self._in_damage and not frame.key_frame)
+                if from_start or (frame.pts is not None and frame.pts >= first):
                     yield frame
 
     def _convert(self, frame: av.VideoFrame) -> av.VideoFrame:

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing import connection
 from typing import Any, Protocol
 
@@ -36,7 +37,7 @@ class Batches(Protocol):
     def __getitem__(self, plan: Any) -> Any: ...
 
 
-class RemoteTraceback(Exception):
+class RemoteTraceback(Exception):  # noqa: N818  # as multiprocessing calls its own, which says it better
     """Where a worker met the error that this is the cause of."""
 
     def __str__(self) -> str:
@@ -97,7 +98,7 @@ def _in_order(pool: "_Pool", plans: Iterable[Any], ahead: int, watchdog: Watchdo
 class _Worker:
     """One decoding process, its end of the connection, and the plans by number that it has not answered."""
 
-    def __init__(self, number: int, dataset: Batches):
+    def __init__(self, number: int, dataset: Batches) -> None:
         self.number = number
         self.connection, theirs = mp.Pipe()
         self.process = mp.Process(
@@ -114,7 +115,9 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, dataset: Batches, workers: int, activity: Activity, condemn: Callable[[Place, str], None]):
+    def __init__(
+        self, dataset: Batches, workers: int, activity: Activity, condemn: Callable[[Place, str], None]
+    ) -> None:
         self.dataset, self.activity, self.condemn = dataset, activity, condemn
         self._done: dict[int, Any] = {}
         self._suspected: set[Place] = set()  # in hand when a worker was ended from outside, once
@@ -154,10 +157,8 @@ class _Pool:
         return answer
 
     def _send(self, worker: _Worker, number: int, plan: Any) -> None:
-        try:
+        with suppress(OSError):  # it is dead, which `take` finds: what it was given goes to the next
             worker.connection.send((number, plan, self.dataset.known_bad))
-        except OSError:
-            pass  # it is dead, which `take` finds: what it was given goes to the next
 
     def _receive(self, worker: _Worker) -> None:
         """The answers that have come from a worker; buries it if it is dead."""
@@ -179,16 +180,16 @@ class _Pool:
     def _bury(self, worker: _Worker) -> None:
         """Find out what a dead worker died of, and give what it left undone to another in its place."""
         worker.process.join()
-        try:
+        with suppress(Exception):  # what did not come whole is decoded again
             self._drain(worker)
-        except Exception:
-            pass  # what did not come whole is decoded again
-        how, place = _ending(worker.process.exitcode), self.activity.place(worker.number)
+        code = worker.process.exitcode
+        assert code is not None  # it has ended
+        how, place = _ending(code), self.activity.place(worker.number)
         doing = self.activity.text(worker.number) or "nothing yet"
         lines = self.activity.lines()
         worker.connection.close()
         print(f"decoding worker {worker.number} ended by itself ({how}): {doing}", file=sys.stderr, flush=True)
-        if place is not None and (-worker.process.exitcode not in _FROM_OUTSIDE or place in self._suspected):
+        if place is not None and (-code not in _FROM_OUTSIDE or place in self._suspected):
             self.condemn(place, how)
         elif worker.plans or place is not None:
             if place is not None:
@@ -220,7 +221,7 @@ def _ending(code: int) -> str:
 class _Failure:
     """An exception on its way to the training process."""
 
-    def __init__(self, error: Exception):
+    def __init__(self, error: Exception) -> None:
         self.said = traceback.format_exc()
         try:
             self.error = pickle.loads(pickle.dumps(error))

@@ -68,7 +68,9 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
 def image_format(data: bytes, where: str) -> str:
     """The kind of a picture, as the suffix of a file: one of `PICTURE_FORMATS` in lower case."""
     with _picture(data, where) as image:
-        return {"MPO": "jpeg"}.get(image.format, image.format.lower())
+        kind = image.format
+        assert kind is not None  # it was read from a file
+        return {"MPO": "jpeg"}.get(kind, kind.lower())
 
 
 @contextmanager
@@ -109,17 +111,19 @@ def reduced_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, in
 @contextmanager
 def open_sound(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
     """A sound whose header has been checked: what it states is within the bounds, and fits into its bytes."""
-    with reading("sound", where, "give a whole WAV, FLAC, OGG or MP3 file, or leave it out"):
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            if sound.samplerate < 1:
-                raise ValueError(f"a sample rate of {sound.samplerate} Hz")
-            check_bound("sound_rate", sound.samplerate, where, "has too many samples a second")
-            check_bound("sound_channels", sound.channels, where, "has too many channels")
-            check_bound("sound_seconds", sound.frames / sound.samplerate, where, "says that it lasts too many seconds")
-            width = _WIDTHS.get(sound.subtype, 0) if sound.format in _PLAIN_SOUNDS else 0
-            if sound.frames < 0 or sound.frames * width * sound.channels > len(data):
-                raise ValueError(f"its header states {sound.frames} samples, which {len(data)} bytes cannot hold")
-            yield sound
+    with (
+        reading("sound", where, "give a whole WAV, FLAC, OGG or MP3 file, or leave it out"),
+        soundfile.SoundFile(io.BytesIO(data)) as sound,
+    ):
+        if sound.samplerate < 1:
+            raise ValueError(f"a sample rate of {sound.samplerate} Hz")
+        check_bound("sound_rate", sound.samplerate, where, "has too many samples a second")
+        check_bound("sound_channels", sound.channels, where, "has too many channels")
+        check_bound("sound_seconds", sound.frames / sound.samplerate, where, "says that it lasts too many seconds")
+        width = _WIDTHS.get(sound.subtype, 0) if sound.format in _PLAIN_SOUNDS else 0
+        if sound.frames < 0 or sound.frames * width * sound.channels > len(data):
+            raise ValueError(f"its header states {sound.frames} samples, which {len(data)} bytes cannot hold")
+        yield sound
 
 
 def sound_blocks(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:

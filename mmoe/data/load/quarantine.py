@@ -26,7 +26,7 @@ class Quarantine:
     `path` is the ``quarantine.jsonl`` to append to, one object a line.
     """
 
-    def __init__(self, names: list[str], budget: float, path: Path | None):
+    def __init__(self, names: list[str], budget: float, path: Path | None) -> None:
         self.names, self.budget, self.path = names, budget, path
         self.met: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
@@ -61,7 +61,8 @@ class Quarantine:
                 record = json.loads(line)
                 place = numbers.get((record["source"], _tail(record["shard"])))
                 if place is not None and record["reason"].startswith(ENDED_WORKER):
-                    bad[(*place, int(record["row"]))] = record["reason"]
+                    source, shard = place
+                    bad[source, shard, int(record["row"])] = record["reason"]
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a kill
         return bad
@@ -90,9 +91,11 @@ class Quarantine:
         self._new.zero_()
 
     def state_dict(self) -> dict[str, Any]:
+        """Give the counts of the run so far, as a checkpoint holds them."""
         return {"met": dict(+self.met), "lost": dict(+self.lost)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the counts of a checkpoint."""
         self.met, self.lost = Counter(state["met"]), Counter(state["lost"])
 
 

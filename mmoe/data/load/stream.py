@@ -50,7 +50,7 @@ class SequenceDataset:
 
     def __init__(
         self, decoder: Decoder, collator: Collator, group: int, activity: Activity, bounds: Bounds, strict: bool
-    ):
+    ) -> None:
         self.decoder, self.collator, self.group, self.bounds = decoder, collator, group, bounds
         self.activity, self.strict = activity, strict
         self.known_bad: dict[Place, str] = {}  # samples that are not decoded, with the reason
@@ -147,7 +147,7 @@ class Stream:
         replica: int = 0,
         replicas: int = 1,
         quarantine: Path | None = None,
-    ):
+    ) -> None:
         if config.video_backend == "decord":
             require("decord", "data.video_backend")
         check_dealing(sequences, group_sequences, micro_sequences, replicas)
@@ -177,6 +177,7 @@ class Stream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`. Raises ConfigError where it is of another number of sources."""
         self.planner.restore(state["plan"])
         self.quarantine.load_state_dict(state["quarantine"])
 
@@ -226,6 +227,7 @@ def make_collator(
     label_weights: np.ndarray,
     skip: frozenset[Modality] = frozenset(),
 ) -> Collator:
+    """Make what packs documents into batches of the config's shape; the modalities in `skip` get no vectors."""
     return Collator(
         length=config.sequence_length,
         patches=config.patch_budget,

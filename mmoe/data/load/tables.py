@@ -38,17 +38,19 @@ def load_npy(data: bytes, where: str) -> np.ndarray:
 
 def load_npz(data: bytes, where: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` by name, of `names` alone where given. Errors as `load_npy`, and for a missing name."""
-    with reading("set of tables", where, "write it with numpy.savez, without objects"):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            infos = {info.filename.removesuffix(_SUFFIX): info for info in archive.infolist()}
-            if missing := [name for name in names or () if name not in infos]:
-                raise ValueError(f"it has no {', '.join(missing)}, only {', '.join(infos) or 'nothing'}")
-            chosen = {name: infos[name] for name in names or infos}
-            check_bound("array_bytes", sum(i.file_size for i in chosen.values()), where, "unpacks to too many bytes")
-            arrays = {}
-            for name, info in chosen.items():
-                if info.compress_type not in _PACKED:
-                    raise ValueError(f"{name} is packed by method {info.compress_type}, which numpy does not write")
-                # No more than what is stated comes out, whatever the packed bytes hold; then the checksum is compared.
-                arrays[name] = load_npy(archive.read(info), f"{where}: {name}")
-            return arrays
+    with (
+        reading("set of tables", where, "write it with numpy.savez, without objects"),
+        zipfile.ZipFile(io.BytesIO(data)) as archive,
+    ):
+        infos = {info.filename.removesuffix(_SUFFIX): info for info in archive.infolist()}
+        if missing := [name for name in names or () if name not in infos]:
+            raise ValueError(f"it has no {', '.join(missing)}, only {', '.join(infos) or 'nothing'}")
+        chosen = {name: infos[name] for name in names or infos}
+        check_bound("array_bytes", sum(i.file_size for i in chosen.values()), where, "unpacks to too many bytes")
+        arrays = {}
+        for name, info in chosen.items():
+            if info.compress_type not in _PACKED:
+                raise ValueError(f"{name} is packed by method {info.compress_type}, which numpy does not write")
+            # No more than what is stated comes out, whatever the packed bytes hold; then the checksum is compared.
+            arrays[name] = load_npy(archive.read(info), f"{where}: {name}")
+        return arrays

@@ -36,7 +36,7 @@ def is_worker() -> bool:
 class Activity:
     """What each worker does, in memory shared with the training process: a time, a pid, a sample, a line of text."""
 
-    def __init__(self, workers: int):
+    def __init__(self, workers: int) -> None:
         count = max(workers, 1)
         self._shared = (
             torch.zeros(count, 2, dtype=torch.float64).share_memory_(),
@@ -67,6 +67,7 @@ class Activity:
         return None if source < 0 else (source, shard, row)
 
     def text(self, worker: int) -> str:
+        """Give what a worker said last."""
         return self._texts[worker].tobytes().rstrip(b"\0").decode(errors="replace")
 
     def clear(self, worker: int) -> None:
@@ -85,7 +86,7 @@ class Activity:
 class Watchdog:
     """Prints what every worker is doing whenever nothing came for `seconds`; it never ends the run itself."""
 
-    def __init__(self, seconds: float, activity: Activity):
+    def __init__(self, seconds: float, activity: Activity) -> None:
         self.seconds, self.activity = seconds, activity
         self._since: float | None = None  # when the wait in progress began
         self._closed = threading.Event()
@@ -102,6 +103,7 @@ class Watchdog:
             self._since = None
 
     def close(self) -> None:
+        """Stop watching."""
         self._closed.set()
         self._thread.join()
 

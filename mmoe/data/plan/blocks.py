@@ -87,7 +87,7 @@ class PlannedSource:
         tokenizers: Tokenizers,
         storage: Storage,
         block_shards: int = 16,
-    ):
+    ) -> None:
         entry = manifest.splits.get(split)
         if entry is None or not entry.samples:
             raise DataError(f"{folder}/source.json: the split {split} is empty; prepare {name} from more recordings")

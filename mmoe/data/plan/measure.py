@@ -30,10 +30,12 @@ class Measures:
     text_only: np.ndarray  # bool: nothing but text, so it may be cut at any token
 
     def take(self, rows: np.ndarray) -> "Measures":
+        """Give the measures of these rows, by their numbers or a mask."""
         return Measures(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     @staticmethod
     def concatenate(parts: list["Measures"]) -> "Measures":
+        """Join the measures of parts, one or more, in their order."""
         return Measures(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Measures)))
 
 
@@ -48,8 +50,9 @@ def segment_tokens(segments: np.ndarray, tokenizers: Tokenizers, source: str) ->
         tokens[vision] = frames * tokenizers.vision.num_tokens(segments["height"][vision], segments["width"][vision])
     audio = kind == Modality.AUDIO
     if audio.any():
-        frames = tokenizers.audio.num_frames(span[audio], segments["rate"][audio])
-        tokens[audio] = frames * tokenizers.audio.codebooks
+        codec = tokenizers.audio
+        assert codec is not None  # `Tokenizers` refuses sound without a codec
+        tokens[audio] = codec.num_frames(span[audio], segments["rate"][audio]) * codec.codebooks
     tokens[(kind == Modality.INERTIAL) | (kind == Modality.STATE)] = 1
     action = kind == Modality.ACTION
     if action.any():
@@ -163,8 +166,10 @@ def epoch_positions(split: SplitEntry, tokenizers: Tokenizers, source: str) -> i
             total += group.span // tokenizers.config.vision.tubelet * tokens
             total += group.count * (int(group.camera) if group.sliced else 2)
         elif group.modality == "AUDIO":
-            frames = tokenizers.audio.num_frames(round(group.span / group.count), group.rate)
-            total += group.count * (int(frames) * tokenizers.audio.codebooks + 2)
+            codec = tokenizers.audio
+            assert codec is not None  # `Tokenizers` refuses sound without a codec
+            frames = codec.num_frames(round(group.span / group.count), group.rate)
+            total += group.count * (int(frames) * codec.codebooks + 2)
         elif group.modality == "ACTION":
             total += group.count * (tokenizers.actions[source].tokens + 1)
         else:

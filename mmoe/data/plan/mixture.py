@@ -85,7 +85,7 @@ class Stage:
 
     def __init__(
         self, name: str, config: StageConfig, start: int, stop: int, sources: Sequence[SourceSize], used: np.ndarray
-    ):
+    ) -> None:
         """`used` [sources]: expected positions of the earlier stages, which count towards `max_epochs`."""
         self.name, self.config, self.start, self.stop = name, config, start, stop
         self._names = [source.name for source in sources]
@@ -109,7 +109,9 @@ class Stage:
         if self.config.weights is not None:
             weights = np.array([self.config.weights.get(name, 0.0) for name in self._names])
             return weights / weights.sum()
-        first, last = np.broadcast_to(self.config.temperature, 2)
+        temperature = self.config.temperature
+        assert temperature is not None  # without weights a stage has one
+        first, last = temperature if isinstance(temperature, tuple) else (temperature, temperature)
         progress = min(max((position - self.start) / (self.stop - self.start), 0.0), 1.0)
         exponents = np.where(self._drawn, self._logs / (first + (last - first) * progress), -np.inf)
         weights = np.exp(exponents - exponents.max())
@@ -117,7 +119,7 @@ class Stage:
 
     def mean(self, shares: str) -> np.ndarray:
         """[sources] `shares` ("shares" or "wanted") averaged over the stage."""
-        if np.ndim(self.config.temperature) == 0:
+        if not isinstance(self.config.temperature, tuple):
             return getattr(self, shares)(self.start)
         at = self.start + (np.arange(_STEPS) + 0.5) / _STEPS * (self.stop - self.start)
         return np.mean([getattr(self, shares)(position) for position in at], axis=0)
@@ -129,7 +131,7 @@ class Mixture:
     Raises ConfigError where the sources' `max_epochs` leave too little for a stage.
     """
 
-    def __init__(self, stages: dict[str, StageConfig], sources: Sequence[SourceSize], end: int):
+    def __init__(self, stages: dict[str, StageConfig], sources: Sequence[SourceSize], end: int) -> None:
         """`end`: positions of the whole run, where a last stage without `until` ends."""
         self.sources, self.stages = tuple(sources), list[Stage]()
         start, used = 0, np.zeros(len(self.sources))

@@ -43,6 +43,7 @@ class SequencePlan(NamedTuple):
 
     @property
     def documents(self) -> list[DocumentRef]:
+        """Name the document parts one by one, as they are decoded."""
         return [DocumentRef(*part[:-1]) for part in self.parts.tolist()]
 
 
@@ -63,13 +64,14 @@ class PlanState:
     lost: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> "PlanState":
+        """Copy the state with its lists and counts."""
         return PlanState(**asdict(self))
 
 
 class Planner:
     """Plans the sequences of a run over several sources, without end."""
 
-    def __init__(self, sources: list[PlannedSource], mixture: Mixture, limits: Limits, window_documents: int):
+    def __init__(self, sources: list[PlannedSource], mixture: Mixture, limits: Limits, window_documents: int) -> None:
         self.sources, self.mixture, self.limits, self.window_documents = sources, mixture, limits, window_documents
         none = [0] * len(sources)
         self._state = PlanState(drawn=none, served=none.copy(), owed=none.copy())
@@ -80,6 +82,7 @@ class Planner:
 
     @property
     def state(self) -> dict[str, Any]:
+        """Give where the plan stands, as a checkpoint holds it."""
         return asdict(self._state)
 
     @property
@@ -97,6 +100,7 @@ class Planner:
         self._state, self._after = PlanState(**state).copy(), None
 
     def next_sequence(self) -> SequencePlan:
+        """Plan the next sequence; plans another window where this one is used up."""
         if self._after is None:
             self._sequences, self._after = self._plan_window(self._state)
         since = self._after.drawn if self._sequences else self._state.drawn

@@ -20,7 +20,7 @@ from mmoe.tokenizers.text import check_fingerprint
 class Sources:
     """The prepared sources with their manifests, in config order; the order numbers them."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig) -> None:
         self.config, self.storage = config, Storage(config.storage)
         self.names = list(config.sources)
         self.folders = [source.shards for source in config.sources.values()]
@@ -36,6 +36,7 @@ class Sources:
     def planned(
         self, split: str, limits: Limits, tokenizers: Tokenizers, only: list[str] | None = None
     ) -> list[PlannedSource]:
+        """Give the orders of documents of a split, of the sources in `only` where given; each keeps its number."""
         return [
             PlannedSource(number, name, folder, self.manifests[name], split, limits, tokenizers, self.storage)
             for number, (name, folder) in enumerate(zip(self.names, self.folders, strict=True))
@@ -43,6 +44,7 @@ class Sources:
         ]
 
     def files(self, split: str) -> list[SourceFiles]:
+        """Name the shards of a split by source; a source without this split has none."""
         return [
             SourceFiles(name, tuple(join(folder, s.path) for s in self.manifests[name].splits[split].shards))
             if split in self.manifests[name].splits
@@ -59,7 +61,7 @@ def _check_there(config: DataConfig) -> None:
     """Raises DataError naming the first source whose local folder is missing, and what repairs it."""
     for name, source in config.sources.items():
         path = local_path(source.shards)
-        if path is not None and not os.path.exists(path):
+        if path is not None and not os.path.exists(path):  # noqa: PTH110  # false, not an error, where it may not be looked at
             made = shlex.join(["mmoe", "prepare", source.kind, source.input or "INPUT", source.shards])
             raise DataError(
                 f"data.sources.{name}.shards: {source.shards} does not exist{said_nearest(path)}, so source {name} "
@@ -73,7 +75,7 @@ def sizes(config: DataConfig, manifests: dict[str, SourceManifest], tokenizers: 
     for name, source in config.sources.items():
         positions = source.positions
         if positions is None:
-            if name not in manifests:
+            if tokenizers is None or name not in manifests:
                 raise DataError(
                     f"{source.shards} does not exist and data.sources.{name}.positions is not given, so the share of "
                     f"{name} is unknown; prepare the source, or state its positions"

@@ -8,7 +8,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _HEADER = struct.Struct("<4sIQ")  # what it is, CRC-32 and length of the content
@@ -26,12 +26,13 @@ class ByteCache:
     all entries stands in a locked file. Beside the entries, every writing process holds at most one unfinished one.
     """
 
-    def __init__(self, folder: str | Path, limit: int):
+    def __init__(self, folder: str | Path, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
         self._unfinished = self.folder / "unfinished"
         self._unfinished.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> bytes | None:
+        """Give what is kept under `key`, None where there is nothing whole."""
         path = self._path(key)
         try:
             stored = path.read_bytes()
@@ -40,10 +41,8 @@ class ByteCache:
         if (content := _content(stored)) is None:
             path.unlink(missing_ok=True)
             return None
-        try:
+        with suppress(FileNotFoundError):  # evicted by another process since it was read
             _touch(path)
-        except FileNotFoundError:
-            pass  # evicted by another process since it was read
         return content
 
     def put(self, key: str, content: bytes) -> None:

@@ -58,7 +58,7 @@ class ObjectInfo:
 class Remote:
     """The file systems of this process, one for each kind of address. An attempt ends after `timeout_s`."""
 
-    def __init__(self, timeout_s: float, connections: int):
+    def __init__(self, timeout_s: float, connections: int) -> None:
         self.timeout_s, self.connections = timeout_s, connections
         self._systems: dict[str, fsspec.AbstractFileSystem] = {}
 
@@ -70,6 +70,7 @@ class Remote:
         return system.cat_file(path, start=start, end=stop)
 
     def info(self, url: str) -> ObjectInfo:
+        """Ask for size and version of an object; raises what its library does, as for a missing one."""
         system, path = self._at(url)
         if system.protocol[0] in ("http", "https"):  # its own `info` calls every fault a missing file
             found = sync(system.loop, _head, system, path, timeout=self.timeout_s)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +59,7 @@ class StorageStats:
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, **counts: float) -> None:
+        """Add to the counts of these names; threads may do so at once."""
         with self._lock:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
@@ -75,10 +77,11 @@ class StorageStats:
 class Reading:
     """A range that is on its way; `result` waits for it and raises what went wrong."""
 
-    def __init__(self, pieces: list[Future] | Callable[[], bytes]):
+    def __init__(self, pieces: list[Future] | Callable[[], bytes]) -> None:
         self._pieces = pieces
 
     def result(self) -> bytes:
+        """Wait for the bytes and give them."""
         if callable(self._pieces):
             return self._pieces()
         found = [piece.result() for piece in self._pieces]
@@ -88,7 +91,7 @@ class Reading:
 class _Process:
     """What must not be shared with a forked child: event loops, threads, locks."""
 
-    def __init__(self, config: StorageConfig):
+    def __init__(self, config: StorageConfig) -> None:
         self.pid = os.getpid()
         self.remote = Remote(config.timeout_s, config.concurrency)
         self.pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="storage")
@@ -102,7 +105,7 @@ class _Process:
 class Storage:
     """Reads by address. It may be pickled and survives a fork: every process opens connections of its own."""
 
-    def __init__(self, config: StorageConfig | None = None):
+    def __init__(self, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
         self._current: _Process | None = None
         self._inherited: list[_Process] = []  # of the parent: closing its connections here would disturb it there
@@ -145,13 +148,13 @@ class Storage:
             return Reading(lambda: read_file(url, what, start, stop))
         cuts = [*range(start, stop, _REQUEST_BYTES), stop] if stop > start else [start, stop]
         pool = self._process().pool
-        return Reading([pool.submit(self._range, str(url), a, b, what) for a, b in zip(cuts, cuts[1:])])
+        return Reading([pool.submit(self._range, str(url), a, b, what) for a, b in pairwise(cuts)])
 
     def size(self, url: str | Path) -> int | None:
         """Bytes of a file as it is now; None where a remote store does not say."""
         if (path := local_path(url)) is not None:
             try:
-                return os.stat(path).st_size
+                return Path(path).stat().st_size
             except OSError as error:
                 raise local_error(str(url), error, "") from error
         return self._info(str(url)).size
@@ -159,7 +162,7 @@ class Storage:
     def exists(self, url: str | Path) -> bool:
         """Whether there is such a file. Raises StorageError where a remote store does not say."""
         if (path := local_path(url)) is not None:
-            return os.path.exists(path)
+            return os.path.exists(path)  # noqa: PTH110  # false, not an error, where it may not be looked at
         try:
             self._info(str(url))
         except StorageError:

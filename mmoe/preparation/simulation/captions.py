@@ -30,9 +30,9 @@ def _caption(world: World, own_x: float, cars_ahead: np.ndarray) -> str:
             item = min(near, key=lambda item: abs(item.x - own_x))
             phrases.append(f"{item.colour} {item.kind} {side}")
     for limits, own_lane, other_lane in ((CAR_RANGE, "ahead", "oncoming"), (CAR_BEHIND_RANGE, "behind", "passed")):
-        near = [(abs(dx), car) for dx, car in zip(cars_ahead, world.cars) if _within(dx, limits)]
-        if near:
-            car = min(near, key=lambda pair: pair[0])[1]
+        cars = [(abs(dx), car) for dx, car in zip(cars_ahead, world.cars) if _within(dx, limits)]
+        if cars:
+            car = min(cars, key=lambda pair: pair[0])[1]
             phrases.append(f"{car.colour} car {own_lane if car.direction > 0 else other_lane}")
     return ", ".join(phrases)
 

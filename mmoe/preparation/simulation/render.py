@@ -67,6 +67,7 @@ class Rays:
 
 @lru_cache(maxsize=32)
 def rays(camera: Camera, height: int, width: int) -> Rays:
+    """Compute where the pixels of a camera below its horizon meet the ground, and how hazy it is there."""
     mount = RIG[camera]
     focal = width / 2 / tan(mount.field_of_view / 2)
     horizon = height * HORIZON
@@ -163,7 +164,7 @@ def _gantry(signal: str) -> list[Part]:
 class Scene:
     """A world and what happened in it, ready to be photographed at `height` x `width` pixels."""
 
-    def __init__(self, world: World, trajectory: Trajectory, height: int, width: int):
+    def __init__(self, world: World, trajectory: Trajectory, height: int, width: int) -> None:
         self.world, self.trajectory, self.height, self.width = world, trajectory, height, width
         road, light = world.road, NIGHT if world.sky == "dark" else 1.0
         sky = np.array(SKY_RGB[world.sky], dtype=np.float64)
@@ -201,10 +202,10 @@ class Scene:
 
     def photograph(self, camera: Camera, times_ns: np.ndarray) -> np.ndarray:
         """Pictures [N, height, width, 3] u8 taken by `camera` at clip times `times_ns` [N]."""
-        pose = self.trajectory.at(times_ns, "x", "y", "heading")
+        x, y, heading = self.trajectory.at(times_ns, "x", "y", "heading")
         view = rays(camera, self.height, self.width)
-        pictures = self._ground(view, *pose)
-        self._paint_things(pictures, view, RIG[camera], *pose, self.trajectory.cars_at(times_ns))
+        pictures = self._ground(view, x, y, heading)
+        self._paint_things(pictures, view, RIG[camera], x, y, heading, self.trajectory.cars_at(times_ns))
         return pictures
 
     def _ground(self, view: Rays, x: np.ndarray, y: np.ndarray, heading: np.ndarray) -> np.ndarray:
@@ -279,7 +280,7 @@ def _trapezoid(
     picture: np.ndarray, colour: np.ndarray, middle: float, head: int, foot: int, half_head: float, half_foot: float
 ) -> None:
     """Fill rows head..foot of `picture`; a part thinner than a pixel still shows as one."""
-    height, width = picture.shape[:2]
+    height = picture.shape[0]
     foot = max(foot, head + 1)
     if half_head == half_foot:
         left = round(middle - half_head)

@@ -53,7 +53,7 @@ def engine_sound(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.
     (speed,) = trajectory.at(times_ns, "speed")
     phase = 2 * pi * np.cumsum(IDLE_HZ + HZ_PER_SPEED * speed) / rate + rng.uniform(0, 2 * pi)
     wave = sum(np.sin(order * phase) / order for order in (1, 2, 3, 5))
-    wind = rng.standard_normal(len(wave)) * (0.003 * speed)
+    wind = rng.standard_normal(len(speed)) * (0.003 * speed)
     buffer = BytesIO()
     soundfile.write(buffer, (0.2 * wave + wind).clip(-1, 1).astype(np.float32), rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()

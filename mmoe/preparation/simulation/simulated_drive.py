@@ -18,6 +18,7 @@ as for a real rig. A recording has these members:
 """
 
 import json
+from typing import Any, Final
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -35,7 +36,7 @@ from mmoe.preparation.sources.encode import encode_table
 from mmoe.schema.sample import Camera, Modality, Sample
 
 KIND = "simulated_drive"
-CLOCK = "captured"
+CLOCK: Final = "captured"
 REFERENCE = Camera.FRONT
 VECTOR_NAMES = {
     "ACTION": ("steering", "throttle", "brake"),
@@ -93,6 +94,7 @@ class SimulatedDriveConfig(Config):
 
     @property
     def camera_period_ns(self) -> int:
+        """Give the time between two pictures of a camera."""
         return 1_000 * MS // self.camera_fps
 
 
@@ -132,8 +134,8 @@ def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
     }
     members["clip.json"] = json.dumps(clip).encode()
     members[CLOCKS] = Clocks(key, CLOCK, video_name(REFERENCE), clocks).to_bytes()
-    slices = _slices(config, members, clocks, reference_ns, texts, key)
-    return Sample(key, key, members, slices.segments, slices.flags)
+    built = _slices(config, members, clocks, reference_ns, texts, key)
+    return Sample(key, key, members, built.segments, built.flags)
 
 
 def recording_key(number: int) -> str:
@@ -175,7 +177,7 @@ def _slices(
 ) -> Slices:
     """The members of every slice: what each stream held at the reference, and the action from there on."""
 
-    def stream(modality: Modality, member: str, max_gap_ns: int, **fields) -> Stream:
+    def stream(modality: Modality, member: str, max_gap_ns: int, **fields: Any) -> Stream:
         return Stream(member, modality, clocks[member], member, max_gap_ns, **fields)
 
     streams = []

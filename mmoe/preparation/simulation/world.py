@@ -55,6 +55,7 @@ class Road:
 
     @classmethod
     def generate(cls, rng: np.random.Generator, length: float) -> "Road":
+        """Draw a road that reaches beyond both ends of x = 0 to `length` metres."""
         wavenumber = 2 * np.pi / rng.uniform((24.0, 32.0, 46.0), (30.0, 42.0, 70.0))
         # Waves are drawn by the curvature they add, not by their height: short ones steer as much as long ones.
         curvature = rng.uniform((0.045, 0.02, 0.0), (0.06, 0.04, 0.01))
@@ -72,6 +73,7 @@ class Road:
         return sum(a * sin(k * x + p) for a, k, p in self.waves)
 
     def slope(self, x: float) -> float:
+        """Compute the slope f'(x) at one point."""
         return sum(a * k * cos(k * x + p) for a, k, p in self.waves)
 
     def row(self, x: np.ndarray) -> np.ndarray:
@@ -87,6 +89,8 @@ class Road:
 
 @dataclass(frozen=True)
 class Landmark:
+    """Stands beside the road at `x` metres along it."""
+
     kind: str
     colour: str
     x: float
@@ -94,6 +98,7 @@ class Landmark:
 
     @property
     def side(self) -> str:
+        """Tell the side of the road as captions do: left or right."""
         return "left" if self.lateral > 0 else "right"
 
 
@@ -108,10 +113,12 @@ class Car:
 
     @property
     def lateral(self) -> float:
+        """Give the metres left of the centre line; negative is right."""
         return LANE / 2 if self.role == "oncoming" else -LANE / 2
 
     @property
     def direction(self) -> int:
+        """Give the sign of its motion along x."""
         return -1 if self.role == "oncoming" else 1
 
 
@@ -142,8 +149,8 @@ class World:
             cars.append(Car("lead", _pick(rng, CAR_COLOURS), rng.uniform(13.0, 22.0), rng.uniform(9.0, 12.0)))
         if rng.random() < 0.7:
             cars.append(Car("follower", _pick(rng, CAR_COLOURS), rng.uniform(7.0, 12.0), 0.0))
-        for x in _spaced(rng, 15.0, length + 60.0, 25.0, 90.0):
-            cars.append(Car("oncoming", _pick(rng, CAR_COLOURS), x, -9.0))
+        ahead = _spaced(rng, 15.0, length + 60.0, 25.0, 90.0)
+        cars.extend(Car("oncoming", _pick(rng, CAR_COLOURS), x, -9.0) for x in ahead)
         return cls(
             road,
             _pick(rng, tuple(SKY_RGB)),

@@ -37,6 +37,8 @@ _SOUNDS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".c
 
 
 class AudioTextConfig(Config):
+    """Says how sounds with their words are read."""
+
     # What is held out as a whole of a tree <speaker>/<chapter>/; a speaker on both sides makes the task easier.
     tree_recording: Literal["speaker", "chapter"] = "speaker"
     duration_tolerance_s: float = Field(0.01, ge=0)  # manifests round: two decimals are off by up to this
@@ -91,11 +93,11 @@ def _manifest(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> It
         key = f"{stem}-{number:06d}"
         try:
             name = jsonl.text_of(row, "audio_filepath", where)
-            times = {field: _seconds(row, field, where) for field in ("duration", "offset")}
+            duration, offset = _seconds(row, "duration", where), _seconds(row, "offset", where)
         except Refused as refusal:
             quarantine(key, refusal)
             continue
-        stated = _Stated(**times, tolerance=config.duration_tolerance_s)
+        stated = _Stated(duration=duration, offset=offset, tolerance=config.duration_tolerance_s)
         recording = _speaker(row) or name  # pieces of one file belong together
         yield Item(key, recording, partial(_sample, key, recording, path.parent / name, row.get("text"), stated, where))
 
@@ -116,11 +118,11 @@ def _tree(
             continue
         for number, line in enumerate(lines, start=1):
             where = f"{transcript}, line {number}"
-            name, _, words = line.strip().partition(b" ")
+            name, _, rest = line.strip().partition(b" ")
             if not name:
                 continue
             try:
-                place, words = folder / jsonl.decode(name, where, 0), jsonl.decode(words, where, len(name) + 1)
+                place, words = folder / jsonl.decode(name, where, 0), jsonl.decode(rest, where, len(name) + 1)
             except Refused as refusal:
                 quarantine(where, refusal)
                 continue

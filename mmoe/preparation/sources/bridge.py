@@ -32,6 +32,8 @@ CameraName = Literal["front", "front_left", "front_right", "back", "back_left", 
 
 
 class BridgeConfig(EpisodeConfig):
+    """Says how Bridge episodes are read."""
+
     # The rig camera whose embedding tells each view from the others; null: none.
     cameras: dict[str, CameraName | None] = Field(
         {"0": "front", "1": "front_left", "2": "front_right", "3": "back"}, min_length=1
@@ -63,8 +65,12 @@ def items(path: Path, config: BridgeConfig, quarantine: Quarantine) -> Iterator[
 
 def _checked(row: dict[str, Any], config: BridgeConfig, where: str) -> tuple[int, list[int]]:
     steps, cameras = row.get("steps"), row.get("cameras")
-    counted = type(steps) is int and 1 <= steps <= _LONGEST
-    if not counted or not isinstance(cameras, list) or any(type(camera) is not int for camera in cameras):
+    if (
+        type(steps) is not int
+        or not 1 <= steps <= _LONGEST
+        or not isinstance(cameras, list)
+        or any(type(camera) is not int for camera in cameras)
+    ):
         said = f"steps {jsonl.shown(steps)} and cameras {jsonl.shown(cameras)}"
         message = f"{where}: {said} are not a count and a list of numbers; repair it"
         raise Refused("malformed row", message)

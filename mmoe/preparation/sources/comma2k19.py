@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -75,13 +75,15 @@ _VIDEOS = ("video.hevc", "video.mp4", "video.mkv")
 
 
 class Comma2k19Config(Config):
+    """Says how comma2k19 segments are cut into clips."""
+
     slices: int = Field(8, ge=1)  # time slices of a clip
     slice_period_ns: int = Field(500 * MS, ge=PERIOD_NS)
     lookahead: int = Field(20, ge=1, le=_FURTHEST)  # actions after a clip in its table
     max_gap_ns: int = Field(
         100 * MS, ge=0, le=400 * MS
     )  # age of a speed, steering or inertial reading beyond which it is absent
-    skew: sync.skew_option(_SKEW) = _SKEW
+    skew: Annotated[sync.SkewPolicy, sync.completed_from(_SKEW)] = _SKEW
     causal: bool = True
     repeats: Literal["refuse", "drop"] = "refuse"  # drop: only readings that equal the one before, time and value
     picture_quality: int = Field(92, ge=1, le=100)  # JPEG, of the frames taken from the video
@@ -287,7 +289,7 @@ def _pictures(
         # A raw stream has no times: its frames are those of `frame_times`, in order.
         for count, frame in enumerate(container.decode(video=0), start=1):
             check_bound("film_frames", count, where, "has frames")
-            in_damage = frame.is_corrupt or in_damage and not frame.key_frame
+            in_damage = frame.is_corrupt or (in_damage and not frame.key_frame)
             if count - 1 in wanted:
                 buffer = io.BytesIO()
                 frame.to_image().save(buffer, "JPEG", quality=quality)

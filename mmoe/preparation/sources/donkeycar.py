@@ -37,6 +37,8 @@ _PICTURE = "cam/image_array"
 
 
 class DonkeycarConfig(Config):
+    """Says how donkeycar tubs are cut into clips."""
+
     slices: int = Field(5, ge=1)  # time slices of a clip
     lookahead: int = Field(20, ge=0, le=40)  # records after a clip in its action table; within the split's gap
 

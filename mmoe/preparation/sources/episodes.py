@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.load.media import image_size
-from mmoe.preparation.slices import CLOCKS, Clocks, Stream, build_slices
+from mmoe.preparation.slices import CLOCKS, Choice, Clocks, Stream, build_slices
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.jsonl import encode_text
 from mmoe.preparation.sync import SkewPolicy
@@ -64,6 +64,7 @@ def windows(rows: int, config: EpisodeConfig) -> Iterator[range]:
 
 
 def camera_of(name: str | None) -> int:
+    """Find the number of a rig camera by its name in lower case; none has NO_CAMERA."""
     return NO_CAMERA if name is None else Camera[name.upper()]
 
 
@@ -79,15 +80,16 @@ def clip(key: str, episode: Episode, rows: range, views: list[View], config: Epi
         members.update(zip(names, view.pictures, strict=True))
         sizes = [image_size(picture, f"{where}, {view.name}") for picture in view.pictures]
         file_ns = None if view.file_ns is None else view.file_ns - origin_ns
-        look = {"camera": view.camera, "size": sizes, "file_ns": file_ns}
-        streams.append(Stream(view.name, Modality.VISION, reference_ns, names, max_gap_ns=0, **look))
+        streams.append(
+            Stream(view.name, Modality.VISION, reference_ns, names, 0, camera=view.camera, size=sizes, file_ns=file_ns)
+        )
     first, last = max(rows[0] - 1, 0), min(rows[-1] + 1 + config.lookahead, len(episode_ns))
     spans = {Modality.STATE: (rows[0], rows[-1] + 1), Modality.ACTION: (first, last)}
     for modality, table in episode.tables.items():
         start, stop = spans[modality]
         member = {Modality.STATE: "state.npy", Modality.ACTION: "actions.npy"}[modality]
         members[member] = encode_table(table[start:stop])
-        choice = "first" if modality is Modality.ACTION else "last"
+        choice: Choice = "first" if modality is Modality.ACTION else "last"
         streams.append(
             Stream(modality.name.lower(), modality, episode_ns[start:stop], member, max_gap_ns=0, choice=choice)
         )

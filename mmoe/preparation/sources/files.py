@@ -5,11 +5,11 @@ bounds allow. Names that begin with a dot are hidden on purpose, and no reader l
 for is not passed over in silence: `pass_over` writes it into the list of what was refused.
 """
 
+import io
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 from mmoe.preparation.sources.base import Quarantine, Refused
 from mmoe.schema.bounds import bounds, check_bound
@@ -17,7 +17,7 @@ from mmoe.schema.bounds import bounds, check_bound
 OTHER_KIND = "file of another kind"
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, open for reading. Raises OSError for anything else, and for a name that no file can have."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # first: opening some devices does something
@@ -25,7 +25,7 @@ def open_regular(path: Path) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a name with a NUL, or with what no file system can spell
         raise OSError(0, f"no file can have this name: {error}") from error
-    file = open(descriptor, "rb")
+    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         file.close()
         raise OSError(0, "it is no regular file")
@@ -66,10 +66,8 @@ def listing(root: Path, quarantine: Quarantine) -> list[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         # Only folders behind links are not walked into: a link to what holds it would never end.
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in links + names:
-            if not name.startswith("."):
-                found.append(Path(folder, name))
+        links = [name for name in folders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114  # false, not an error
+        found += [Path(folder, name) for name in links + names if not name.startswith(".")]
     files = []
     for path in sorted(found):
         name = path.relative_to(root).as_posix()

@@ -5,13 +5,16 @@ Times are int64 ns after the start of the chosen video stream, the origin of `Vi
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
 from av.stream import Disposition
+from av.video.stream import VideoStream
 
 from mmoe.data.load.containers import open_container, translated
 from mmoe.preparation import sync
@@ -51,9 +54,11 @@ class Run:
 
     @property
     def times_ns(self) -> np.ndarray:
+        """Give the time of every sample, counted from the first at the rate."""
         return self.start_ns + np.arange(len(self.wave), dtype=np.int64) * sync.SECOND_NS // self.rate
 
     def flac(self) -> bytes:
+        """Encode the samples as FLAC, clipped to full scale."""
         return encode_flac(self.wave.clip(-1, 1), self.rate)
 
 
@@ -79,7 +84,9 @@ def open_film(file: Path, video: Choice, sound: Choice | Literal["none"]) -> Fil
     return film
 
 
-def _choose(container: av.container.InputContainer, kind: str, choice: Choice, file: Path) -> av.stream.Stream | None:
+def _choose(
+    container: av.container.InputContainer, kind: Literal["video", "audio"], choice: Choice, file: Path
+) -> av.stream.Stream | None:
     """The stream of this kind; with no choice the first, where that is also FFmpeg's best."""
     streams = [s for s in container.streams if s.type == kind and s.codec_context is not None]
     found = [s for s in streams if not s.disposition & Disposition.attached_pic]
@@ -106,10 +113,10 @@ _OPTIONS = {"video": "video_stream", "audio": "audio_stream"}
 
 
 def _about(stream: av.stream.Stream) -> str:
-    context = stream.codec_context
-    if stream.type == "video":
-        return f"{context.name} {context.width}x{context.height}"
-    return f"{context.name} {context.sample_rate} Hz"
+    if isinstance(stream, VideoStream):
+        return f"{stream.codec_context.name} {stream.codec_context.width}x{stream.codec_context.height}"
+    assert isinstance(stream, AudioStream)
+    return f"{stream.codec_context.name} {stream.codec_context.sample_rate} Hz"
 
 
 def _stated_length(container: av.container.InputContainer, stream: av.stream.Stream) -> int:
@@ -118,12 +125,12 @@ def _stated_length(container: av.container.InputContainer, stream: av.stream.Str
     return container.duration * 1000 if container.duration else 0  # AV_TIME_BASE is microseconds
 
 
-def _ns(ticks: int, base) -> int:
+def _ns(ticks: int, base: Fraction) -> int:
     return round(ticks * sync.SECOND_NS * base.numerator / base.denominator)
 
 
 def _origin(stream: av.stream.Stream) -> int:
-    return _ns(stream.start_time, stream.time_base) if stream.start_time else 0
+    return _ns(stream.start_time, stream.time_base) if stream.start_time and stream.time_base else 0
 
 
 @lru_cache(maxsize=4)

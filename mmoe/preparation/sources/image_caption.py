@@ -19,6 +19,8 @@ from mmoe.schema.sample import Sample
 
 
 class ImageCaptionConfig(Config):
+    """Says which fields of a row are the captions of its picture."""
+
     captions: tuple[str, ...] = Field(("caption",), min_length=1)  # fields of a row; null or absent after the first
 
 

@@ -44,6 +44,8 @@ CameraName = Literal["front", "front_left", "front_right", "back", "back_left", 
 
 
 class LeRobotConfig(EpisodeConfig):
+    """Says which features of a LeRobot dataset are read, and how its episodes are cut."""
+
     # Which rig camera's embedding each picture feature takes, null for none; features left out are not read, with {}
     # no pictures. May be left out (null) where there is one at most, which is then read.
     cameras: dict[str, CameraName | None] | None = None
@@ -131,9 +133,10 @@ def _open(path: Path, config: LeRobotConfig) -> _Dataset:
             + '": front, ...}, or cameras={} '
             "to read no pictures"
         )
-    cameras = {key: None for key in pictures} if config.cameras is None else config.cameras
-    vectors = {Modality.STATE: config.state, Modality.ACTION: config.action}
-    wanted = [*cameras, *(key for key in vectors.values() if key is not None)]
+    cameras: dict[str, CameraName | None] = dict.fromkeys(pictures) if config.cameras is None else config.cameras
+    chosen = {Modality.STATE: config.state, Modality.ACTION: config.action}
+    vectors = {modality: key for modality, key in chosen.items() if key is not None}
+    wanted = [*cameras, *vectors.values()]
     for key in wanted:
         if key not in features:
             raise DataError(
@@ -142,7 +145,6 @@ def _open(path: Path, config: LeRobotConfig) -> _Dataset:
     for key in cameras:
         if key not in pictures:
             raise DataError(f"{path}: feature {key!r} is {features[key]['dtype']}, not pictures; correct cameras")
-    vectors = {modality: key for modality, key in vectors.items() if key is not None}
     if not cameras and not vectors:
         raise DataError(f"{path}: the options cameras, state and action leave nothing to read; name one of them")
     return _Dataset(path, info, cameras, vectors)
@@ -195,7 +197,7 @@ def _numbered(names: tuple[str, ...]) -> tuple[str, ...]:
     given, unique = set(names), []
     for name in names:
         number, new = 1, name
-        while new in unique or number > 1 and new in given:
+        while new in unique or (number > 1 and new in given):
             number += 1
             new = f"{name}_{number}"
         unique.append(new)
@@ -255,7 +257,9 @@ def _clip(
     where = f"{dataset.root}, {name}"
     tables = {modality: _vectors(table[feature], f"{file}, {feature}") for modality, feature in dataset.vectors.items()}
     texts = [tasks.get(task, "") for task in table["task_index"].to_pylist()]
-    views, flags = [], Counter()
+    views = []
+    flags: Counter[str] = Counter()
+    view: tuple[str, list[bytes], np.ndarray | None]
     for feature, camera in dataset.cameras.items():
         if feature in inside:
             view = _stored_view(table[feature], rows, feature, f"{file}, {feature}")

@@ -21,10 +21,10 @@ ACTION    ``actions.npy`` [N, 2]   every 50 ms the steering wheel's angle in rad
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -64,10 +64,12 @@ _MISSING_FILE = "picture file is missing"
 
 
 class NuscenesConfig(Config):
+    """Says how nuScenes scenes are cut into clips."""
+
     slices: int = Field(4, ge=1)  # time slices of a clip
     causal: bool = True
     reference: Channel = "CAM_BACK_LEFT"  # ends the sweep; without `causal`, CAM_FRONT is as good
-    skew: sync.skew_option(_SKEW) = _SKEW
+    skew: Annotated[sync.SkewPolicy, sync.completed_from(_SKEW)] = _SKEW
     camera_gap_ns: int = Field(150 * MS, ge=0)  # from the reference, beyond which a key frame is that of another slice
     max_gap_ns: int = Field(
         200 * MS, ge=0, le=400 * MS
@@ -102,7 +104,8 @@ def items(path: Path, config: NuscenesConfig, quarantine: Quarantine) -> Iterato
 
 
 def _sample(clip: _Clip, config: NuscenesConfig, root: Path) -> Sample:
-    scene, flags = clip.scene, Counter()
+    scene = clip.scene
+    flags: Counter[str] = Counter()
     whole_ns = scene.frames[config.reference].times_ns
     origin_ns = int(whole_ns[clip.references[0]])
     reference_ns = whole_ns[slice(*clip.references)] - origin_ns
@@ -140,11 +143,18 @@ def _camera(
     flags: Counter[str],
 ) -> Stream:
     """The key frames of a camera that the slices of a clip can choose from, with their pictures in `members`."""
-    choice = "last" if config.causal else "nearest"
-    common = {"max_gap_ns": config.camera_gap_ns, "choice": choice, "camera": CAMERAS[channel]}
+    stream = Stream(
+        channel,
+        Modality.VISION,
+        np.zeros(0, np.int64),
+        [],
+        config.camera_gap_ns,
+        choice="last" if config.causal else "nearest",
+        camera=CAMERAS[channel],
+    )
     frames = clip.scene.frames.get(channel)
     if frames is None:
-        return Stream(channel, Modality.VISION, np.zeros(0, np.int64), [], **common)
+        return stream
     times_ns = frames.times_ns - origin_ns
     near = (times_ns >= reference_ns[0] - config.camera_gap_ns) & (times_ns <= reference_ns[-1] + config.camera_gap_ns)
     rows, names, sizes, file_ns = [], [], [], []
@@ -164,8 +174,7 @@ def _camera(
         sizes.append(image_size(picture, str(file)))
         file_ns.append(int(stamp[1]) * 1000 - origin_ns)
         members[names[-1]] = picture
-    file_ns = np.array(file_ns, np.int64)
-    return Stream(channel, Modality.VISION, times_ns[rows], names, size=sizes, file_ns=file_ns, **common)
+    return replace(stream, times_ns=times_ns[rows], member=names, size=sizes, file_ns=np.array(file_ns, np.int64))
 
 
 def _table(

@@ -40,13 +40,15 @@ _BORDERS = tuple(
     for pattern in (
         rb"\n\r?\n",
         rb"\n",
-        rb"[.!?] |" + "|".join("。！？").encode(),
+        rb"[.!?] |" + "|".join("。！？").encode(),  # noqa: RUF001  # the marks of Chinese and Japanese
         rb"[ \t]|" + "、|　".encode(),
     )
 )
 
 
 class TextReaderConfig(Config):
+    """Says how documents are found in text files."""
+
     max_bytes: int = Field(3000, ge=64)  # of one document cut from a .txt file
     field: str = "text"  # of a .jsonl line, or the column of a .parquet file
 
@@ -123,8 +125,8 @@ def _text_documents(file: Path, config: TextReaderConfig) -> _Documents:
                 left = len(error.object) - len(block)
                 decode(error.object, file, at - left)
             at += len(block)
-        left = decoder.getstate()[0]
-        decode(left, file, at - len(left))
+        ending = decoder.getstate()[0]
+        decode(ending, file, at - len(ending))
     with _open(file) as stream:
         rest = stream.read(_BLOCK)
         at = len(BOM) if rest.startswith(BOM) else 0
@@ -229,7 +231,7 @@ def _parquet(file: Path) -> pq.ParquetFile:
 class _Forward:
     """Byte ranges of a compressed file; cheap as long as they are asked for in order."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path) -> None:
         self._file, self._stream, self._at = file, _open(file), 0
 
     def read(self, start: int, stop: int) -> bytes:

@@ -57,6 +57,8 @@ class _Line(NamedTuple):
 
 
 class VideoConfig(Config):
+    """Says which streams of a film are read, and how it is cut into clips."""
+
     slices: int = Field(8, ge=1)  # time slices of a clip
     slice_period_ns: int = Field(500 * MS, ge=20 * MS)
     video_stream: int | Literal["best"] | None = None  # number in the file
@@ -163,21 +165,25 @@ def _clip(
     packets = packet_times(film)
     container_ns = packets[film.video]
     stated_ns = container_ns[sync.nearest(container_ns, file_ns)] - origin_ns
-    look = {"size": video.size, "file_ns": stated_ns}
-    streams = [Stream("video", Modality.VISION, reference_ns, names, max_gap_ns=0, **look)]
+    streams = [Stream("video", Modality.VISION, reference_ns, names, 0, size=video.size, file_ns=stated_ns)]
 
     flags: Counter[str] = Counter({DAMAGED: sum(frame in video.damaged for frame in frames.tolist())})
     runs = _sound(film, int(file_ns[0]) - config.slice_period_ns + 1, int(file_ns[-1]), config, flags)
     for number, run in enumerate(runs):
         member = f"sound-{number}.flac"
         members[member] = run.flac()
-        heard = {
-            "window": config.slice_period_ns * run.rate // sync.SECOND_NS,
-            "rate": run.rate,
-            "file_ns": run.file_ns - origin_ns,
-        }
-        times_ns = run.times_ns - origin_ns
-        streams.append(Stream(member, Modality.AUDIO, times_ns, member, max_gap_ns=SKEW_BUDGET_NS, **heard))
+        streams.append(
+            Stream(
+                member,
+                Modality.AUDIO,
+                run.times_ns - origin_ns,
+                member,
+                SKEW_BUDGET_NS,
+                window=config.slice_period_ns * run.rate // sync.SECOND_NS,
+                rate=run.rate,
+                file_ns=run.file_ns - origin_ns,
+            )
+        )
     slices = build_slices(reference_ns, streams, sync.SkewPolicy(budget_ns=SKEW_BUDGET_NS), str(film.file))
     segments = _whole_pieces(slices.segments, config.slice_period_ns)
     if last:

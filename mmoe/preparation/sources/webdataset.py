@@ -35,6 +35,8 @@ _META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
 
 
 class WebDatasetConfig(Config):
+    """Says which tars of a folder are read, and where captions stand."""
+
     tars: str = "**/*.tar"  # which files of a folder, as a glob
     caption: str = "caption"  # field of the .json members
 
@@ -107,7 +109,7 @@ def _groups(tar: Path, name: str, quarantine: Quarantine) -> Iterator[_Group]:
         ):
             size = tar.stat().st_size
             for info in file:
-                file.members = []  # which would otherwise keep every header
+                file.members = []  # type: ignore[attr-defined]  # not in the stubs; it would keep every header
                 if info.isdir() or _META.match(info.name):
                     continue
                 if fault := _fault(info, size):
@@ -184,11 +186,11 @@ def _picture_and_text(group: _Group, tar: Path) -> tuple[str, str]:
 
 
 def _sample(tar: Path, key: str, members: dict[str, tuple[int, int]], caption: str) -> Sample:
-    (picture, data), (text, words) = ((name, read_member(tar, *at)) for name, at in members.items())
+    (picture, data), (text, said) = ((name, read_member(tar, *at)) for name, at in members.items())
     where = f"{tar}: {key}.{text}"
     if text.endswith("json"):
-        words = jsonl.text_of(jsonl.parse_row(words, where, 0, where), caption, where)
-    elif not (words := jsonl.decode(words, where, 0)).strip():
+        words = jsonl.text_of(jsonl.parse_row(said, where, 0, where), caption, where)
+    elif not (words := jsonl.decode(said, where, 0)).strip():
         raise Refused("empty text", f"{where} is blank; give it a text or leave the sample out")
     suffix = f".{picture.rpartition('.')[2]}"
     return captioned(key, key, data, suffix, f"{tar}: {key}.{picture}", words, where)
