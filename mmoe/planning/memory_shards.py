@@ -13,7 +13,7 @@ from torch import nn
 
 from mmoe.models.decoder import ModelConfig
 from mmoe.parallel.mesh import Degrees
-from mmoe.recipe.config import RunConfig
+from mmoe.precision.config import PrecisionConfig
 
 TABLES = ("embeddings.token.weight", "unembedding.weight")
 
@@ -60,14 +60,16 @@ class Shard:
         return here * prod(self.shape) // max(rows, 1)
 
 
-def shards(config: RunConfig, model: nn.Module, degrees: Degrees, place: Place) -> list[Shard]:
+def shards(
+    config: ModelConfig, precision: PrecisionConfig, model: nn.Module, degrees: Degrees, place: Place
+) -> list[Shard]:
     """Of every parameter of `model` (as `on_meta` gives it), in its order."""
-    found, precision = [], config.precision
+    found = []
     narrow = 2 if precision.compute == "bfloat16" else precision.parameter_dtype.itemsize
     for name, parameter in model.named_parameters():
         shape, parts = list(parameter.shape), name.split(".")
         expert = "experts" in parts
-        dim = _tensor_dim(parts, name, config.model, degrees.tp)
+        dim = _tensor_dim(parts, name, config, degrees.tp)
         if expert:
             shape[0] //= degrees.ep
         elif dim is not None:
