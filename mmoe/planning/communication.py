@@ -85,7 +85,7 @@ class Communication:
         units = by_unit(self.shards)
         rooted = "" in units
         for unit, held in units.items():
-            axis = "expert_shard" if held[0].expert else "fsdp"
+            axis = held[0].unit.axis
             gathers = {1: 1, 2: steps, 3: passes * steps}[zero]
             if unit == "":  # the root stays gathered for the losses; that of a pipeline stage for the whole step
                 gathers = 1 if zero == 1 or self.degrees.pp > 1 else steps
