@@ -36,6 +36,7 @@ from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.dry_run_batch import Assumed, Documents
 from mmoe.recipe.config import RunConfig
+from mmoe.recipe.resolved import ResolvedRun
 from mmoe.result import print_result, target
 from mmoe.training.gradients import StepSetting, step_gradients
 
@@ -66,23 +67,24 @@ class Side:
     """One process's part of a layout, or its copy alone: `step` trains one step."""
 
     def __init__(self, layout: str | None):
-        self.config = config_of(layout)
-        self.assumed = Assumed.of(self.config, VOCABULARY)
-        device, config = torch.device("cpu"), self.config
+        device, config = torch.device("cpu"), config_of(layout)
+        self.resolved = ResolvedRun.of(config, None if layout is None else RANKS)
+        self.assumed = Assumed.of(config.tokenizers, 1, VOCABULARY)
         self.mesh: Mesh | None = None
         ranks: Ranks = OneProcess()
         if layout is None:
             self.model = config.model.build(self.assumed.inputs, 0)
         else:
-            self.mesh = Mesh(Degrees.of(config.parallel, RANKS))
-            self.model, ranks = spread(config, self.assumed.inputs, 1, 0, self.mesh, device)
+            self.mesh = Mesh(self.resolved.degrees)
+            self.model, ranks = spread(self.resolved, self.assumed.inputs, 1, 0, self.mesh, device)
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optim.adamw, None)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4
-        self.documents = Documents.of(config, config.batch_of(ranks.replicas).micro_batch_sequences, DOCUMENTS)
-        self.setting = StepSetting.of(config, self.assumed.vocabulary, device, ranks)
-        self.counts = self.documents.counts(config.batch.sequences, self.assumed)
+        batch, patches = self.resolved.batch, config.tokenizers.vision.max_patches
+        self.documents = Documents.of(config.data, patches, batch.micro_batch_sequences, DOCUMENTS)
+        self.setting = StepSetting.of(self.resolved, self.assumed.vocabulary, device, ranks)
+        self.counts = self.documents.counts(batch.sequences, self.assumed)
         self.batch = self.documents.batch(self.assumed)
 
     def gradients(self) -> None:
@@ -102,11 +104,10 @@ class Side:
         with CommunicationTrace(self.mesh) as trace:
             self.gradients()
         self.optimizer.zero_grad()
-        degrees = self.mesh.degrees
         with torch.device("meta"):
-            whole = type(self.model)(self.config.model, self.assumed.inputs)
+            whole = type(self.model)(self.resolved.model, self.assumed.inputs)
         micro = MicroBatch(self.documents.sequences * self.documents.labels, self.documents.sequences * DOCUMENTS)
-        return trace.take(), Communication(self.config, degrees, whole).step(micro, sources=1)
+        return trace.take(), Communication(self.resolved, whole).step(micro, sources=1)
 
 
 def serve(rank: int, store: str, layouts: list[str], results: Any) -> None:

@@ -41,9 +41,9 @@ from mmoe.commands.console import Console
 from mmoe.config.load import load, merge, validate
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.losses.total import PlannedCounts
-from mmoe.parallel.build import degrees_of
 from mmoe.preparation.ready import ensure_prepared
 from mmoe.recipe.config import RunConfig
+from mmoe.recipe.resolved import ResolvedRun
 from mmoe.result import print_result, target
 from mmoe.training.gradients import step_gradients
 from mmoe.training.run import Run
@@ -196,7 +196,7 @@ def layout_of(name: str, reference: RunConfig, degrees: dict[str, int], config: 
     if micro is not None and share:
         changes["training"] = {"micro_batch_sequences": max(n for n in range(1, micro + 1) if share % n == 0)}
     found = changed(reference, changes)
-    degrees_of(found, processes)
+    ResolvedRun.of(found, processes)
     return Layout(name, found, processes)
 
 

@@ -12,6 +12,7 @@ from mmoe.interchange.start import start
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.monitoring.progress import ProgressBar
 from mmoe.monitoring.summary import METRICS
+from mmoe.parallel.mesh import check_one_process
 from mmoe.preparation.ready import ensure_prepared
 from mmoe.recipe.config import RunConfig
 from mmoe.reporting.report import write_report
@@ -39,7 +40,8 @@ def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int |
     _check_options(fresh, from_step)
     folder = Path(config.training.run)
     with PeakMemory() as memory:
-        with processes(config.parallel, folder, console) as world:
+        with processes(config.parallel.timeout_seconds, folder, console) as world:
+            check_one_process(config.parallel)
             same_config(dump(config))
             if fresh:
                 first_alone(lambda: check_start_over(folder))  # before anything is prepared
@@ -94,7 +96,7 @@ def _check_options(fresh: bool, from_step: int | None) -> None:
 def _introduce(run: Run, console: Console) -> None:
     parameters = run.ranks.parameters(run.model)
     console.print(f"{run.folder}: {parameters:,} parameters on {run.device}, {run.tokenizers.vocabulary.size} ids")
-    batch = run.config.batch_of(run.ranks.replicas)
+    batch = run.resolved.batch
     for table in (*run.ranks.tables(), batch.table(), run.config.optim.describe(batch)):
         console.print(table)
 

@@ -3,6 +3,7 @@
 All that is trainable about a modality before the first block lives here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from mmoe.errors import ConfigError
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.sample import Camera, Modality
+from mmoe.tokenizers.actions import ActionConfig
+from mmoe.tokenizers.vision import COORDINATES
 
 SHORTEST_PERIOD_NS = 2_000_000
 PERIODS = 22  # doubling from 2 ms to 70 minutes
@@ -29,6 +32,21 @@ class ModelInputs:
     state_dim: int = 0
     action_chunk: int = 0
     action_dim: int = 0
+
+    @classmethod
+    def of(cls, vocabulary_size: int, dims: Mapping[Modality, int], action: ActionConfig) -> "ModelInputs":
+        """Take the numbers of a vector of each modality in `dims`, 0 where no source has it; those of a patch end with
+        its coordinates, and actions that are ids have no vectors."""
+        patch = dims[Modality.VISION]
+        return cls(
+            vocabulary_size=vocabulary_size,
+            patch_dim=patch - COORDINATES if patch else 0,
+            patch_coordinates=COORDINATES if patch else 0,
+            inertial_dim=dims[Modality.INERTIAL],
+            state_dim=dims[Modality.STATE],
+            action_chunk=action.chunk,
+            action_dim=0 if action.mode == "discrete" else dims[Modality.ACTION],
+        )
 
 
 class TokenTable(Protocol):

@@ -16,8 +16,6 @@ import torch
 
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
-from mmoe.parallel.mesh import Degrees
-from mmoe.recipe.config import RunConfig
 
 # Products of attention in the backward pass, scores computed again among them, over the two of the forward pass (Dao et
 # al. 2022).
@@ -66,21 +64,25 @@ def model_flops(config: ModelConfig, inputs: ModelInputs, documents: list[int]) 
 
 @dataclass(frozen=True)
 class RankWork:
-    """Of a micro-batch on one rank: `documents` of its data replica, `labels`, rows at its experts in each layer."""
+    """Of a micro-batch on one rank: `documents` of its data replica, `labels`, rows at its experts in each layer.
+
+    So many `sequence_ranks` share the positions, and of them `tp` the vocabulary; blocks are computed `again` so many
+    times beside the forward and the backward pass.
+    """
 
     documents: tuple[int, ...]
     labels: int
     rows: int
+    sequence_ranks: int
+    tp: int
+    again: int
 
 
-def computed_flops(
-    config: RunConfig, degrees: Degrees, vocabulary: int, layers: list[int], head: bool, work: RankWork
-) -> int:
+def computed_flops(model: ModelConfig, vocabulary: int, layers: list[int], head: bool, work: RankWork) -> int:
     """Operations of a micro-batch in `layers` of the model, and in the `head` where the rank has it."""
-    model, shared = config.model, degrees.sequence_ranks
     size, moe = model.d_model, model.moe
     attention = size * model.head_width * (2 * model.heads + 2 * model.kv_heads)
-    positions = sum(work.documents) / shared
+    positions = sum(work.documents) / work.sequence_ranks
     products = 0.0
     for layer in layers:
         products += positions * attention
@@ -89,10 +91,8 @@ def computed_flops(
             continue
         products += positions * (size * moe.experts + 3 * size * moe.hidden * moe.shared_experts)
         products += work.rows * 3 * size * moe.hidden
-    scores = attention_forward(model, work.documents) / model.layers * len(layers) / shared
-    again = 1 if config.parallel.activation_checkpointing == "full" else 0
-    again += config.embeds_first(degrees.replicas)
-    total = (3 + again) * 2 * products + (1 + again + BACKWARD_ATTENTION) * scores
+    scores = attention_forward(model, work.documents) / model.layers * len(layers) / work.sequence_ranks
+    total = (3 + work.again) * 2 * products + (1 + work.again + BACKWARD_ATTENTION) * scores
     if head:
-        total += 4 * 2 * work.labels * size * vocabulary / degrees.tp
+        total += 4 * 2 * work.labels * size * vocabulary / work.tp
     return round(total)

@@ -110,6 +110,11 @@ def _initial_state(part: torch.optim.Optimizer, group: dict[str, Any], parameter
     }
 
 
+def is_block_matrix(name: str, dimensions: int) -> bool:
+    """Say whether a parameter is one that Muon takes: a matrix of a block, but not a router's."""
+    return ".blocks." in name and ".router." not in name and dimensions == 2
+
+
 def build_optimizer(model: nn.Module, adamw: AdamWConfig, muon: MuonConfig | None) -> JointOptimizer:
     """AdamW over all parameters of `model`, or with `muon` over all but the two-dimensional ones of its blocks.
 
@@ -118,9 +123,7 @@ def build_optimizer(model: nn.Module, adamw: AdamWConfig, muon: MuonConfig | Non
     if muon is None:
         return JointOptimizer({"adamw": build_adamw(model, adamw)})
     matrices = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if ".blocks." in name and parameter.ndim == 2 and ".router." not in name
+        name: parameter for name, parameter in model.named_parameters() if is_block_matrix(name, parameter.ndim)
     }
     orthogonal = ShardedMuon(
         list(matrices.items()),

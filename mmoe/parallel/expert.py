@@ -18,6 +18,7 @@ from mmoe.models.moe.rows import copy_rows, count, weighted_rows
 from mmoe.models.moe.tokens import Tokens
 from mmoe.parallel.collectives import Exchange
 from mmoe.parallel.gradients import local
+from mmoe.parallel.sharding_table import CUTS
 
 
 def shard_experts(layer: MoELayer, mesh: DeviceMesh) -> None:
@@ -46,7 +47,8 @@ class ShardedExperts(nn.Module):
     def __init__(self, experts: nn.Module, mesh: DeviceMesh):
         super().__init__()
         for name, parameter in experts.named_parameters():
-            setattr(self, name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)))
+            cut = [Shard(CUTS[f"network.experts.{name}"].dim)]
+            setattr(self, name, nn.Parameter(distribute_tensor(parameter.data, mesh, cut, src_data_rank=None)))
         self._experts = [experts.to("meta")]  # in a list: its parameters are not parameters of this module
 
     def forward(self, x_RD: Tensor, ends_F: Tensor) -> Tensor:

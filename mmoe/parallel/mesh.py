@@ -10,6 +10,9 @@ Ranks that differ in dp_replicate or dp_shard alone see different data; ranks th
 *peers* of one data replica.
 """
 
+import math
+import shlex
+import sys
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -108,6 +111,29 @@ class Degrees:
         table.add_row("ep", str(self.ep), f"experts, borrowed from dp_shard x cp x tp = {self.expert_shard * self.ep}")
         table.add_row("expert_shard", str(self.expert_shard), "dp_shard x cp x tp / ep")
         return table
+
+
+def check_one_process(config: ParallelConfig) -> None:
+    """Raise `ConfigError` where the degrees need several processes and torchrun has not started them."""
+    if dist.is_initialized():
+        return
+    sequence = config.cp * config.tp
+    shard = config.dp_shard if config.dp_shard > 0 else config.ep // math.gcd(config.ep, sequence)
+    world = max(config.pp * config.dp_replicate * shard * sequence, config.ep)
+    if world == 1:
+        if config.offload:
+            raise ConfigError(
+                "parallel.offload is true, which is FSDP's work and needs a process group; "
+                "set it to false, or start by: torchrun --nproc-per-node 1 -m mmoe " + shlex.join(sys.argv[1:])
+            )
+        return
+    degrees = [f"parallel.{name}={getattr(config, name)}" for name in ("pp", "dp_replicate", "cp", "tp", "ep")]
+    given = [text for text in degrees if not text.endswith("=1")]
+    given += [f"parallel.dp_shard={config.dp_shard}"] if config.dp_shard > 1 else []
+    raise ConfigError(
+        f"{', '.join(given)} needs several processes, but this is one that torchrun did not start; "
+        f"start it by: torchrun --nproc-per-node {world} -m mmoe {shlex.join(sys.argv[1:])}"
+    )
 
 
 class Mesh:

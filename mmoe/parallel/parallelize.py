@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
 from mmoe.models.layers import RMSNorm, SwiGLU
-from mmoe.models.moe.experts import Experts
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.expert import ShardedExperts, shard_experts, split_tokens
+from mmoe.parallel.expert import shard_experts, split_tokens
 from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.parallel.selective import selective_contexts
+from mmoe.parallel.sharding_table import unit_of
 from mmoe.parallel.tensor import check_tensor, shard_tensors
 from mmoe.precision.config import PrecisionConfig
 
@@ -37,7 +37,7 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
             elif degrees.ep > 1:
                 shard_experts(block.network, mesh.axis("ep"))
     recompute_and_compile(model, config)
-    _shard(model, blocks, mesh, config, precision)
+    _shard(model, mesh, config, precision)
 
 
 def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> None:
@@ -81,9 +81,7 @@ def check_layout(config: ModelConfig, degrees: Degrees) -> None:
             )
 
 
-def _shard(
-    model: MultimodalModel, blocks: list[Block], mesh: Mesh, config: ParallelConfig, precision: PrecisionConfig
-) -> None:
+def _shard(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, precision: PrecisionConfig) -> None:
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy()
     shard = partial(fully_shard, offload_policy=offload, reshard_after_forward=config.zero == 3)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -92,19 +90,22 @@ def _shard(
     matrices = whole
     if precision.compute == "bfloat16":
         matrices = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        for module in block.modules():
-            if isinstance(module, Experts | ShardedExperts):
-                # By width: there may be fewer experts here than ranks.
-                shard(module, mesh=mesh.expert_fsdp, mp_policy=matrices, shard_placement_fn=lambda parameter: Shard(1))
-            elif isinstance(module, SwiGLU):
-                shard(module, mesh=mesh.fsdp, mp_policy=matrices)
-        shard(block, mesh=mesh.fsdp, mp_policy=whole)
+    axes = {"fsdp": mesh.fsdp, "expert_shard": mesh.expert_fsdp}
+    units = dict.fromkeys(unit_of(name) for name, _ in model.named_parameters())
+    for unit in sorted(units, key=lambda unit: -len(unit.path.split("."))):  # blocks after what is in them
+        if unit.path:
+            placed = partial(_placed, unit.dim)
+            policy = matrices if unit.matrices else whole
+            shard(model.get_submodule(unit.path), mesh=axes[unit.axis], mp_policy=policy, shard_placement_fn=placed)
     # The rest is used by the losses too, after the forward pass: it stays gathered.
     fully_shard(model, mesh=mesh.fsdp, mp_policy=whole, offload_policy=offload, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             add_up(module)
+
+
+def _placed(dim: int, parameter: nn.Parameter) -> Shard:
+    return Shard(dim)
 
 
 def add_up(module: FSDPModule) -> None:

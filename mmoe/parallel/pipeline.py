@@ -17,9 +17,8 @@ from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel, gathe
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoELayer
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.setting import RankSetting
 from mmoe.parallel.tensor import check_vocabulary
-from mmoe.recipe.config import RunConfig
 from mmoe.schema.batch import PackedBatch
 
 TIED = "embeddings.token.weight"
@@ -89,15 +88,13 @@ class StageModel(MultimodalModel):
         return table
 
 
-def check_stages(config: RunConfig, degrees: Degrees) -> None:
-    """Raises ConfigError where the layers or the micro-batches do not fit the pipeline."""
-    pp, each, layers = degrees.pp, config.parallel.stages_per_rank, config.model.layers
+def check_stages(layers: int, each: int, pp: int, micro_batches: int) -> None:
+    """Raises ConfigError where the layers or the micro-batches do not fit `pp` ranks with `each` so many stages."""
     if pp * each > layers:
         raise ConfigError(
             f"parallel.pp {pp} x parallel.stages_per_rank {each} = {pp * each} stages, but model.layers is {layers} "
             "and every stage needs one; lower parallel.pp or parallel.stages_per_rank"
         )
-    micro_batches = config.batch_of(degrees.replicas).accumulation
     rounds = max(1, micro_batches // pp)
     if each > 1 and micro_batches % rounds:
         raise ConfigError(
@@ -146,11 +143,14 @@ def deal_layers(costs: list[float], stages: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise((*starts, len(costs)))]
 
 
-def on_meta(config: RunConfig, inputs: ModelInputs, degrees: Degrees, pp_rank: int) -> MultimodalModel:
-    """The model, or the stages of one rank of pp, without memory. Raises ConfigError where it cannot be spread."""
+def on_meta(setting: RankSetting, inputs: ModelInputs, pp_rank: int) -> MultimodalModel:
+    """Make the model, or the stages of one rank of pp, without memory. Raises ConfigError where it cannot be spread."""
+    degrees = setting.degrees
     check_vocabulary(inputs.vocabulary_size, degrees.tp, degrees.fsdp)
     with torch.device("meta"):
         if degrees.pp == 1:
-            return MultimodalModel(config.model, inputs)
-        stages = degrees.pp * config.parallel.stages_per_rank
-        return StageModel(config.model, inputs, stages, degrees.pp, pp_rank)
+            model = MultimodalModel(setting.model, inputs)
+        else:
+            stages = degrees.pp * setting.parallel.stages_per_rank
+            model = StageModel(setting.model, inputs, stages, degrees.pp, pp_rank)
+    return model.to(setting.precision.parameter_dtype)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,10 +31,8 @@ from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import accumulate
 from mmoe.parallel.pipeline import TIED, StageModel
 from mmoe.parallel.sequence import Sharding
+from mmoe.parallel.setting import RankSetting
 from mmoe.schema.batch import PackedBatch
-
-if TYPE_CHECKING:
-    from mmoe.recipe.config import RunConfig
 
 # The losses of a numbered micro-batch, given the model's output on it and the loads of the step before it.
 Losses = Callable[[ModelOutput, PackedBatch, int, StepLoads], LossReport]
@@ -67,14 +65,14 @@ class _Step:
 class Pipeline:
     """The stages of this rank, and how they take part in a step."""
 
-    def __init__(self, model: StageModel, mesh: Mesh, config: RunConfig, device: torch.device):
-        self.model, self.mesh, self.config, self.device = model, mesh, config, device
-        moe = config.model.moe
-        routed = [layer for layer in range(config.model.layers) if moe is not None and moe.in_layer(layer)]
+    def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, device: torch.device):
+        self.model, self.mesh, self.setting, self.device = model, mesh, setting, device
+        moe = setting.model.moe
+        routed = [layer for layer in range(setting.model.layers) if moe is not None and moe.in_layer(layer)]
         here = {stage: [routed.index(n) for n in model.layers[stage] if n in routed] for stage in model.here}
         self.rows = [row for rows in here.values() for row in rows]  # of this rank's routers among all
         self._shares = {stage: len(rows) / max(len(routed), 1) for stage, rows in here.items()}
-        levels = [f"balance_{level}" for level, weight in config.losses.balance if weight]
+        levels = [f"balance_{level}" for level, weight in setting.losses.balance if weight]
         self._names = (*levels, "router_z") if routed else ()
         self._step: _Step | None = None
         self._form: tuple[int, tuple[int, int]] | None = None  # micro-batches and shape that the schedule is for
@@ -117,7 +115,7 @@ class Pipeline:
 
     def table(self) -> Table:
         """The stages, to be printed at the start of a run."""
-        return self.model.table(self.mesh.size("pp"), self.config.batch_of(self.mesh.replicas).accumulation)
+        return self.model.table(self.mesh.size("pp"), self.setting.batch.accumulation)
 
     def counted(self) -> list[nn.Parameter]:
         """The parameters here without the copy of another stage's."""
@@ -145,7 +143,7 @@ class Pipeline:
         step.backwards -= 1
         last = step.backwards == 0
         assert isinstance(self.model, FSDPModule)  # `parallelize` has made it one
-        accumulate(self.model, self.config.parallel, last)
+        accumulate(self.model, self.setting.parallel, last)
         self.model.set_reshard_after_backward(last, recurse=False)
         self.model.set_is_last_backward(last)
 
@@ -163,8 +161,8 @@ class Pipeline:
     def _border(self, batch: PackedBatch, device: torch.device) -> tuple[Tensor, ...]:
         """Empty tensors of what goes from a stage to the next: hidden states, router losses."""
         sequences, length = batch.shape
-        dtype = self.config.precision.parameter_dtype
-        shape = sequences, length // self.mesh.degrees.sequence_ranks, self.config.model.d_model
+        dtype = self.setting.precision.parameter_dtype
+        shape = sequences, length // self.mesh.degrees.sequence_ranks, self.setting.model.d_model
         hidden = torch.empty(shape, dtype=dtype, device=device)
         return (hidden, torch.empty(len(self._names), dtype=dtype, device=device)) if self._names else (hidden,)
 
@@ -184,7 +182,7 @@ class Pipeline:
 
     def _through(self, stage: int, batch: PackedBatch, x_BHD: Tensor | None) -> ModelOutput:
         """`stage` of the model on the positions here; after the last one the hidden states are whole."""
-        config, dtype = self.config.model, self.config.precision.parameter_dtype
+        config, dtype = self.setting.model, self.setting.precision.parameter_dtype
         if self.mesh.degrees.sequence_ranks == 1:
             return self.model(stage, Layout.of(batch, config, dtype), batch if x_BHD is None else x_BHD)
         sharding = Sharding.of(batch, self.mesh)
@@ -196,7 +194,7 @@ class Pipeline:
         """Router losses so far, with those of this stage's layers."""
         if own is None:
             return passed.clone()
-        terms = own.terms(self._current.loads[stage], self.config.losses.balance)
+        terms = own.terms(self._current.loads[stage], self.setting.losses.balance)
         return passed + self._shares[stage] * torch.stack([terms[name] for name in self._names])
 
     def _losses(self, leaving: tuple[Tensor, ...], number: int) -> Tensor:
@@ -216,7 +214,7 @@ class Pipeline:
         return self._step
 
     def _autocast(self) -> AbstractContextManager:
-        return self.config.precision.autocast(self.device)
+        return self.setting.precision.autocast(self.device)
 
     def _sum_over_data(self, x: Tensor) -> Tensor:
         return add_up(x, self.mesh.group("data"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,9 @@ from mmoe.parallel.parallelize import accumulate
 from mmoe.parallel.pipeline_schedule import Pipeline
 from mmoe.parallel.reports import sum_report, sum_routing
 from mmoe.parallel.sequence import Sharding
+from mmoe.parallel.setting import RankSetting
 from mmoe.parallel.tensor import VocabularyHead
 from mmoe.schema.batch import PackedBatch
-
-if TYPE_CHECKING:
-    from mmoe.recipe.config import RunConfig
 
 
 class Ranks(Protocol):
@@ -115,9 +113,9 @@ class ManyRanks:
     """One of the ranks of `mesh`."""
 
     def __init__(
-        self, mesh: Mesh, config: RunConfig, sources: int, device: torch.device, pipeline: Pipeline | None = None
+        self, mesh: Mesh, setting: RankSetting, sources: int, device: torch.device, pipeline: Pipeline | None = None
     ):
-        self.mesh, self.config, self.sources, self.device, self.pipeline = mesh, config, sources, device, pipeline
+        self.mesh, self.setting, self.sources, self.device, self.pipeline = mesh, setting, sources, device, pipeline
         self.replica, self.replicas = mesh.replica, mesh.replicas
         self.first = dist.get_rank() == 0
         self.contrast_axis = self._contrast_axis()
@@ -138,7 +136,7 @@ class ManyRanks:
         if self.mesh.degrees.sequence_ranks == 1:
             return model(batch)
         sharding = Sharding.of(batch, self.mesh)
-        layout = sharding.layout(batch, model.decoder.config, self.config.precision.parameter_dtype)
+        layout = sharding.layout(batch, model.decoder.config, self.setting.precision.parameter_dtype)
         output = model(sharding.local(batch), layout)
         return replace(output, hidden=sharding.whole(output.hidden))
 
@@ -167,12 +165,12 @@ class ManyRanks:
         return torch.cat([part[:count] for part, count in zip(parts, counts)]), sum(counts[:rank])
 
     def _contrast_axis(self) -> str | None:
-        if self.config.contrastive_reach(self.replicas) is not Reach.MICRO_BATCH:
+        if self.setting.reach is not Reach.MICRO_BATCH:
             return "loss"
         return "sequence" if self.mesh.degrees.sequence_ranks > 1 else None
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
-        accumulate(model, self.config.parallel, last)
+        accumulate(model, self.setting.parallel, last)
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
         parameters = list(model.parameters())
@@ -203,7 +201,7 @@ class ManyRanks:
 
     def _routers(self) -> tuple[int, int]:
         """Layers of experts of the whole model, and experts of each."""
-        model = self.config.model
+        model = self.setting.model
         if model.moe is None:
             return 0, 0
         return sum(map(model.moe.in_layer, range(model.layers))), model.moe.experts

@@ -26,6 +26,7 @@ from mmoe.models.embeddings import TokenTable
 from mmoe.models.layers import SwiGLU
 from mmoe.parallel.collectives import gather_constant, split_sum
 from mmoe.parallel.gradients import local
+from mmoe.parallel.sharding_table import CUTS, cut_of
 from mmoe.precision.widen import widen
 
 
@@ -65,21 +66,25 @@ def shard_tensors(model: MultimodalModel, mesh: DeviceMesh) -> None:
     if model.embeddings is not None:
         model.embeddings.token = VocabularyEmbedding(model.embeddings.token, mesh)
     if model.unembedding is not None:
-        weight = distribute_tensor(model.unembedding.weight.data, mesh, [Shard(0)], src_data_rank=None)
-        model.unembedding.weight = nn.Parameter(weight)
+        model.unembedding.weight = _cut_table("unembedding.weight", model.unembedding.weight, mesh)
+
+
+def _cut_table(name: str, weight: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    return nn.Parameter(distribute_tensor(weight.data, mesh, [Shard(CUTS[name].dim)], src_data_rank=None))
 
 
 def _shard_attention(attention: Attention, mesh: DeviceMesh) -> None:
     kv_heads = attention.key.out_features // attention.head_dim
-    repeated = mesh.size() // kv_heads
-    kv_style = ColwiseParallel() if kv_heads % mesh.size() == 0 else RepeatedHeads(attention.head_dim, repeated)
     whole = (Shard(1), None, None), (Replicate(), None, None)
-    plan: dict[str, ParallelStyle] = {
-        "query": ColwiseParallel(),
-        "key": kv_style,
-        "value": kv_style,
-        "output": RowwiseParallel(output_layouts=Shard(1)),
+    styles: dict[int | None, ParallelStyle] = {
+        0: ColwiseParallel(),
+        1: RowwiseParallel(output_layouts=Shard(1)),
+        None: RepeatedHeads(attention.head_dim, mesh.size() // kv_heads),
     }
+    plan = {}
+    for name in ("query", "key", "value", "output"):
+        cut = cut_of(f"attention.{name}.weight", kv_heads, mesh.size())
+        plan[name] = styles[cut.dim if cut else None]
     parallelize_module(
         attention, mesh, {"": PrepareModuleInput(input_layouts=whole[0], desired_input_layouts=whole[1])}
     )
@@ -87,9 +92,10 @@ def _shard_attention(attention: Attention, mesh: DeviceMesh) -> None:
 
 
 def _shard_network(network: SwiGLU, mesh: DeviceMesh) -> None:
-    columns, rows = ColwiseParallel(), RowwiseParallel(output_layouts=Partial())
+    styles: dict[int, ParallelStyle] = {0: ColwiseParallel(), 1: RowwiseParallel(output_layouts=Partial())}
+    plan = {name: styles[CUTS[f"network.{name}.weight"].dim] for name in ("gate", "up", "down")}
     entry = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    parallelize_module(network, mesh, {"": entry, "gate": columns, "up": columns, "down": rows})
+    parallelize_module(network, mesh, {"": entry, **plan})
 
     def leave(_: nn.Module, __: tuple, part_BMD: Tensor) -> Tensor:
         # RowwiseParallel could sum and split too, but returns a view, which FSDP warns of.
@@ -125,7 +131,7 @@ class VocabularyEmbedding(nn.Module):
 
     def __init__(self, table: TokenTable, mesh: DeviceMesh):
         super().__init__()
-        self.weight = nn.Parameter(distribute_tensor(table.weight.data, mesh, [Shard(0)], src_data_rank=None))
+        self.weight = _cut_table("embeddings.token.weight", table.weight, mesh)
         self.mesh = mesh
 
     def forward(self, ids_BH: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ import numpy as np
 
 from mmoe.config.load import load
 from mmoe.errors import ConfigError, DataError
+from mmoe.models.decoder import ModelConfig
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, capacities
 from mmoe.monitoring.summary import METRICS, RunRecords
+from mmoe.precision.config import PrecisionConfig
 from mmoe.recipe.config import RunConfig
 
 LIMIT = 1e-3  # of the choices may be dropped
@@ -74,15 +76,24 @@ def read_advice(folder: str | Path, share: float = LAST) -> CapacityAdvice:
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}/config.yaml does not exist: {folder} is not a run; train it first")
-    return advise(RunRecords.read(folder).steps, load(RunConfig, folder / "config.yaml"), share, str(folder))
+    config = load(RunConfig, folder / "config.yaml")
+    steps = RunRecords.read(folder).steps
+    return advise(steps, config.model, config.data.sequence_length, config.precision, share, str(folder))
 
 
-def advise(steps: list[dict[str, Any]], config: RunConfig, share: float, folder: str) -> CapacityAdvice:
+def advise(
+    steps: list[dict[str, Any]],
+    model: ModelConfig,
+    sequence_length: int,
+    precision: PrecisionConfig,
+    share: float,
+    folder: str,
+) -> CapacityAdvice:
     """What the records of the last `share` (0 to 1) of a run's steps say; `folder` names the run in errors.
 
     Raises ConfigError for a model without experts, DataError where no record counts what would be dropped.
     """
-    moe = config.model.moe
+    moe = model.moe
     if moe is None:
         raise ConfigError(f"{folder}: model.moe is null, so there are no experts whose capacity could be chosen")
     begin = steps[-1]["step"] - steps[-1]["step"] * share
@@ -99,14 +110,14 @@ def advise(steps: list[dict[str, Any]], config: RunConfig, share: float, folder:
                 "choose a later part of the run with --last"
             )
     layers = list(chosen[0]["would_drop"])
-    length, width = config.data.sequence_length, 2 * config.model.d_model + 4 * moe.hidden
-    rows = capacities(length, moe.top_k, moe.experts).numpy()
+    width = 2 * model.d_model + 4 * moe.hidden
+    rows = capacities(sequence_length, moe.top_k, moe.experts).numpy()
     return CapacityAdvice(
         factors=CAPACITY_FACTORS,
         drops=np.array([np.sum([step["would_drop"][layer] for step in chosen], axis=0) for layer in layers]),
         choices=np.array([sum(sum(step["expert_load"][layer]) for step in chosen) for layer in layers]),
         rows=rows,
-        bytes=rows * moe.experts * width * BYTES[config.precision.compute],
+        bytes=rows * moe.experts * width * BYTES[precision.compute],
         first=chosen[0]["step"],
         last=chosen[-1]["step"],
     )

@@ -16,12 +16,11 @@ from torch import nn
 from mmoe.data.plan.deal import Reach
 from mmoe.models.moe.dispatch import CapacityDispatcher, rounded_up
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
-from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.pipeline import TIED, StageModel
 from mmoe.parallel.reports import EVENTS, ITEMS, TERMS
+from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication_traffic import Traffic, name_of, ranks_of
 from mmoe.planning.memory_shards import Place, by_unit, shards
-from mmoe.recipe.config import RunConfig
 from mmoe.schema.sample import Modality
 
 WIDE = 8  # bytes of an integer, and of what is added up for reports
@@ -41,21 +40,19 @@ class MicroBatch:
 class Communication:
     """Of one rank at `place`, whose part of the model is `model` (on meta)."""
 
-    def __init__(self, config: RunConfig, degrees: Degrees, model: nn.Module, place: Place | None = None):
-        self.config, self.degrees = config, degrees
+    def __init__(self, setting: RankSetting, model: nn.Module, place: Place | None = None):
+        self.setting, self.degrees, self.batch = setting, setting.degrees, setting.batch
         self.place = place or Place()
-        self.shards = shards(config, model, degrees, self.place)
-        self.batch = config.batch_of(degrees.replicas)
-        self.wide = config.precision.parameter_dtype.itemsize
-        self.narrow = 2 if config.precision.compute == "bfloat16" else self.wide
-        stages = model.layers if isinstance(model, StageModel) else [range(config.model.layers)]
+        self.shards = shards(setting.model, setting.precision, model, self.degrees, self.place)
+        self.wide = setting.precision.parameter_dtype.itemsize
+        self.narrow = 2 if setting.precision.compute == "bfloat16" else self.wide
+        stages = model.layers if isinstance(model, StageModel) else [range(setting.model.layers)]
         self.here = model.here if isinstance(model, StageModel) else range(1)
         self.first, self.last = self.here[0] == 0, self.here[-1] == len(stages) - 1
         self.copy = model.copy if isinstance(model, StageModel) else None
         self.layers = [layer for stage in self.here for layer in stages[stage]]
-        moe = config.model.moe
+        moe = setting.model.moe
         self.routed = [n for n in self.layers if moe is not None and moe.in_layer(n)]
-        self.embeds_first = config.embeds_first(degrees.replicas)
         self.traffic = Traffic()
 
     def step(self, micro: MicroBatch, sources: int) -> Traffic:
@@ -63,15 +60,15 @@ class Communication:
         self.traffic = Traffic()
         self._weights()
         for _ in range(self.batch.accumulation):
-            if self.embeds_first:
+            if self.setting.embeds_first:
                 self._through(micro, again=1, back=0)
             self._through(micro, again=self._again, back=1)
             if self.last:
                 self._cross_entropy(micro)
                 self._balance()
-                if not self.embeds_first:
+                if not self.setting.embeds_first:
                     self._contrast(micro.pairs)
-        if self.last and self.embeds_first:
+        if self.last and self.setting.embeds_first:
             self._contrast(micro.pairs * self.batch.accumulation)
         self._finish(sources)
         return self.traffic
@@ -83,16 +80,16 @@ class Communication:
     def _weights(self) -> None:
         """FSDP2: a gather and a reduction for each of its modules. What stays gathered until a backward pass serves the
         first of two forward passes too."""
-        steps, zero = self.batch.accumulation, self.config.parallel.zero
-        passes = 3 if self.embeds_first else 2
+        steps, zero = self.batch.accumulation, self.setting.parallel.zero
+        passes = 3 if self.setting.embeds_first else 2
         units = by_unit(self.shards)
         rooted = "" in units
         for unit, held in units.items():
-            axis = "expert_shard" if held[0].expert else "fsdp"
+            axis = held[0].unit.axis
             gathers = {1: 1, 2: steps, 3: passes * steps}[zero]
             if unit == "":  # the root stays gathered for the losses; that of a pipeline stage for the whole step
                 gathers = 1 if zero == 1 or self.degrees.pp > 1 else steps
-            if self.embeds_first and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
+            if self.setting.embeds_first and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
                 gathers += 1  # FSDP2 prefetches it for a backward pass of the embedding pass, which does not come
             reductions = 1 if zero == 1 else steps
             self._add(axis, "all_gather", sum(shard.gathered * shard.width for shard in held), gathers)
@@ -107,7 +104,7 @@ class Communication:
     @property
     def _again(self) -> int:
         """Forward passes of a block in a micro-batch."""
-        return 1 if self.config.parallel.activation_checkpointing == "none" else 2
+        return 1 if self.setting.parallel.activation_checkpointing == "none" else 2
 
     def _through(self, micro: MicroBatch, again: int, back: int) -> None:
         """A micro-batch `again` times forward through the blocks here, once through the rest, and `back` times back."""
@@ -123,7 +120,7 @@ class Communication:
         self._add(axis, "reduce_scatter", size, calls * back)
 
     def _tensor(self, again: int, back: int) -> None:
-        model = self.config.model
+        model = self.setting.model
         attended = self._positions // self.degrees.cp * model.d_model  # [B, M, D]
         networks = len(self.layers) - len(self.routed)
         # What enters attention and a dense network is gathered, what leaves is summed and split; gradients as well.
@@ -136,14 +133,14 @@ class Communication:
             self._add("tp", "all_gather", attended * self.wide, back)
 
     def _context(self, again: int, back: int) -> None:
-        model = self.config.model
+        model = self.setting.model
         heads = max(model.kv_heads // self.degrees.tp, 1)
         elements = self._positions * heads * model.head_width
         for width in (max(self.wide, 4), self.narrow):  # rotated keys are wide, values are not
             self._there_and_back("cp", elements * width, len(self.layers), again, back)
 
     def _sequence(self, again: int, back: int) -> None:
-        model = self.config.model
+        model = self.setting.model
         if self.last:
             self._there_and_back("sequence", self._positions * model.d_model * self.narrow, 1, 1, back)
         if model.moe is not None:
@@ -153,12 +150,12 @@ class Communication:
     @property
     def _capacity(self) -> float | None:
         """The capacity factor, where all its places travel and are computed, whatever is routed; None elsewhere."""
-        moe = self.config.model.moe
+        moe = self.setting.model.moe
         return moe.capacity_factor if moe is not None and self.degrees.sequence_ranks == 1 else None
 
     def expert_rows(self, micro: MicroBatch) -> int:
         """That the experts here compute in a layer."""
-        moe = self.config.model.moe
+        moe = self.setting.model.moe
         if moe is None:
             return 0
         if self._capacity is not None:
@@ -173,7 +170,7 @@ class Communication:
         )
 
     def _experts(self, micro: MicroBatch, again: int, back: int) -> None:
-        moe, model, layers = self.config.model.moe, self.config.model, len(self.routed)
+        moe, model, layers = self.setting.model.moe, self.setting.model, len(self.routed)
         if moe is None:
             return
         row = model.d_model * self.narrow
@@ -186,19 +183,19 @@ class Communication:
 
     def _between_stages(self, back: int) -> None:
         """Hidden states and, with experts, the router losses: to the next stage, and their gradients back."""
-        config = self.config
-        hidden = self._positions // self.degrees.sequence_ranks * config.model.d_model
-        levels = sum(1 for _, weight in config.losses.balance if weight) + 1
-        stages = self.degrees.pp * config.parallel.stages_per_rank
+        setting = self.setting
+        hidden = self._positions // self.degrees.sequence_ranks * setting.model.d_model
+        levels = sum(1 for _, weight in setting.losses.balance if weight) + 1
+        stages = self.degrees.pp * setting.parallel.stages_per_rank
         for stage in self.here:
-            for size in (hidden, *([levels] if config.model.moe is not None and back else [])):
+            for size in (hidden, *([levels] if setting.model.moe is not None and back else [])):
                 after, before = int(stage < stages - 1), int(stage > 0)
                 self._add("pp", "send", size * self.wide, after + back * before)
                 self._add("pp", "receive", size * self.wide, before + back * after)
 
     def _cross_entropy(self, micro: MicroBatch) -> None:
         """A chunk of labels at a time, once more in the backward pass."""
-        width, chunk = max(self.wide, 4), self.config.losses.ce.chunk
+        width, chunk = max(self.wide, 4), self.setting.losses.ce.chunk
         for labels in [chunk] * (micro.labels // chunk) + [micro.labels % chunk]:
             if labels:
                 self._add("tp", "all_reduce", labels * width, 2)
@@ -206,27 +203,27 @@ class Communication:
 
     def _contrast(self, pairs: int) -> None:
         """The embeddings of so many pairs here, and those of all who have pairs of the same groups."""
-        within = self.config.contrastive_reach(self.degrees.replicas) is Reach.MICRO_BATCH
+        within = self.setting.reach is Reach.MICRO_BATCH
         if within and self.degrees.sequence_ranks == 1:
             return
         axis = "sequence" if within else "loss"
         ranks, width = ranks_of(self.degrees, axis), max(self.wide, 4)
         self._add(axis, "all_gather", ranks * WIDE, 2)  # how many pairs, for each of the two below
         self._add(axis, "all_gather", ranks * pairs * 2 * WIDE)  # groups and captions
-        self._there_and_back(axis, ranks * pairs * 2 * self.config.model.contrast_dim * width, 1, 1, 1)
+        self._there_and_back(axis, ranks * pairs * 2 * self.setting.model.contrast_dim * width, 1, 1, 1)
 
     def _balance(self) -> None:
-        moe = self.config.model.moe
-        if moe is not None and self.config.losses.balance.global_batch and self.routed:
+        moe = self.setting.model.moe
+        if moe is not None and self.setting.losses.balance.global_batch and self.routed:
             self._add("data", "all_reduce", len(self.routed) * moe.experts * WIDE)
 
     def _finish(self, sources: int) -> None:
         """Gradients of what tp has copies of, the norm, and the reports."""
-        tied = self.config.model.tie_embeddings and (self.first or self.copy is not None)
+        tied = self.setting.model.tie_embeddings and (self.first or self.copy is not None)
         for collective in ("send", "receive") if tied else ():  # between the first stage's table and the last one's
             self._add("pp", collective, sum(s.held(self.place) for s in self.shards if s.name == TIED) * self.wide)
         self._add("tp", "all_reduce", sum(s.held(self.place) for s in self.shards if s.copied) * self.wide)
-        moe, model = self.config.model.moe, self.config.model
+        moe, model = self.setting.model.moe, self.setting.model
         layers = sum(map(moe.in_layer, range(model.layers))) if moe is not None else 0
         experts = moe.experts if moe is not None else 0
         self._add("all", "all_reduce", (1 + layers * experts) * WIDE)

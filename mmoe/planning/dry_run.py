@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from mmoe.compat import FakeTensorMode, fake_rank, memory_tracker, pad_shards, shapes_apart, tree_leaves
 from mmoe.models.decoder import MultimodalModel
+from mmoe.optim.config import OptimConfig
 from mmoe.optim.muon import build_optimizer
-from mmoe.parallel.build import degrees_of
 from mmoe.parallel.gradients import local
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import parallelize
 from mmoe.parallel.pipeline import on_meta
+from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.dry_run_batch import Assumed, Documents
@@ -25,7 +26,6 @@ from mmoe.planning.dry_run_fake import DryMode
 from mmoe.planning.dry_run_passes import DEVICE, DryPipeline, DryRanks, Passes
 from mmoe.planning.dry_run_routing import Load, plan_routing
 from mmoe.planning.flops_count import FlopCount
-from mmoe.recipe.config import RunConfig
 from mmoe.training.gradients import StepSetting, step_gradients
 
 KINDS = {
@@ -60,50 +60,53 @@ class RankCost:
     micro_batches: int
 
 
-def dry_run(config: RunConfig, world: int, rank: int, assumed: Assumed, documents: Documents, load: Load) -> RankCost:
-    """The cost of `rank` of `world`. Raises ConfigError where the config cannot run on so many."""
-    degrees = degrees_of(config, world)
-    with fake_rank(rank, world):
-        mesh = Mesh(degrees)
-        model = on_meta(config, assumed.inputs, degrees, mesh.rank("pp")).to(config.precision.parameter_dtype)
-        parallelize(model, mesh, config.parallel, config.precision)
-        if config.model.moe is not None:
-            choices = documents.sequences * documents.length // degrees.sequence_ranks * config.model.moe.top_k
+def dry_run(
+    run: RankSetting, optim: OptimConfig, rank: int, assumed: Assumed, documents: Documents, load: Load
+) -> RankCost:
+    """Find the cost of `rank` in one step of `run`. Raises ConfigError where the model cannot be spread so."""
+    with fake_rank(rank, run.degrees.world):
+        mesh = Mesh(run.degrees)
+        model = on_meta(run, assumed.inputs, mesh.rank("pp"))
+        parallelize(model, mesh, run.parallel, run.precision)
+        if run.model.moe is not None:
+            choices = documents.sequences * documents.length // run.degrees.sequence_ranks * run.model.moe.top_k
             plan_routing(model, load, choices)
         with FakeTensorMode(allow_non_fake_inputs=True), shapes_apart():
             model.to_empty(device=DEVICE)
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     pad_shards(module)  # which the tracker would take for activations later
-            return _step(config, mesh, model, assumed, documents)
+            return _step(run, optim, mesh, model, assumed, documents)
 
 
-def _step(config: RunConfig, mesh: Mesh, model: MultimodalModel, assumed: Assumed, documents: Documents) -> RankCost:
-    optimizer = build_optimizer(model, config.optim.adamw, config.optim.muon)
+def _step(
+    run: RankSetting, optim: OptimConfig, mesh: Mesh, model: MultimodalModel, assumed: Assumed, documents: Documents
+) -> RankCost:
+    optimizer = build_optimizer(model, optim.adamw, optim.muon)
     with DryMode():
         batch = documents.batch(assumed)
-    counts = documents.counts(config.batch.sequences, assumed)
-    accumulation = config.batch_of(mesh.replicas).accumulation
+    counts = documents.counts(run.batch.sequences, assumed)
+    accumulation = run.batch.accumulation
     # The first and the last micro-batch differ from the others with ZeRO-1, and in a pipeline each backward pass knows
     # whether another one follows (`Passes`).
-    run = min(accumulation, 3 if mesh.degrees.pp > 1 else 2 if config.parallel.zero == 1 else 1)
-    if accumulation > 1 and config.parallel.zero > 1:
+    micro_batches = min(accumulation, 3 if mesh.degrees.pp > 1 else 2 if run.parallel.zero == 1 else 1)
+    if accumulation > 1 and run.parallel.zero > 1:
         for parameter in model.parameters():  # what the micro-batches before have left
             parameter.grad = torch.zeros_like(parameter)
     tracker, trace, flops = memory_tracker(model), CommunicationTrace(mesh), FlopCount()
-    passes = Passes(run, accumulation, trace, flops, tracker, model)
+    passes = Passes(micro_batches, accumulation, trace, flops, tracker, model)
     with tracker, DryMode(trace.note, flops.note):
         tracker.track_inputs(tuple(tree_leaves(vars(batch))))
-        ranks = DryRanks(mesh, config, model, passes)
-        setting = replace(StepSetting.of(config, assumed.vocabulary, DEVICE, ranks), micro_batches=run)
+        ranks = DryRanks(mesh, run, assumed.sources, model, passes)
+        setting = replace(StepSetting.of(run, assumed.vocabulary, DEVICE, ranks), micro_batches=micro_batches)
         model.train()
-        step_gradients(model, [batch] * run, counts, setting, seed=0)
+        step_gradients(model, [batch] * micro_batches, counts, setting, seed=0)
         passes.mark()
     memory = _by_kind(tracker.get_tracker_snapshot("peak")[DEVICE])
     kept = 1
     if isinstance(ranks.pipeline, DryPipeline):
         kept = ranks.pipeline.kept(accumulation)
-        memory["activations"] += (kept - ranks.pipeline.kept(run)) * ranks.pipeline.kept_by_pass
+        memory["activations"] += (kept - ranks.pipeline.kept(micro_batches)) * ranks.pipeline.kept_by_pass
     memory["optimizer"] = sum(_size(x) for x in tree_leaves([*optimizer.state.values()]) if isinstance(x, Tensor))
     traffic, operations = passes.step()
     return RankCost(

@@ -5,49 +5,41 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mmoe.data.config import DataConfig
 from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import ConfigError
 from mmoe.losses.total import PlannedCounts
 from mmoe.models.embeddings import ModelInputs
-from mmoe.recipe.config import RunConfig
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
 from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
-from mmoe.tokenizers.vision import COORDINATES
+from mmoe.tokenizers.bundle import TokenizersConfig
+from mmoe.tokenizers.vision import VisionTokenizer
 from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary
 
 VOCABULARY = 131_072
-INERTIAL, STATE, ACTION = 6, 8, 8  # dimensions
+DIMENSIONS = {Modality.INERTIAL: 6, Modality.STATE: 8, Modality.ACTION: 8}
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the data would say, where it is not there: every modality occurs, with the sizes above."""
+    """What the data of so many `sources` would say, were it there: every modality occurs, with the sizes above."""
 
     inputs: ModelInputs
     vocabulary: Vocabulary
+    sources: int
 
     @classmethod
-    def of(cls, config: RunConfig, vocabulary_size: int | None) -> "Assumed":
+    def of(cls, tokenizers: TokenizersConfig, sources: int, vocabulary_size: int | None) -> "Assumed":
         """With `vocabulary_size` ids; None: what the text tokenizer has where its file exists, else 131,072 in all."""
-        tokenizers = config.tokenizers
-        discrete = tokenizers.action.mode == "discrete"
-        bins = tokenizers.action.bins if discrete else 0
+        bins = tokenizers.action.bins if tokenizers.action.mode == "discrete" else 0
         text = tokenizers.text
         if vocabulary_size is None and (text.path is None or DEFAULT.exists(text.path)):
             vocabulary = Vocabulary(text.build().size, action_bins=bins)
         else:
             others = Vocabulary(0, action_bins=bins).size
             vocabulary = Vocabulary((vocabulary_size or VOCABULARY) - others, action_bins=bins)
-        inputs = ModelInputs(
-            vocabulary_size=vocabulary.size,
-            patch_dim=tokenizers.vision.tubelet * tokenizers.vision.patch**2 * 3,
-            patch_coordinates=COORDINATES,
-            inertial_dim=INERTIAL,
-            state_dim=STATE,
-            action_chunk=tokenizers.action.chunk,
-            action_dim=0 if discrete else ACTION,
-        )
-        return cls(inputs, vocabulary)
+        dims = {Modality.VISION: VisionTokenizer(tokenizers.vision).vector_dim, **DIMENSIONS}
+        return cls(ModelInputs.of(vocabulary.size, dims, tokenizers.action), vocabulary, sources)
 
     def sentence(self) -> str:
         inputs = self.inputs
@@ -70,16 +62,19 @@ class Documents:
     patch_budget: int  # vectors that a sequence's share of a batch has room for
 
     @classmethod
-    def of(cls, config: RunConfig, sequences: int, count: int) -> "Documents":
-        """Raises ConfigError where so many documents do not fill a sequence."""
-        length = config.data.sequence_length
+    def of(cls, data: DataConfig, max_patches: int, sequences: int, count: int) -> "Documents":
+        """Fill `sequences` with `count` documents each, whose pictures have `max_patches` at most.
+
+        Raises ConfigError where so many documents do not fill a sequence.
+        """
+        length = data.sequence_length
         if length % count or length // count < 16:
             raise ConfigError(
                 f"--documents is {count}, but data.sequence_length {length} must be so many documents of equally many "
                 "positions, 16 at least; choose a smaller divisor"
             )
-        patches = min(config.tokenizers.vision.max_patches, length // count // 2, config.data.patch_budget // count)
-        return cls(sequences, length, count, patches, config.data.patch_budget)
+        patches = min(max_patches, length // count // 2, data.patch_budget // count)
+        return cls(sequences, length, count, patches, data.patch_budget)
 
     @property
     def size(self) -> int:

@@ -22,10 +22,10 @@ from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.pipeline import StageModel
 from mmoe.parallel.pipeline_schedule import Pipeline
 from mmoe.parallel.ranks import ManyRanks
+from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.flops_count import FlopCount
-from mmoe.recipe.config import RunConfig
 from mmoe.schema.batch import PackedBatch
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ class Passes:
 class DryRanks(ManyRanks):
     """A rank that notes its passes."""
 
-    def __init__(self, mesh: Mesh, config: RunConfig, model: MultimodalModel, passes: Passes):
-        pipeline = DryPipeline(model, mesh, config, passes) if isinstance(model, StageModel) else None
-        super().__init__(mesh, config, len(config.data.sources), DEVICE, pipeline)
+    def __init__(self, mesh: Mesh, setting: RankSetting, sources: int, model: MultimodalModel, passes: Passes):
+        pipeline = DryPipeline(model, mesh, setting, passes) if isinstance(model, StageModel) else None
+        super().__init__(mesh, setting, sources, DEVICE, pipeline)
         self.passes, self._forwards, self._backwards = passes, 0, 0
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
@@ -105,7 +105,7 @@ class DryRanks(ManyRanks):
 
     def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
         """Of groups wider than a micro-step, once a step: those of all its micro-batches, also the ones not run."""
-        if not self.config.embeds_first(self.replicas):
+        if not self.setting.embeds_first:
             return super().gather_pairs(rows)
         self.passes.mark()
         whole = torch.arange(len(rows) // self.passes.run * self.passes.accumulation) % max(len(rows), 1)
@@ -119,8 +119,8 @@ class DryRanks(ManyRanks):
 class DryPipeline(Pipeline):
     """A pipeline that notes its passes."""
 
-    def __init__(self, model: StageModel, mesh: Mesh, config: RunConfig, passes: Passes):
-        super().__init__(model, mesh, config, DEVICE)
+    def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, passes: Passes):
+        super().__init__(model, mesh, setting, DEVICE)
         self.passes, self._embedded, self._backwards = passes, 0, 0
         self.kept_by_pass = 0  # bytes of activations, by the last pass
 

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
+from mmoe.models.decoder import MultimodalModel
 from mmoe.models.flops import ParameterCounts, RankWork, computed_flops, model_flops
-from mmoe.parallel.build import degrees_of
+from mmoe.optim.config import OptimConfig
 from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.pipeline import on_meta
+from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication import Communication, MicroBatch
 from mmoe.planning.communication_traffic import Traffic
 from mmoe.planning.dry_run import RankCost, dry_run
@@ -24,6 +26,7 @@ from mmoe.planning.dry_run_routing import Load
 from mmoe.planning.memory import StateMemory
 from mmoe.planning.memory_shards import Place
 from mmoe.recipe.config import RunConfig
+from mmoe.recipe.resolved import ResolvedRun
 
 GIB = 2**30
 
@@ -32,8 +35,8 @@ GIB = 2**30
 class Plan:
     """What a dry run is of."""
 
-    config: RunConfig
-    degrees: Degrees
+    run: RankSetting
+    optim: OptimConfig
     assumed: Assumed
     documents: Documents
     load: Load
@@ -41,19 +44,22 @@ class Plan:
     @classmethod
     def of(cls, config: RunConfig, world: int, imbalance: float, documents: int, vocabulary: int | None) -> Plan:
         """Raises ConfigError where the config cannot run on `world` ranks."""
-        degrees = degrees_of(config, world)
-        micro = config.batch_of(degrees.replicas).micro_batch_sequences
+        run, patches = ResolvedRun.of(config, world), config.tokenizers.vision.max_patches
         return cls(
-            config,
-            degrees,
-            Assumed.of(config, vocabulary),
-            Documents.of(config, micro, documents),
-            Load.of(imbalance, config.model, degrees),
+            run,
+            config.optim,
+            Assumed.of(config.tokenizers, len(config.data.sources), vocabulary),
+            Documents.of(config.data, patches, run.batch.micro_batch_sequences, documents),
+            Load.of(imbalance, config.model, run.degrees),
         )
+
+    @property
+    def degrees(self) -> Degrees:
+        return self.run.degrees
 
     def cost(self, rank: int) -> RankCost:
         """By the dry run."""
-        return dry_run(self.config, self.degrees.world, rank, self.assumed, self.documents, self.load)
+        return dry_run(self.run, self.optim, rank, self.assumed, self.documents, self.load)
 
     def place(self, rank: int) -> Place:
         within = rank % (self.degrees.world // self.degrees.pp)
@@ -68,7 +74,7 @@ class Plan:
         return len(range(context, self.documents.sequences * self.documents.labels, self.degrees.cp))
 
     def micro_batch(self, rank: int) -> MicroBatch:
-        degrees, moe = self.degrees, self.config.model.moe
+        degrees, moe = self.degrees, self.run.model.moe
         pairs = -(-self.documents.sequences * self.documents.count // degrees.sequence_ranks)
         if moe is None:
             return MicroBatch(self.labels(rank), pairs)
@@ -78,25 +84,31 @@ class Plan:
 
     def traffic(self, rank: int) -> Traffic:
         """By the formula."""
-        model = on_meta(self.config, self.assumed.inputs, self.degrees, self.stage(rank))
-        formula = Communication(self.config, self.degrees, model, self.place(rank))
-        return formula.step(self.micro_batch(rank), len(self.config.data.sources))
+        return self._communication(rank).step(self.micro_batch(rank), self.assumed.sources)
 
     def memory(self, rank: int) -> StateMemory:
         """By the formula."""
-        model = on_meta(self.config, self.assumed.inputs, self.degrees, self.stage(rank))
-        return StateMemory.of(self.config, self.degrees, model, self.place(rank))
+        return StateMemory.of(self.run, self.optim.muon is not None, self._model(rank), self.place(rank))
 
     def flops(self, rank: int) -> int:
         """Of a step, by the formula."""
-        config, degrees = self.config, self.degrees
-        model = on_meta(config, self.assumed.inputs, degrees, self.stage(rank))
-        formula = Communication(config, degrees, model, self.place(rank))
-        documents = (self.documents.size,) * (self.documents.count * self.documents.sequences)
-        work = RankWork(documents, self.labels(rank), formula.expert_rows(self.micro_batch(rank)))
+        run, formula = self.run, self._communication(rank)
+        work = RankWork(
+            documents=(self.documents.size,) * (self.documents.count * self.documents.sequences),
+            labels=self.labels(rank),
+            rows=formula.expert_rows(self.micro_batch(rank)),
+            sequence_ranks=run.degrees.sequence_ranks,
+            tp=run.degrees.tp,
+            again=(run.parallel.activation_checkpointing == "full") + run.embeds_first,
+        )
         vocabulary = self.assumed.inputs.vocabulary_size
-        micro = computed_flops(config, degrees, vocabulary, formula.layers, formula.last, work)
-        return micro * config.batch_of(degrees.replicas).accumulation
+        return computed_flops(run.model, vocabulary, formula.layers, formula.last, work) * run.batch.accumulation
+
+    def _model(self, rank: int) -> MultimodalModel:
+        return on_meta(self.run, self.assumed.inputs, self.stage(rank))
+
+    def _communication(self, rank: int) -> Communication:
+        return Communication(self.run, self._model(rank), self.place(rank))
 
 
 def show_dry_run(plan: Plan, ranks: list[int], console: Console) -> None:
@@ -118,12 +130,11 @@ def show_dry_run(plan: Plan, ranks: list[int], console: Console) -> None:
 
 
 def _introduce(plan: Plan, console: Console) -> None:
-    config, degrees = plan.config, plan.degrees
-    counts = ParameterCounts.of(config.model, plan.assumed.inputs)
-    console.print(degrees.table())
-    console.print(config.batch_of(degrees.replicas).table())
+    counts = ParameterCounts.of(plan.run.model, plan.assumed.inputs)
+    console.print(plan.degrees.table())
+    console.print(plan.run.batch.table())
     console.print(f"assumed: {plan.assumed.sentence()}; {plan.documents.sentence()}", soft_wrap=True)
-    if config.model.moe is not None:
+    if plan.run.model.moe is not None:
         console.print(
             f"assumed: the busiest rank of ep gets {plan.load.imbalance:g} times the mean of the choices (shown as if "
             "every rank shown were the busiest); rows of a capacity are full whatever is routed",
@@ -153,7 +164,7 @@ def _show(plan: Plan, cost: RankCost, console: Console) -> None:
     same = "equal to the formula" if formula == cost.traffic else f"the formula has {sum(formula.bytes.values()):,} B"
     console.print(cost.traffic.table(plan.degrees, f"an optimizer step of {cost.micro_batches} micro-batches; {same}"))
     documents = [plan.documents.size] * (plan.documents.count * plan.documents.sequences)
-    wanted = model_flops(plan.config.model, plan.assumed.inputs, documents) * cost.micro_batches
+    wanted = model_flops(plan.run.model, plan.assumed.inputs, documents) * cost.micro_batches
     shared = plan.degrees.pp * plan.degrees.sequence_ranks
     console.print(
         f"TFLOP a step: {cost.flops / 1e12:.2f} computed here (formula {plan.flops(cost.rank) / 1e12:.2f}); the "

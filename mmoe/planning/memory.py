@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmoe.parallel.mesh import Degrees
+from mmoe.optim.muon import is_block_matrix
+from mmoe.parallel.setting import RankSetting
 from mmoe.planning.memory_shards import Place, shards
-from mmoe.recipe.config import RunConfig
 
 STEP = 4  # bytes
 
@@ -25,18 +25,17 @@ class StateMemory:
     whole_gradients: int
 
     @classmethod
-    def of(cls, config: RunConfig, degrees: Degrees, model: nn.Module, place: Place) -> StateMemory:
-        """Of a rank at `place` whose part of the model is `model` (on meta)."""
-        found = shards(config, model, degrees, place)
-        width = config.precision.parameter_dtype.itemsize
+    def of(cls, setting: RankSetting, muon: bool, model: nn.Module, place: Place) -> StateMemory:
+        """Of a rank at `place` whose part of the model is `model` (on meta); `muon` updates the matrices of blocks."""
+        found = shards(setting.model, setting.precision, model, setting.degrees, place)
+        width = setting.precision.parameter_dtype.itemsize
         held = sum(shard.held(place) for shard in found)
         states = 0
         for shard in found:
-            matrix = ".blocks." in shard.name and len(shard.shape) == 2 and ".router." not in shard.name
-            if matrix and config.optim.muon is not None:
+            if muon and is_block_matrix(shard.name, len(shard.shape)):
                 states += shard.held(place) * width  # Muon: momentum
             else:
                 states += 2 * shard.held(place) * width + STEP  # AdamW: two moments, and the number of steps
-        steps = config.batch_of(degrees.replicas).accumulation
-        whole = sum(shard.gathered for shard in found) if config.parallel.zero == 1 and steps > 1 else 0
+        late = setting.parallel.zero == 1 and setting.batch.accumulation > 1
+        whole = sum(shard.gathered for shard in found) if late else 0
         return cls(held, held * width, held * width, states, whole * width)

@@ -7,7 +7,6 @@ from pydantic import model_validator
 from mmoe.checkpoint.manager import CheckpointConfig
 from mmoe.config.base import Config
 from mmoe.data.config import DataConfig
-from mmoe.data.plan.deal import Reach
 from mmoe.losses.total import LossConfig
 from mmoe.models.decoder import ModelConfig
 from mmoe.optim.batch import BatchArithmetic
@@ -50,14 +49,6 @@ class RunConfig(Config):
     def contrastive_group(self) -> int:
         """Sequences of one contrastive group: the configured number, or the whole global batch."""
         return self.losses.contrastive.group_sequences or self.batch.sequences
-
-    def contrastive_reach(self, replicas: int) -> Reach:
-        """Where the sequences of a contrastive group are."""
-        return Reach.of(self.contrastive_group, self.batch_of(replicas).micro_batch_sequences, replicas)
-
-    def embeds_first(self, replicas: int) -> bool:
-        """Whether a step embeds all its micro-batches before any has a gradient: groups are wider than a micro-step."""
-        return self.losses.contrastive.weight > 0 and self.contrastive_reach(replicas) is Reach.STEP
 
     @classmethod
     def check_layer(cls, below: dict[str, Any], above: dict[str, Any]) -> None:

@@ -117,7 +117,8 @@ def _experts(run: Run, records: RunRecords) -> Section:
         parts += ["<h3>Router gradients</h3>", _note(note), _plot(gradients)]
     if "would_drop" in records.steps[-1]:
         last = [step for step in records.steps if "would_drop" in step]
-        advice = advise(last, run.config, LAST, str(run.folder))
+        model, length, precision = run.config.model, run.config.data.sequence_length, run.config.precision
+        advice = advise(last, model, length, precision, LAST, str(run.folder))
         note = (
             f"What a capacity for each sequence would have dropped of the choices of steps {advice.first} to "
             f"{advice.last}; tools/capacity_advisor.py tells what each factor costs."

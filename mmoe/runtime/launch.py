@@ -7,10 +7,7 @@ group; without them the run is one process, and nothing here does anything.
 import faulthandler
 import hashlib
 import itertools
-import math
 import os
-import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +24,6 @@ from mmoe.config.load import flatten
 from mmoe.config.reader import read_yaml
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.files import writes
-from mmoe.parallel.config import ParallelConfig
 from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, rank_log, record_error, restart_count
 from mmoe.runtime.launch_store import PERIOD_SECONDS, join
 
@@ -41,22 +37,21 @@ _turns = itertools.count()  # of `first_alone`: equal on all ranks
 
 
 @contextmanager
-def processes(config: ParallelConfig, run_folder: Path, console: Console) -> Iterator[int]:
+def processes(timeout_seconds: float, run_folder: Path, console: Console) -> Iterator[int]:
     """Join the process group that torchrun's environment describes; gives the number of processes.
 
     An error that leaves this context is written to RUN/errors.jsonl and given to torchrun, the group is left, and the
     process ends non-zero: rank 0 by the error (or a sentence on the one that came first elsewhere), the others by a
-    silent exit. Raises `ConfigError` where the degrees need several processes and torchrun has not started them.
+    silent exit.
     """
     if not all(name in os.environ for name in TORCHRUN):
-        _check_one_process(config)
         yield 1
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     faulthandler.enable()  # the stack of a segmentation fault
     try:
         with rank_log(run_folder, rank):
-            backend = _join(config.timeout_seconds)
+            backend = _join(timeout_seconds)
             if rank == 0:
                 _set_aside_hang_report(run_folder)
                 console.print(_introduction(world, backend))
@@ -185,27 +180,6 @@ def _leave_after_error() -> None:
     with suppress(RuntimeError):  # a broken group may refuse; the error that broke it is the one to be read
         dist.destroy_process_group()
     deadline.cancel()
-
-
-def _check_one_process(config: ParallelConfig) -> None:
-    """Raise `ConfigError` where the degrees multiply to more than one process."""
-    sequence = config.cp * config.tp
-    shard = config.dp_shard if config.dp_shard > 0 else config.ep // math.gcd(config.ep, sequence)
-    world = max(config.pp * config.dp_replicate * shard * sequence, config.ep)
-    if world == 1:
-        if config.offload:
-            raise ConfigError(
-                "parallel.offload is true, which is FSDP's work and needs a process group; "
-                "set it to false, or start by: torchrun --nproc-per-node 1 -m mmoe " + shlex.join(sys.argv[1:])
-            )
-        return
-    degrees = [f"parallel.{name}={getattr(config, name)}" for name in ("pp", "dp_replicate", "cp", "tp", "ep")]
-    given = [text for text in degrees if not text.endswith("=1")]
-    given += [f"parallel.dp_shard={config.dp_shard}"] if config.dp_shard > 1 else []
-    raise ConfigError(
-        f"{', '.join(given)} needs several processes, but this is one that torchrun did not start; "
-        f"start it by: torchrun --nproc-per-node {world} -m mmoe {shlex.join(sys.argv[1:])}"
-    )
 
 
 def _introduction(world: int, backend: str) -> str:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
-from mmoe.losses.total import LossReport, PlannedCounts, compute
+from mmoe.losses.total import LossConfig, LossReport, PlannedCounts, compute
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import StepLoads
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.pipeline_schedule import Losses
 from mmoe.parallel.ranks import Ranks
-from mmoe.recipe.config import RunConfig
+from mmoe.parallel.setting import RankSetting
+from mmoe.precision.config import PrecisionConfig
 from mmoe.schema.batch import PackedBatch
 from mmoe.tokenizers.vocabulary import Vocabulary
 
@@ -38,7 +39,8 @@ class StepGradients:
 class StepSetting:
     """What the steps of a run have in common; `micro_batches` of each rank make a step."""
 
-    config: RunConfig
+    losses: LossConfig
+    precision: PrecisionConfig
     vocabulary: Vocabulary
     device: torch.device
     ranks: Ranks
@@ -46,13 +48,12 @@ class StepSetting:
     cached: bool  # contrastive groups are wider than what is embedded at the same time
 
     @classmethod
-    def of(cls, config: RunConfig, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
-        accumulation = config.batch_of(ranks.replicas).accumulation
-        return cls(config, vocabulary, device, ranks, accumulation, config.embeds_first(ranks.replicas))
+    def of(cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
+        return cls(run.losses, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.embeds_first)
 
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes and losses."""
-        return self.config.precision.autocast(self.device)
+        return self.precision.autocast(self.device)
 
 
 def step_gradients(
@@ -70,8 +71,8 @@ def step_gradients(
         cached = _contrast(model, batches, setting)
 
     def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: StepLoads) -> LossReport:
-        config, part = setting.config.losses, ranks.part(model)
-        return compute(model, output, batch, counts, config, setting.vocabulary, loads, part, cached[number])
+        config, vocabulary, part = setting.losses, setting.vocabulary, ranks.part(model)
+        return compute(model, output, batch, counts, config, vocabulary, loads, part, cached[number])
 
     if ranks.pipeline is None:
         report, routing, loads = _one_by_one(model, batches, losses, setting)
@@ -118,4 +119,4 @@ def _contrast(model: MultimodalModel, batches: list[PackedBatch], setting: StepS
             if hidden is not None:
                 pairs = part.own_pairs(batch.pairs)
                 embedded.append(Embedded(*model.contrast(hidden, pairs, batch.modality), pairs))
-    return cache(embedded, setting.config.losses.contrastive.tau, part.gather_pairs) if embedded else []
+    return cache(embedded, setting.losses.contrastive.tau, part.gather_pairs) if embedded else []

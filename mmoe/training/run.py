@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
 from mmoe.config.base import change_addresses
@@ -18,10 +19,10 @@ from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.build import build
 from mmoe.parallel.ranks import Ranks
 from mmoe.recipe.config import RunConfig
+from mmoe.recipe.resolved import ResolvedRun
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
-from mmoe.tokenizers.vision import COORDINATES
 from mmoe.training.fingerprint import check_unchanged, fingerprint
 
 CONFIG = "config.yaml"  # in the run's folder, and a copy in every checkpoint
@@ -87,6 +88,7 @@ class Run:
     """A run's config, folder, data and model (weights as initialised, or as loaded)."""
 
     config: RunConfig
+    resolved: ResolvedRun
     folder: Path
     sources: Sources
     tokenizers: Tokenizers
@@ -103,19 +105,14 @@ class Run:
         if config.parallel.threads:
             torch.set_num_threads(config.parallel.threads)
         sources, tokenizers = open_sources(config)
-        inputs = ModelInputs(
-            vocabulary_size=tokenizers.vocabulary.size,
-            patch_dim=tokenizers.vision.patch_dim if tokenizers.value_dims[Modality.VISION] else 0,
-            patch_coordinates=COORDINATES if tokenizers.value_dims[Modality.VISION] else 0,
-            inertial_dim=tokenizers.value_dims[Modality.INERTIAL],
-            state_dim=tokenizers.value_dims[Modality.STATE],
-            action_chunk=tokenizers.config.action.chunk,
-            action_dim=0 if tokenizers.discrete_actions else tokenizers.dims[Modality.ACTION].size,
-        )
+        dims = tokenizers.value_dims | {Modality.ACTION: tokenizers.dims[Modality.ACTION].size}
+        inputs = ModelInputs.of(tokenizers.vocabulary.size, dims, tokenizers.config.action)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, ranks = build(config, inputs, len(sources.names), device)
+        resolved = ResolvedRun.of(config, dist.get_world_size() if dist.is_initialized() else None)
+        model, ranks = build(resolved, inputs, len(sources.names), config.training.seed, device)
         # Its config holds from any folder; until it is read again, messages name places as the caller did.
-        return cls(absolute(config), Path(config.training.run), sources, tokenizers, model, device, ranks)
+        folder = Path(config.training.run)
+        return cls(absolute(config), resolved, folder, sources, tokenizers, model, device, ranks)
 
     @classmethod
     def load(cls, folder: str | Path, step: int | None = None, overrides: Sequence[str] = ()) -> "Run":

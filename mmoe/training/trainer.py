@@ -50,11 +50,11 @@ class Trainer:
 
     def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None):
         config = run.config
-        self.run, self.callbacks, self.batch = run, callbacks, config.batch_of(run.ranks.replicas)
-        self.setting = StepSetting.of(config, run.tokenizers.vocabulary, run.device, run.ranks)
+        self.run, self.callbacks, self.batch = run, callbacks, run.resolved.batch
+        self.setting = StepSetting.of(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
         self.last_step = self.batch.iterations
         self.stop_at = min(stop_at or self.last_step, self.last_step)
-        self.schedule = config.optim.build_schedule(self.batch)
+        self.schedule = run.resolved.schedule
         self.optimizer = build_optimizer(run.model, config.optim.adamw, config.optim.muon)
         self.stream = Stream(
             config.data,
@@ -64,7 +64,7 @@ class Trainer:
             micro_sequences=self.batch.micro_batch_sequences,
             end=config.training.budget_positions,
             sequences=self.batch.sequences,
-            group_sequences=config.contrastive_group,
+            group_sequences=run.resolved.contrastive_group,
             label_weights=config.losses.label_weights(),
             replica=run.ranks.replica,
             replicas=run.ranks.replicas,

@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass, field, fields, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmoe.config.load import validate
-from mmoe.data.plan.deal import deal
+from mmoe.data.plan.deal import Reach, deal
 from mmoe.losses.total import LossConfig, PlannedCounts
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import update_choice_bias
 from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients
+from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.muon import MuonConfig, build_optimizer
 from mmoe.parallel.build import spread
 from mmoe.parallel.config import ParallelConfig
@@ -25,9 +25,10 @@ from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.parallel.parallelize import check_layout
 from mmoe.parallel.pipeline import check_stages
 from mmoe.parallel.ranks import OneProcess
+from mmoe.parallel.setting import RankSetting
 from mmoe.precision.config import PrecisionConfig
-from mmoe.recipe.config import RunConfig
 from mmoe.schema.batch import PackedBatch
+from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, LABELS, PAIRS, Counts
 from mmoe.schema.sample import Modality
 from mmoe.training.gradients import StepGradients, StepSetting, step_gradients
 from tests.models.random_batch import INPUTS, VOCABULARY, pack, random_document, random_sequences
@@ -42,6 +43,7 @@ MODEL: dict[str, Any] = {
     "bidirectional_slices": True,
     "moe": {"experts": 4, "top_k": 2, "hidden": 32, "shared_experts": 1, "every": 2, "noise": 0.3},
 }
+LENGTH = 32  # of a sequence, for arithmetic; batches are as long as their documents make them
 LOSSES: dict[str, Any] = {"contrastive": {"weight": 0.3}, "action": {"weight": 0.7}, "balance": {"sequence": 0.05}}
 
 
@@ -67,34 +69,29 @@ class Case:
         return replace(INPUTS, vocabulary_size=INPUTS.vocabulary_size + self.spare_ids)
 
 
-def config_of(case: Case, replicas: int) -> SimpleNamespace:
-    """The parts of a RunConfig that a step reads."""
+def setting_of(case: Case, world: int) -> RankSetting:
+    """What the ranks of a step read; a single process has no degrees."""
     losses = validate(LossConfig, {**LOSSES, **case.losses}, "case")
     changed = case.model.get("moe", {})
     moe = None if changed is None else {**MODEL["moe"], **changed}
     if moe and case.compute == "float64":
         moe["engine"] = "loop"
     model = validate(ModelConfig, {**MODEL, **case.model, "moe": moe}, "case")
-    batch = SimpleNamespace(
-        sequences=case.sequences,
-        micro_batch_sequences=case.micro,
-        accumulation=case.sequences // (case.micro * replicas),
-    )
-    config = SimpleNamespace(
-        model=model,
-        losses=losses,
-        contrastive_group=losses.contrastive.group_sequences or case.sequences,
-        precision=PrecisionConfig(compute=case.compute),
-        parallel=validate(ParallelConfig, case.parallel, "case"),
-        batch_of=lambda replicas: batch,
-    )
-    config.contrastive_reach = functools.partial(RunConfig.contrastive_reach, config)
-    config.embeds_first = functools.partial(RunConfig.embeds_first, config)
-    return config
+    parallel = validate(ParallelConfig, case.parallel, "case")
+    degrees = Degrees.of(parallel, world) if world > 1 else Degrees()
+    accumulation = case.sequences // (case.micro * degrees.replicas)
+    batch = BatchArithmetic(LENGTH, case.micro, accumulation, degrees.replicas, LENGTH * case.sequences)
+    reach = Reach.of(group_of(case, losses), case.micro, degrees.replicas)
+    return RankSetting(model, losses, parallel, PrecisionConfig(compute=case.compute), degrees, batch, reach)
+
+
+def group_of(case: Case, losses: LossConfig) -> int:
+    """Sequences of a contrastive group."""
+    return losses.contrastive.group_sequences or case.sequences
 
 
 def batches_of(
-    case: Case, group: int, replica: int, replicas: int, seed: int = 3
+    case: Case, losses: LossConfig, replica: int, replicas: int, seed: int = 3
 ) -> tuple[list[PackedBatch], PlannedCounts]:
     """The micro-batches of a replica, and the counts of the whole step."""
     sequences = random_sequences(seed, case.sequences, 4)
@@ -106,9 +103,11 @@ def batches_of(
     length = -(-longest // 32) * 32
     whole = pack(sequences, length)
     labels = np.bincount(VOCABULARY.modality_of(whole.labels[whole.labels >= 0].numpy()), minlength=len(Modality))
-    planned = SimpleNamespace(labels=labels, action_elements=int(whole.action_mask.sum()), pairs=len(whole.pairs.group))
-    counts = PlannedCounts.of(planned, config_of(case, replicas).losses, case.sequences)
-    costs = np.arange(case.sequences)
+    columns = np.zeros(COLUMNS, np.int64)
+    columns[LABELS] = labels
+    columns[[ACTION_ELEMENTS, PAIRS]] = int(whole.action_mask.sum()), len(whole.pairs.group)
+    counts = PlannedCounts.of(Counts(columns), losses, case.sequences)
+    costs, group = np.arange(case.sequences), group_of(case, losses)
     mine = deal(costs, group, case.micro, replicas)[replica].tolist()
     batches = []
     for first in range(0, len(mine), case.micro):
@@ -137,22 +136,19 @@ class Worker:
 
     @classmethod
     def of(cls, case: Case, world: int) -> "Worker":
-        device, config = torch.device("cpu"), config_of(case, 1)
+        device, run = torch.device("cpu"), setting_of(case, world)
         ranks: Any = OneProcess()
         if world > 1:
-            degrees = Degrees.of(config.parallel, world)
-            config = config_of(case, degrees.replicas)
-            check_layout(config.model, degrees)
-            check_stages(config, degrees)
-            model, ranks = spread(config, case.inputs, 3, 7, mesh_of(degrees), device)
+            check_layout(run.model, run.degrees)
+            check_stages(run.model.layers, run.parallel.stages_per_rank, run.degrees.pp, run.batch.accumulation)
+            model, ranks = spread(run, case.inputs, 3, 7, mesh_of(run.degrees), device)
         else:
-            model = config.model.build(case.inputs, 7).to(config.precision.parameter_dtype)
-        return cls(case, StepSetting.of(config, VOCABULARY, device, ranks), model.train())
+            model = run.model.build(case.inputs, 7).to(run.precision.parameter_dtype)
+        return cls(case, StepSetting.of(run, VOCABULARY, device, ranks), model.train())
 
     def gradients(self, seed: int = 3) -> StepGradients:
         ranks = self.setting.ranks
-        group = self.setting.config.contrastive_group
-        batches, counts = batches_of(self.case, group, ranks.replica, ranks.replicas, seed)
+        batches, counts = batches_of(self.case, self.setting.losses, ranks.replica, ranks.replicas, seed)
         return step_gradients(self.model, batches, counts, self.setting, seed=11)
 
     @property
@@ -199,7 +195,7 @@ def run_step(case: Case, world: int) -> dict[str, Any]:
 def train(case: Case, world: int, muon: bool, steps: int) -> dict[str, np.ndarray]:
     """Every weight and buffer by name, whole, after so many optimizer steps; on the first rank."""
     worker = Worker.of(case, world)
-    model, moe = worker.model, worker.setting.config.model.moe
+    model, moe = worker.model, worker.model.decoder.config.moe
     optimizer = build_optimizer(model, AdamWConfig(), MuonConfig() if muon else None)
     for number in range(steps):
         step = worker.gradients(seed=number)

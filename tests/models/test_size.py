@@ -13,6 +13,7 @@ from mmoe.models.embeddings import ModelInputs
 from mmoe.models.flops import ParameterCounts
 from mmoe.models.size import parameter_count
 from mmoe.parallel.build import build
+from mmoe.recipe.resolved import ResolvedRun
 from mmoe.schema.sample import Modality
 from tests.training.test_trainer import config
 
@@ -39,7 +40,7 @@ def test_the_closed_form_counts_what_the_model_has(changes):
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made(tmp_path):
     huge = config(tmp_path, tmp_path / "run", model__d_model=1 << 20, model__hidden=1 << 20, model__layers=1000)
     with pytest.raises(ConfigError, match=r"parameters: [\d,]+.\d GiB on each of 1 processes, .*model.d_model"):
-        build(huge, ModelInputs(vocabulary_size=300), 1, torch.device("cpu"))
+        build(ResolvedRun.of(huge), ModelInputs(vocabulary_size=300), 1, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

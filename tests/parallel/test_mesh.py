@@ -1,6 +1,7 @@
 """The arithmetic of the degrees, and one sentence for each product that cannot be."""
 
 import io
+import sys
 from math import prod
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.mesh import DENSE, Degrees
+from mmoe.parallel.mesh import DENSE, Degrees, check_one_process
 
 small = st.integers(1, 6)
 
@@ -67,3 +68,22 @@ def test_the_table_shows_every_axis_and_what_ep_borrows() -> None:
     console.print(Degrees(pp=2, dp_replicate=3, dp_shard=4, cp=5, tp=7, ep=10).table())
     text = " ".join(console.export_text().split())
     assert "840" in text and "2 x 3 x 4 x 5 x 7" in text and "dp_shard x cp x tp = 140" in text
+
+
+@pytest.mark.parametrize(
+    "degrees, ranks, named",
+    [
+        ({"tp": 2, "pp": 2}, 4, "parallel.pp=2, parallel.tp=2"),
+        ({"ep": 4, "cp": 2}, 4, "parallel.cp=2, parallel.ep=4"),
+        ({"dp_shard": 3}, 3, "parallel.dp_shard=3"),
+        ({"dp_shard": 1, "ep": 2}, 2, "parallel.ep=2"),
+    ],
+)
+def test_degrees_without_torchrun_name_the_command(
+    monkeypatch: pytest.MonkeyPatch, degrees: dict[str, int], ranks: int, named: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmoe", "train", "a b.yaml"])
+    with pytest.raises(ConfigError) as error:
+        check_one_process(ParallelConfig(**degrees))
+    assert str(error.value).startswith(f"{named} needs several processes")
+    assert str(error.value).endswith(f"torchrun --nproc-per-node {ranks} -m mmoe train 'a b.yaml'")

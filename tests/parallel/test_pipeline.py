@@ -2,7 +2,6 @@
 
 from io import StringIO
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ import torch
 from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig, MultimodalModel
-from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.pipeline import TIED, StageModel, check_stages, costs, deal_layers
 from tests.models.random_batch import INPUTS
 
@@ -85,34 +82,22 @@ def test_costs_count_what_a_token_goes_through() -> None:
     assert work[0] == attention + norms + dense + embeddings
 
 
-def run_config(layers: int, micro_batches: int, **parallel: object) -> SimpleNamespace:
-    return SimpleNamespace(
-        model=CONFIG.model_copy(update={"layers": layers}),
-        parallel=ParallelConfig.model_validate(parallel),
-        batch_of=lambda replicas: SimpleNamespace(accumulation=micro_batches),
-    )
-
-
-INTERLEAVED = {"schedule": "interleaved_1f1b", "stages_per_rank": 2}
-
-
 def test_too_few_layers_are_refused() -> None:
-    check_stages(run_config(4, 4, pp=4), Degrees(pp=4))
+    check_stages(layers=4, each=1, pp=4, micro_batches=4)
     with pytest.raises(ConfigError, match=r"pp 4 x parallel.stages_per_rank 1 = 4 stages, but model.layers is 3"):
-        check_stages(run_config(3, 4, pp=4), Degrees(pp=4))
+        check_stages(layers=3, each=1, pp=4, micro_batches=4)
     with pytest.raises(ConfigError, match=r"pp 2 x parallel.stages_per_rank 2 = 4 stages, but model.layers is 3"):
-        check_stages(run_config(3, 4, pp=2, **INTERLEAVED), Degrees(pp=2))
+        check_stages(layers=3, each=2, pp=2, micro_batches=4)
 
 
 @pytest.mark.parametrize("micro_batches", range(1, 12))
 def test_micro_batches_that_do_not_make_whole_rounds_are_refused(micro_batches: int) -> None:
-    check_stages(run_config(6, micro_batches, pp=3), Degrees(pp=3))
-    config = run_config(6, micro_batches, pp=3, **INTERLEAVED)
+    check_stages(layers=6, each=1, pp=3, micro_batches=micro_batches)
     if micro_batches in (7, 10, 11):
         with pytest.raises(ConfigError, match=f"a step has {micro_batches} micro-batches.*micro_batch_sequences"):
-            check_stages(config, Degrees(pp=3))
+            check_stages(layers=6, each=2, pp=3, micro_batches=micro_batches)
     else:
-        check_stages(config, Degrees(pp=3))
+        check_stages(layers=6, each=2, pp=3, micro_batches=micro_batches)
 
 
 def test_the_table_says_where_layers_are_and_how_long_ranks_wait() -> None:

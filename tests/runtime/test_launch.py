@@ -13,8 +13,6 @@ import psutil
 import pytest
 
 from mmoe.commands.console import Console
-from mmoe.errors import ConfigError
-from mmoe.parallel.config import ParallelConfig
 from mmoe.runtime.launch import agreed, processes, rank_console, same_config
 from mmoe.runtime.launch_errors import name_ranks
 
@@ -25,14 +23,13 @@ from pathlib import Path
 import torch.distributed as dist
 from mmoe.commands.console import Console
 from mmoe.errors import MmoeError
-from mmoe.parallel.config import ParallelConfig
 from mmoe.runtime.launch import agreed, first_alone, processes, rank_console, same_config
 from mmoe.runtime.watch import Watch
 
 folder, timeout = Path("run"), 3.0
 rank = int(os.environ["RANK"])
 (Path("pid") / str(os.getpid())).touch()
-with processes(ParallelConfig(timeout_seconds=timeout), folder, Console()) as world:
+with processes(timeout, folder, Console()) as world:
     console = rank_console(Console())
 """
 
@@ -220,29 +217,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
 
 def test_one_process_needs_no_group(tmp_path):
     console = Console()
-    with processes(ParallelConfig(), tmp_path / "run", console) as world:
+    with processes(600.0, tmp_path / "run", console) as world:
         assert world == 1 and agreed(True) and not agreed(False) and rank_console(console) is console
         same_config("a: 1")
-    with pytest.raises(ValueError), processes(ParallelConfig(dp_shard=1), tmp_path / "run", console):
+    with pytest.raises(ValueError), processes(600.0, tmp_path / "run", console):
         raise ValueError  # as it was raised, and nothing written
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "degrees, ranks, named",
-    [
-        ({"tp": 2, "pp": 2}, 4, "parallel.pp=2, parallel.tp=2"),
-        ({"ep": 4, "cp": 2}, 4, "parallel.cp=2, parallel.ep=4"),
-        ({"dp_shard": 3}, 3, "parallel.dp_shard=3"),
-        ({"dp_shard": 1, "ep": 2}, 2, "parallel.ep=2"),
-    ],
-)
-def test_degrees_without_torchrun_name_the_command(tmp_path, monkeypatch, degrees, ranks, named):
-    monkeypatch.setattr(sys, "argv", ["mmoe", "train", "a b.yaml"])
-    with pytest.raises(ConfigError) as error, processes(ParallelConfig(**degrees), tmp_path, Console()):
-        pass
-    assert str(error.value).startswith(f"{named} needs several processes")
-    assert str(error.value).endswith(f"torchrun --nproc-per-node {ranks} -m mmoe train 'a b.yaml'")
 
 
 def test_ranks_are_named_by_their_runs():

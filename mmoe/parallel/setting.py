@@ -1,0 +1,32 @@
+"""What the ranks of a run read of its config, and what follows from it for their number."""
+
+from dataclasses import dataclass
+
+from mmoe.data.plan.deal import Reach
+from mmoe.losses.total import LossConfig
+from mmoe.models.decoder import ModelConfig
+from mmoe.optim.batch import BatchArithmetic
+from mmoe.parallel.config import ParallelConfig
+from mmoe.parallel.mesh import Degrees
+from mmoe.precision.config import PrecisionConfig
+
+
+@dataclass(frozen=True)
+class RankSetting:
+    """Holds the sub-configs that ranks read, their degrees, and the batch that they share.
+
+    `reach` says where the sequences of a contrastive group are. `mmoe.recipe.resolved` makes one of a run's config.
+    """
+
+    model: ModelConfig
+    losses: LossConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    degrees: Degrees
+    batch: BatchArithmetic
+    reach: Reach
+
+    @property
+    def embeds_first(self) -> bool:
+        """Whether a step embeds all its micro-batches before any has a gradient: groups are wider than a micro-step."""
+        return self.losses.contrastive.weight > 0 and self.reach is Reach.STEP
