@@ -4,7 +4,6 @@ This runs in the worker processes of preparation; it depends on nothing but the 
 """
 
 import errno
-import hashlib
 import re
 import traceback
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from mmoe.data.load.decord_proof import why_not
 from mmoe.data.load.frames import Backend, VideoFrames, is_video, unproven
 from mmoe.data.load.media import audio_info, load_array, load_audio, load_image
 from mmoe.errors import DataError, MmoeError
+from mmoe.hashing import hash64
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.schema.sample import SEGMENT_DTYPE, Modality, Sample, Segment
 from mmoe.tokenizers.rates import check_rates
@@ -159,14 +159,6 @@ def build_row(
         vectors=vectors,
         decord=frozenset(proven),
     )
-
-
-def hash64(*parts: bytes) -> int:
-    """A stable signed 64-bit hash of the parts; equal on every machine, so that splits and pairs are too."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _check_rates(sample: Sample, target: int | None) -> None:

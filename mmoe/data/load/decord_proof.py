@@ -7,7 +7,6 @@ decord's count holds for, and a process apart has given the same pixels: every f
 key frame by seeking.
 """
 
-import hashlib
 import io
 import os
 import pickle
@@ -25,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from mmoe.data.load.containers import list_packets, open_container, translated, unreadable
+from mmoe.hashing import blake2b
 from mmoe.optional import require, status
 from mmoe.schema.sample import ALIGNMENT_NS
 
@@ -138,7 +138,7 @@ def _unfit_kind(container: InputContainer, stream: VideoStream | None) -> str | 
 
 
 def _digest(pixels: np.ndarray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=8).digest()
+    return blake2b([np.ascontiguousarray(pixels).data], 8)
 
 
 def _compare(data: bytes | Path, times_ns: np.ndarray, digests: list[bytes], keys: np.ndarray) -> str | None:
