@@ -17,7 +17,7 @@ from mmoe.data.index.shards import ShardWriter, check_field, check_key
 from mmoe.data.load.decord_proof import why_not
 from mmoe.data.load.frames import Backend, VideoFrames, is_video, unproven
 from mmoe.data.load.media import audio_info, load_array, load_audio, load_image
-from mmoe.errors import DataError, MmoeError
+from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.schema.sample import SEGMENT_DTYPE, Modality, Sample, Segment
@@ -86,9 +86,9 @@ def make_row(
 
 def make_sample(item: Item) -> Sample:
     """The item's sample. Raises `Refused` for whatever is wrong with the data."""
-    with _counted_as("unusable key"):
+    with counted_as("unusable key"):
         check_key(item.key)
-    with _translated(item.key), _counted_as("unreadable recording"):
+    with _translated(item.key), counted_as("unreadable recording"):
         sample = item.make()
     if (sample.key, sample.recording) != (item.key, item.recording):
         raise ValueError(f"reader made sample {sample.key} of {sample.recording} for item {item}")
@@ -123,12 +123,12 @@ def build_row(
     sample: Sample, tokenizer: TextTokenizer, video_backend: Backend, vector_names: dict[str, tuple[str, ...]]
 ) -> Row:
     """Check every payload of the sample and tokenise its texts. Raises `Refused`."""
-    with _counted_as("malformed sample"):
+    with counted_as("malformed sample"):
         _check_structure(sample)
     vectors: dict[Modality, list[np.ndarray]] = {}
     proven = set()
     for (modality, member), segments in _by_payload(sample).items():
-        with _counted_as(_REASONS[modality]):
+        with counted_as(_REASONS[modality]):
             where = f"{sample.key}.{member}"
             table = _check_payload(segments, sample.members[member], where)
             if modality is Modality.VISION and is_video(member):
@@ -164,7 +164,7 @@ def build_row(
 def _check_rates(sample: Sample, target: int | None) -> None:
     for segment in sample.segments:
         if target is not None and segment.modality is Modality.AUDIO:
-            with _counted_as(_REASONS[Modality.AUDIO]):
+            with counted_as(_REASONS[Modality.AUDIO]):
                 check_rates(segment.rate, target, f"{sample.key}.{segment.member}")
 
 
@@ -275,14 +275,3 @@ def _content_hash(sample: Sample) -> int:
     if not sensed:
         return hash64(*(s.text.encode() for s in sample.segments))
     return hash64(*(sample.members[name] for name in sorted(sensed)))
-
-
-@contextmanager
-def _counted_as(reason: str) -> Iterator[None]:
-    """Turn a DataError that names no class into `Refused` of this one."""
-    try:
-        yield
-    except Refused:
-        raise
-    except DataError as error:
-        raise Refused(reason, str(error)) from error
