@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmoe.data.load.reading import reading
-from mmoe.errors import DataError, counted_as
+from mmoe.errors import DataError, brief, counted_as
 from mmoe.preparation.sources import jsonl
 from mmoe.preparation.sources.base import Refused
 
@@ -121,7 +121,7 @@ def _yaw(rotation: list[float]) -> float:
 
 def _ns(microseconds: Any, file: Path) -> int:
     if type(microseconds) is not int or abs(microseconds) > _LATEST_US:
-        said = jsonl.shown(microseconds)
+        said = brief(microseconds)
         raise DataError(f"{file}: the time {said} is not an integer of microseconds; restore the table")
     return microseconds * 1000
 
