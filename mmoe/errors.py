@@ -1,7 +1,8 @@
 """The errors a user is meant to read: one sentence that names the place, the fault and the remedy."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -30,6 +31,17 @@ class Refused(DataError):  # noqa: N818  # what became of an item, the word its 
 
     def __str__(self) -> str:
         return self.args[1]
+
+
+@contextmanager
+def counted_as(reason: str) -> Iterator[None]:
+    """Turn a DataError that names no class into `Refused` of this one."""
+    try:
+        yield
+    except Refused:
+        raise
+    except DataError as error:
+        raise Refused(reason, str(error)) from error
 
 
 class BackendError(MmoeError):

@@ -17,6 +17,9 @@ BLOCK = 1 << 24
 class CheckedFile(io.RawIOBase):
     """A file written front to back and durable once closed, with its size and CRC-32.
 
+    Checkpoints do not use `write_atomically`: tensors are streamed, never whole in memory, and it is not a file that
+    appears at once but the folder, when all ranks have written theirs.
+
     It remembers the first error of the disk (or Ctrl-C) instead of raising it in `write`: torch's zip writer
     turns an exception of its stream into a RuntimeError about file positions. Whoever closes the file asks
     `raise_failure` for the true one.

@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mmoe.data.index.shard_index import ShardIndex
-from mmoe.data.load.decode import Ablation
+from mmoe.data.load.decode import Index, RowPlace
 from mmoe.data.plan.prepared import Sources
-from mmoe.errors import ConfigError
+from mmoe.errors import ConfigError, DataError
 from mmoe.schema.sample import Modality
 
 POSSIBLE = (Modality.VISION, Modality.AUDIO, Modality.INERTIAL, Modality.STATE)
@@ -21,6 +21,38 @@ class _Row:
     row: int
     recording: str
     cameras: frozenset[int]  # of its segments of the modality
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What the decoder shows instead: `blank` gives zeros (silence), `shuffle` another recording's payload.
+
+    `donors` maps (source, shard, row) to the (shard, row) whose pictures or sounds are used.
+    """
+
+    mode: Literal["blank", "shuffle"]
+    modality: Modality
+    donors: dict[RowPlace, tuple[int, int]]
+
+    def __call__(self, row: RowPlace, index: Index, segments: np.ndarray, at: int) -> tuple[int, int, np.void] | None:
+        """Find what stands in for `segments[at]`: the donor's camera where it has that one, and its place in line."""
+        if self.mode == "blank":
+            return None
+        segment, source = segments[at], row[0]
+        shard, number = self.donors[row]
+        donor = index(source, shard)
+        theirs = donor.row_segments(number)
+        theirs = theirs[theirs["modality"] == segment["modality"]]
+        if not len(theirs):
+            own = index(source, row[1])
+            raise DataError(
+                f"{donor.tar}: {donor.keys[number]} has nothing of modality {Modality(segment['modality']).name} to "
+                f"stand in for {own.tar}: {own.member(row[2], int(segment['member'])).name}; choose another donor"
+            )
+        camera = theirs[theirs["camera"] == segment["camera"]]
+        theirs = camera if len(camera) else theirs
+        same = (segments["modality"] == segment["modality"]) & (segments["camera"] == segment["camera"])
+        return shard, number, theirs[int(same[:at].sum()) % len(theirs)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +82,7 @@ def blank(modality: Modality) -> Donors:
 def shuffle(sources: Sources, split: str, modality: Modality, seed: int) -> Donors:
     """Every row of a split shows what another recording of the same source and split saw (or heard)."""
     _check("shuffle", modality)
-    donors: dict[tuple[int, int, int], tuple[int, int]] = {}
+    donors: dict[RowPlace, tuple[int, int]] = {}
     left_out: dict[str, str] = {}
     counts: dict[str, int] = {}
     for number, files in enumerate(sources.files(split)):

@@ -15,6 +15,7 @@ from mmoe.evaluation.actions import Chunks, align, hold_last, places, read_chunk
 from mmoe.evaluation.features import FeatureRows
 from mmoe.evaluation.ridge import Ridge, fit_ridge
 from mmoe.files import write_atomically, writes
+from mmoe.hashing import canonical_json
 from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
@@ -133,4 +134,4 @@ def _key(run: Run) -> str:
         tokenizers.audio.fingerprint if tokenizers.audio else None,
         {name: manifest.model_dump(mode="json") for name, manifest in run.sources.manifests.items()},
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(parts)).hexdigest()

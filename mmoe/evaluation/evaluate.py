@@ -71,7 +71,7 @@ def evaluate(
     # The baselines are those of the whole data, whatever the model may see of it.
     features = FeatureRows() if taken is None or taken.modality is Modality.VISION else None
     with inference(view) as model:
-        for batch in view.heldout(isolated=False, only=only, ablation=taken):
+        for batch in view.heldout(isolated=False, only=only, stand_in=taken):
             hidden = model(batch).hidden
             tokens.add(batch, *label_log_probabilities(model, hidden, batch, run.config.losses.ce.chunk))
             starts, of = chunk_starts(batch)
@@ -82,7 +82,7 @@ def evaluate(
                     features.add(batch)
             documents.update(document[:3] for sequence in batch.documents for document in sequence)
         for name, most in _enough_pairs(view.sources, only).items():
-            for batch in view.heldout(isolated=True, only=[name], ablation=taken, most_documents=most):
+            for batch in view.heldout(isolated=True, only=[name], stand_in=taken, most_documents=most):
                 pairs.add(batch, *model.contrast(model(batch).hidden, batch.pairs, batch.modality))
         ranking = rank_candidates(view, model, only, taken)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.data.load.decode import Ablation, Decoder
+from mmoe.data.load.decode import Decoder, StandIn
 from mmoe.data.load.document import Document, DocumentBuilder
 from mmoe.data.load.stream import make_collator
 from mmoe.data.plan.planner import DocumentRef
@@ -38,7 +38,7 @@ class _Question:
 
 
 def rank_candidates(
-    run: Run, model: MultimodalModel, only: list[str], ablation: Ablation | None = None
+    run: Run, model: MultimodalModel, only: list[str], stand_in: StandIn | None = None
 ) -> dict[str, dict[str, Any]]:
     """By source: number of `rows`, `chance`, and `accuracy` with its 95 % Wilson bound `low` for each score.
 
@@ -46,7 +46,7 @@ def rank_candidates(
     every candidate are left out and counted.
     """
     decoder = Decoder(
-        run.sources.files("heldout"), run.tokenizers, run.config.data.video_backend, ablation, frozenset()
+        run.sources.files("heldout"), run.tokenizers, run.config.data.video_backend, stand_in, frozenset()
     )
     reports = {}
     for number, name in enumerate(run.sources.names):

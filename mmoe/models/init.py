@@ -17,11 +17,12 @@ all other matrices                         N(0, 1 / fan_in): outputs as wide as 
 residual outputs is GPT-2's (Radford et al. 2019).
 """
 
-import hashlib
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+from mmoe.hashing import seed64
 
 ONES = ("*norm.weight",)
 ZEROS = ("*.bias", "embeddings.time.output.weight", "action.output.weight")
@@ -65,8 +66,7 @@ def _scale(name: str, fan_in: int, std: float, layers: int) -> float:
 
 
 def _normal(name: str, shape: torch.Size, seed: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    generator = torch.Generator().manual_seed(seed64(f"{seed}/{name}"))
     return torch.randn(shape, generator=generator)
 
 

@@ -1,8 +1,8 @@
 """What each logged step leaves behind: one JSON line in `metrics.jsonl`, and the same scalars for TensorBoard."""
 
-import hashlib
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mmoe.files import writes
+from mmoe.hashing import blake2b
 from mmoe.models.moe.routing import RoutingWindow, by_expert, router_gradients
 from mmoe.monitoring.lines import LineFile
 from mmoe.runtime.peak_memory import PeakMemory
@@ -130,17 +131,19 @@ def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
 
 def state_digest(trainer: Trainer) -> str:
     """A digest of every weight, buffer and optimizer state: equal digests mean equal bits."""
-    digest = hashlib.blake2b(digest_size=16)
     names = {id(p): name for name, p in trainer.run.model.named_parameters()}
     held: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
         (names[id(p)], p, trainer.optimizer.state.get(p, {})) for p in trainer.run.model.parameters()
     ]
     held += [(name, buffer, {}) for name, buffer in trainer.run.model.named_buffers()]
-    for name, weight, states in held:
-        tensors = {"weight": weight, **states}
-        for key in sorted(tensors):
-            value = torch.as_tensor(tensors[key]).detach()
-            value = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
-            digest.update(f"{name}.{key}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes]:
+        for name, weight, states in held:
+            tensors = {"weight": weight, **states}
+            for key in sorted(tensors):
+                value = torch.as_tensor(tensors[key]).detach()
+                value = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+                yield f"{name}.{key}".encode()
+                yield value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return blake2b(parts(), 16).hex()

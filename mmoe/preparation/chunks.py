@@ -229,6 +229,7 @@ class _Writer:
         (self._temporary / "record.json").write_text(text, encoding="ascii")
         if self._folder.exists():  # half of one, or finished by somebody who was thought dead
             shutil.rmtree(self._folder)
+        # Not synced, as a file by `write_atomically` is: what a crash of the machine cuts, `Stored.whole` finds.
         self._temporary.rename(self._folder)
 
     def __enter__(self) -> "_Writer":

@@ -16,6 +16,7 @@ from typing import Any
 
 from mmoe.config.load import flatten
 from mmoe.errors import DataError
+from mmoe.files import write_atomically
 from mmoe.preparation.sources.base import Item
 
 JOB_FORMAT = 2  # of all that is stored in an unfinished preparation
@@ -65,7 +66,7 @@ class Job:
         pins = json.loads(json.dumps(pins))
         if not path.is_file():
             self.restart()
-            _write(path, pins)
+            write_atomically(path, json.dumps(pins, indent=1))
             return False
         before = flatten(json.loads(path.read_text()))
         now = flatten(pins)
@@ -82,7 +83,7 @@ class Job:
         """What an earlier process remembered under this name, else the JSON value that `make()` gives now."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
-            _write(path, make())
+            write_atomically(path, json.dumps(make(), indent=1))
         return json.loads(path.read_text())
 
     def begin_again(self, name: str, value: Any) -> None:
@@ -92,7 +93,7 @@ class Job:
                 shutil.rmtree(path)
             elif path.name not in (_LOCK, JOB):
                 path.unlink()
-        _write(self.folder / f"{name}.json", value)
+        write_atomically(self.folder / f"{name}.json", json.dumps(value, indent=1))
 
     def begin_assembly(self) -> None:
         """From here on the shards of finished units move away."""
@@ -136,12 +137,6 @@ def _add_file(digest: Any, path: Path) -> None:
     except OSError:  # a dangling link; the reader says so where it matters
         return
     digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.rename(path)
 
 
 def _said(key: str, before: Any, now: Any) -> str:

@@ -8,12 +8,11 @@ keeps what is finished when the process dies, and becomes the output when all is
 """
 
 import hashlib
-import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -28,13 +27,11 @@ from mmoe.addresses import check_address
 from mmoe.commands.console import Console
 from mmoe.config.base import Config
 from mmoe.config.load import validate
-from mmoe.data.index.shard_index import ShardIndex
-from mmoe.data.index.shards import read_stored
-from mmoe.data.load.media import load_audio
 from mmoe.data.load.reading import reading
 from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import DataError
 from mmoe.optional import require
+from mmoe.preparation.audio_codec import fit_audio_codec
 from mmoe.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
 from mmoe.preparation.dedup import Duplicates
 from mmoe.preparation.engines import Engine, run
@@ -65,11 +62,8 @@ from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
-from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
+from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.text import TextTokenizer
-
-AUDIO_CODEC = "audio_codec.safetensors"
-AUDIO_REPORT = "audio_codec.json"
 
 _REMOTE = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 _PROBES = 8  # items made to learn how large and how slow they are
@@ -200,7 +194,7 @@ def prepare(
             rows = tallies["train"].vectors[Modality.ACTION].sample()
             console.print(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
         if tallies["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
-            _fit_audio_codec(job.result, manifest, config, console)
+            fit_audio_codec(job.result, manifest, config.audio, config.audio_seed, console)
         manifest.save(job.result)
         job.finish()
     return manifest
@@ -384,31 +378,6 @@ def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], d
                     here.rename(there)
             entries.append(shard.model_copy(update={"path": path}))
     return tallies, shards
-
-
-def _fit_audio_codec(folder: Path, manifest: SourceManifest, config: PrepareConfig, console: Console) -> None:
-    """Fit on the training sounds, save, and report the error on the held-out ones (on the former if none are)."""
-    rate = config.audio.mel.sample_rate
-    codec = MelCodec.fit(_waves(folder, manifest, "train", rate), config.audio, config.audio_seed)
-    codec.save(folder / AUDIO_CODEC)
-    measured = "heldout" if manifest.splits["heldout"].segments("AUDIO") else "train"
-    errors = codec.reconstruction_error(_waves(folder, manifest, measured, rate))
-    report = {"fingerprint": codec.fingerprint, "split": measured, "reconstruction_error": errors}
-    (folder / AUDIO_REPORT).write_text(json.dumps(report, indent=1))
-    levels = ", ".join(f"{error:.3f} with {level}" for level, error in errors.items())
-    console.print(f"audio codec: mean squared error of the normalised log-mel bands ({measured}), by levels: {levels}")
-
-
-def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:
-    """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
-    for shard in manifest.splits[name].shards:
-        index = ShardIndex.read(folder / shard.path)
-        for row in range(len(index)):
-            for segment in index.row_segments(row):
-                if segment["modality"] == Modality.AUDIO:
-                    stored = read_stored(index, row, int(segment["member"]))
-                    wave, found = load_audio(stored.content, int(segment["start"]), int(segment["stop"]), stored.where)
-                    yield resample(wave, found, rate).numpy()
 
 
 def _progress(console: Console) -> Progress:

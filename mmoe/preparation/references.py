@@ -1,5 +1,6 @@
 """The signatures of sources that are prepared already, so that another does not repeat them."""
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
 from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import DataError
+from mmoe.files import write_atomically
 from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
 from mmoe.schema.manifest import SPLITS, SourceManifest
 from mmoe.schema.sample import Modality
@@ -57,10 +59,10 @@ class Sign:
 
             builder.add(row, content, index.row_segments(row), list(numbers), texts, read)
         labels = [[f"{reference.source}: {key}" for key in index.keys], index.recordings]
-        (self.folder / f"{reference.name}.json").write_text(json.dumps(labels), encoding="ascii")
-        temporary = self.folder / f".{reference.name}.npz"
-        np.savez(temporary, **builder.build().arrays())  # type: ignore[arg-type]  # numpy's stubs: as its flag
-        temporary.rename(self.folder / f"{reference.name}.npz")
+        write_atomically(self.folder / f"{reference.name}.json", json.dumps(labels))
+        content = io.BytesIO()
+        np.savez(content, **builder.build().arrays())  # type: ignore[arg-type]  # numpy's stubs: as its flag
+        write_atomically(self.folder / f"{reference.name}.npz", content.getvalue())  # last: it says that both are there
         return len(contents)
 
 

@@ -4,7 +4,6 @@ This runs in the worker processes of preparation; it depends on nothing but the 
 """
 
 import errno
-import hashlib
 import re
 import traceback
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from mmoe.data.index.shards import ShardWriter, check_field, check_key
 from mmoe.data.load.decord_proof import why_not
 from mmoe.data.load.frames import Backend, VideoFrames, is_video, unproven
 from mmoe.data.load.media import audio_info, load_array, load_audio, load_image
-from mmoe.errors import DataError, MmoeError
+from mmoe.errors import DataError, MmoeError, counted_as
+from mmoe.hashing import hash64
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS, Modality, Sample, Segment
 from mmoe.tokenizers.rates import check_rates
@@ -87,9 +87,9 @@ def make_row(
 
 def make_sample(item: Item) -> Sample:
     """The item's sample. Raises `Refused` for whatever is wrong with the data."""
-    with _counted_as("unusable key"):
+    with counted_as("unusable key"):
         check_key(item.key)
-    with _translated(item.key), _counted_as("unreadable recording"):
+    with _translated(item.key), counted_as("unreadable recording"):
         sample = item.make()
     if (sample.key, sample.recording) != (item.key, item.recording):
         raise ValueError(f"reader made sample {sample.key} of {sample.recording} for item {item}")
@@ -124,12 +124,12 @@ def build_row(
     sample: Sample, tokenizer: TextTokenizer, video_backend: Backend, vector_names: dict[str, tuple[str, ...]]
 ) -> Row:
     """Check every payload of the sample and tokenise its texts. Raises `Refused`."""
-    with _counted_as("malformed sample"):
+    with counted_as("malformed sample"):
         _check_structure(sample)
     vectors: dict[Modality, list[np.ndarray]] = {}
     proven = set()
     for (modality, member), segments in _by_payload(sample).items():
-        with _counted_as(_REASONS[modality]):
+        with counted_as(_REASONS[modality]):
             where = f"{sample.key}.{member}"
             table = _check_payload(segments, sample.members[member], where)
             if modality is Modality.VISION and is_video(member):
@@ -162,18 +162,10 @@ def build_row(
     )
 
 
-def hash64(*parts: bytes) -> int:
-    """A stable signed 64-bit hash of the parts; equal on every machine, so that splits and pairs are too."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return int.from_bytes(digest.digest(), "little", signed=True)
-
-
 def _check_rates(sample: Sample, target: int | None) -> None:
     for segment in sample.segments:
         if target is not None and segment.modality is Modality.AUDIO:
-            with _counted_as(_REASONS[Modality.AUDIO]):
+            with counted_as(_REASONS[Modality.AUDIO]):
                 check_rates(segment.rate, target, f"{sample.key}.{segment.member}")
 
 
@@ -284,14 +276,3 @@ def _content_hash(sample: Sample) -> int:
     if not sensed:
         return hash64(*(s.text.encode() for s in sample.segments))
     return hash64(*(sample.members[name] for name in sorted(sensed)))
-
-
-@contextmanager
-def _counted_as(reason: str) -> Iterator[None]:
-    """Turn a DataError that names no class into `Refused` of this one."""
-    try:
-        yield
-    except Refused:
-        raise
-    except DataError as error:
-        raise Refused(reason, str(error)) from error

@@ -21,8 +21,8 @@ from pydantic import Field
 from mmoe.config.base import Address, Config
 from mmoe.data.load.frames import is_video
 from mmoe.data.load.media import load_image
+from mmoe.hashing import hash64, rolling_hashes
 from mmoe.optional import require
-from mmoe.preparation.rows import hash64
 from mmoe.schema.sample import NO_SLICE, Modality
 
 _SEED = 1  # of the permutations: signatures are only compared within one preparation
@@ -136,11 +136,7 @@ def shingles(text: str, length: int) -> np.ndarray:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     if len(codes) < length:
         return np.zeros(0, np.uint32)
-    hashed = np.zeros(len(codes) - length + 1, np.uint64)
-    for start in range(length):
-        hashed = hashed * np.uint64(0x100000001B3) + codes[start : start + len(hashed)]
-    hashed = (hashed ^ (hashed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.unique((hashed >> np.uint64(32)).astype(np.uint32))
+    return np.unique(rolling_hashes(codes, length))
 
 
 @lru_cache(maxsize=4)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_npz
-from mmoe.errors import DataError, Refused
+from mmoe.errors import counted_as
 from mmoe.preparation import sync
 from mmoe.schema.sample import NO_CAMERA, NO_PAIR, Modality, Segment
 
@@ -100,11 +100,9 @@ def build_slices(
     """
     flags: Counter[str] = Counter()
     streams = sorted(streams, key=lambda stream: _RANK.get(stream.modality, 1))
-    try:
+    with counted_as(BAD_CLOCK):
         sync.check_clock(reference_ns, "reference", where)
         rows = {stream.name: _choose(stream, reference_ns, skew, where, flags) for stream in streams}
-    except DataError as error:
-        raise Refused(BAD_CLOCK, str(error)) from error
     if len(rows) < len(streams):
         raise ValueError(f"{where}: two streams have one name among {[stream.name for stream in streams]}")
 

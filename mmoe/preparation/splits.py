@@ -1,10 +1,10 @@
 """Which recordings are held out: decided once, at preparation, from what the items say of themselves."""
 
-import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
 
 from mmoe.errors import DataError
+from mmoe.hashing import blake2b
 from mmoe.preparation.sources.base import Item
 
 GAP_NS = 2_000_000_000  # left out between the training part and the held-out tail of one recording
@@ -64,4 +64,4 @@ def _tails(items: list[Item], share: float, gap: int) -> Split:
 
 
 def _keyed_hash(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(), digest_size=8, key=b"mmoe held-out").digest()
+    return blake2b([name.encode()], 8, key=b"mmoe held-out")

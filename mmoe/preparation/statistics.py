@@ -13,6 +13,7 @@ reservoir that lie within, and what lies outside is clipped to the fences, and c
 
 import numpy as np
 
+from mmoe.hashing import INCREMENT, mixed_u64
 from mmoe.schema.vectors import VectorStats
 
 RESERVOIR = 1 << 16  # rows
@@ -41,9 +42,8 @@ class VectorSummary:
         mean = wide.mean(axis=0)
         self._join_moments(len(wide), mean, ((wide - mean) ** 2).sum(axis=0))
         self._join_range(wide.min(axis=0), wide.max(axis=0))
-        self._join_rows(
-            table.astype(np.float32), _mix(np.uint64(seed % 2**64) + np.arange(len(table), dtype=np.uint64))
-        )
+        start = np.uint64((seed + INCREMENT) % 2**64)
+        self._join_rows(table.astype(np.float32), mixed_u64(start + np.arange(len(table), dtype=np.uint64)))
 
     def merge(self, other: "VectorSummary") -> None:
         """Add the rows of another summary."""
@@ -174,11 +174,3 @@ def _fences(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     reach, limits = FENCE * (high - low), np.finfo(np.float32)
     low, high = (np.clip(x, limits.min, limits.max) for x in (low - reach, high + reach))
     return low.astype(np.float32).astype(np.float64), high.astype(np.float32).astype(np.float64)
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: u64 -> u64, one to one and without visible order."""
-    z = numbers + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

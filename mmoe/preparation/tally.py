@@ -10,7 +10,8 @@ import numpy as np
 from rich.table import Table
 
 from mmoe.data.index.extent import Extent
-from mmoe.preparation.rows import Row, hash64
+from mmoe.hashing import hash64
+from mmoe.preparation.rows import Row
 from mmoe.preparation.statistics import VectorSummary
 from mmoe.schema.manifest import ShardEntry, SplitEntry
 from mmoe.schema.sample import Modality

@@ -1,54 +1,35 @@
-"""The frame of the report page: HTML with `string.Template` fields, and its style sheet."""
+"""Puts pages together: `templates/page.html` is the frame of all of them, `templates/parts.html` what stands in it."""
 
-STYLE = """
-:root { --ink: #1b2430; --muted: #5f6b7a; --line: #e1e6ed; --paper: #ffffff; --ground: #f5f7fa; --accent: #1f5fbf }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-header, section { max-width: 1180px; margin: 0 auto; padding: 0 24px }
-header { padding-top: 36px }
-h1 { font-size: 26px; margin: 0 }
-h2 { font-size: 19px; margin: 0 0 8px }
-h3 { font-size: 15px; margin: 20px 0 2px }
-.lead, .note { color: var(--muted); margin: 2px 0 8px }
-.note { font-size: 13px }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(172px, 1fr)); gap: 12px; margin: 20px 0 24px }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px }
-.card b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; color: var(--accent) }
-.card span { display: block; font-weight: 600; font-size: 13px }
-.card i { display: block; font-style: normal; font-size: 12px; color: var(--muted) }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 20px 24px }
-section { margin-bottom: 18px }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--muted); font-weight: 600 }
-.slices { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 18px }
-.slice { border: 1px solid var(--line); border-radius: 10px; padding: 12px; min-width: 0 }
-.rig { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px }
-figure { margin: 0; font-size: 11px; color: var(--muted) }
-figure img { width: 100%; display: block; border-radius: 4px; image-rendering: pixelated }
-.single img { max-width: 320px }
-.absent { display: grid; place-items: center; background: var(--ground); border-radius: 4px }
-.caption { margin: 10px 0 6px }
-.chunk td, .chunk th { padding: 2px 8px 2px 0; font-size: 12px; border: 0 }
-.chunk .predicted { color: var(--accent) }
-details pre { background: var(--ground); border-radius: 8px; padding: 14px; overflow-x: auto; font-size: 12px }
-summary { cursor: pointer; color: var(--accent) }
-@media (max-width: 640px) { .slices { grid-template-columns: 1fr } }
-"""
+from collections.abc import Iterable
+from typing import Any
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>$style</style>
-<script>$plotly</script>
-</head>
-<body>
-<header><h1>$title</h1><p class="lead">$lead</p><div class="cards">$cards</div></header>
-$body
-</body>
-</html>
-"""
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("mmoe.reporting"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+parts: Any = _TEMPLATES.get_template("parts.html").module
+"""The macros of `parts.html`; each gives Markup, and escapes the text it is given."""
+
+Section = tuple[str, Markup]  # heading and content
+
+
+def page(title: str, lead: str, cards: Iterable[Markup], sections: Iterable[Section]) -> str:
+    """Render a self-contained page of HTML."""
+    plotly, joined = Markup(get_plotlyjs()), Markup().join(cards)
+    return _TEMPLATES.get_template("page.html").render(
+        title=title, lead=lead, cards=joined, sections=sections, plotly=plotly
+    )
+
+
+def plot(figure: go.Figure, **config: Any) -> Markup:
+    """Render a figure as a part of a page; `config` is plotly's."""
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, **config}))

@@ -3,10 +3,10 @@
 import base64
 import io
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from mmoe.data.index.shard_index import ShardIndex
@@ -14,6 +14,7 @@ from mmoe.data.index.shards import read_stored
 from mmoe.data.load.frames import Backend, is_video, stored_frames
 from mmoe.data.load.media import load_image
 from mmoe.data.storage.store import Storage
+from mmoe.reporting.page import parts
 from mmoe.schema.sample import Camera, Modality
 from mmoe.training.run import Run
 
@@ -53,26 +54,15 @@ def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> Slice
     return SlicePictures(pictures, caption)
 
 
-def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> str:
+def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> Markup:
     """HTML of one slice: its pictures as the rig sees them, its caption, and its action as logged and predicted."""
+    shown: list[tuple[str, np.ndarray | None]] = [("", picture) for picture in found.pictures.values()]
     if len(found.pictures) > 1:
-        pictures = [(camera.name.lower(), found.pictures.get(camera)) for line in RIG for camera in line]
-    else:
-        pictures = [("", picture) for picture in found.pictures.values()]
+        shown = [(camera.name.lower().replace("_", " "), found.pictures.get(camera)) for line in RIG for camera in line]
+    pictures = [(name, None if picture is None else data_uri(picture)) for name, picture in shown]
+    actions = zip(names, zip(*item["true"]), zip(*item["predicted"]))
     kind = "rig" if len(found.pictures) > 1 else "single"
-    figures = "".join(_figure(picture, name.replace("_", " ")) for name, picture in pictures)
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th>{_cells(item['true'], a)}{_cells(item['predicted'], a, 'predicted')}</tr>"
-        for a, name in enumerate(names)
-    )
-    steps = len(item["true"])
-    heads = "".join(f"<th>+{step}</th>" for step in range(steps)) * 2
-    return (
-        f'<article class="slice"><div class="{kind}">{figures}</div><p class="caption">{escape(found.caption)}</p>'
-        f'<table class="chunk"><tr><td></td><th colspan="{steps}">logged</th>'
-        f'<th class="predicted" colspan="{steps}">predicted</th></tr><tr><td></td>{heads}</tr>{rows}</table>'
-        f'<p class="note">recording {escape(item["recording"])}</p></article>'
-    )
+    return parts.slice(kind, pictures, found.caption, len(item["true"]), actions, item["recording"])
 
 
 def data_uri(picture: np.ndarray) -> str:
@@ -93,14 +83,3 @@ def _picture(storage: Storage, index: ShardIndex, row: int, segment: np.void, ba
         frames = stored_frames(stored.content, backend, stored.where, index.row_decord(row, member))
         return frames.frames(np.array([segment["start"]]))[0]
     return load_image(stored.content, stored.where)
-
-
-def _figure(picture: np.ndarray | None, name: str) -> str:
-    if picture is None:
-        return f'<figure class="absent"><figcaption>{name}: absent</figcaption></figure>'
-    label = f"<figcaption>{name}</figcaption>" if name else ""
-    return f'<figure><img src="{data_uri(picture)}" alt="{name}">{label}</figure>'
-
-
-def _cells(rows: list[list[float]], dimension: int, kind: str = "logged") -> str:
-    return "".join(f'<td class="{kind}">{row[dimension]:.3f}</td>' for row in rows)

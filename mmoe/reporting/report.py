@@ -1,22 +1,22 @@
 """`report.html`: one self-contained page on a run, and `summary.json` beside it."""
 
-from html import escape
-from string import Template
+from functools import partial
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from markupsafe import Markup
 
 from mmoe.config.load import dump
 from mmoe.files import write_atomically, writes
 from mmoe.monitoring.summary import RunRecords, summarise, write_summary
 from mmoe.planning.capacity import LAST, advise
 from mmoe.reporting import figures
-from mmoe.reporting.page import PAGE, STYLE
+from mmoe.reporting.page import Section, page, parts, plot
 from mmoe.reporting.pictures import read_slice, slice_card
 from mmoe.training.run import Run
 
 REPORT = "report.html"
+
+_plot = partial(plot, responsive=True, displayModeBar=False)
 
 TRAINING = {
     "lr": "learning rate",
@@ -50,15 +50,8 @@ def render(run: Run, records: RunRecords) -> str:
             _evaluations(records),
         ]
     sections += [_data(run, records), _config(run)]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in filter(None, sections))
-    return Template(PAGE).substitute(
-        title=escape(str(run.folder)),
-        style=STYLE,
-        plotly=get_plotlyjs(),
-        lead=escape(_lead(run, summary)),
-        cards="".join(_card(*card) for card in key_figures(summary)),
-        body=body,
-    )
+    cards = [parts.card(*card) for card in key_figures(summary)]
+    return page(str(run.folder), _lead(run, summary), cards, filter(None, sections))
 
 
 def key_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -92,29 +85,26 @@ def key_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return cards
 
 
-Section = tuple[str, str] | None
-
-
-def _training(records: RunRecords) -> Section:
+def _training(records: RunRecords) -> Section | None:
     steps = records.steps
     return "Training", (
-        "<h3>Loss terms</h3>"
-        + _note("Each before its weight; sums over items divided by the planned counts of the step.")
+        parts.heading("Loss terms")
+        + parts.note("Each before its weight; sums over items divided by the planned counts of the step.")
         + _plot(figures.curves(steps, figures.TERMS, 3))
-        + "<h3>Optimisation and throughput</h3>"
+        + parts.heading("Optimisation and throughput")
         + _plot(figures.curves(steps, TRAINING, 2))
     )
 
 
-def _experts(run: Run, records: RunRecords) -> Section:
+def _experts(run: Run, records: RunRecords) -> Section | None:
     load, gradients = figures.expert_load(records.steps), figures.router_gradients(records.steps)
     if load is None:
         return None
     note = "Choices of each expert over an even share, before any drop, counted between two records."
-    parts = [_note(note), _plot(load)]
+    shown = [parts.note(note), _plot(load)]
     if gradients is not None:
         note = "Norm of the gradient of each expert's router weights over the mean of its layer, before clipping."
-        parts += ["<h3>Router gradients</h3>", _note(note), _plot(gradients)]
+        shown += [parts.heading("Router gradients"), parts.note(note), _plot(gradients)]
     if "would_drop" in records.steps[-1]:
         last = [step for step in records.steps if "would_drop" in step]
         model, length, precision = run.config.model, run.config.data.sequence_length, run.config.precision
@@ -123,11 +113,11 @@ def _experts(run: Run, records: RunRecords) -> Section:
             f"What a capacity for each sequence would have dropped of the choices of steps {advice.first} to "
             f"{advice.last}; tools/capacity_advisor.py tells what each factor costs."
         )
-        parts += ["<h3>Capacity</h3>", _note(note), _plot(figures.would_drop(advice))]
-    return "Expert load", "".join(parts)
+        shown += [parts.heading("Capacity"), parts.note(note), _plot(figures.would_drop(advice))]
+    return "Expert load", Markup().join(shown)
 
 
-def _actions(records: RunRecords) -> Section:
+def _actions(records: RunRecords) -> Section | None:
     figure = figures.action_errors(records.evaluations)
     if figure is None:
         return None
@@ -137,7 +127,7 @@ def _actions(records: RunRecords) -> Section:
         f"{facts['hold_last_without_history']} chunks before which nothing was logged. The ridge reads every input "
         "but the pictures."
     )
-    parts = [_note(note), _plot(figure)]
+    shown = [parts.note(note), _plot(figure)]
     ablated = {
         name: evaluation["examples"]
         for name, evaluation in records.evaluations.items()
@@ -145,14 +135,14 @@ def _actions(records: RunRecords) -> Section:
     }
     for source, examples in records.plain["examples"].items():
         others = {name: sources[source] for name, sources in ablated.items() if source in sources}
-        parts.append(f"<h3>{escape(source)}: predicted against logged {escape(examples['names'][0])}</h3>")
-        parts.append(_note("The first step of every chunk over the longest held-out recordings, in logged units."))
-        parts.append(_plot(figures.trace(examples, others, 0)))
-        parts.append(_plot(figures.scatter(examples)))
-    return "Actions", "".join(parts)
+        shown.append(parts.heading(f"{source}: predicted against logged {examples['names'][0]}"))
+        shown.append(parts.note("The first step of every chunk over the longest held-out recordings, in logged units."))
+        shown.append(_plot(figures.trace(examples, others, 0)))
+        shown.append(_plot(figures.scatter(examples)))
+    return "Actions", Markup().join(shown)
 
 
-def _retrieval(records: RunRecords) -> Section:
+def _retrieval(records: RunRecords) -> Section | None:
     figure = figures.retrieval(records.evaluations)
     if figure is None:
         return None
@@ -160,12 +150,12 @@ def _retrieval(records: RunRecords) -> Section:
         f"{name}: {entry['reason']}" for name, entry in records.plain["retrieval"]["by"].items() if entry["r1"] is None
     }
     note = "Isolated pairs in ten seeded pools with different captions, the mean of both directions. "
-    return "Retrieval", _note(note + " ".join(sorted(reasons))) + _plot(figure)
+    return "Retrieval", parts.note(note + " ".join(sorted(reasons))) + _plot(figure)
 
 
-def _texts(records: RunRecords) -> Section:
+def _texts(records: RunRecords) -> Section | None:
     figure = figures.cross_entropy(records.plain)
-    parts = ["" if figure is None else _plot(figure)]
+    shown = [] if figure is None else [_plot(figure)]
     ranking = records.plain["ranking"]
     if ranking:
         rows = [
@@ -180,20 +170,20 @@ def _texts(records: RunRecords) -> Section:
             if entry["rows"]
         ]
         heads = ["source", "rows", "candidates", "chance", "by ln p", "by ln p per token", "by PMI"]
-        parts.append("<h3>Which text fits the sound or picture best</h3>" + _table(heads, rows))
-    return "Cross-entropy and ranking", "".join(parts)
+        shown += [parts.heading("Which text fits the sound or picture best"), parts.table(heads, rows)]
+    return "Cross-entropy and ranking", Markup().join(shown)
 
 
-def _slices(run: Run, records: RunRecords) -> Section:
+def _slices(run: Run, records: RunRecords) -> Section | None:
     cards = [
         slice_card(item, examples["names"], read_slice(run, source, item["shard"], item["row"], item["chunk"]))
         for source, examples in records.plain["examples"].items()
         for item in examples["slices"]
     ]
-    return ("Held-out slices", f'<div class="slices">{"".join(cards)}</div>') if cards else None
+    return ("Held-out slices", parts.slices(Markup().join(cards))) if cards else None
 
 
-def _evaluations(records: RunRecords) -> Section:
+def _evaluations(records: RunRecords) -> Section | None:
     def figure(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
@@ -205,10 +195,10 @@ def _evaluations(records: RunRecords) -> Section:
         figures_of = [evaluation["action_mse"], evaluation["retrieval"]["r1"], *kinds]
         rows.append([name or "plain", samples, *map(figure, figures_of), left_out])
     heads = ["evaluation", "samples", "action error", "recall@1", "CE text", "CE audio", "not evaluated"]
-    return "Evaluations", _table(heads, rows)
+    return "Evaluations", parts.table(heads, rows)
 
 
-def _data(run: Run, records: RunRecords) -> Section:
+def _data(run: Run, records: RunRecords) -> Section | None:
     last = records.steps[-1]
     lost, planned, served = (last.get(key, {}) for key in ("lost", "planned_positions", "served_positions"))
     rows = []
@@ -222,34 +212,14 @@ def _data(run: Run, records: RunRecords) -> Section:
             lines.append(f"{bad} could not be decoded")
         rows.append([name, manifest.kind, *counts, *shares, ", ".join(lines), refused])
     heads = ["source", "kind", "training", "held out", "planned share", "served", "cut, dropped or lost", "refused"]
-    return "Data", _table(heads, rows)
+    return "Data", parts.table(heads, rows)
 
 
-def _config(run: Run) -> Section:
-    tree = escape(dump(run.config))
-    return "Configuration", f"<details><summary>the resolved tree</summary><pre>{tree}</pre></details>"
+def _config(run: Run) -> Section | None:
+    return "Configuration", parts.details("the resolved tree", dump(run.config))
 
 
 def _lead(run: Run, summary: dict[str, Any]) -> str:
     parameters = sum(p.numel() for p in run.model.parameters())
     sources = ", ".join(run.sources.names)
     return f"{parameters:,} parameters, {summary['positions']:,} positions of {sources}"
-
-
-def _plot(figure: go.Figure) -> str:
-    config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
-    return figure.to_html(full_html=False, include_plotlyjs=False, config=config)
-
-
-def _card(label: str, value: str, beside: str) -> str:
-    return f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span><i>{escape(beside)}</i></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _table(heads: list[str], rows: list[list[Any]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    cells = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{cells}</table></div>'

@@ -1,66 +1,41 @@
 """The HTML page of `mmoe sync-report`: the table of `preparation.sync_report`, and histograms of what it sums up."""
 
-from html import escape
-from string import Template
-
 import numpy as np
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from markupsafe import Markup
 from plotly.subplots import make_subplots
 
 from mmoe.preparation.sync_report import COLUMNS, SYNTHETIC, StreamTiming, SyncReport, rows, text
 from mmoe.reporting.figures import MODEL, style
-from mmoe.reporting.page import PAGE, STYLE
+from mmoe.reporting.page import page, parts, plot
 
 _BINS = 80
 
 
 def render(report: SyncReport) -> str:
     """The page as self-contained HTML."""
-    notice = f"<section><h2>Made times</h2><p>{SYNTHETIC}</p></section>" if report.kind == "synthetic" else ""
-    refusals = sorted(report.unreadable.items())
-    refused = "".join(f'<p class="note">refused: {escape(reason)}: {count:,}</p>' for reason, count in refusals)
+    refusals = [parts.note(f"refused: {reason}: {count:,}") for reason, count in sorted(report.unreadable.items())]
+    streams = [parts.table(COLUMNS, rows(report)), parts.note(_NOTE), *refusals]
     others = [stream for stream in report.streams if stream.name != report.reference and len(stream.offsets)]
-    sections = [
-        notice,
-        f"<section><h2>Streams</h2>{_table(report)}{_NOTE}{refused}</section>",
-        _section("Intervals between readings, ms", _histograms(report.streams, "intervals")),
-        _section(f"Nearest reading minus {report.reference}, ms", _histograms(others, "offsets")) if others else "",
-    ]
-    return Template(PAGE).substitute(
-        title=escape(f"Clocks of {report.title}"),
-        style=STYLE,
-        plotly=get_plotlyjs(),
-        lead=escape(f"{report.kind} clocks; {report.logs:,} logs with {report.references:,} references"),
-        cards="".join(map(_card, report.streams)),
-        body="".join(sections),
-    )
+    sections = [("Made times", parts.paragraph(SYNTHETIC))] if report.kind == "synthetic" else []
+    sections.append(("Streams", Markup().join(streams)))
+    sections.append(("Intervals between readings, ms", plot(_histograms(report.streams, "intervals"))))
+    if others:
+        sections.append((f"Nearest reading minus {report.reference}, ms", plot(_histograms(others, "offsets"))))
+    lead = f"{report.kind} clocks; {report.logs:,} logs with {report.references:,} references"
+    return page(f"Clocks of {report.title}", lead, map(_card, report.streams), sections)
 
 
 _NOTE = (
-    '<p class="note">A gap is an interval of more than twice the median. "Within 1 ms" is the share of references '
+    'A gap is an interval of more than twice the median. "Within 1 ms" is the share of references '
     "that have a raw reading so near. Offset is the nearest reading minus the reference, where the stream reaches; "
     "drift is its slope, where the stream's rate is a multiple of the reference's. Start and end are the stream's "
-    "first and last reading after those of the reference.</p>"
+    "first and last reading after those of the reference."
 )
 
 
-def _card(stream: StreamTiming) -> str:
-    return (
-        f'<div class="card"><span>{escape(stream.name)}</span><b>{text(stream.rate_hz, 3)} Hz</b>'
-        f"<i>{stream.readings:,} readings</i></div>"
-    )
-
-
-def _table(report: SyncReport) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in line) + "</tr>" for line in rows(report))
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _section(title: str, figure: go.Figure) -> str:
-    plot = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
-    return f"<section><h2>{escape(title)}</h2>{plot}</section>"
+def _card(stream: StreamTiming) -> Markup:
+    return parts.named_card(stream.name, f"{text(stream.rate_hz, 3)} Hz", f"{stream.readings:,} readings")
 
 
 def _histograms(streams: list[StreamTiming], field: str) -> go.Figure:

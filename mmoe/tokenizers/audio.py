@@ -24,6 +24,7 @@ from torch import Tensor
 from mmoe.config.base import Address, Config
 from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
+from mmoe.hashing import canonical_json
 from mmoe.tokenizers.rates import check_rates
 
 Layout = Literal["flat", "delay"]
@@ -168,7 +169,7 @@ class MelCodec:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of settings and tensors: equal codecs give equal codes."""
-        digest = hashlib.sha256(json.dumps(self.config.model_dump(), sort_keys=True).encode())
+        digest = hashlib.sha256(canonical_json(self.config.model_dump()))
         for name, array in sorted(self._arrays().items()):
             digest.update(f"{name}{array.shape}".encode() + array.astype("<f4").tobytes())
         return digest.hexdigest()

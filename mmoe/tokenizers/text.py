@@ -17,6 +17,7 @@ from tokenizers.trainers import BpeTrainer
 from mmoe.config.base import Address, Config
 from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
+from mmoe.hashing import canonical_json
 from mmoe.tokenizers.probes import loss
 
 BYTES = 256
@@ -129,7 +130,7 @@ class TextTokenizer:
             content["model"]["merges"],
         ]
         parts += [content["pre_tokenizer"], content["model"].get("ignore_merges", False)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(parts)).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids i32 [n] of a text."""

@@ -5,13 +5,12 @@ alone, which hold a digest of every shard's index, and so cost nothing where sha
 lies is not part of it: a folder may move.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import CheckpointError
+from mmoe.hashing import blake2b, canonical_json
 from mmoe.schema.manifest import SourceManifest
 from mmoe.tokenizers.bundle import Tokenizers
 
@@ -78,7 +77,7 @@ def check_unchanged(saved: Any, now: Fingerprint, folder: Path, only: str = "") 
 
 
 def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return blake2b([canonical_json(value)], 16).hex()
 
 
 def _short(value: Any) -> str:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.data.load.decode import Ablation, Decoder
+from mmoe.data.load.decode import Decoder
 from mmoe.data.plan.measure import epoch_positions, measure_index
 from mmoe.data.plan.planner import DocumentRef
+from mmoe.evaluation.ablation import Ablation
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Structure

@@ -8,7 +8,8 @@ import soundfile
 from PIL import Image
 
 from mmoe.data.load.media import audio_info, image_size, load_array, load_audio, load_image
-from mmoe.errors import DataError
+from mmoe.data.load.reading import reading
+from mmoe.errors import DataError, Refused
 from tests.data.recordings import npy, pictures, png, wav
 
 
@@ -129,3 +130,11 @@ def test_tables_are_numeric_with_two_axes():
     for broken in (b"", npy(table)[:-3], npy(np.array([[{}]], object))):
         with pytest.raises(DataError, match="cannot be read as a table"):
             load_array(broken, "x")
+
+
+@pytest.mark.parametrize(("refusal", "kind"), [("", DataError), ("unreadable picture or video", Refused)])
+def test_what_a_decoder_raises_is_one_line_that_keeps_letters(refusal, kind):
+    with pytest.raises(DataError) as found, reading("video", "k.mp4", "leave it out", refusal):
+        raise ValueError("Error: no 'ü映.mp4'\x00\nhere at 0x7f12")
+    assert type(found.value) is kind
+    assert str(found.value) == "k.mp4 cannot be read as a video (no 'ü映.mp4' here); leave it out"

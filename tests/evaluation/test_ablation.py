@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.errors import ConfigError
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
 from mmoe.evaluation.ablation import _Row, derange
 from mmoe.schema.sample import Modality
@@ -59,7 +60,7 @@ def test_a_source_of_one_recording_is_left_out_with_the_reason():
 @pytest.mark.parametrize("modality", [Modality.VISION, Modality.INERTIAL, Modality.STATE])
 def test_blank_is_zero_and_shuffle_moves_what_there_is(run, modality):
     def vectors(taken) -> tuple[torch.Tensor, ...]:
-        batches = list(run.heldout(isolated=False, only=["clip"], ablation=taken))
+        batches = list(run.heldout(isolated=False, only=["clip"], stand_in=taken))
         values = torch.cat([b.values[modality].values[b.values[modality].index >= 0] for b in batches])
         return values[:, :64], torch.cat([b.token_ids.flatten() for b in batches])
 
@@ -70,6 +71,16 @@ def test_blank_is_zero_and_shuffle_moves_what_there_is(run, modality):
     assert plain[0].any() and not blank[0].any()
     assert not torch.equal(plain[0], shuffled[0]) and shuffled[0].any()
     assert torch.equal(plain[1], blank[1]) and torch.equal(plain[1], shuffled[1])
+
+
+def test_a_donor_without_the_modality_is_named(run):
+    source = run.sources.names.index("image")
+    index = ShardIndex.read(run.sources.files("heldout")[source].tars[0])
+    segments = index.row_segments(0).copy()
+    segments["modality"] = Modality.AUDIO
+    taken = ablation.Ablation("shuffle", Modality.AUDIO, {(source, 0, 0): (0, 1)})
+    with pytest.raises(DataError, match=f"{index.keys[1]} has nothing of modality AUDIO to stand in for .*another"):
+        taken((source, 0, 0), lambda *_: index, segments, 0)
 
 
 def test_what_cannot_be_taken_away_is_refused(run):

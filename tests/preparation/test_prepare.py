@@ -18,9 +18,9 @@ from mmoe.data.index.shards import read_member
 from mmoe.data.load.frames import VideoFrames
 from mmoe.data.load.media import load_array, load_audio, load_image
 from mmoe.errors import ConfigError, DataError
+from mmoe.hashing import hash64
 from mmoe.preparation import chunks, sources, splits
 from mmoe.preparation.prepare import prepare, training_texts
-from mmoe.preparation.rows import hash64
 from mmoe.preparation.sources.base import Item, Refused, Source
 from mmoe.schema.manifest import SPLITS, SourceManifest, SplitEntry
 from mmoe.schema.sample import Modality, Sample, Segment

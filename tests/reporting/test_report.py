@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from mmoe.data.index.shard_index import ShardIndex
@@ -16,6 +17,7 @@ from mmoe.evaluation.evaluate import evaluate
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
 from mmoe.monitoring.summary import RunRecords, summarise
 from mmoe.reporting import figures
+from mmoe.reporting.page import page, parts
 from mmoe.reporting.pictures import SlicePictures, data_uri, read_slice, slice_card
 from mmoe.reporting.report import render, write_report
 from mmoe.schema.sample import Camera, Modality
@@ -97,6 +99,14 @@ def test_pictures_are_those_of_the_slice(reported):
                 name, offset, size = index.row_member(row, int(segment["member"]))
                 expected = load_image(read_member(index.tar, offset, size), name)
                 np.testing.assert_array_equal(found.pictures[int(segment["camera"])], expected)
+
+
+def test_names_are_text_wherever_they_stand_in_a_page():
+    name = """<b>'"&</b>"""
+    shown = [parts.table([name], [[name]]), parts.note(name), parts.heading(name), parts.details(name, name)]
+    html = page(name, name, [parts.card(name, name, name)], [(name, Markup().join(shown))])
+    own = re.sub(r"<script>.*?</script>", "", html, count=1, flags=re.S)
+    assert "<b>'" not in own and own.count("&lt;b&gt;&#39;&#34;&amp;&lt;/b&gt;") == 13
 
 
 def test_captions_are_text_and_missing_cameras_are_said():

@@ -13,10 +13,10 @@ The parquet row holds the key, the recording, the byte range of every member in 
 is one range read), the token ids of the sample's text, and its segments (`SEGMENT_DTYPE`).
 """
 
-import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from mmoe.data.index.check import check_members, check_segments
 from mmoe.data.index.file import read_table, write_table
 from mmoe.data.storage.store import DEFAULT, Storage
 from mmoe.errors import DataError
+from mmoe.hashing import blake2b, framed
 from mmoe.schema.manifest import MANIFEST
 from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS
 
@@ -236,17 +237,15 @@ def write_index(tar: str | Path, rows: list[dict]) -> str:
 
 def _digest(rows: list[dict]) -> str:
     """Of what the rows say, whatever the bytes that a version of parquet makes of them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        said = (row["key"], row["recording"], int(row["content_hash"]), [list(member) for member in row["members"]])
-        for part in (
-            json.dumps(said).encode(),
-            np.asarray(row["text_ids"], np.int32).tobytes(),
-            np.ascontiguousarray(row["segments"]).tobytes(),
-        ):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes]:
+        for row in rows:
+            members = [list(member) for member in row["members"]]
+            yield json.dumps((row["key"], row["recording"], int(row["content_hash"]), members)).encode()
+            yield np.asarray(row["text_ids"], np.int32).tobytes()
+            yield np.ascontiguousarray(row["segments"]).tobytes()
+
+    return blake2b(framed(parts()), 16).hex()
 
 
 def _read(path: str, storage: Storage, digest: str | None, columns: list[str] | None = None) -> pa.Table:

@@ -138,6 +138,7 @@ class ShardWriter:
         self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
         size = self._file.tell()
         self._file.close()
+        # Not by `write_atomically`: the tar is streamed, and a preparation that the machine broke off is checked anew.
         digest = write_index(self._temporary, self._rows)
         self._temporary.with_suffix(".parquet").rename(self._path.with_suffix(".parquet"))
         self._temporary.rename(self._path)

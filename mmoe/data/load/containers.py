@@ -6,8 +6,8 @@ session description opens ports. So only the formats of `FORMATS` are opened, by
 
 import io
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from mmoe.errors import Refused
+from mmoe.data.load.reading import reading, unreadable
+from mmoe.errors import DataError, Refused
 from mmoe.schema.bounds import bounds, check_bound
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "hevc")  # FFmpeg's names; none of them refers to other files
@@ -26,34 +27,16 @@ _CHECKED_EVERY = 1000  # packets
 
 _OPTIONS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
 _LEAVE_OUT = "encode the video again as H.264 mp4, or leave it out"
-# FFmpeg's own errors are OSErrors and ValueErrors, too; the others are what PyAV and numpy raise on odd values.
-_RAISED = (
-    av.error.FFmpegError,
-    OSError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-)
 
 
-@contextmanager
-def translated(where: str, remedy: str = _LEAVE_OUT) -> Iterator[None]:
+def translated(where: str, remedy: str = _LEAVE_OUT) -> AbstractContextManager[None]:
     """Turn what FFmpeg and PyAV raise within the context into `Refused`."""
-    try:
-        yield
-    except _RAISED as error:
-        raise unreadable(where, error, remedy) from error
+    return reading("video", where, remedy, UNREADABLE)
 
 
-def unreadable(where: str, error: Exception, remedy: str = _LEAVE_OUT) -> Refused:
-    """The refusal of a video that a library cannot read, with the readable end of what it says."""
-    reason = "".join(letter if letter.isprintable() else " " for letter in str(error)).strip()
-    reason = reason if len(reason) <= 160 else f"...{reason[-157:]}"
-    return Refused(UNREADABLE, f"{where} cannot be read as a video ({reason or type(error).__name__}); {remedy}")
+def unreadable_video(where: str, error: Exception) -> DataError:
+    """Say that a library cannot read a video, with what it raised."""
+    return unreadable("video", where, error, _LEAVE_OUT, UNREADABLE)
 
 
 def open_container(data: bytes | Path, where: str) -> InputContainer:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 
@@ -22,17 +22,18 @@ from mmoe.tokenizers.audio import serialise
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vocabulary import Structure
 
+RowPlace = tuple[int, int, int]  # source, shard, row
+Index = Callable[[int, int], ShardIndex]  # by source and shard
 
-@dataclass(frozen=True)
-class Ablation:
-    """What an evaluation takes away: `blank` gives zeros (silence), `shuffle` another recording's payload.
 
-    `donors` maps (source, shard, row) to the (shard, row) whose pictures or sounds are used instead.
-    """
+class StandIn(Protocol):
+    """Says whose payloads are shown instead of a part's own, all those of one modality; it travels to the workers."""
 
-    mode: Literal["blank", "shuffle"]
-    modality: Modality
-    donors: dict[tuple[int, int, int], tuple[int, int]]
+    @property
+    def modality(self) -> Modality: ...
+
+    def __call__(self, row: RowPlace, index: Index, segments: np.ndarray, at: int) -> tuple[int, int, np.void] | None:
+        """Return shard, row and segment, of the same source, shown for `segments[at]`; None for zeros (silence)."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Decoder:
         sources: list[SourceFiles],
         tokenizers: Tokenizers,
         video_backend: Backend,
-        ablation: Ablation | None = None,
+        stand_in: StandIn | None = None,
         skip: frozenset[Modality] = frozenset(),
         storage: Storage = DEFAULT,
     ) -> None:
         """`skip`: modalities that are left out of the documents (an analysis that does not look at them)."""
         self.sources, self.tokenizers, self.video_backend = sources, tokenizers, video_backend
-        self.ablation, self.skip, self.storage = ablation, skip, storage
+        self.stand_in, self.skip, self.storage = stand_in, skip, storage
         self._index: Callable[[str], ShardIndex] = lru_cache(_INDICES_A_SOURCE * len(sources))(self._load)
         self._begun: dict[tuple, _Row] = {}
         self.grid: Callable[[int, int], tuple[int, int]] = lru_cache(maxsize=1024)(tokenizers.vision.grid)
@@ -74,7 +75,7 @@ class Decoder:
         return row.text_part() if row.text_only else row.document(text_ids)
 
     def __reduce__(self) -> tuple:
-        settings = (self.sources, self.tokenizers, self.video_backend, self.ablation, self.skip, self.storage)
+        settings = (self.sources, self.tokenizers, self.video_backend, self.stand_in, self.skip, self.storage)
         return Decoder, settings
 
     def prefetch(self, refs: Iterable[DocumentRef]) -> None:
@@ -127,13 +128,14 @@ class _Row:
         self._arrays: dict[str, np.ndarray] = {}
         self._members: dict[str, bytes] = {}
         self._coming: dict[str, tuple[Span, Reading]] = {}
+        self._shown: dict[tuple[int, int], _Row] = {}  # instead of this one
 
     def begin(self) -> "_Row":
         """Begin to read the members that the part is made of: far away, few ranges of many members each."""
         tar, chosen = self.index.tar, self._chosen()
         wanted = np.ones(len(chosen), bool)
         for kind in Modality:
-            if kind is Modality.TEXT or kind in self.decoder.skip or self._is_taken_away(kind):
+            if kind is Modality.TEXT or kind in self.decoder.skip or self._is_replaced(kind):
                 wanted &= chosen["modality"] != kind
         members = [self.index.member(self.ref.row, int(n)) for n in np.unique(chosen["member"][wanted])]
         for span in spans(members, GAP if local_path(tar) is None else 0):
@@ -222,10 +224,11 @@ class _Row:
         vision = self.tokenizers.vision
         rows, columns = self.decoder.grid(int(segment["height"]), int(segment["width"]))
         tubelets = int(segment["stop"] - segment["start"]) // vision.config.tubelet
-        if self._is_blank(Modality.VISION):
+        shown = self._shown_for(segment, at, chosen)
+        if shown is None:
             vectors = vision.blank(rows, columns, tubelets)
         else:
-            row, segment = self._payload_of(segment, at, chosen)
+            row, segment = shown
             least = rows * vision.config.patch, columns * vision.config.patch
             if is_video(row._member_name(segment)):
                 pictures = row._frames(segment, least)
@@ -239,21 +242,23 @@ class _Row:
         assert codec is not None  # `Tokenizers` refuses sound without a codec
         assert config is not None  # which it is loaded by
         samples = int(segment["stop"] - segment["start"])
-        if self._is_blank(Modality.AUDIO):
+        shown = self._shown_for(segment, at, chosen)
+        if shown is None:
             wave, rate = np.zeros(samples, np.float32), int(segment["rate"])
         else:
-            row, donor = self._payload_of(segment, at, chosen)
-            wave, rate = load_audio(row._bytes(donor), int(donor["start"]), int(donor["stop"]), row._where(donor))
-            wave = np.resize(wave, samples)  # a donor's sound is cut or repeated to the length that was planned
+            row, theirs = shown
+            wave, rate = load_audio(row._bytes(theirs), int(theirs["start"]), int(theirs["stop"]), row._where(theirs))
+            wave = np.resize(wave, samples)  # another's sound is cut or repeated to the length that was planned
         codes, codebook = serialise(codec.encode(wave, rate), config.layout)
         return self.tokenizers.vocabulary.audio_ids(codes, codebook)
 
     def _vector(self, kind: Modality, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
         dims = self.tokenizers.dims[kind]
         value = np.zeros(dims.size, np.float32)
-        if not self._is_blank(kind):
-            row, donor = self._payload_of(segment, at, chosen)
-            reading = row._array(donor)[donor["stop"] - 1]
+        shown = self._shown_for(segment, at, chosen)
+        if shown is not None:
+            row, theirs = shown
+            reading = row._array(theirs)[theirs["stop"] - 1]
             value[dims.columns[self.source]] = self.tokenizers.normalisers[self.source, kind](reading)
         return value
 
@@ -270,37 +275,21 @@ class _Row:
         target[:, columns], present[:, columns] = tokenizer.normalise(rows), mask
         builder.action(np.where(present, target, 0.0), present, int(segment["offset_ns"]))
 
-    def _is_taken_away(self, kind: Modality) -> bool:
-        ablation = self.decoder.ablation
-        return ablation is not None and ablation.modality == kind
+    def _is_replaced(self, kind: int) -> bool:
+        return self.decoder.stand_in is not None and self.decoder.stand_in.modality == kind
 
-    def _is_blank(self, kind: Modality) -> bool:
-        ablation = self.decoder.ablation
-        return ablation is not None and ablation.modality == kind and ablation.mode == "blank"
-
-    def _payload_of(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple["_Row", np.void]:
-        """This row and segment, or the donor's that stands in: its camera where the donor has it, its place in line."""
-        ablation = self.decoder.ablation
-        if ablation is None or ablation.mode != "shuffle" or ablation.modality != segment["modality"]:
+    def _shown_for(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple["_Row", np.void] | None:
+        """The row and segment whose payload is shown, this one unless others stand in; None for nothing."""
+        if not self._is_replaced(segment["modality"]):
             return self, segment
-        shard, row = ablation.donors[self.ref.source, self.ref.shard, self.ref.row]
-        donor = self._donor(shard, row)
-        theirs = donor.segments[donor.segments["modality"] == segment["modality"]]
-        if not len(theirs):
-            raise DataError(
-                f"{donor.index.tar}: {donor.index.keys[row]} has nothing of modality "
-                f"{Modality(segment['modality']).name} to stand in for {self._where(segment)}; choose another donor"
-            )
-        camera = theirs[theirs["camera"] == segment["camera"]]
-        theirs = camera if len(camera) else theirs
-        same = (chosen["modality"] == segment["modality"]) & (chosen["camera"] == segment["camera"])
-        return donor, theirs[int(same[:at].sum()) % len(theirs)]
-
-    def _donor(self, shard: int, row: int) -> "_Row":
-        if getattr(self, "_donor_row", None) is None:
-            ref = DocumentRef(self.ref.source, shard, row, 0, 0, 0, False, True)
-            self._donor_row = _Row(self.decoder, ref)
-        return self._donor_row
+        ref = self.ref
+        found = self.decoder.stand_in((ref.source, ref.shard, ref.row), self.decoder.index, chosen, at)
+        if found is None:
+            return None
+        shard, row, theirs = found
+        if (shard, row) not in self._shown:
+            self._shown[shard, row] = _Row(self.decoder, DocumentRef(ref.source, shard, row, 0, 0, 0, False, True))
+        return self._shown[shard, row], theirs
 
     def _member_name(self, segment: np.void) -> str:
         return self.index.row_member(self.ref.row, int(segment["member"]))[0]
@@ -314,7 +303,7 @@ class _Row:
         if name not in self._members and name in self._coming:
             span, reading = self._coming[name]
             self._members[name] = span.cut(reading.result(), self.index.tar, name)
-        elif name not in self._members:  # a donor's: which of its members stand in is known only now
+        elif name not in self._members:  # another's: which of its members stand in is known only now
             self._members[name] = read_stored(self.index, self.ref.row, number, self.decoder.storage).content
         return self._members[name]
 

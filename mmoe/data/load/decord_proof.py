@@ -7,7 +7,6 @@ decord's count holds for, and a process apart has given the same pixels: every f
 key frame by seeking.
 """
 
-import hashlib
 import io
 import os
 import pickle
@@ -23,7 +22,9 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.reformatter import VideoReformatter
 
-from mmoe.data.load.containers import list_packets, open_container, translated, unreadable
+from mmoe.data.load.containers import list_packets, open_container, translated, unreadable_video
+from mmoe.errors import MmoeError
+from mmoe.hashing import blake2b
 from mmoe.optional import require, status
 from mmoe.schema.sample import ALIGNMENT_NS
 
@@ -55,7 +56,7 @@ class DecordReader:
             self._video = decord.VideoReader(file, width=width, height=height, num_threads=1)
             seconds = self._video.get_frame_timestamp(np.arange(len(self._video)))[:, 0].astype(np.float64)
         except self._raised as error:
-            raise unreadable(where, error) from error
+            raise unreadable_video(where, error) from error
         self.times_ns = np.rint(seconds * 1e9).astype(np.int64)
         self.damaged: set[int] = set()  # it does not tell
 
@@ -64,7 +65,7 @@ class DecordReader:
         try:
             return self._video.get_batch(indices).asnumpy()
         except self._raised as error:
-            raise unreadable(self._where, error) from error
+            raise unreadable_video(self._where, error) from error
 
 
 def why_not(data: bytes | Path, where: str) -> str | None:
@@ -123,8 +124,8 @@ def _examine(data: bytes | Path, where: str) -> str | None:
     return _compare(data, times_ns, list(digests.values()), np.flatnonzero(packets.is_key[order]))
 
 
-class _UnfitError(Exception):
-    """A film that decord must not read, found while it is decoded."""
+class _UnfitError(MmoeError):
+    """A film that decord must not read, found while it is decoded: no fault of the bytes, which `reading` lets pass."""
 
 
 def _unfit_kind(container: InputContainer) -> str | None:
@@ -141,7 +142,7 @@ def _unfit_kind(container: InputContainer) -> str | None:
 
 
 def _digest(pixels: np.ndarray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=8).digest()
+    return blake2b([np.ascontiguousarray(pixels).data], 8)
 
 
 def _compare(data: bytes | Path, times_ns: np.ndarray, digests: list[bytes], keys: np.ndarray) -> str | None:

@@ -4,14 +4,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mmoe.errors import DataError, MmoeError
+from mmoe.errors import DataError, MmoeError, Refused
 
 _TERSE = (LookupError, TypeError, AttributeError, ArithmeticError)  # whose messages say little without their type
 
 
 @contextmanager
-def reading(what: str, where: str, remedy: str) -> Iterator[None]:
+def reading(what: str, where: str, remedy: str, refusal: str = "") -> Iterator[None]:
     """Turn whatever is raised within the context into a DataError that names the bytes, the fault and the remedy.
+
+    With a class that it is to be counted under, `refusal`, it is a `Refused` of that.
 
     Decoders raise anything over damaged bytes (Pillow alone a dozen types), so the type says nothing: the context
     does, and is to hold nothing but the decoder's calls. `what` is the kind of payload, `where` the file and key.
@@ -21,16 +23,17 @@ def reading(what: str, where: str, remedy: str) -> Iterator[None]:
     except MmoeError:
         raise
     except Exception as error:
-        raise unreadable(what, where, error, remedy) from error
+        raise unreadable(what, where, error, remedy, refusal) from error
 
 
-def unreadable(what: str, where: str, error: Exception, remedy: str) -> DataError:
-    """The sentence for a decoder's exception."""
-    # decord's messages may quote the whole file; the sentence keeps the readable end of the first line.
-    reason = re.sub(r"Error opening <.*?>: ", "", re.sub(r"[^\x20-\x7e]+", " ", str(error)))
+def unreadable(what: str, where: str, error: Exception, remedy: str, refusal: str = "") -> DataError:
+    """Say in a sentence what a decoder's exception says."""
+    # decord's messages may quote the whole file; the sentence keeps the readable end of it.
+    reason = re.sub(r"Error opening <.*?>: ", "", re.sub(r"[^\x20-\x7e\xa1-\ud7ff]+", " ", str(error)))
     reason = re.sub(r" at 0x[0-9a-f]+", "", reason)  # an address would make the list of each attempt another
     reason = reason.strip().removeprefix("Error: ")
     if not reason or isinstance(error, _TERSE):
         reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
     reason = reason if len(reason) <= 160 else f"...{reason[-160:]}"
-    return DataError(f"{where} cannot be read as a {what} ({reason}); {remedy}")
+    message = f"{where} cannot be read as a {what} ({reason}); {remedy}"
+    return Refused(refusal, message) if refusal else DataError(message)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmoe.data.config import DataConfig
 from mmoe.data.load.collate import Collator
-from mmoe.data.load.decode import Ablation, Decoder
+from mmoe.data.load.decode import Decoder, StandIn
 from mmoe.data.load.document import Document
 from mmoe.data.load.loader import batches
 from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
@@ -249,7 +249,7 @@ def heldout_batches(
     isolated: bool,
     split: str = "heldout",
     only: list[str] | None = None,
-    ablation: Ablation | None = None,
+    stand_in: StandIn | None = None,
     skip: frozenset[Modality] = frozenset(),
     most_documents: int | None = None,
 ) -> Iterator[PackedBatch]:
@@ -260,7 +260,7 @@ def heldout_batches(
     """
     limits = config.limits(seed, 1.0 if isolated else 0.0)
     sequences = plan_once(sources.planned(split, limits, tokenizers, only), limits, most_documents)
-    decoder = Decoder(sources.files(split), tokenizers, config.video_backend, ablation, skip, sources.storage)
+    decoder = Decoder(sources.files(split), tokenizers, config.video_backend, stand_in, skip, sources.storage)
     activity = Activity(config.workers)
     collator = make_collator(config, tokenizers, label_weights, skip)
     collator.check_room(micro_sequences, config.workers, config.prefetch)

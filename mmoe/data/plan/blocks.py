@@ -15,6 +15,7 @@ from mmoe.data.index.shard_index import SegmentTable
 from mmoe.data.plan.measure import Measures, epoch_positions, measure_index, measure_slices
 from mmoe.data.storage.store import Storage
 from mmoe.errors import ConfigError, DataError
+from mmoe.hashing import INCREMENT, mixed_u64
 from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, COST, LABELS, PAIRS, PATCHES, POSITIONS
 from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import Modality
@@ -311,10 +312,6 @@ def units(seed: int, source: int, counter: int, number: int) -> np.ndarray:
     """Keyed numbers in [0, 1), one for each of the documents `counter`.. of a source: SplitMix64 over the key."""
     key = np.full(number, seed, np.uint64)
     counters = np.arange(counter + 1, counter + 1 + number, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for value in (np.uint64(source + 1), counters):
-            key = (key ^ value) * np.uint64(0x9E3779B97F4A7C15)
-            key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            key ^= key >> np.uint64(31)
+    for value in (np.uint64(source + 1), counters):
+        key = mixed_u64((key ^ value) * np.uint64(INCREMENT))
     return (key >> np.uint64(11)) / 2.0**53

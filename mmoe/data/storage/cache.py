@@ -52,7 +52,7 @@ class ByteCache:
             return
         path, unfinished = self._path(key), self._unfinished / uuid.uuid4().hex
         path.parent.mkdir(exist_ok=True)
-        try:
+        try:  # not by `write_atomically`: syncing every entry would cost more than reading a torn one again
             unfinished.write_bytes(_HEADER.pack(_MAGIC, zlib.crc32(content), len(content)) + content)
             _touch(unfinished)
             with self._locked() as file:

@@ -11,34 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# splitmix64 (Steele, Lea & Flood 2014): the increment and the multipliers of its finaliser, as signed numbers.
-INCREMENT, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+from mmoe.hashing import SIGNED_INCREMENT, mix64, shifted_right
+
 BITS = 24  # of a uniform number, which float32 holds exactly
 
 
 def token_keys(id_BL: Tensor) -> Tensor:
     """[B, L] i64 -> [B, L] i64: of every position, other ones in other sequences and at other places."""
-    place_L = INCREMENT * torch.arange(1, id_BL.shape[1] + 1, device=id_BL.device)
-    sequence_B1 = _mixed(id_BL + place_L).sum(1, keepdim=True)
-    return _mixed(sequence_B1 + place_L)
+    place_L = SIGNED_INCREMENT * torch.arange(1, id_BL.shape[1] + 1, device=id_BL.device)
+    sequence_B1 = mix64(id_BL + place_L).sum(1, keepdim=True)
+    return mix64(sequence_B1 + place_L)
 
 
 def gaussian(key_T: Tensor, experts: int, seed: int, layer: int) -> Tensor:
     """[T, E] float32 of mean 0 and variance 1, independent of each other and of other seeds and layers."""
     stream = np.random.SeedSequence((seed, layer)).generate_state(1, np.uint64).view(np.int64)[0]
-    expert_E = INCREMENT * torch.arange(1, experts + 1, device=key_T.device)
-    word_TE = _mixed(_mixed(key_T ^ int(stream))[:, None] + expert_E)
-    odd_TE = 2 * _shifted(word_TE, 64 - BITS) + 1 - (1 << BITS)  # odd, and smaller than 2^24 on either side of 0
+    expert_E = SIGNED_INCREMENT * torch.arange(1, experts + 1, device=key_T.device)
+    word_TE = mix64(mix64(key_T ^ int(stream))[:, None] + expert_E)
+    odd_TE = 2 * shifted_right(word_TE, 64 - BITS) + 1 - (1 << BITS)  # odd, and smaller than 2^24 on either side of 0
     return math.sqrt(2) * torch.erfinv(odd_TE.float() / (1 << BITS))
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64: a bijection of 64 bits whose every output bit depends on every input bit."""
-    x = (x ^ _shifted(x, 30)) * FIRST
-    x = (x ^ _shifted(x, 27)) * SECOND
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left: torch's own shift repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

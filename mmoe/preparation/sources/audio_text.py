@@ -27,7 +27,7 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.load.media import audio_info
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.encode import flac_piece
@@ -167,7 +167,7 @@ def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, wh
     samples, rate = audio_info(sound, str(file))
     for field, found in (("samples", samples), ("sample_rate", rate)):
         if getattr(stated, field) not in (None, found):
-            raise _differs(f"{file} has {field} {found}, {where} says {jsonl.shown(getattr(stated, field))}")
+            raise _differs(f"{file} has {field} {found}, {where} says {brief(getattr(stated, field))}")
     start, stop = _range(stated, samples, rate, file, where)
     member = f"audio{file.suffix.lower()}"
     if stated.offset is not None:

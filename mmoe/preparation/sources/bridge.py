@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.data.load.tables import load_npz
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
@@ -50,10 +50,10 @@ def items(path: Path, config: BridgeConfig, quarantine: Quarantine) -> Iterator[
             steps, cameras = _checked(row, config, where)
             text = row.get("language_instruction") or ""
             if not isinstance(text, str):
-                message = f"{where}: 'language_instruction' is {jsonl.shown(text)}, not a string; repair the line"
+                message = f"{where}: 'language_instruction' is {brief(text)}, not a string; repair the line"
                 raise Refused("malformed row", message)
         except Refused as refusal:
-            quarantine(jsonl.shown(row.get("episode", where)).strip("'"), refusal)
+            quarantine(brief(row.get("episode", where)).strip("'"), refusal)
             continue
         for rows in windows(steps, config):
             key = f"{name}-{rows[0]:04d}"
@@ -71,7 +71,7 @@ def _checked(row: dict[str, Any], config: BridgeConfig, where: str) -> tuple[int
         or not isinstance(cameras, list)
         or any(type(camera) is not int for camera in cameras)
     ):
-        said = f"steps {jsonl.shown(steps)} and cameras {jsonl.shown(cameras)}"
+        said = f"steps {brief(steps)} and cameras {brief(cameras)}"
         message = f"{where}: {said} are not a count and a list of numbers; repair it"
         raise Refused("malformed row", message)
     unknown = [camera for camera in cameras if str(camera) not in config.cameras]

@@ -36,7 +36,7 @@ from mmoe.config.base import Config
 from mmoe.data.load.containers import open_container, translated
 from mmoe.data.load.frames import DAMAGED
 from mmoe.data.load.tables import load_npy
-from mmoe.errors import DataError
+from mmoe.errors import DataError, counted_as
 from mmoe.preparation import sync
 from mmoe.preparation.slices import (
     BAD_CLOCK,
@@ -157,15 +157,12 @@ def _clips(segment: Path, recording: str, name: str, frames_ns: np.ndarray, conf
 def _column(file: Path, width: int) -> np.ndarray:
     """A log [N, width] float64. Raises `Refused` where it is missing or has another shape."""
     try:
-        table = load_npy(read_regular(file), str(file))
+        with counted_as("unreadable log"):
+            table = load_npy(read_regular(file), str(file))
     except OSError as error:
         raise Refused(
             "missing file", f"{file} cannot be read ({error.strerror}); restore it or remove the segment"
         ) from error
-    except Refused:
-        raise
-    except DataError as error:
-        raise Refused("unreadable log", str(error)) from error
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or table.shape[1] != width or table.dtype.kind != "f":
         message = f"{file} holds {table.dtype} {list(table.shape)}, not floats [N, {width}]; restore it"
@@ -192,7 +189,7 @@ def _logs(clip: _Clip, config: Comma2k19Config, origin_s: float, flags: Counter[
         if len(seconds) != len(values):
             message = f"{file} has {len(seconds)} times for {len(values)} values; restore the log"
             raise Refused("unreadable log", message)
-        try:
+        with counted_as(BAD_CLOCK):
             times_ns = sync.seconds_to_ns(seconds, name, str(file)) - origin_ns
             if config.repeats == "drop":
                 same = sync.exact_repeats(times_ns, values)
@@ -201,8 +198,6 @@ def _logs(clip: _Clip, config: Comma2k19Config, origin_s: float, flags: Counter[
                     flags[f"{name}: {REPEATED}"] += count
                 times_ns, values, seconds = times_ns[~same], values[~same], seconds[~same]
             sync.check_clock(times_ns, name, str(file))
-        except DataError as error:
-            raise Refused(BAD_CLOCK, str(error)) from error
         logs[name] = _Log(times_ns, values, ((seconds - origin_s) * 1e9).astype(np.int64))
     return logs
 

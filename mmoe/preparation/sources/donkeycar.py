@@ -23,7 +23,7 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data.load.media import image_size
 from mmoe.data.load.reading import reading
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief
 from mmoe.preparation.slices import CLOCKS, Clocks, Stream, build_slices
 from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
@@ -75,14 +75,14 @@ def _records(tub: Path, name: str, quarantine: Quarantine) -> Iterator[dict[str,
         rows = [jsonl.parse(line, str(manifest)) for line in jsonl.decode(_read(manifest), manifest, 0).splitlines()]
         catalogs, deleted = rows[4]["paths"], set(rows[4]["deleted_indexes"])
         if not isinstance(catalogs, list) or not all(isinstance(name, str) for name in catalogs):
-            raise ValueError(f"paths is {jsonl.shown(catalogs)}")
+            raise ValueError(f"paths is {brief(catalogs)}")
     for catalog in catalogs:
         for where, row in jsonl.rows(tub / catalog, quarantine):
             try:
                 if jsonl.integer_of(row, "_index", where) not in deleted:
                     yield _checked(row, where)
             except Refused as refusal:
-                quarantine(f"{name}-{jsonl.shown(row.get('_index', where))}", refusal)
+                quarantine(f"{name}-{brief(row.get('_index', where))}", refusal)
 
 
 def _read(manifest: Path) -> bytes:

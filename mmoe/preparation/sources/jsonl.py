@@ -9,7 +9,7 @@ from os.path import splitext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief
 from mmoe.preparation.sources.base import Quarantine, Refused
 from mmoe.preparation.sources.files import open_regular, read_bytes, read_regular
 from mmoe.schema.bounds import BEYOND, bounds, check_bound
@@ -123,7 +123,7 @@ def load(file: Path, remedy: str) -> Any:
 def text_of(row: dict[str, Any], field: str, where: str) -> str:
     """The string in `field`, not blank."""
     if not isinstance(row.get(field), str):
-        found = "is missing" if field not in row else f"is {shown(row[field])}, not a string"
+        found = "is missing" if field not in row else f"is {brief(row[field])}, not a string"
         raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
     if not row[field].strip():
         raise Refused("empty text", f"{where}: {field!r} is blank; give it a text or remove the line")
@@ -133,7 +133,7 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
 def number_of(row: dict[str, Any], field: str, where: str, what: str = "a number") -> float:
     """The finite number in `field`; NaN and Infinity, which JSON's readers take, are none."""
     if not is_number(row.get(field)):
-        found = "is missing" if field not in row else f"is {shown(row[field])}, not {what}"
+        found = "is missing" if field not in row else f"is {brief(row[field])}, not {what}"
         raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
     return row[field]
 
@@ -142,7 +142,7 @@ def integer_of(row: dict[str, Any], field: str, where: str) -> int:
     """The integer in `field`, of no more than 53 bits."""
     value = row.get(field)
     if type(value) is not int or abs(value) > _EXACT:
-        found = "is missing" if field not in row else f"is {shown(value)}, not an integer of 53 bits"
+        found = "is missing" if field not in row else f"is {brief(value)}, not an integer of 53 bits"
         raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
     return value
 
@@ -153,12 +153,6 @@ def is_number(value: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:
         return False
-
-
-def shown(value: Any) -> str:
-    """A value of a row as a message quotes it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def encode_text(text: str, where: str) -> bytes:

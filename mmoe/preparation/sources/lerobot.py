@@ -24,7 +24,7 @@ from pydantic import Field
 from mmoe.data.load.frames import DAMAGED, Backend, VideoFrames
 from mmoe.data.load.media import image_format
 from mmoe.data.load.reading import reading
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief
 from mmoe.preparation import sync
 from mmoe.preparation.sources import jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source, Vectors
@@ -154,14 +154,14 @@ def _check_info(info: dict[str, Any]) -> None:
     """Raise ValueError where what is read of `info.json` is not of the type that the format says."""
     fps = info["fps"]
     if not jsonl.is_number(fps) or not 0 < fps <= _FASTEST:
-        raise ValueError(f"fps is {jsonl.shown(fps)}, not a rate up to {_FASTEST} Hz")
+        raise ValueError(f"fps is {brief(fps)}, not a rate up to {_FASTEST} Hz")
     for key, feature in info["features"].items():
         shape = feature["shape"]
         if not isinstance(feature["dtype"], str) or not all(type(side) is int and side >= 0 for side in shape):
-            raise ValueError(f"feature {key!r} has dtype {feature['dtype']!r} and shape {jsonl.shown(shape)}")
+            raise ValueError(f"feature {key!r} has dtype {feature['dtype']!r} and shape {brief(shape)}")
     for template in ("data_path", "video_path"):
         if not isinstance(info.get(template, ""), str | None):
-            raise ValueError(f"{template} is {jsonl.shown(info[template])}")
+            raise ValueError(f"{template} is {brief(info[template])}")
 
 
 def _check_episode(episode: dict[str, Any], columns: list[str]) -> None:
@@ -169,7 +169,7 @@ def _check_episode(episode: dict[str, Any], columns: list[str]) -> None:
     for column in columns:
         kind = (int, float) if column.endswith("_timestamp") else int
         if not isinstance(episode[column], kind):
-            raise ValueError(f"{column} is {jsonl.shown(episode[column])}")
+            raise ValueError(f"{column} is {brief(episode[column])}")
     if not 0 <= episode["episode_index"] < _MOST:
         raise ValueError(f"episode_index is {episode['episode_index']}")
     if episode["dataset_to_index"] - episode["dataset_from_index"] > _LONGEST:

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.load.media import image_size
-from mmoe.errors import DataError
+from mmoe.errors import counted_as
 from mmoe.preparation import sync
 from mmoe.preparation.slices import BAD_CLOCK, CLOCKS, Clocks, Stream, build_slices, next_step
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
@@ -230,10 +230,8 @@ def _speed(bus: dict[str, Bus]) -> np.ndarray:
 
 
 def _check_clock(times_ns: np.ndarray, name: str) -> np.ndarray:
-    try:
+    with counted_as(BAD_CLOCK):
         return sync.check_clock(times_ns, name, f"can_bus or ego_pose ({name})")
-    except DataError as error:
-        raise Refused(BAD_CLOCK, str(error)) from error
 
 
 SOURCE = Source(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmoe.data.load.reading import reading
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief, counted_as
 from mmoe.preparation.sources import jsonl
 from mmoe.preparation.sources.base import Refused
 
@@ -121,7 +121,7 @@ def _yaw(rotation: list[float]) -> float:
 
 def _ns(microseconds: Any, file: Path) -> int:
     if type(microseconds) is not int or abs(microseconds) > _LATEST_US:
-        said = jsonl.shown(microseconds)
+        said = brief(microseconds)
         raise DataError(f"{file}: the time {said} is not an integer of microseconds; restore the table")
     return microseconds * 1000
 
@@ -156,12 +156,8 @@ class Bus:
         file = root / "can_bus" / f"{scene}_{message}.json"
         if not file.is_file():
             return cls(file, [])
-        try:
+        with counted_as("unreadable log"):
             rows = jsonl.load(file, "restore it")
-        except Refused:
-            raise
-        except DataError as error:
-            raise Refused("unreadable log", str(error)) from error
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "utime" in row for row in rows):
             raise Refused("unreadable log", f"{file} is not a list of messages with utime; restore it")
         return cls(file, rows)

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.data.load.reading import reading
-from mmoe.errors import DataError
+from mmoe.errors import DataError, counted_as
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.files import check_name, listing, open_regular, pass_over
 from mmoe.preparation.sources.jsonl import BOM, check_utf16, decode, encode_text, lines, parse_row, text_of
@@ -188,11 +188,8 @@ def _line_sample(file: Path, start: int, stop: int, key: str, recording: str, co
 
 def _row_sample(file: Path, group: int, row: int, key: str, recording: str, config: TextReaderConfig) -> Sample:
     where = f"{file}, row group {group}, row {row}"
-    try:
-        with reading("row", where, "the file is damaged: restore it or remove it"):
-            text = _column(file, group, config.field)[row].as_py()
-    except DataError as error:
-        raise Refused("unreadable file", str(error)) from error
+    with counted_as("unreadable file"), reading("row", where, "the file is damaged: restore it or remove it"):
+        text = _column(file, group, config.field)[row].as_py()
     if text is None:
         raise Refused("empty text", f"{where}: {config.field!r} is null; give it a text or remove the row")
     return _sample(key, recording, text, where)

@@ -1,0 +1,43 @@
+"""The audio codec that is fitted to the sounds of a source while it is prepared."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from mmoe.commands.console import Console
+from mmoe.data.index.shard_index import ShardIndex
+from mmoe.data.index.shards import read_stored
+from mmoe.data.load.media import load_audio
+from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.sample import Modality
+from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
+
+AUDIO_CODEC = "audio_codec.safetensors"
+AUDIO_REPORT = "audio_codec.json"
+
+
+def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig, seed: int, console: Console) -> None:
+    """Fit on the training sounds, save, and report the error on the held-out ones (on the former if none are)."""
+    rate = config.mel.sample_rate
+    codec = MelCodec.fit(_waves(folder, manifest, "train", rate), config, seed)
+    codec.save(folder / AUDIO_CODEC)
+    measured = "heldout" if manifest.splits["heldout"].segments("AUDIO") else "train"
+    errors = codec.reconstruction_error(_waves(folder, manifest, measured, rate))
+    report = {"fingerprint": codec.fingerprint, "split": measured, "reconstruction_error": errors}
+    (folder / AUDIO_REPORT).write_text(json.dumps(report, indent=1))
+    levels = ", ".join(f"{error:.3f} with {level}" for level, error in errors.items())
+    console.print(f"audio codec: mean squared error of the normalised log-mel bands ({measured}), by levels: {levels}")
+
+
+def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:
+    """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
+    for shard in manifest.splits[name].shards:
+        index = ShardIndex.read(folder / shard.path)
+        for row in range(len(index)):
+            for segment in index.row_segments(row):
+                if segment["modality"] == Modality.AUDIO:
+                    stored = read_stored(index, row, int(segment["member"]))
+                    wave, found = load_audio(stored.content, int(segment["start"]), int(segment["stop"]), stored.where)
+                    yield resample(wave, found, rate).numpy()
