@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from mmoe.cli import app
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from typer.testing import CliRunner
 
-from mmoe.cli import app
 from mmoe.errors import ConfigError
 from mmoe.planning.dry_run_fake import DryMode
 from mmoe.planning.dry_run_routing import Load

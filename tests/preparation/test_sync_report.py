@@ -5,9 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from mmoe.cli import app
 from typer.testing import CliRunner
 
-from mmoe.cli import app
 from mmoe.commands.console import Console
 from mmoe.errors import DataError
 from mmoe.preparation import sync_report
