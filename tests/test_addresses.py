@@ -1,9 +1,9 @@
 """Secrets in addresses are refused wherever an address is given, and printed nowhere."""
 
 import pytest
-from mmoe.cli import main
 
 from mmoe.addresses import check_address, without_secrets
+from mmoe.commands.main import main
 from mmoe.config.load import validate
 from mmoe.data.config import DataConfig
 from mmoe.data.storage.store import Storage

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 import yaml
-from mmoe.cli import app
 from typer.testing import CliRunner
 
+from mmoe.commands.main import app
 from mmoe.config.load import absolute, load
 from mmoe.errors import MmoeError
 from mmoe.recipe.config import RunConfig
