@@ -66,14 +66,14 @@ def write_pictures(folder: Path) -> None:
 
 
 def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataConfig, Sources, TokenizersConfig]:
-    text, quiet = TextTokenizer.bytes(), Console(quiet=True)
+    text = TextTokenizer.bytes()
     write_pictures(root / "raw")
     options = {"recordings": recordings, "slices": [4, 4], "height": height, "width": width}
     options["prepare"] = {"heldout_share": 0.1}
     if status("decord").available:
         options["prepare"]["video_backend"] = "decord"  # proven to read the films, or its stream would be padding
-    prepare("simulated_drive", "-", root / "drive", text_tokenizer=text, workers=2, options=options, console=quiet)
-    prepare("image_caption", root / "raw", root / "pictures", text_tokenizer=text, workers=2, console=quiet)
+    prepare("simulated_drive", "-", root / "drive", text_tokenizer=text, workers=2, options=options)
+    prepare("image_caption", root / "raw", root / "pictures", text_tokenizer=text, workers=2)
     config = DataConfig(
         sources={name: SourceConfig(kind="-", shards=str(root / name)) for name in ("drive", "pictures")},
         stages={"all": StageConfig(weights={"drive": 0.7, "pictures": 0.3})},

@@ -1,4 +1,4 @@
-"""What a dry run of the main run costs: `mmoe train configs/moe_10b.yaml --dry-run --world-size 256` in three layouts.
+"""What a dry run of the main run costs: `mmoe estimate configs/moe_10b.yaml --world-size 256` in three layouts.
 
     python benchmarks/dry_run.py [parallel.ep=8 parallel.ep=16 parallel.pp=4]
 
@@ -17,7 +17,7 @@ from mmoe.commands.console import Console
 from mmoe.result import print_result, target
 
 LAYOUTS = ("parallel.ep=8", "parallel.ep=16", "parallel.pp=4")
-COMMAND = "-m mmoe train configs/moe_10b.yaml --dry-run --world-size 256 --imbalance 1.3".split()
+COMMAND = "-m mmoe estimate configs/moe_10b.yaml --world-size 256 --imbalance 1.3".split()
 SECONDS, GIB = 90, 3
 PERIOD_SECONDS = 0.1
 

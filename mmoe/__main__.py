@@ -1,3 +1,3 @@
-from mmoe.cli import main
+from mmoe.commands.main import main
 
 main()

@@ -64,6 +64,12 @@ def local_path(url: str | Path) -> str | None:
     return text.removeprefix("file://") if text.startswith("file://") else None
 
 
+def is_missing(address: str) -> bool:
+    """Whether a local address names nothing. What is far away is never made: reading it says what it lacks."""
+    path = local_path(address)
+    return path is not None and not Path(path).exists()
+
+
 def join(folder: str | Path, name: str) -> str:
     """The address of `name` in a local or remote folder."""
     return f"{os.fspath(folder).rstrip('/')}/{name}" if name else os.fspath(folder)

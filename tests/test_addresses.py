@@ -3,7 +3,7 @@
 import pytest
 
 from mmoe.addresses import check_address, without_secrets
-from mmoe.cli import main
+from mmoe.commands.main import main
 from mmoe.config.load import validate
 from mmoe.data.config import DataConfig
 from mmoe.data.storage.store import Storage

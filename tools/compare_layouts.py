@@ -37,7 +37,8 @@ from rich.table import Table
 from rich.text import Text
 from torch.distributed.tensor import DTensor
 
-from mmoe.commands.console import Console
+from mmoe.commands.console import Console, show_record
+from mmoe.commands.prepare import prepare_and_show
 from mmoe.config.load import load, merge, validate
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.losses.total import PlannedCounts
@@ -45,6 +46,7 @@ from mmoe.preparation.ready import ensure_prepared
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun
 from mmoe.result import print_result, target
+from mmoe.runtime.logging import set_up_logging
 from mmoe.training.gradients import step_gradients
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
@@ -97,6 +99,7 @@ class Comparison:
 
 def main() -> None:
     arguments = parse()
+    set_up_logging(show_record)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes to come
     try:
         reference, layouts, refused = plan(arguments)
@@ -207,7 +210,7 @@ def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 def compare(reference: RunConfig, layouts: list[Layout]) -> dict[str, Comparison | str]:
     """By layout; a text says why its processes did not come to an end."""
     # Here: processes of `start` may have no children, which preparing may need.
-    ensure_prepared(reference.data.sources, reference.tokenizers.text, console)
+    ensure_prepared(reference.data.sources, reference.tokenizers.text, prepare_and_show)
     with tempfile.TemporaryDirectory(prefix="mmoe-layouts-") as folder:
         with console.status("one process"):
             answer = start(Layout("one process", reference, 1), Path(folder))

@@ -26,6 +26,7 @@ Nothing in a checkpoint is run: see `mmoe.checkpoint.metadata` on the pickle in 
 import errno
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -39,10 +40,11 @@ from mmoe.checkpoint.files import CheckedFileSystem, DamagedError, check, sync_f
 from mmoe.checkpoint.manifest import FORMAT, MANIFEST, Manifest
 from mmoe.checkpoint.tensors import fill, union, write
 from mmoe.checkpoint.tree import check_document, merge, split
-from mmoe.commands.console import Console
 from mmoe.config.base import Config
 from mmoe.errors import CheckpointError
 from mmoe.runtime.agreement import Ranks
+
+logger = logging.getLogger(__name__)
 
 PARTIAL, REPLACED, LEFT = ".partial", ".replaced", ".left"
 POINTER = "latest"  # of format 2, which named the newest checkpoint in it
@@ -169,7 +171,7 @@ class CheckpointManager:
                 damage.append(found)
                 continue
             if damage and ranks.rank == 0:
-                _say(f"{'; '.join(damage)}: this goes on from {folder.name} instead")
+                logger.warning(f"{'; '.join(damage)}: this goes on from {folder.name} instead")
             return folder, manifest
         raise CheckpointError(ranks.first(lambda: self._no_whole(step, damage)))
 
@@ -281,10 +283,6 @@ def _attempt(folder: Path, act: Callable[..., T], *arguments: Any) -> tuple[T | 
             return act(*arguments), None
     except DamagedError as error:
         return None, str(error)
-
-
-def _say(sentence: str) -> None:
-    Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
 
 
 def _finish(

@@ -4,6 +4,7 @@ Names of sources, files and keys come from elsewhere. `[bold]` in one is six cha
 picture, and an escape sequence is shown and not obeyed. Our own styles are given as arguments or as `Text`.
 """
 
+import logging
 import unicodedata
 from typing import Any
 
@@ -39,3 +40,14 @@ def _is_escaped(character: str) -> bool:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+console, errors = Console(), Console(stderr=True)
+
+
+def show_record(message: str, level: int) -> None:
+    """Print what a room has said by `logging`: warnings on stderr."""
+    if level >= logging.WARNING:
+        errors.print(message, highlight=False, soft_wrap=True)
+    else:
+        console.print(message, soft_wrap=True)

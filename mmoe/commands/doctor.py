@@ -6,21 +6,24 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import psutil
-import torch
 from rich.table import Table
 from rich.text import Text
 
-from mmoe.commands.console import Console
-from mmoe.optional import BACKENDS, status
-from mmoe.runtime.memory import in_gib, total_memory
+from mmoe.commands.console import Console, console
 
 PACKAGES = ("mmoe", "torch", "torchaudio", "numpy", "pydantic", "tokenizers", "pyarrow", "av", "plotly")
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processors with bfloat16 arithmetic
 
 
+def doctor() -> None:
+    """What this machine has: versions, cores, memory, GPU, and every optional backend."""
+    report(console)
+
+
 def report(console: Console) -> None:
     """Print versions, the machine and the table of backends."""
+    from mmoe.optional import BACKENDS, status
+
     for title, rows in (("versions", versions()), ("machine", machine())):
         table = Table(title, "", title_justify="left")
         for name, value in rows.items():
@@ -41,6 +44,12 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """Platform, cores, memory and GPU; counts are those this process may use."""
+    import psutil
+    import torch
+
+    from mmoe.optional import status
+    from mmoe.runtime.memory import in_gib, total_memory
+
     facts = {
         "platform": platform.platform(),
         "interpreter": sys.executable,

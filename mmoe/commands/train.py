@@ -1,122 +1,22 @@
-"""One call of `mmoe train`: build or resume the run, train, evaluate, report."""
+"""`mmoe train`: a run from its config, or from where its folder stands. `mmoe.commands.session` does it."""
 
-import os
-import re
 from pathlib import Path
+from typing import Annotated
 
-from mmoe.commands.console import Console
-from mmoe.config.load import absolute, dump, flatten
-from mmoe.errors import ConfigError
-from mmoe.evaluation.evaluate import evaluate, show
-from mmoe.interchange.start import start
-from mmoe.monitoring.metrics import MetricsWriter
-from mmoe.monitoring.progress import ProgressBar
-from mmoe.monitoring.summary import METRICS
-from mmoe.parallel.mesh import check_one_process
-from mmoe.preparation.ready import ensure_prepared
-from mmoe.recipe.config import RunConfig
-from mmoe.reporting.report import write_report
-from mmoe.runtime.launch import first_alone, processes, rank_console, same_config
-from mmoe.runtime.peak_memory import PeakMemory
-from mmoe.training.folder import check_start_over, start_over
-from mmoe.training.lock import run_lock
-from mmoe.training.run import Run, read_config
-from mmoe.training.trainer import Trainer
+import typer
 
-# Keys that change no number of a step, so that a resumed run may change them. Where and when a sequence runs; what is
-# kept and told of it; and where its files lie, since their contents are compared by themselves.
-LAYOUT = r"parallel\..*|training\.micro_batch_sequences"
-KEEPING = r"checkpoint\..*|monitoring\..*|training\.evaluate_at_end"
-READING = r"data\.(workers|prefetch|error_budget|watchdog_seconds|storage\..*)"
-PLACES = r"training\.run|data\.sources\.[^.]+\.(shards|input)|tokenizers\.(text|audio)\.path"
-FREE = re.compile("|".join((LAYOUT, KEEPING, READING, PLACES)))
+from mmoe.commands.arguments import Overrides, config_at
+from mmoe.commands.console import console
 
 
-def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int | None, from_step: int | None) -> None:
-    """Train to the end of the budget (or `stop_after` steps), then evaluate and report once the run is complete.
+def train(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/demo.yaml, or a run's folder to resume")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
+    stop_after: Annotated[int | None, typer.Option(help="end this session after that many steps in all")] = None,
+    from_step: Annotated[int | None, typer.Option(help="resume from the checkpoint of this step")] = None,
+) -> None:
+    """Train a run, or resume it where its folder already holds checkpoints. What is missing is prepared first."""
+    from mmoe.commands import session
 
-    Under torchrun every process calls this. The first one evaluates, alone, from the last checkpoint.
-    """
-    _check_options(fresh, from_step)
-    folder = Path(config.training.run)
-    with PeakMemory() as memory:
-        with processes(config.parallel.timeout_seconds, folder, console) as world:
-            check_one_process(config.parallel)
-            same_config(dump(config))
-            if fresh:
-                first_alone(lambda: check_start_over(folder))  # before anything is prepared
-            with run_lock(folder, rank_console(console)):
-                run, complete = _train(config, rank_console(console), memory, fresh, stop_after, from_step)
-        if complete and run.ranks.first and config.training.evaluate_at_end:
-            run = run if world == 1 else Run.load(folder)
-            show(evaluate(run), console)
-            write_report(run)
-            console.print(f"wrote {run.folder / 'report.html'}")
-
-
-def _train(
-    config: RunConfig, console: Console, memory: PeakMemory, fresh: bool, stop_after: int | None, from_step: int | None
-) -> tuple[Run, bool]:
-    """The run, and whether it has had all its steps."""
-    first_alone(lambda: ensure_prepared(config.data.sources, config.tokenizers.text, console))
-    run = Run.build(config)
-    if fresh:
-        first_alone(lambda: start_over(run.folder))
-    trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console)], stop_after)
-    _introduce(run, console)
-    if trainer.checkpoints.latest_step() is not None or from_step is not None:
-        if run.folder.joinpath("checkpoints").is_dir():
-            _check_same(run, console)
-        trainer.resume(from_step)
-        console.print(f"resumed {run.folder} at step {trainer.step}")
-    elif config.training.start_from is not None:
-        start(run, config.training.start_from, console)
-    elif (run.folder / METRICS).is_file():
-        console.print(f"{run.folder} holds no checkpoint: the run begins at step 0", soft_wrap=True)
-    first_alone(run.save_config)
-    if trainer.step >= trainer.stop_at:
-        console.print(f"{run.folder} has its {trainer.step} steps already; --fresh starts over")
-    else:
-        trainer.train()
-    return run, trainer.step == trainer.last_step
-
-
-def _check_options(fresh: bool, from_step: int | None) -> None:
-    """Raises ConfigError for options that exclude each other, and what torchrun would repeat at every restart."""
-    if fresh and from_step is not None:
-        raise ConfigError("--fresh deletes the checkpoints that --from-step resumes from; give one of them")
-    option = "--fresh" if fresh else "--from-step" if from_step is not None else None
-    if option and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise ConfigError(
-            f"{option} with torchrun --max-restarts would take the run back at every restart; begin with "
-            "--max-restarts 0 and --stop-after, then start again without it"
-        )
-
-
-def _introduce(run: Run, console: Console) -> None:
-    parameters = run.ranks.parameters(run.model)
-    console.print(f"{run.folder}: {parameters:,} parameters on {run.device}, {run.tokenizers.vocabulary.size} ids")
-    batch = run.resolved.batch
-    for table in (*run.ranks.tables(), batch.table(), run.config.optim.describe(batch)):
-        console.print(table)
-
-
-def _check_same(run: Run, console: Console) -> None:
-    """A resumed run must be the run that was started; what may change (`FREE`) is said.
-
-    Raises ConfigError naming every other key that differs.
-    """
-    saved = absolute(read_config(run.folder))  # earlier versions wrote addresses as they were given
-    before, now = (flatten(c.model_dump(mode="json")) for c in (saved, run.config))
-    differing = {
-        key: f"{key} ({before.get(key)} -> {now.get(key)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    }
-    if refused := [change for key, change in differing.items() if not FREE.fullmatch(key)]:
-        raise ConfigError(
-            f"{run.folder}/config.yaml differs from this config in {', '.join(refused)}; "
-            "undo the change, set another training.run, or start over with --fresh"
-        )
-    if differing:
-        console.print(f"{run.folder} goes on with other {', '.join(differing.values())}", soft_wrap=True)
+    session.train(config_at(config, overrides), console, fresh=fresh, stop_after=stop_after, from_step=from_step)

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 from torch import Tensor
 
 from mmoe.addresses import check_address
-from mmoe.commands.console import Console
 from mmoe.data.config import DataConfig
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.plan.prepared import Sources
@@ -132,34 +130,6 @@ def predict_actions(
         rows = tokenizer.decode(logits.argmax(1).cpu().numpy().reshape(chunk, tokenizer.dims))
         predicted[number][:, dims.columns[name]] = tokenizer.normalise(rows)
     return predicted
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """The figures of an evaluation as a table."""
-    ablated = result["ablation"]
-    title = f"{result['run']}, held out" + (f", {ablated['mode']} {ablated['modality']}" if ablated else "")
-    table = Table("figure", "model", "beside", title=title, title_justify="left")
-    for source, entries in result["ce_by_source"].items():
-        for kind, entry in entries.items():
-            gain = f" ({entry['ce'] / entry['unigram'] - 1:+.0%})" if entry["unigram"] > 0 else ""
-            table.add_row(f"CE of {kind}, {source}", f"{entry['ce']:.3f}", f"unigram {entry['unigram']:.3f}{gain}")
-    for source, errors in result["actions"].get("by_source", {}).items():
-        beside = ", ".join(f"{who} {errors[who]:.4f}" for who in ("mean", "hold_last", "ridge"))
-        table.add_row(f"action error, {source}", f"{errors['model']:.4f}", beside)
-    for name, entry in result["retrieval"]["by"].items():
-        pool = entry if entry["r1"] is not None else entry["smaller_pool"]
-        if pool is None:
-            table.add_row(f"retrieval, {name}", "-", entry["reason"])
-            continue
-        beside = f"low {pool['r1_low']:.3f}, recall@5 {pool['r5']:.3f}, chance {pool['chance']:.3f}"
-        table.add_row(f"recall@1 of {pool['pool']}, {name}", f"{pool['r1']:.3f}", beside)
-    for source, entry in result["ranking"].items():
-        for score, share in entry.get("accuracy", {}).items():
-            beside = f"low {entry['low'][score]:.3f}, chance {entry['chance']:.3f}, {entry['rows']} rows"
-            table.add_row(f"ranking by {score}, {source}", f"{share:.3f}", beside)
-    for name, reason in result["not_evaluated"].items():
-        table.add_row(name, "-", reason)
-    console.print(table)
 
 
 def _actions(

@@ -1,15 +1,17 @@
 """A run's text path as a folder of Hugging Face."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
 
-from mmoe.commands.console import Console
 from mmoe.interchange.huggingface import SHARD_BYTES, VOCABULARY_KEY, Exported, save
 from mmoe.interchange.tokenizer import save_tokenizer
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 TOKEN_IDS = {
     "bos_token_id": int(Structure.BOS),
@@ -18,9 +20,7 @@ TOKEN_IDS = {
 }
 
 
-def export(
-    run: Run, folder: Path, console: Console, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
-) -> Exported:
+def export(run: Run, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> Exported:
     """Write weights, config and tokenizer of `run`, and say what was left out.
 
     The whole table of ids is written, so ids mean there what they mean here.
@@ -37,8 +37,8 @@ def export(
     (folder / "generation_config.json").write_text(json.dumps(TOKEN_IDS, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(run.tokenizers.text, run.tokenizers.vocabulary, folder)
     ids = f"text ids {text.start} to {text.stop - 1}"
-    console.print(f"{folder}: {done.architecture}, {done.parameters:,} parameters, {ids}", soft_wrap=True)
+    logger.info(f"{folder}: {done.architecture}, {done.parameters:,} parameters, {ids}")
     parts = ", ".join(f"{name} {count:,}" for name, count in done.left_out.items())
     total = sum(done.left_out.values())
-    console.print(f"left out, as text does not go through it: {total:,} parameters ({parts})", soft_wrap=True)
+    logger.info(f"left out, as text does not go through it: {total:,} parameters ({parts})")
     return done

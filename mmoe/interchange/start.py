@@ -1,5 +1,6 @@
 """The first weights of a run, taken from another run or from a Hugging Face folder (`training.start_from`)."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mmoe.checkpoint.manager import CheckpointManager
-from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.interchange.families import NEUTRAL, NEUTRAL_MOE
 from mmoe.interchange.huggingface import Pretrained, fill
@@ -21,12 +21,20 @@ from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.fingerprint import check_unchanged, fingerprint
 from mmoe.training.run import Run, is_run, open_sources, read_config, saved_fingerprint
 
+logger = logging.getLogger(__name__)
+
 TABLES = ("embeddings.token.weight", "unembedding.weight")
 MATRICES = ("gate", "up", "down")
 
 
-def start(run: Run, config: StartConfig, console: Console) -> None:
-    """Give the model of `run` the weights that `config` names, and say which of its parameters keep their own.
+def start(run: Run, config: StartConfig) -> None:
+    """Give the model of `run` the weights that `config` names, and say which of its parameters keep their own."""
+    for sentence in take_weights(run, config):
+        logger.info(sentence)
+
+
+def take_weights(run: Run, config: StartConfig) -> list[str]:
+    """Give the model of `run` the weights that `config` names; returns what there is to say of them.
 
     All ranks of the run call this. Each reads the weights whole into its memory, and copies its part of them.
     Raises ConfigError where the function that the weights were trained for is not the one that the run computes.
@@ -41,10 +49,11 @@ def start(run: Run, config: StartConfig, console: Console) -> None:
     own = {name: size for part in sizes for name, size in part.items()}
     kept, unused = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     taken = sum(own[name] for name in own.keys() & given.keys())
-    console.print(f"{config.weights}: {taken:,} parameters of {run.folder} begin with these weights", soft_wrap=True)
+    said = [f"{config.weights}: {taken:,} parameters of {run.folder} begin with these weights"]
     for what, names in (("keep their initial values", kept), ("of the weights are not used", unused)):
         if names:
-            console.print(f"{len(names)} parameters {what}: {', '.join(names)}", soft_wrap=True)
+            said.append(f"{len(names)} parameters {what}: {', '.join(names)}")
+    return said
 
 
 def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:

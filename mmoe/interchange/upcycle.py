@@ -1,14 +1,14 @@
 """A dense model's networks become experts: the first checkpoint of a new run, and what that costs in loss."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.evaluation.inference import label_log_probabilities
-from mmoe.interchange.start import start
+from mmoe.interchange.start import start, take_weights
 from mmoe.models.decoder import MultimodalModel
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.training import StartConfig
@@ -16,6 +16,8 @@ from mmoe.schema.batch import PackedBatch
 from mmoe.training.lock import run_lock
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 BATCHES = 4  # held-out micro-batches that the losses are measured on
 
@@ -29,7 +31,7 @@ class Upcycled:
     noisy: float
 
 
-def upcycle(config: RunConfig, origin: StartConfig, console: Console) -> Upcycled:
+def upcycle(config: RunConfig, origin: StartConfig) -> Upcycled:
     """Write config.yaml and the checkpoint of step 0 of the run `config`, which begins as `origin`.
 
     Raises ConfigError where the run has checkpoints already, or where `origin` cannot become its experts.
@@ -38,29 +40,28 @@ def upcycle(config: RunConfig, origin: StartConfig, console: Console) -> Upcycle
         raise ConfigError("model.moe is null, so there are no experts to make; give its sizes")
     training = config.training.model_copy(update={"start_from": origin})
     config = config.model_copy(update={"training": training})
-    with run_lock(Path(config.training.run), console):
-        return _upcycle(Run.build(config), origin, console)
+    with run_lock(Path(config.training.run)):
+        return _upcycle(Run.build(config), origin)
 
 
-def _upcycle(run: Run, origin: StartConfig, console: Console) -> Upcycled:
+def _upcycle(run: Run, origin: StartConfig) -> Upcycled:
     config, trainer = run.config, Trainer(run, [])
     if trainer.checkpoints.latest_step() is not None:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
     batches = [batch for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
-    start(run, origin.model_copy(update={"noise": 0.0}), Console(quiet=True))  # refuses what does not fit
+    take_weights(run, origin.model_copy(update={"noise": 0.0}))  # refuses what does not fit
     copies, dense = loss(run.model, batches), _dense_loss(run, origin, batches)
-    start(run, origin, console)
+    start(run, origin)
     losses = Upcycled(dense, copies, loss(run.model, batches) if origin.noise else copies)
     run.save_config()
     trainer.save()
-    console.print(
+    logger.info(
         f"held-out loss: dense {losses.dense:.6f}, experts without noise {losses.copies - losses.dense:+.2e}, "
-        f"with noise {origin.noise} {losses.noisy - losses.dense:+.2e}",
-        soft_wrap=True,
+        f"with noise {origin.noise} {losses.noisy - losses.dense:+.2e}"
     )
     if losses.copies - losses.dense > 1e-5 and config.model.moe.capacity_factor is not None:
-        console.print("the copies lose tokens that model.moe.capacity_factor drops; null or a larger one does not")
-    console.print(f"wrote {run.folder}; go on with: mmoe train {run.folder}/config.yaml", soft_wrap=True)
+        logger.info("the copies lose tokens that model.moe.capacity_factor drops; null or a larger one does not")
+    logger.info(f"wrote {run.folder}; go on with: mmoe train {run.folder}/config.yaml")
     return losses
 
 
@@ -69,7 +70,7 @@ def _dense_loss(run: Run, origin: StartConfig, batches: list[PackedBatch]) -> fl
     model = run.config.model.model_copy(update={"moe": None, "hidden": run.config.model.moe.hidden})
     config = run.config.model_copy(update={"model": model})
     dense = Run.build(config)
-    start(dense, origin, Console(quiet=True))
+    take_weights(dense, origin)
     return loss(dense.model, batches)
 
 

@@ -1,10 +1,9 @@
 """What a config's data will do, before anything is decoded: the stages by source, and a look at the plan itself."""
 
-import numpy as np
-from rich.table import Table
-from rich.text import Text
+from dataclasses import dataclass
 
-from mmoe.commands.console import Console
+import numpy as np
+
 from mmoe.data.index.shard_index import is_prepared
 from mmoe.data.plan.deal import deal
 from mmoe.data.plan.mixture import Mixture
@@ -14,7 +13,29 @@ from mmoe.data.storage.store import Storage
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.manifest import SourceManifest
 
-WARNING = Text("warning", "yellow")
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """What a source has of the steps that `inspect` has planned."""
+
+    name: str
+    share: float  # of all positions
+    target: float  # the share that the mixture aims at
+    parts: int  # of documents
+    positions: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in the first steps of a run."""
+
+    sources: list[PlannedSource]
+    sequences: int
+    length: int  # of a sequence, in positions
+    fill: float
+    imbalance: float | None  # attention work of the busiest replica over the mean; None of one replica
+    lost: dict[str, int]  # what was cut or dropped up to the end of the last window, by reason
 
 
 def mixture_of(config: RunConfig) -> Mixture:
@@ -29,41 +50,8 @@ def mixture_of(config: RunConfig) -> Mixture:
     return Mixture(config.data.stages, sizes(config.data, unknown, tokenizers), config.training.budget_positions)
 
 
-def show_stages(config: RunConfig, console: Console) -> None:
-    """Positions, share and epochs of every source in every stage; then the warnings."""
-    mixture = mixture_of(config)
-    table = Table("stage", "positions", "T", "source", "share", "its positions", "epochs", title_justify="left")
-    for column in (1, 2, 4, 5, 6):
-        table.columns[column].justify = "right"
-    table.columns[3].overflow = "fold"
-    end = config.training.budget_positions
-    for stage in mixture.stages:
-        temperature = stage.config.temperature
-        head = [
-            stage.name,
-            f"{si(stage.start)} .. {si(stage.stop)}",
-            "weights" if temperature is None else " to ".join(f"{t:g}" for t in np.atleast_1d(temperature)),
-        ]
-        for source, plan in zip(mixture.sources, mixture.expected(stage), strict=True):
-            if plan.share:
-                table.add_row(*head, source.name, f"{plan.share:.2%}", si(plan.positions), f"{plan.epochs:.2f}")
-                head = ["", "", ""]
-        table.add_section()
-    console.print(table)
-    steps = ", ".join(f"{s.name} from step {s.start // config.batch.global_batch_positions:,}" for s in mixture.stages)
-    console.print(f"{config.batch.iterations:,} steps of {config.batch.global_batch_positions:,} positions: {steps}")
-    for stage in mixture.stages:
-        if stage.start >= end:
-            console.print(
-                WARNING,
-                f"stage {stage.name} begins at {si(stage.start)}, after the run's end {si(end)}",
-            )
-    for sentence in mixture.warnings():
-        console.print(WARNING, sentence, soft_wrap=True)
-
-
-def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> None:
-    """Plan so many steps from the start of the run and tell what is in them; nothing is decoded."""
+def inspect(config: RunConfig, steps: int, replicas: int) -> Inspection:
+    """Plan so many steps from the start of the run and look at what is in them; nothing is decoded."""
     group, micro = config.contrastive_group, config.batch_of(replicas).micro_batch_sequences
     sources = Sources(config.data)
     tokenizers = config.tokenizers.build(sources.manifests, sources.storage.read)
@@ -78,39 +66,16 @@ def inspect(config: RunConfig, steps: int, replicas: int, console: Console) -> N
     positions = sum(sequence.counts.positions for sequence in sequences)
     length = config.data.sequence_length
 
-    table = Table("source", "share", "planned", "document parts", "positions", "epochs", title_justify="left")
-    for column in range(1, 6):
-        table.columns[column].justify = "right"
     targets = np.mean([mixture.shares(s.number * length) for s in sequences], axis=0)
+    shares = []
     for source, target in zip(planned, targets.tolist(), strict=True):
         mine = parts[parts["source"] == source.number]
         served, begun = int(mine["length"].sum()), int((mine["part"] == 0).sum())
-        table.add_row(
-            source.name,
-            f"{served / positions:.2%}",
-            f"{target:.2%}",
-            f"{len(mine):,}",
-            f"{served:,}",
-            f"{begun / source.rows:.2f}",
-        )
-    console.print(table)
-    console.print(
-        f"fill {positions / (len(sequences) * length):.4f} of {len(sequences):,} sequences of {length:,} positions"
-    )
+        shares.append(PlannedSource(source.name, served / positions, target, len(mine), served, begun / source.rows))
     costs = [np.array([s.counts.cost for s in batch], np.float64) for batch in batches]
+    imbalance = None
     if replicas > 1:
         work = [c[deal(c, group, micro, replicas)].sum(1) for c in costs]
-        worst = np.mean([w.max() / w.mean() for w in work])
-        console.print(f"attention work of the busiest of {replicas} replicas: {worst:.3f} times the mean")
-    lost = planner.lost
-    console.print("nothing was cut or dropped" if not lost else "cut or dropped, up to the end of the last window:")
-    for reason, number in sorted(lost.items()):
-        console.print(f"  {reason}: {number:,}")
-
-
-def si(number: float) -> str:
-    """A count with a thousand's letter: 2.5T."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g}{letter}"
-    return f"{number:.4g}"
+        imbalance = float(np.mean([w.max() / w.mean() for w in work]))
+    fill = positions / (len(sequences) * length)
+    return Inspection(shares, len(sequences), length, fill, imbalance, dict(sorted(planner.lost.items())))

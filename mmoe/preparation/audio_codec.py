@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.commands.console import Console
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
 from mmoe.data.load.media import load_audio
@@ -18,8 +17,8 @@ AUDIO_CODEC = "audio_codec.safetensors"
 AUDIO_REPORT = "audio_codec.json"
 
 
-def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig, seed: int, console: Console) -> None:
-    """Fit on the training sounds, save, and report the error on the held-out ones (on the former if none are)."""
+def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig, seed: int) -> str:
+    """Fit on the training sounds, save, and say the error on the held-out ones (on the former if none are)."""
     rate = config.mel.sample_rate
     codec = MelCodec.fit(_waves(folder, manifest, "train", rate), config, seed)
     codec.save(folder / AUDIO_CODEC)
@@ -28,7 +27,7 @@ def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig,
     report = {"fingerprint": codec.fingerprint, "split": measured, "reconstruction_error": errors}
     (folder / AUDIO_REPORT).write_text(json.dumps(report, indent=1))
     levels = ", ".join(f"{error:.3f} with {level}" for level, error in errors.items())
-    console.print(f"audio codec: mean squared error of the normalised log-mel bands ({measured}), by levels: {levels}")
+    return f"audio codec: mean squared error of the normalised log-mel bands ({measured}), by levels: {levels}"
 
 
 def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:

@@ -8,12 +8,14 @@ keeps what is finished when the process dies, and becomes the output when all is
 """
 
 import hashlib
+import logging
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -21,10 +23,8 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmoe.addresses import check_address
-from mmoe.commands.console import Console
 from mmoe.config.base import Config
 from mmoe.config.load import validate
 from mmoe.data.load.reading import reading
@@ -56,7 +56,7 @@ from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.files import check_name
 from mmoe.preparation.splits import GAP_NS, Split, split
 from mmoe.preparation.statistics import KNOTS
-from mmoe.preparation.tally import Tally, summary
+from mmoe.preparation.tally import Summary, Tally, summary
 from mmoe.schema.bounds import bounded_by
 from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.sample import Modality
@@ -64,6 +64,13 @@ from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.text import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+# Given what is done, how many items of how many (None: unknown), gives what is told of every further ones.
+Progress = Callable[[str, int, int | None], AbstractContextManager[Callable[[int], None]]]
+
+SYNTHETIC = "clock: synthetic, made from a row's number and a rate; it cannot show skew between sensors"
 
 _REMOTE = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 _PROBES = 8  # items made to learn how large and how slow they are
@@ -84,6 +91,18 @@ class PrepareConfig(ChunkConfig):
         return ChunkConfig(**{name: getattr(self, name) for name in ChunkConfig.model_fields})
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A source that `prepare` has made: its manifest, and what there is to say of it."""
+
+    manifest: SourceManifest
+    summary: Summary
+
+
+def _unseen(said: str, done: int, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda count: None)
+
+
 def prepare(
     kind: str,
     input: str | Path,
@@ -94,15 +113,16 @@ def prepare(
     engine: Engine = "processes",
     fresh: bool = False,
     options: dict[str, Any] | None = None,
-    console: Console | None = None,
-) -> SourceManifest:
+    progress: Progress = _unseen,
+) -> Prepared:
     """Prepare the recordings in `input` (of a kind in `SOURCES`) as the folder `output`.
 
     `options` are keys of the reader's config, and under ``prepare`` keys of `PrepareConfig`. The output is the same
     for any number of `workers` (None: as many as the work is worth) and on any `engine`. What an interrupted call has
-    finished is kept for the same call again; `fresh` deletes it instead. Raises DataError when `output` exists,
-    `input` does not, another preparation of `output` is unfinished, or a split is left without a sample; ConfigError
-    for an unknown kind or option.
+    finished is kept for the same call again; `fresh` deletes it instead. `progress` is told of the items.
+
+    Raises DataError when `output` exists, `input` does not, another preparation of `output` is unfinished, or a split
+    is left without a sample; ConfigError for an unknown kind or option.
     """
     source, reader, config = _settings(kind, options)
     _check_named(input)
@@ -114,7 +134,7 @@ def prepare(
         check_address(str(address))
     if _REMOTE.match(str(output)):
         raise DataError(f"{output} is no local folder; prepare into one, and copy it to the store when it is complete")
-    output, console = Path(output), console or Console()
+    output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} already exists; delete it to prepare it again, or name another folder")
     listed: Refusals = []
@@ -148,7 +168,7 @@ def prepare(
 
         def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
             assert workers is not None  # decided before there is work
-            _work(task, todo, workers, engine, _progress(console), said, done, total)
+            _work(task, todo, workers, engine, progress(said, done, total))
 
         lost: Refusals = job.remember("lost", list)
         while True:
@@ -157,7 +177,7 @@ def prepare(
             chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
             if workers is None:
                 workers = max(1, min(len(os.sched_getaffinity(0)), int(plan["seconds"] / _WORTH_SECONDS)))
-            _make_chunks(job, make, chunks, work, console if resumed else None)
+            _make_chunks(job, make, chunks, work, resumed)
             _sign_references(job, Sign(job.folder / "references", config.dedup, text_tokenizer), references, work)
             removed = _find_duplicates(job, chunks, references, config)
             folders = _thin_chunks(job, Thin(make.folder, job.folder / "thinned", make.config), chunks, removed, work)
@@ -185,19 +205,18 @@ def prepare(
             quarantined=dict(sorted(refused.counts.items())),
             removed=dict(sorted(left_out.counts.items())),
         )
-        console.print(summary(kind, tallies, refused.counts, left_out.counts, manifest.vectors))
-        for note in source.notes:
-            console.print(note)
+        said = summary(kind, tallies, refused.counts, left_out.counts, manifest.vectors)
+        said.notes.extend(source.notes)
         if source.clock == "synthetic":
-            console.print("clock: synthetic, made from a row's number and a rate; it cannot show skew between sensors")
+            said.notes.append(SYNTHETIC)
         if Modality.ACTION in tallies["train"].vectors:
             rows = tallies["train"].vectors[Modality.ACTION].sample()
-            console.print(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
+            said.notes.append(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
         if tallies["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
-            fit_audio_codec(job.result, manifest, config.audio, config.audio_seed, console)
+            said.notes.append(fit_audio_codec(job.result, manifest, config.audio, config.audio_seed))
         manifest.save(job.result)
         job.finish()
-    return manifest
+    return Prepared(manifest, said)
 
 
 def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None = None) -> Iterator[str]:
@@ -304,23 +323,26 @@ def _plan(make: Make, items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _work(
-    task: Callable, todo: Sequence, workers: int, engine: Engine, progress: Progress, said: str, done: int, total: int
+    task: Callable,
+    todo: Sequence,
+    workers: int,
+    engine: Engine,
+    seen: AbstractContextManager[Callable[[int], None]],
 ) -> None:
     if not todo:
         return
-    with progress, closing(run(task, todo, workers, engine)) as counts:
-        bar = progress.add_task(said, total=total, completed=done)
+    with seen as advance, closing(run(task, todo, workers, engine)) as counts:
         for count in counts:
-            progress.advance(bar, count)
+            advance(count)
 
 
-def _make_chunks(job: Job, make: Make, chunks: list[Chunk], work: Callable, resumed: Console | None) -> None:
+def _make_chunks(job: Job, make: Make, chunks: list[Chunk], work: Callable, resumed: bool) -> None:
     make.folder.mkdir(exist_ok=True)
     todo = [] if job.assembling else [chunk for chunk in chunks if not Stored(make.folder / chunk.name).whole()]
     total = sum(len(chunk.items) for chunk in chunks)
     done = total - sum(len(chunk.items) for chunk in todo)
     if resumed:
-        resumed.print(f"going on: {done:,} of {total:,} items are done (--fresh starts over)")
+        logger.info(f"going on: {done:,} of {total:,} items are done (--fresh starts over)")
     work(make, todo, done, total, "preparing")
 
 
@@ -378,13 +400,3 @@ def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], d
                     here.rename(there)
             entries.append(shard.model_copy(update={"path": path}))
     return tallies, shards
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)

@@ -1,12 +1,13 @@
 """Preparing what a config names and the disk does not hold yet; only a command that says so does this."""
 
+import logging
 import os
 import shlex
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 
-from mmoe.addresses import local_path
-from mmoe.commands.console import Console
+from mmoe.addresses import is_missing, local_path
 from mmoe.data.config import SourceConfig
 from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import ConfigError
@@ -15,49 +16,45 @@ from mmoe.preparation.prepare import prepare, training_texts
 from mmoe.preparation.sources import find_source
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
 
+logger = logging.getLogger(__name__)
+
 FIT_TEXTS = 500  # of each source, for the text tokenizer: making a sample may mean rendering it
 NO_INPUT = "-"  # of a simulation
 
 
-def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, console: Console) -> None:
-    """Fit the text tokenizer where its file is missing, then prepare every source whose folder is missing.
+def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, make: Callable = prepare) -> None:
+    """Fit the text tokenizer where its file is missing, then `make` (as `prepare`) every source that is missing.
 
     What exists is left as it is; whether it fits this config is for `Sources.check` to say. Raises ConfigError
     before anything is made where a source cannot be prepared, since nothing says from what.
     """
-    missing = {name: path for name, source in sources.items() if (path := _missing(source.shards)) is not None}
-    unfitted = None if text.path is None or text.vocabulary_size is None else _missing(text.path)
-    for name in missing:
-        _check_input(name, sources[name], f"data.sources.{name}.shards", sources[name].shards)
+    missing = {name: source for name, source in sources.items() if is_missing(source.shards)}
+    unfitted = (
+        text.path if text.path is not None and text.vocabulary_size is not None and is_missing(text.path) else None
+    )
+    for name, source in missing.items():
+        _check_input(name, source, f"data.sources.{name}.shards", source.shards)
     for name, source in sources.items() if unfitted is not None else ():
-        _check_input(name, source, "tokenizers.text.path", str(text.path))
+        _check_input(name, source, "tokenizers.text.path", str(unfitted))
     if unfitted is not None and text.vocabulary_size is not None:
-        console.print(f"{text.path} does not exist: fitting it to training texts of {', '.join(sources)}")
+        logger.info(f"{unfitted} does not exist: fitting it to training texts of {', '.join(sources)}")
         texts = chain.from_iterable(
             islice(training_texts(s.kind, s.input or NO_INPUT, s.options), FIT_TEXTS) for s in sources.values()
         )
-        unfitted.parent.mkdir(parents=True, exist_ok=True)
-        TextTokenizer.train(texts, text.vocabulary_size).save(unfitted)
-    for name, path in missing.items():
-        source = sources[name]
+        file = Path(local_path(unfitted) or unfitted)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        TextTokenizer.train(texts, text.vocabulary_size).save(file)
+    for name, source in missing.items():
         origin = f"{source.kind} in {source.input}" if source.input is not None else source.kind
-        console.print(f"{source.shards} does not exist: preparing source {name} there, from {origin}")
-        tokenizer = text.build(DEFAULT.read)
-        prepare(
+        logger.info(f"{source.shards} does not exist: preparing source {name} there, from {origin}")
+        make(
             source.kind,
             source.input or NO_INPUT,
-            path,
-            text_tokenizer=tokenizer,
+            local_path(source.shards),
+            text_tokenizer=text.build(DEFAULT.read),
             workers=None,  # as many as the work is worth
             options=source.options,
-            console=console,
         )
-
-
-def _missing(address: str) -> Path | None:
-    """The local path that an address names, where nothing is there; of what is far away, reading says what it lacks."""
-    path = local_path(address)
-    return None if path is None or Path(path).exists() else Path(path)
 
 
 def _check_input(name: str, source: SourceConfig, key: str, missing: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from mmoe.addresses import join
 from mmoe.config.load import validate
@@ -268,18 +267,3 @@ def rows(report: SyncReport) -> list[tuple[str, ...]]:
             )
         )
     return lines
-
-
-def table(report: SyncReport) -> Table:
-    """The report for a terminal: measures down, streams across would be too wide, so a block of lines a stream."""
-    result = Table(title=f"clocks of {report.title}", title_justify="left", show_header=False)
-    result.add_column("")
-    result.add_column("")
-    for line in rows(report):
-        for column, value in zip(COLUMNS, line):
-            if value:
-                result.add_row(column, value, style="bold" if column == "stream" else "")
-        result.add_section()
-    for reason, count in sorted(report.unreadable.items()):
-        result.add_row(f"refused: {reason}", f"{count:,}")
-    return result

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from mmoe.data.index.extent import Extent
 from mmoe.hashing import hash64
@@ -136,13 +135,23 @@ class ItemLog:
         self._file.close()
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What a preparation has made, to be shown: lines of a name and a cell for each split, by section, and notes."""
+
+    kind: str
+    splits: tuple[str, ...]
+    sections: list[dict[str, list[str]]]
+    notes: list[str] = field(default_factory=list)
+
+
 def summary(
     kind: str,
     tallies: dict[str, Tally],
     refused: Counter[str],
     removed: Counter[str],
     vectors: dict[str, VectorStats],
-) -> Table:
+) -> Summary:
     """One column a split, one line a measure that is not zero everywhere; then what is flagged, clipped to the fences
     of its dimension (rows, of all rows), refused, removed."""
     measures = {
@@ -156,29 +165,15 @@ def summary(
     }
     for modality in Modality:
         measures[f"{modality.name} segments"] = [f"{t.extent.segments(modality):,}" for t in tallies.values()]
-    table = Table(title=f"prepared {kind}", title_justify="left")
-    table.add_column("")
-    for name in tallies:
-        table.add_column(name, justify="right")
-    for measure, values in measures.items():
-        if any(value.strip("0.,") for value in values):
-            table.add_row(measure, *values)
     flags = sorted(set().union(*(t.flags for t in tallies.values())))
-    if flags:
-        table.add_section()
-        for flag in flags:
-            table.add_row(f"flagged: {flag}", *(f"{t.flags[flag]:,}" for t in tallies.values()))
-    clipped = {f"clipped: {name}": cells for name, cells in _clipped(tallies, vectors).items()}
-    if clipped:
-        table.add_section()
-        for line, cells in clipped.items():
-            table.add_row(line, *cells)
-    for said, counts in (("refused", refused), ("removed", removed)):
-        if counts:
-            table.add_section()
-            for reason, count in sorted(counts.items()):
-                table.add_row(f"{said}: {reason}", f"{count:,}")
-    return table
+    sections = [
+        {measure: values for measure, values in measures.items() if any(value.strip("0.,") for value in values)},
+        {f"flagged: {flag}": [f"{t.flags[flag]:,}" for t in tallies.values()] for flag in flags},
+        {f"clipped: {name}": cells for name, cells in _clipped(tallies, vectors).items()},
+        {f"refused: {reason}": [f"{count:,}"] for reason, count in sorted(refused.items())},
+        {f"removed: {reason}": [f"{count:,}"] for reason, count in sorted(removed.items())},
+    ]
+    return Summary(kind, tuple(tallies), [section for section in sections if section])
 
 
 def _clipped(tallies: dict[str, Tally], vectors: dict[str, VectorStats]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ group; without them the run is one process, and nothing here does anything.
 import faulthandler
 import hashlib
 import itertools
+import logging
 import os
 import threading
 import time
@@ -18,14 +19,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mmoe.commands.console import Console
 from mmoe.compat import default_store
 from mmoe.config.load import flatten
 from mmoe.config.reader import read_yaml
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.files import writes
-from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, rank_log, record_error, restart_count
+from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, record_error
 from mmoe.runtime.launch_store import PERIOD_SECONDS, join
+from mmoe.runtime.logging import rank_log, restart_count
+
+logger = logging.getLogger(__name__)
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # A group's own timeout ends the process with a sentence about one socket or one kernel: it waits until the watcher
@@ -37,7 +40,7 @@ _turns = itertools.count()  # of `first_alone`: equal on all ranks
 
 
 @contextmanager
-def processes(timeout_seconds: float, run_folder: Path, console: Console) -> Iterator[int]:
+def processes(timeout_seconds: float, run_folder: Path) -> Iterator[int]:
     """Join the process group that torchrun's environment describes; gives the number of processes.
 
     An error that leaves this context is written to RUN/errors.jsonl and given to torchrun, the group is left, and the
@@ -54,7 +57,7 @@ def processes(timeout_seconds: float, run_folder: Path, console: Console) -> Ite
             backend = _join(timeout_seconds)
             if rank == 0:
                 _set_aside_hang_report(run_folder)
-                console.print(_introduction(world, backend))
+                logger.info(_introduction(world, backend))
             yield world
     except Exception as error:
         step = getattr(error, "at_step", None)
@@ -137,11 +140,6 @@ def first_alone(work: Callable[[], None]) -> None:
         time.sleep(PERIOD_SECONDS)
     if store.get(key) == b"failed":
         raise MmoeError("rank 0 failed at what it does for all ranks; see its error")
-
-
-def rank_console(console: Console) -> Console:
-    """`console` on rank 0 (or without a process group), one that says nothing elsewhere."""
-    return console if not dist.is_initialized() or dist.get_rank() == 0 else Console(quiet=True)
 
 
 def _join(timeout_seconds: float) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from mmoe.runtime.launch_errors import name_ranks, restart_count
+from mmoe.runtime.launch_errors import name_ranks
+from mmoe.runtime.logging import restart_count
 from mmoe.runtime.watch_state import Collective, State
 
 Silence = str  # what is known of a rank that gave no answer: its last heartbeat, or none

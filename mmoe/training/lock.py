@@ -8,6 +8,7 @@ file's time, tells a living one from what a dead one has left.
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,10 +19,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.files import writes
 from mmoe.runtime.launch import first_alone
+
+logger = logging.getLogger(__name__)
 
 LOCK = "lock"
 BEAT_SECONDS = 5.0
@@ -30,12 +32,12 @@ CHILD_SECONDS = 10.0  # that what a killed process has started may need to notic
 
 
 @contextmanager
-def run_lock(folder: Path, console: Console) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run's `folder`, which is made where it is missing; all ranks enter, and the first one holds it.
 
     Raises ConfigError naming host and process where another training holds it, OutputError where it cannot be written.
     """
-    lock = _Lock(folder / LOCK, console)
+    lock = _Lock(folder / LOCK)
     made = not folder.exists()
     try:
         first_alone(lock.acquire)
@@ -47,8 +49,8 @@ def run_lock(folder: Path, console: Console) -> Iterator[None]:
 
 
 class _Lock:
-    def __init__(self, path: Path, console: Console):
-        self.path, self.console = path, console
+    def __init__(self, path: Path):
+        self.path = path
         self._descriptor: int | None = None
         self._ended = threading.Event()
 
@@ -108,10 +110,9 @@ class _Lock:
 
     def _beats(self, holder: dict[str, Any]) -> bool:
         """Whether the holder, on a machine that no lock reaches from here, gives a sign of life while this waits."""
-        self.console.print(
+        logger.info(
             f"{self.path} is of process {holder.get('pid')} on {holder.get('host')}: waiting {SILENT_SECONDS:.0f} s to "
-            "see whether it still trains",
-            soft_wrap=True,
+            "see whether it still trains"
         )
         before, deadline = _time(self.path), time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:

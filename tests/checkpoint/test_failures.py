@@ -184,14 +184,16 @@ def test_a_broken_checkpoint_that_was_asked_for_is_named_by_file(tmp_path: Path,
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_newest_one_falls_back_to_the_one_before_and_says_so(
-    tmp_path: Path, name: str, fault: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, name: str, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = manager(tmp_path)
     for step in (10, 20, 30):
         checkpoints.save(step, state_of(step), {"config.yaml": f"step: {step}"})
     damage(checkpoints.folder / "step-00000030" / name, fault)
     assert loaded(checkpoints) == 20
-    (said,) = capsys.readouterr().err.splitlines()
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert record.levelname == "WARNING"
     assert f"step-00000030/{name}" in said and said.endswith("goes on from step-00000020 instead")
     assert checkpoints.text("config.yaml")[1] == (
         "step: 20" if name in ("config.yaml", "manifest.json") else "step: 30"

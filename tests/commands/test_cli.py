@@ -9,7 +9,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from mmoe import cli
+from mmoe import __version__
+from mmoe.commands import main as cli
 from mmoe.errors import DataError, MmoeError
 from tests.conftest import REPOSITORY
 
@@ -50,6 +51,8 @@ def test_train_prepares_what_is_missing_evaluates_and_reports(root):
     assert summary["steps"] == 6 and summary["val_ce"]["text"] > 0 and summary["unigram_ce"]["text"] > 0
     page = (root / "run" / "report.html").read_text()
     assert "Plotly" in page and '<script src="http' not in page and "<link" not in page.split("</head>")[0]
+    assert f"{root}/poem does not exist: preparing source poem there, from text in {root}/poem.txt" in done.stdout
+    assert "prepared text" in done.stdout and "going on" not in done.stdout
     again = mmoe("train", str(root / "poem.yaml"))
     assert again.returncode == 0 and "has its 6 steps already" in " ".join(again.stdout.split())
     text = mmoe("generate", str(root / "run"), "--prompt", "Line", "--max-tokens", "8")
@@ -62,8 +65,6 @@ def test_train_prepares_what_is_missing_evaluates_and_reports(root):
         (["train", "configs/demo.yaml", "optim.lr.peek=1"], "did you mean optim.lr.peak?"),
         (["train", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["train", "configs/demo.yaml", "parallel.offload=true"], "parallel.offload is true, which is FSDP's work"),
-        (["train", "configs/demo.yaml", "--world-size", "8"], "--world-size is for --dry-run, which was not given"),
-        (["train", "configs/demo.yaml", "--dry-run", "--fresh"], "--fresh is for training, not for --dry-run"),
         (["prepare", "txt", "a", "b"], "did you mean text?"),
         (["evaluate", "nowhere"], "nowhere is not a run; train it first"),
         (["evaluate", "nowhere", "--blank", "sight"], "'sight' is not a modality; choose from"),
@@ -127,8 +128,28 @@ def test_what_is_no_config_and_no_folder_is_named(monkeypatch, arguments, senten
     assert isinstance(done.exception, MmoeError) and sentence in str(done.exception)
 
 
+def test_the_version_is_that_of_the_package():
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert done.exit_code == 0 and done.output == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--world-size=8"])
+def test_train_takes_no_option_of_a_dry_run(option):
+    done = CliRunner().invoke(cli.app, ["train", "configs/demo.yaml", option])
+    assert done.exit_code == 2 and "No such option" in done.output
+
+
+def test_the_help_is_shown_without_what_is_slow_to_load():
+    work = "import sys; from mmoe.commands.main import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", work], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "pydantic", "pyarrow", "yaml"} & set(loaded.stdout.split())
+
+
 def test_a_full_disk_and_a_closed_pipe_end_a_command_without_a_traceback():
-    work = "from mmoe import cli; cli.app = lambda: [cli.console.print('x' * 70) for _ in range(1000)]; cli.main()"
+    work = (
+        "from mmoe.commands import main as cli; "
+        "cli.app = lambda: [cli.console.print('x' * 70) for _ in range(1000)]; cli.main()"
+    )
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", work], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mmoe.checkpoint.manager import CheckpointManager
-from mmoe.commands import train as session
+from mmoe.commands import session
 from mmoe.config.load import dump, load
 from mmoe.errors import CheckpointError, ConfigError, DataError, OutputError
 from mmoe.recipe.config import RunConfig
@@ -81,11 +81,11 @@ def test_from_step_goes_back_and_is_refused_where_there_is_no_such_checkpoint(ru
     assert "at step 3" in train(configuration, stop_after=3)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(run, capsys):
+def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(run, caplog):
     configuration, place = run
     (place / "checkpoints/step-00000004/state.json").write_text("")
     assert "at step 2" in train(configuration, stop_after=3)
-    assert "step-00000004/state.json is truncated" in capsys.readouterr().err
+    assert "step-00000004/state.json is truncated" in caplog.text
     assert checkpoints(place) == ["step-00000002", "step-00000003", "step-00000004.left"]
     for path in (place / "checkpoints").glob("step-*/state.json"):
         path.unlink()

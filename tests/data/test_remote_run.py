@@ -9,7 +9,7 @@ import fsspec
 import pytest
 import yaml
 
-from mmoe.cli import app
+from mmoe.commands.main import app
 from mmoe.data.index.shard_index import is_prepared
 from mmoe.errors import DataError
 from mmoe.preparation.prepare import prepare

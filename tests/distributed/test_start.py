@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmoe.commands import train as session
+from mmoe.commands import session
 from mmoe.commands.console import Console
 from mmoe.config.load import validate
 from mmoe.interchange.export import export
-from mmoe.interchange.start import start
+from mmoe.interchange.start import take_weights
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.training import StartConfig
 from mmoe.training.run import Run
@@ -30,7 +30,7 @@ def root(tmp_path_factory):
     session.train(
         config(root, root / "dense", **DENSE), Console(quiet=True), fresh=False, stop_after=None, from_step=None
     )
-    export(Run.load(root / "dense"), root / "llama", Console(quiet=True))
+    export(Run.load(root / "dense"), root / "llama")
     return root
 
 
@@ -39,14 +39,13 @@ def spread(configuration: RunConfig, **parallel) -> RunConfig:
     return validate(RunConfig, tree | {"parallel": tree["parallel"] | parallel}, "test")
 
 
-def begin(configuration: RunConfig, origin: StartConfig) -> tuple[dict[str, Tensor], str]:
+def begin(configuration: RunConfig, origin: StartConfig) -> tuple[dict[str, Tensor], list[str]]:
     """The weights that this rank has parts of, whole, and what it says."""
     run = Run.build(configuration)
-    console = Console(record=True, quiet=False, file=open("/dev/null", "w"), width=10_000)
-    start(run, origin, console)
+    said = take_weights(run, origin)
     state = run.model.state_dict()
     whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
-    return {name: value.clone() for name, value in whole.items()}, console.export_text()
+    return {name: value.clone() for name, value in whole.items()}, said
 
 
 def check(ranks, configuration: RunConfig, origin: StartConfig, **parallel) -> None:

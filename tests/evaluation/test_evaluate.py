@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mmoe.commands.console import Console
+from mmoe.commands.evaluate import show
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.actions import read_chunks
-from mmoe.evaluation.evaluate import evaluate, file_name, show
+from mmoe.evaluation.evaluate import evaluate, file_name
 from mmoe.evaluation.examples import examples
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mmoe.commands import train as session
+from mmoe.commands import session
 from mmoe.commands.console import Console
 from mmoe.config.load import load, validate
 from mmoe.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ def train(configuration) -> Run:
 @pytest.mark.parametrize("moe, qk_norm", [(None, False), (EXPERTS, True)], ids=["llama", "qwen3-moe"])
 def test_a_trained_run_gives_the_same_logits_and_ids_in_transformers(moe, qk_norm, root, tmp_path):
     run = train(config(root, f"run-{qk_norm}", moe=moe, qk_norm=qk_norm))
-    export(run, tmp_path, QUIET)
+    export(run, tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     text = "Line 7 of a poem: größer, 東京.\n"
     ids = tokenizer(text)["input_ids"]
@@ -94,13 +94,13 @@ def test_a_trained_run_gives_the_same_logits_and_ids_in_transformers(moe, qk_nor
 
 def test_a_run_starts_from_exported_weights(root, tmp_path):
     first = train(config(root, "first", qk_norm=True))
-    export(first, tmp_path, QUIET)
+    export(first, tmp_path)
     second = config(root, "second", qk_norm=True)
     second = second.model_copy(
         update={"training": second.training.model_copy(update={"start_from": StartConfig(weights=str(tmp_path))})}
     )
     run = Run.build(second)
-    start(run, second.training.start_from, QUIET)
+    start(run, second.training.start_from)
     for name, value in first.model.state_dict().items():
         if name.startswith(("decoder", "embeddings.token")):
             assert torch.equal(run.model.state_dict()[name], value), name
@@ -118,13 +118,13 @@ def test_a_run_with_limited_groups_starts_from_another_and_a_difference_is_named
     first = train(config(root, "grouped", moe=moe))
     origin = StartConfig(weights=str(first.folder))
     run = Run.build(config(root, "grouped-again", moe={**moe, "score": "softmax_topk"}))
-    start(run, origin, QUIET)
+    start(run, origin)
     router = "decoder.blocks.0.network.router.weight"
     assert torch.equal(run.model.state_dict()[router], first.model.state_dict()[router])
     for groups in (None, {**GROUPS, "per_token": 2}):
         other = Run.build(config(root, "grouped-otherwise", moe={**moe, "groups": groups}))
         with pytest.raises(ConfigError, match="model.moe.groups is .*, but the weights of .* are of .*; set it"):
-            start(other, origin, QUIET)
+            start(other, origin)
 
 
 def test_foreign_weights_take_the_text_ids(root, tmp_path):
@@ -134,7 +134,7 @@ def test_foreign_weights_take_the_text_ids(root, tmp_path):
     theirs.save_pretrained(tmp_path)
     shape = {"d_model": 48, "layers": 3, "heads": 6, "kv_heads": 2, "hidden": 64, "rope_theta": 5e5}
     run = Run.build(config(root, "foreign", **shape, tie_embeddings=False))
-    start(run, StartConfig(weights=str(tmp_path)), QUIET)
+    start(run, StartConfig(weights=str(tmp_path)))
     text = run.tokenizers.vocabulary.ranges["text"]
     ids = torch.randint(len(text), (20,))
     batch = text_batch([[(ids + text.start).tolist()]], length=20)
@@ -156,7 +156,7 @@ def test_foreign_weights_take_the_text_ids(root, tmp_path):
 def test_upcycling_without_noise_keeps_the_loss_and_trains_on(moe, root):
     dense = train(config(root, "dense"))
     name = "-".join(["moe", *map(str, moe.values())])
-    losses = upcycle(config(root, name, moe=moe), StartConfig(weights=str(dense.folder)), QUIET)
+    losses = upcycle(config(root, name, moe=moe), StartConfig(weights=str(dense.folder)))
     assert losses.copies == pytest.approx(losses.dense, abs=1e-5) and losses.noisy == losses.copies
     with torch.no_grad():  # the loss would tell if the experts were anything else
         run = Run.load(root / name)
@@ -170,12 +170,11 @@ def test_upcycling_without_noise_keeps_the_loss_and_trains_on(moe, root):
     assert trainer.step == 2
 
 
-def test_noise_makes_experts_differ_and_its_cost_is_reported(root):
+def test_noise_makes_experts_differ_and_its_cost_is_reported(root, caplog):
     dense = train(config(root, "dense"))
-    lines = Console(record=True, quiet=False, file=open("/dev/null", "w"))
-    losses = upcycle(config(root, "noisy", moe=EXPERTS), StartConfig(weights=str(dense.folder), noise=0.5), lines)
+    losses = upcycle(config(root, "noisy", moe=EXPERTS), StartConfig(weights=str(dense.folder), noise=0.5))
     assert losses.copies == pytest.approx(losses.dense, abs=1e-5) and abs(losses.noisy - losses.dense) > 1e-5
-    assert "with noise 0.5" in lines.export_text()
+    assert "with noise 0.5" in caplog.text
     up, copy = Run.load(root / "noisy").model.decoder.blocks[0].network.experts.up, dense.model.decoder.blocks[0]
     up, dense_up = up.detach(), copy.network.up.weight.detach()
     assert float((up - dense_up.T).std() / dense_up.std()) == pytest.approx(0.5, rel=0.05)
@@ -194,7 +193,7 @@ def test_noise_makes_experts_differ_and_its_cost_is_reported(root):
 def test_what_cannot_be_copied_is_refused(moe, model, sentence, root):
     dense = train(config(root, "dense"))
     with pytest.raises(ConfigError, match=sentence):
-        upcycle(config(root, "refused", moe=moe, **model), StartConfig(weights=str(dense.folder)), QUIET)
+        upcycle(config(root, "refused", moe=moe, **model), StartConfig(weights=str(dense.folder)))
     assert not (root / "refused").exists()
 
 

@@ -1,7 +1,7 @@
 """Dry runs of a small model with the keys of the 10B run, in any layout."""
 
 from mmoe.config.load import load
-from mmoe.planning.dry_run_report import Plan
+from mmoe.planning.dry_run_plan import Plan
 from mmoe.recipe.config import RunConfig
 
 SMALL = """

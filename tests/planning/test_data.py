@@ -5,9 +5,11 @@ import io
 import pytest
 
 from mmoe.commands.console import Console
+from mmoe.commands.inspect import show_inspection
+from mmoe.commands.stages import show_stages, si
 from mmoe.config.load import load
 from mmoe.errors import ConfigError, DataError
-from mmoe.planning.data import inspect, mixture_of, show_stages, si
+from mmoe.planning.data import inspect, mixture_of
 from mmoe.recipe.config import RunConfig
 from tests.conftest import REPOSITORY
 from tests.data.streams import LENGTH, write_folders
@@ -85,12 +87,12 @@ optim: {{lr: {{peak: 1.0e-3}}}}
 training: {{run: r, micro_batch_sequences: 2, global_batch_positions: {8 * LENGTH}, budget_positions: {800 * LENGTH}}}
 """
     )
-    said = printed(inspect, load(RunConfig, tmp_path / "run.yaml"), 30, 4)
+    said = printed(show_inspection, inspect(load(RunConfig, tmp_path / "run.yaml"), 30, 4), 4)
     assert said.count("25.00%") >= 4 and "of 240 sequences of 160 positions" in said
     assert "clip / cut at a slice" in said and "text / cut at a text token" in said
     assert "attention work of the busiest of 4 replicas: 1." in said
     with pytest.raises(ConfigError, match="1280 is not a multiple of 960, .* x 2 training.micro_batch_sequences x 3"):
-        inspect(load(RunConfig, tmp_path / "run.yaml"), 1, 3, Console())
+        inspect(load(RunConfig, tmp_path / "run.yaml"), 1, 3)
 
 
 @pytest.mark.parametrize("number, text", [(2.5e12, "2.5T"), (9e9, "9B"), (12_345_678, "12.35M"), (999, "999")])

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from typer.testing import CliRunner
 
-from mmoe.cli import app
+from mmoe.commands.main import app
 from mmoe.errors import ConfigError
 from mmoe.planning.dry_run_fake import DryMode
 from mmoe.planning.dry_run_routing import Load
@@ -49,7 +49,7 @@ def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
 
 
 def test_a_rank_beyond_the_world_is_refused() -> None:
-    command = ["train", "configs/moe_10b.yaml", "--dry-run", "--world-size", "4", "--rank", "4", *SMALL]
+    command = ["estimate", "configs/moe_10b.yaml", "--world-size", "4", "--rank", "4", *SMALL]
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, ConfigError) and "--rank is 4" in str(result.exception)
 
@@ -62,7 +62,7 @@ def test_a_pipeline_embeds_groups_wider_than_a_micro_step_first() -> None:
 
 
 def test_the_command_reports_a_rank_of_each_stage() -> None:
-    command = ["train", "configs/moe_10b.yaml", "--dry-run", "--world-size", "8", "parallel.pp=4"]
+    command = ["estimate", "configs/moe_10b.yaml", "--world-size", "8", "parallel.pp=4"]
     result = CliRunner().invoke(app, [*command, *SMALL, "model.layers=4"])
     assert result.exit_code == 0, result.output
     assert [f"rank {rank}, stage {rank // 2}" in result.output for rank in (0, 4, 6)] == [True] * 3
@@ -73,7 +73,7 @@ def test_the_command_reports_a_rank_of_each_stage() -> None:
 @pytest.mark.parametrize("overrides, stages", [("parallel.ep=8", 1), ("parallel.ep=16", 1), ("parallel.pp=4", 3)])
 def test_the_main_run_on_256_ranks(overrides: str, stages: int) -> None:
     """What it costs is measured by `benchmarks/dry_run.py`."""
-    command = [sys.executable, "-m", "mmoe", "train", "configs/moe_10b.yaml", "--dry-run", "--world-size", "256"]
+    command = [sys.executable, "-m", "mmoe", "estimate", "configs/moe_10b.yaml", "--world-size", "256"]
     done = subprocess.run([*command, "--imbalance", "1.3", overrides], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal to the formula") == stages

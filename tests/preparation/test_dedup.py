@@ -1,6 +1,5 @@
 """Duplicates: planted ones are found, the first stays, held-out samples win, and what is different is kept."""
 
-import io
 import json
 import random
 import re
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmoe.commands.console import Console
 from mmoe.errors import DataError
 from mmoe.preparation.dedup import Duplicates, PictureIndex
 from mmoe.preparation.prepare import prepare
@@ -27,9 +25,8 @@ WORDS = [f"{a}{b}{c}" for a in ("ka", "mo", "ri", "su", "te") for b in ("lan", "
 
 
 def run(kind, source, output, options=NEAR, tokenizer=None):
-    console = Console(file=io.StringIO())
     tokenizer = tokenizer or TextTokenizer.bytes()
-    return prepare(kind, source, output, text_tokenizer=tokenizer, options=options, console=console)
+    return prepare(kind, source, output, text_tokenizer=tokenizer, options=options).manifest
 
 
 def removed(folder):

@@ -1,6 +1,5 @@
 """The same preparation in one process, in several, on Ray, and after a kill -9: byte for byte the same output."""
 
-import io
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mmoe.commands.console import Console
 from mmoe.errors import DataError
 from mmoe.preparation import engines
 from mmoe.preparation import prepare as prepare_module
@@ -40,8 +38,7 @@ def write_texts(folder):
 
 
 def make(source, output, kind="text", options=OPTIONS, **more):
-    console, tokenizer = Console(file=io.StringIO()), TextTokenizer.bytes()
-    return prepare(kind, source, output, text_tokenizer=tokenizer, options=options, console=console, **more)
+    return prepare(kind, source, output, text_tokenizer=TextTokenizer.bytes(), options=options, **more).manifest
 
 
 def double(number):

@@ -1,10 +1,7 @@
 """The folder of an unfinished preparation: pinned to what it prepares, and to one process at a time."""
 
-import io
-
 import pytest
 
-from mmoe.commands.console import Console
 from mmoe.errors import DataError
 from mmoe.preparation.job import Job
 from mmoe.preparation.prepare import prepare
@@ -25,8 +22,7 @@ def test_an_unfinished_preparation_of_something_else_is_not_continued(tmp_path, 
     (tmp_path / "in" / "a.txt").write_text(" ".join(f"d{i}" for i in range(500)))
     with pytest.raises(DataError, match="the input has changed"):
         run("text", tmp_path / "in", tmp_path / "out", max_bytes=100)
-    console = Console(file=io.StringIO())
-    more = {"fresh": True, "options": {"max_bytes": 200}, "console": console}
+    more = {"fresh": True, "options": {"max_bytes": 200}}
     prepare("text", tmp_path / "in", tmp_path / "out", text_tokenizer=TOKENIZER, **more)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mmoe.commands.console import Console
+from mmoe.commands.prepare import show_summary
 from mmoe.config.base import Config
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_member
@@ -44,9 +45,10 @@ SMALL_CODEC = {"audio": {"codebooks": 2, "mel": {"codebook_size": 8}}}
 
 def run(kind, path, output, workers=1, **options):
     console = Console(file=io.StringIO(), width=120)
-    manifest = prepare(kind, path, output, text_tokenizer=TOKENIZER, workers=workers, options=options, console=console)
-    assert SourceManifest.load(output) == manifest
-    return manifest, console.file.getvalue()
+    made = prepare(kind, path, output, text_tokenizer=TOKENIZER, workers=workers, options=options)
+    show_summary(made.summary, console)
+    assert SourceManifest.load(output) == made.manifest
+    return made.manifest, console.file.getvalue()
 
 
 def rows(folder, manifest, split):
@@ -392,7 +394,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("step", ["run", "_thin_chunks", "write_lists", "vector_stats", "SourceManifest.save"])
-def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, log_source, monkeypatch, step):
+def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, log_source, monkeypatch, caplog, step):
     """Twice interrupted after half of a step's work, it ends as it would have, and no finished chunk is made again."""
     tables = [npy(np.full((3, 2), i % 37, np.float32)) for i in range(40)]
     log_source += [(f"k{i:02d}", "state.npy", Modality.STATE, table) for i, table in enumerate(tables)]
@@ -421,9 +423,9 @@ def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, 
             run("log", "-", tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
     monkeypatch.setattr(chunks, "make_row", counted)
-    resumed, printed = run("log", "-", tmp_path / "out", **options)
+    resumed, _ = run("log", "-", tmp_path / "out", **options)
     assert resumed == whole and files(tmp_path / "out") == files(tmp_path / "whole")
-    assert "going on" in printed
+    assert "going on" in caplog.text
     assert made.total() == 40 + 8  # the probes that the size of a chunk is estimated from are made twice
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 

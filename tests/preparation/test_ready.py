@@ -2,13 +2,12 @@
 
 import pytest
 
-from mmoe.commands.console import Console
 from mmoe.data.config import SourceConfig
 from mmoe.errors import ConfigError
 from mmoe.preparation.ready import ensure_prepared
 from mmoe.tokenizers.text import TextConfig
 
-QUIET, BYTES = Console(quiet=True), TextConfig()
+BYTES = TextConfig()
 SMALL_DRIVE = {"recordings": 3, "slices": [1, 1], "height": 32, "width": 64}
 CODEC = {"heldout_share": 0, "audio": {"mel": {"codebook_size": 4}}}
 
@@ -48,7 +47,7 @@ def everything(folder):
 def test_a_mistyped_folder_is_named_with_the_nearest_and_nothing_is_prepared(here, source, sentence):
     before = everything(here)
     with pytest.raises(ConfigError, match=sentence):
-        ensure_prepared({"s": SourceConfig(kind="text", **source)}, BYTES, QUIET)
+        ensure_prepared({"s": SourceConfig(kind="text", **source)}, BYTES)
     assert everything(here) == before
 
 
@@ -59,7 +58,7 @@ def test_nothing_is_made_of_one_source_where_another_cannot_be(here):
         "bad": SourceConfig(kind="text", shards="out/bad"),
     }
     with pytest.raises(ConfigError, match="data.sources.bad.input"):
-        ensure_prepared(sources, BYTES, QUIET)
+        ensure_prepared(sources, BYTES)
     assert everything(here) == before
 
 
@@ -67,20 +66,19 @@ def test_a_tokenizer_is_not_fitted_to_the_current_folder(here):
     """Of a source that is prepared and has no input, there is no text to fit it to."""
     text = TextConfig(path="out/poem.json", vocabulary_size=300)
     with pytest.raises(ConfigError, match="tokenizers.text.path: out/poem.json does not exist .*data.sources.s.input"):
-        ensure_prepared({"s": SourceConfig(kind="text", shards="out/poems")}, text, QUIET)
+        ensure_prepared({"s": SourceConfig(kind="text", shards="out/poems")}, text)
     assert not (here / "out" / "poem.json").exists()
 
 
-def test_what_has_an_input_or_needs_none_is_prepared_and_said(here):
+def test_what_has_an_input_or_needs_none_is_prepared_and_said(here, caplog):
     sources = {
         "texts": SourceConfig(
             kind="text", input="texts", shards="out/texts", options={"prepare": {"heldout_share": 0}}
         ),
         "drive": SourceConfig(kind="simulated_drive", shards="out/drive", options=SMALL_DRIVE | {"prepare": CODEC}),
     }
-    console = Console(record=True, width=200, file=(here / "said").open("w"))
-    ensure_prepared(sources, BYTES, console)
-    said = console.export_text()
+    ensure_prepared(sources, BYTES)
+    said = caplog.text
     assert "out/texts does not exist: preparing source texts there, from text in texts" in said
     assert "out/drive does not exist: preparing source drive there, from simulated_drive" in said
     assert (here / "out/texts/source.json").is_file() and (here / "out/drive/source.json").is_file()

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mmoe.cli import app
-from mmoe.commands.console import Console
+from mmoe.commands.main import app
 from mmoe.errors import DataError
 from mmoe.preparation import sync_report
 from mmoe.preparation.prepare import prepare
@@ -21,11 +20,10 @@ from tests.data.recordings_driving import write_nuscenes
 from tests.preparation.sources.test_comma2k19 import REAL
 
 MS = 1_000_000
-QUIET = Console(quiet=True)
 
 
 def prepared(kind, source, folder, **options):
-    prepare(kind, source, folder, text_tokenizer=TextConfig().build(), options=options, console=QUIET)
+    prepare(kind, source, folder, text_tokenizer=TextConfig().build(), options=options)
     return folder
 
 

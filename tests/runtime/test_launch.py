@@ -12,25 +12,26 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmoe.commands.console import Console
-from mmoe.runtime.launch import agreed, processes, rank_console, same_config
+from mmoe.runtime.launch import agreed, processes, same_config
 from mmoe.runtime.launch_errors import name_ranks
 
 BEGIN = """
-import os, signal, sys, time, warnings
+import logging, os, signal, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
-from mmoe.commands.console import Console
+from mmoe.commands.console import show_record
 from mmoe.errors import MmoeError
-from mmoe.runtime.launch import agreed, first_alone, processes, rank_console, same_config
+from mmoe.runtime.launch import agreed, first_alone, processes, same_config
+from mmoe.runtime.logging import set_up_logging
 from mmoe.runtime.watch import Watch
 
 folder, timeout = Path("run"), 3.0
 rank = int(os.environ["RANK"])
 (Path("pid") / str(os.getpid())).touch()
-with processes(timeout, folder, Console()) as world:
-    console = rank_console(Console())
+set_up_logging(show_record)
+with processes(timeout, folder) as world:
+    logger = logging.getLogger("mmoe.test")
 """
 
 
@@ -90,7 +91,8 @@ def test_a_dying_rank_ends_all_and_both_say_why_in_one_file(tmp_path):
         tmp_path,
         """
         signal.signal(signal.SIGTERM, lambda *_: None)  # as the training loop, which wants to end its step first
-        console.print("only once")
+        logger.info("only once")
+        logger.warning("a worry of rank " + str(rank))
         warnings.warn("a thing of rank " + str(rank))
         with Watch(timeout, folder) as watch:
             for step in range(1, 6):
@@ -109,7 +111,9 @@ def test_a_dying_rank_ends_all_and_both_say_why_in_one_file(tmp_path):
     assert "rank 1 failed: MmoeError: the data of rank 1 are broken; run/errors.jsonl has the errors" in run.output
     assert run.output.count("only once") == 1
     assert "a thing of rank 0" in run.output and "a thing of rank 1" not in run.output
-    assert "a thing of rank 1" in (run.run / "logs" / "rank-00001.log").read_text()
+    assert "a worry of rank 0" in run.output and "a worry of rank 1" not in run.output
+    log = (run.run / "logs" / "rank-00001.log").read_text()
+    assert "a thing of rank 1" in log and "WARNING mmoe.test a worry of rank 1" in log and "only once" not in log
     assert [path.name for path in (run.run / "logs").iterdir()] == ["rank-00001.log"]
 
 
@@ -155,7 +159,7 @@ def test_torchrun_restarts_the_run_which_goes_on_where_it_was(tmp_path):
         saved = folder / "saved.txt"
         with Watch(timeout, folder) as watch:
             first = int(saved.read_text()) + 1 if saved.exists() else 1
-            console.print(f"begins at step {first}")
+            logger.info(f"begins at step {first}")
             for step in range(first, 6):
                 watch.beat(step, "forward")
                 agreed(False)
@@ -216,11 +220,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
 
 
 def test_one_process_needs_no_group(tmp_path):
-    console = Console()
-    with processes(600.0, tmp_path / "run", console) as world:
-        assert world == 1 and agreed(True) and not agreed(False) and rank_console(console) is console
+    with processes(600.0, tmp_path / "run") as world:
+        assert world == 1 and agreed(True) and not agreed(False)
         same_config("a: 1")
-    with pytest.raises(ValueError), processes(600.0, tmp_path / "run", console):
+    with pytest.raises(ValueError), processes(600.0, tmp_path / "run"):
         raise ValueError  # as it was raised, and nothing written
     assert not (tmp_path / "run").exists()
 

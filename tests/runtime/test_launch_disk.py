@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from mmoe.errors import DataError
-from mmoe.runtime.launch_errors import rank_log, record_error
+from mmoe.runtime.launch_errors import record_error
+from mmoe.runtime.logging import rank_log
 
 
 def test_an_error_that_its_file_does_not_take_is_told_on_stderr_and_to_torchrun(tmp_path: Path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mmoe.cli import app
+from mmoe.commands.main import app
 from mmoe.config.load import absolute, load
 from mmoe.errors import MmoeError
 from mmoe.recipe.config import RunConfig

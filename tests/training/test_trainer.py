@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.commands import train as session
+from mmoe.commands import session
 from mmoe.commands.console import Console
 from mmoe.config.load import dump, load, validate
 from mmoe.errors import CheckpointError, ConfigError, DivergenceError

@@ -1,13 +1,11 @@
 """nuScenes in its raw layout: which key frames make a slice, from when they are, and what is refused."""
 
 import io
-import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from mmoe.commands.console import Console
 from mmoe.errors import DataError
 from mmoe.preparation import slices
 from mmoe.preparation.prepare import prepare
@@ -211,17 +209,18 @@ def test_what_is_no_nuscenes_set_is_said_so(tmp_path):
 def test_what_was_flagged_and_the_chosen_budget_stand_in_the_manifest(tmp_path):
     write_nuscenes(tmp_path / "raw", scenes=3)
     options = {"skew": {"budget_ns": 30 * MS, "policy": "flag"}, "prepare": {"heldout_share": 0.4}}
-    output = io.StringIO()
-    manifest = prepare(
+    made = prepare(
         "nuscenes",
         tmp_path / "raw",
         tmp_path / "out",
         text_tokenizer=TextConfig().build(),
         options=options,
-        console=Console(file=output, width=200),
     )
+    manifest = made.manifest
     assert manifest.skew_budget_ns == 30 * MS
     for name, scenes in (("train", 2), ("heldout", 1)):
         flagged = manifest.splits[name].flagged
         assert flagged[f"CAM_FRONT: {slices.KEPT}"] == 6 * scenes and flagged[f"state: {slices.EDGE}"] == scenes
-    assert re.search(rf"flagged: CAM_FRONT: {slices.KEPT} +│ +12 │ +6 │", output.getvalue())
+    (flagged,) = [section for section in made.summary.sections if f"flagged: CAM_FRONT: {slices.KEPT}" in section]
+    assert made.summary.splits == ("train", "heldout")
+    assert flagged[f"flagged: CAM_FRONT: {slices.KEPT}"] == ["12", "6"]

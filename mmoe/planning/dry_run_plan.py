@@ -1,19 +1,16 @@
-"""`mmoe train CONFIG --dry-run`: what chosen ranks of a large mesh would hold, send and compute, as tables."""
+"""What chosen ranks of a large mesh would hold, send and compute: by dry runs, and by closed forms beside them."""
 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
-from rich.table import Table
 
-from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import MultimodalModel
-from mmoe.models.flops import ParameterCounts, RankWork, computed_flops, model_flops
+from mmoe.models.flops import RankWork, computed_flops, model_flops
 from mmoe.optim.config import OptimConfig
 from mmoe.parallel.mesh import Degrees
 from mmoe.parallel.pipeline import on_meta
@@ -27,8 +24,6 @@ from mmoe.planning.memory import StateMemory
 from mmoe.planning.memory_shards import Place
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -110,64 +105,26 @@ class Plan:
     def _communication(self, rank: int) -> Communication:
         return Communication(self.run, self._model(rank), self.place(rank))
 
+    def model_flops(self, cost: RankCost) -> float:
+        """Of a step, the model's own (6 N and attention): an equal share of a replica's."""
+        documents = [self.documents.size] * (self.documents.count * self.documents.sequences)
+        wanted = model_flops(self.run.model, self.assumed.inputs, documents) * cost.micro_batches
+        return wanted / (self.degrees.pp * self.degrees.sequence_ranks)
 
-def show_dry_run(plan: Plan, ranks: list[int], console: Console) -> None:
-    """Run and print; without `ranks`, the first rank of the first, of a middle and of the last pipeline stage."""
-    started = time.perf_counter()
-    world, pp = plan.degrees.world, plan.degrees.pp
-    ranks = ranks or [world // pp * stage for stage in sorted({0, pp // 2, pp - 1})]
-    for rank in ranks:
-        if not 0 <= rank < world:
-            raise ConfigError(f"--rank is {rank}, but --world-size {world} has the ranks 0 to {world - 1}")
-    _introduce(plan, console)
-    # A process each: torch keeps the groups of a mesh that it has seen, and ranks that cost the same run at once.
-    workers = min(len(ranks), os.cpu_count() or 1)
-    with get_context("spawn").Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
-        costs = pool.map(plan.cost, ranks, chunksize=1)
-    for cost in costs:
-        _show(plan, cost, console)
-    console.print(f"{len(ranks)} of {world} ranks in {time.perf_counter() - started:.0f} s")
+    def ranks(self, asked: list[int]) -> list[int]:
+        """Those asked for; without any, the first rank of the first, of a middle and of the last pipeline stage.
 
+        Raises ConfigError for a rank that is none of the plan's.
+        """
+        world, pp = self.degrees.world, self.degrees.pp
+        ranks = asked or [world // pp * stage for stage in sorted({0, pp // 2, pp - 1})]
+        for rank in ranks:
+            if not 0 <= rank < world:
+                raise ConfigError(f"--rank is {rank}, but --world-size {world} has the ranks 0 to {world - 1}")
+        return ranks
 
-def _introduce(plan: Plan, console: Console) -> None:
-    counts = ParameterCounts.of(plan.run.model, plan.assumed.inputs)
-    console.print(plan.degrees.table())
-    console.print(plan.run.batch.table())
-    console.print(f"assumed: {plan.assumed.sentence()}; {plan.documents.sentence()}", soft_wrap=True)
-    if plan.run.model.moe is not None:
-        console.print(
-            f"assumed: the busiest rank of ep gets {plan.load.imbalance:g} times the mean of the choices (shown as if "
-            "every rank shown were the busiest); rows of a capacity are full whatever is routed",
-            soft_wrap=True,
-        )
-    console.print(
-        f"parameters: {counts.total / 1e9:.3f}B in blocks and tables, {counts.active / 1e9:.3f}B active with the input "
-        f"table, {counts.multiplied / 1e9:.3f}B in the products of a token; {counts.others / 1e6:.1f}M in other "
-        "embeddings and heads",
-        soft_wrap=True,
-    )
-
-
-def _show(plan: Plan, cost: RankCost, console: Console) -> None:
-    state, formula = plan.memory(cost.rank), plan.traffic(cost.rank)
-    title = f"rank {cost.rank}, stage {cost.stage}: {cost.parameters:,} parameters"
-    table = Table("memory", "GiB", "formula", title=title, title_justify="left")
-    for column in (1, 2):
-        table.columns[column].justify = "right"
-    closed = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
-    for kind, size in cost.memory.items():
-        table.add_row(kind, f"{size / GIB:.3f}", f"{closed[kind] / GIB:.3f}" if kind in closed else "")
-    table.add_row("peak", f"{sum(cost.memory.values()) / GIB:.3f}", "", end_section=True)
-    console.print(table)
-    if plan.degrees.pp > 1:
-        console.print(f"activations of {cost.kept} passes through a stage are kept at the same time")
-    same = "equal to the formula" if formula == cost.traffic else f"the formula has {sum(formula.bytes.values()):,} B"
-    console.print(cost.traffic.table(plan.degrees, f"an optimizer step of {cost.micro_batches} micro-batches; {same}"))
-    documents = [plan.documents.size] * (plan.documents.count * plan.documents.sequences)
-    wanted = model_flops(plan.run.model, plan.assumed.inputs, documents) * cost.micro_batches
-    shared = plan.degrees.pp * plan.degrees.sequence_ranks
-    console.print(
-        f"TFLOP a step: {cost.flops / 1e12:.2f} computed here (formula {plan.flops(cost.rank) / 1e12:.2f}); the "
-        f"model's own {wanted / shared / 1e12:.2f} (6 N and attention, an equal share of a replica's)\n",
-        soft_wrap=True,
-    )
+    def costs(self, ranks: list[int]) -> list[RankCost]:
+        """By dry runs in a process each: torch keeps the groups of a mesh that it has seen, and it takes less time."""
+        workers = min(len(ranks), os.cpu_count() or 1)
+        with get_context("spawn").Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+            return pool.map(self.cost, ranks, chunksize=1)

@@ -1,0 +1,21 @@
+"""What several commands take: a run or a config, with overrides."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mmoe.recipe.config import RunConfig
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
+Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
+
+
+def config_at(path: Path, overrides: list[str] | None) -> "RunConfig":
+    """Read the config in a YAML file, or that of the run whose folder is given; with overrides applied."""
+    from mmoe.config.load import load, override
+    from mmoe.recipe.config import RunConfig
+    from mmoe.training.run import is_run, read_config
+
+    return override(read_config(path), overrides or []) if is_run(path) else load(RunConfig, path, overrides)

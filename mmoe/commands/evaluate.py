@@ -1,0 +1,68 @@
+"""`mmoe evaluate`: a run on its held-out recordings, as a table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mmoe.commands.arguments import Addresses
+from mmoe.commands.console import Console, console
+from mmoe.errors import MmoeError
+
+if TYPE_CHECKING:
+    from mmoe.schema.sample import Modality
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    overrides: Addresses = None,
+    shards: Annotated[str | None, typer.Option(help="another prepared source instead of the run's own")] = None,
+    blank: Annotated[str | None, typer.Option(help="modality whose payload is zeroed: vision, audio, ...")] = None,
+    shuffle: Annotated[str | None, typer.Option(help="modality taken from another held-out recording")] = None,
+) -> None:
+    """Measure a run on its held-out recordings."""
+    from mmoe.evaluation.evaluate import evaluate as measure
+    from mmoe.training.run import Run
+
+    blanked, shuffled = _modality(blank), _modality(shuffle)
+    run = Run.load(folder, overrides=overrides or ())
+    show(measure(run, shards=shards, blank=blanked, shuffle=shuffled), console)
+
+
+def _modality(name: str | None) -> "Modality | None":
+    from mmoe.schema.sample import Modality
+
+    if name is None:
+        return None
+    if name.upper() not in Modality.__members__:
+        raise MmoeError(f"{name!r} is not a modality; choose from {', '.join(m.name.lower() for m in Modality)}")
+    return Modality[name.upper()]
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The figures of an evaluation as a table."""
+    ablated = result["ablation"]
+    title = f"{result['run']}, held out" + (f", {ablated['mode']} {ablated['modality']}" if ablated else "")
+    table = Table("figure", "model", "beside", title=title, title_justify="left")
+    for source, entries in result["ce_by_source"].items():
+        for kind, entry in entries.items():
+            gain = f" ({entry['ce'] / entry['unigram'] - 1:+.0%})" if entry["unigram"] > 0 else ""
+            table.add_row(f"CE of {kind}, {source}", f"{entry['ce']:.3f}", f"unigram {entry['unigram']:.3f}{gain}")
+    for source, errors in result["actions"].get("by_source", {}).items():
+        beside = ", ".join(f"{who} {errors[who]:.4f}" for who in ("mean", "hold_last", "ridge"))
+        table.add_row(f"action error, {source}", f"{errors['model']:.4f}", beside)
+    for name, entry in result["retrieval"]["by"].items():
+        pool = entry if entry["r1"] is not None else entry["smaller_pool"]
+        if pool is None:
+            table.add_row(f"retrieval, {name}", "-", entry["reason"])
+            continue
+        beside = f"low {pool['r1_low']:.3f}, recall@5 {pool['r5']:.3f}, chance {pool['chance']:.3f}"
+        table.add_row(f"recall@1 of {pool['pool']}, {name}", f"{pool['r1']:.3f}", beside)
+    for source, entry in result["ranking"].items():
+        for score, share in entry.get("accuracy", {}).items():
+            beside = f"low {entry['low'][score]:.3f}, chance {entry['chance']:.3f}, {entry['rows']} rows"
+            table.add_row(f"ranking by {score}, {source}", f"{share:.3f}", beside)
+    for name, reason in result["not_evaluated"].items():
+        table.add_row(name, "-", reason)
+    console.print(table)

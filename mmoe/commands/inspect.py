@@ -1,0 +1,49 @@
+"""`mmoe inspect`: what is in the first steps of a run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from mmoe.commands.arguments import Overrides, config_at
+from mmoe.commands.console import Console, console
+
+if TYPE_CHECKING:
+    from mmoe.planning.data import Inspection
+
+
+def inspect(
+    config: Annotated[Path, typer.Argument(help="a YAML file, its sources prepared")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps to plan")] = 20,
+    replicas: Annotated[int, typer.Option(min=1, help="data replicas to deal to")] = 1,
+) -> None:
+    """Plan a run's first steps without decoding: shares, fill, everything cut or dropped, balance of work."""
+    from mmoe.planning.data import inspect as plan
+
+    show_inspection(plan(config_at(config, overrides), steps, replicas), replicas, console)
+
+
+def show_inspection(found: "Inspection", replicas: int, console: Console) -> None:
+    """Print a line a source, then the fill, the balance of work and what was lost."""
+    table = Table("source", "share", "planned", "document parts", "positions", "epochs", title_justify="left")
+    for column in range(1, 6):
+        table.columns[column].justify = "right"
+    for source in found.sources:
+        table.add_row(
+            source.name,
+            f"{source.share:.2%}",
+            f"{source.target:.2%}",
+            f"{source.parts:,}",
+            f"{source.positions:,}",
+            f"{source.epochs:.2f}",
+        )
+    console.print(table)
+    console.print(f"fill {found.fill:.4f} of {found.sequences:,} sequences of {found.length:,} positions")
+    if found.imbalance is not None:
+        console.print(f"attention work of the busiest of {replicas} replicas: {found.imbalance:.3f} times the mean")
+    lost = found.lost
+    console.print("nothing was cut or dropped" if not lost else "cut or dropped, up to the end of the last window:")
+    for reason, number in lost.items():
+        console.print(f"  {reason}: {number:,}")

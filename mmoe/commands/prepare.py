@@ -1,0 +1,144 @@
+"""`mmoe prepare`: raw recordings become a prepared source; and what `mmoe train` finds missing."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mmoe.commands.console import Console, console, show_record
+from mmoe.errors import MmoeError
+from mmoe.runtime.logging import set_up_logging
+
+if TYPE_CHECKING:
+    from mmoe.data.config import SourceConfig
+    from mmoe.preparation.tally import Summary
+    from mmoe.tokenizers.text import TextConfig
+
+Engine = Literal["processes", "ray"]  # as `mmoe.preparation.engines.Engine`, which would be slow to import here
+GRACE_SECONDS = 10.0  # for a preparation to end by the Ctrl-C that has ended its parent
+
+
+def prepare(
+    kind: Annotated[str, typer.Argument(help="reader, e.g. text, donkeycar, nuscenes; see docs/guide.md")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="file or folder of raw recordings; - for a simulation")
+    ],
+    output: Annotated[Path, typer.Argument(help="folder of the prepared source")],
+    options: Annotated[list[str] | None, typer.Argument(help="reader options, e.g. recordings=100")] = None,
+    text_tokenizer: Annotated[str | None, typer.Option(help="tokenizer JSON; without it, plain bytes")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes; the output is the same for any number; default: what pays")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="ray: on a Ray cluster (RAY_ADDRESS), or a local one")] = "processes",
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what a broken-off call did")] = False,
+    dedup: Annotated[bool, typer.Option("--dedup", help="leave out near duplicates too; equal ones always")] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(help="a prepared source whose samples are not to occur again; repeatable")
+    ] = None,
+) -> None:
+    """Raw recordings -> indexed WebDataset shards with held-out recordings.
+
+    An interrupted call keeps what it has finished; the same command goes on from there.
+    """
+    from mmoe.config.load import merge, parse_overrides
+    from mmoe.data.storage.store import DEFAULT
+    from mmoe.tokenizers.text import TextConfig
+
+    tokenizer = TextConfig(path=text_tokenizer).build(DEFAULT.read)
+    duplicates = {"near": True} if dedup else {}
+    duplicates |= {"against": against} if against else {}
+    prepare_and_show(
+        kind,
+        source,
+        output,
+        text_tokenizer=tokenizer,
+        workers=workers,
+        engine=engine,
+        fresh=fresh,
+        options=merge(parse_overrides(options or []), {"prepare": {"dedup": duplicates}} if duplicates else {}),
+    )
+
+
+def prepare_and_show(*arguments: Any, **options: Any) -> None:
+    """Call `mmoe.preparation.prepare.prepare` with a progress bar, and show what it has made."""
+    from mmoe.preparation.prepare import prepare
+
+    show_summary(prepare(*arguments, progress=_show_progress, **options).summary, console)
+
+
+def show_summary(summary: "Summary", console: Console) -> None:
+    """Print the table and the notes of a preparation."""
+    table = Table(title=f"prepared {summary.kind}", title_justify="left")
+    table.add_column("")
+    for name in summary.splits:
+        table.add_column(name, justify="right")
+    for section in summary.sections:
+        table.add_section()
+        for line, cells in section.items():
+            table.add_row(line, *cells)
+    console.print(table)
+    for note in summary.notes:
+        console.print(note)
+
+
+@contextmanager
+def _show_progress(said: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(said, total=total, completed=done)
+        yield lambda count: progress.advance(bar, count)
+
+
+def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig") -> None:
+    """Make what a config names and the disk does not hold, in a process that ends with it.
+
+    So the one that goes on to train has loaded no reader. Raises what the preparation raised for the user to read.
+    """
+    context = multiprocessing.get_context("spawn")
+    answer, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_prepare_missing, args=(sender, sources, text))
+    process.start()
+    sender.close()
+    try:
+        error = answer.recv()
+        process.join()
+    except EOFError:
+        process.join()
+        raise MmoeError(
+            f"the preparation of what is missing ended by itself (status {process.exitcode}), often for lack of "
+            "memory; what is finished is kept: give the same command again"
+        ) from None
+    finally:
+        process.join(GRACE_SECONDS)
+        process.terminate()
+    if error is not None:
+        raise error
+
+
+def _prepare_missing(sender: Connection, sources: "dict[str, SourceConfig]", text: "TextConfig") -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    from mmoe.preparation.ready import ensure_prepared
+
+    set_up_logging(show_record)
+    try:
+        ensure_prepared(sources, text, prepare_and_show)
+    except (MmoeError, OSError) as error:
+        sender.send(error)
+    except KeyboardInterrupt:  # which its parent has got too
+        sys.exit(130)
+    else:
+        sender.send(None)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,66 @@
+"""`mmoe stages`: what a config's stages take from its sources."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from mmoe.commands.arguments import Overrides, config_at
+from mmoe.commands.console import Console, console
+
+if TYPE_CHECKING:
+    from mmoe.recipe.config import RunConfig
+
+WARNING = Text("warning", "yellow")
+
+
+def stages(config: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
+    """What each stage will take from each source: shares, positions, epochs, before anything runs."""
+    show_stages(config_at(config, overrides), console)
+
+
+def show_stages(config: "RunConfig", console: Console) -> None:
+    """Print positions, share and epochs of every source in every stage; then the warnings."""
+    import numpy as np
+
+    from mmoe.planning.data import mixture_of
+
+    mixture = mixture_of(config)
+    table = Table("stage", "positions", "T", "source", "share", "its positions", "epochs", title_justify="left")
+    for column in (1, 2, 4, 5, 6):
+        table.columns[column].justify = "right"
+    table.columns[3].overflow = "fold"
+    end = config.training.budget_positions
+    for stage in mixture.stages:
+        temperature = stage.config.temperature
+        head = [
+            stage.name,
+            f"{si(stage.start)} .. {si(stage.stop)}",
+            "weights" if temperature is None else " to ".join(f"{t:g}" for t in np.atleast_1d(temperature)),
+        ]
+        for source, plan in zip(mixture.sources, mixture.expected(stage), strict=True):
+            if plan.share:
+                table.add_row(*head, source.name, f"{plan.share:.2%}", si(plan.positions), f"{plan.epochs:.2f}")
+                head = ["", "", ""]
+        table.add_section()
+    console.print(table)
+    steps = ", ".join(f"{s.name} from step {s.start // config.batch.global_batch_positions:,}" for s in mixture.stages)
+    console.print(f"{config.batch.iterations:,} steps of {config.batch.global_batch_positions:,} positions: {steps}")
+    for stage in mixture.stages:
+        if stage.start >= end:
+            console.print(
+                WARNING,
+                f"stage {stage.name} begins at {si(stage.start)}, after the run's end {si(end)}",
+            )
+    for sentence in mixture.warnings():
+        console.print(WARNING, sentence, soft_wrap=True)
+
+
+def si(number: float) -> str:
+    """A count with a thousand's letter: 2.5T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g}{letter}"
+    return f"{number:.4g}"

@@ -1,0 +1,24 @@
+"""`mmoe upcycle`: a run with experts that begins as copies of a dense model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmoe.commands.arguments import Overrides, config_at
+
+
+def upcycle(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a dense run, or a folder of dense Hugging Face weights")
+    ],
+    config: Annotated[Path, typer.Argument(help="YAML of the new run: the same model with model.moe")],
+    overrides: Overrides = None,
+    noise: Annotated[float, typer.Option(min=0, help="on the copies: its std over that of the dense matrix")] = 0.0,
+    step: Annotated[int | None, typer.Option(help="checkpoint of RUN; default: the latest")] = None,
+) -> None:
+    """Make experts of a dense model's networks: the new run's checkpoint of step 0, and what it costs in loss."""
+    from mmoe.interchange.upcycle import upcycle as write
+    from mmoe.recipe.training import StartConfig
+
+    write(config_at(config, overrides), StartConfig(weights=str(folder), step=step, noise=noise))
