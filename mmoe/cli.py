@@ -218,7 +218,10 @@ def generate(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], overrides: Addresses = None) -> None:
     """Write summary.json and report.html of a run from what its folder holds."""
-    from mmoe.reporting.report import write_report
+    from mmoe.optional import needs
+
+    with needs("the report"):
+        from mmoe.reporting.report import write_report
     from mmoe.training.run import Run
 
     write_report(Run.load(folder, overrides=overrides or ()))
@@ -297,8 +300,11 @@ def sync_report(
     from mmoe.config.load import parse_overrides
     from mmoe.errors import ConfigError
     from mmoe.files import write_atomically, writes
+    from mmoe.optional import needs
     from mmoe.preparation import sync_report as clocks
-    from mmoe.reporting.sync_page import render
+
+    with needs("the page"):
+        from mmoe.reporting.sync_page import render
 
     if kind is None and options:
         raise ConfigError(f"options {' '.join(options)} are for a reader of raw recordings; add --kind, or drop them")

@@ -12,9 +12,9 @@ from mmoe.interchange.start import start
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.monitoring.progress import ProgressBar
 from mmoe.monitoring.summary import METRICS
+from mmoe.optional import status
 from mmoe.preparation.ready import ensure_prepared
 from mmoe.recipe.config import RunConfig
-from mmoe.reporting.report import write_report
 from mmoe.runtime.launch import first_alone, processes, rank_console, same_config
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.folder import check_start_over, start_over
@@ -48,6 +48,11 @@ def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int |
         if complete and run.ranks.first and config.training.evaluate_at_end:
             run = run if world == 1 else Run.load(folder)
             show(evaluate(run), console)
+            if lack := status("plotly").reason:
+                console.print(f"no report was written: {lack}", soft_wrap=True, highlight=False)
+                return
+            from mmoe.reporting.report import write_report  # plotly is an extra
+
             write_report(run)
             console.print(f"wrote {run.folder / 'report.html'}")
 

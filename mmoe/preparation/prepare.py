@@ -30,11 +30,10 @@ from mmoe.config.base import Config
 from mmoe.config.load import validate
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.load.media import load_audio
 from mmoe.data.load.reading import reading
 from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import DataError
-from mmoe.optional import require
+from mmoe.optional import needs, require
 from mmoe.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
 from mmoe.preparation.dedup import Duplicates
 from mmoe.preparation.engines import Engine, run
@@ -397,6 +396,8 @@ def _fit_audio_codec(folder: Path, manifest: SourceManifest, config: PrepareConf
 
 def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:
     """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
+    with needs("decoding sound"):
+        from mmoe.data.load.media import load_audio
     for shard in manifest.splits[name].shards:
         index = ShardIndex.read(folder / shard.path)
         for row in range(len(index)):
