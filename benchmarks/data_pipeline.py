@@ -31,9 +31,9 @@ from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_member
 from mmoe.data.load.decode import SourceFiles
-from mmoe.data.load.frames import Backend, is_video
 from mmoe.data.load.media import reduced_size
 from mmoe.data.load.stream import Stream
+from mmoe.data.load.video import Backend, is_video
 from mmoe.data.plan.mixture import StageConfig
 from mmoe.data.plan.planner import SequencePlan
 from mmoe.data.plan.prepared import Sources

@@ -5,7 +5,8 @@ Nothing is imported before somebody asks, and the answer is kept for the life of
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -53,20 +54,24 @@ def _no_grouped_gemm() -> str | None:
 
 BACKENDS = {
     "cuda": Backend("NVIDIA GPUs", "torch.cuda", "torch", "torch", _no_cuda),
-    "decord": Backend("video decoding (Linux x86-64)", "decord", "decord", "decord"),
-    "pyav": Backend("video decoding, everywhere", "av", "av", "av"),
+    "decord": Backend("video decoding (Linux x86-64)", "decord", "decord", "-e '.[media]'"),
+    "pyav": Backend("video decoding, everywhere", "av", "av", "-e '.[media]'"),
+    "pillow": Backend("pictures", "PIL", "pillow", "-e '.[media]'"),
+    "soundfile": Backend("files of sound", "soundfile", "soundfile", "-e '.[media]'"),
+    "torchaudio": Backend("resampling and making of sound", "torchaudio", "torchaudio", "-e '.[media]'"),
+    "plotly": Backend("pages to look at", "plotly", "plotly", "-e '.[report]'"),
     "webdataset": Backend("reading shards as others do", "webdataset", "webdataset", "-e '.[dev]'"),
-    "tensorboard": Backend("scalar logs", "tensorboard", "tensorboard", "tensorboard"),
-    "wandb": Backend("scalar logs", "wandb", "wandb", "-e '.[wandb]'"),
+    "tensorboard": Backend("scalar logs", "tensorboard", "tensorboard", "-e '.[trackers]'"),
+    "wandb": Backend("scalar logs", "wandb", "wandb", "-e '.[trackers]'"),
     "transformers": Backend("EnCodec, DAC, Mimi; parity tests", "transformers", "transformers", "-e '.[codecs]'"),
     "s3fs": Backend("shards on S3", "s3fs", "s3fs", "-e '.[remote]'"),
     "moto": Backend("a local S3 to measure and test with", "moto", "moto", "-e '.[dev]'"),
     "aiohttp": Backend("shards on web servers", "aiohttp", "aiohttp", "-e '.[remote]'"),
     "gcsfs": Backend("shards on Google Cloud Storage", "gcsfs", "gcsfs", "-e '.[remote]'"),
-    "ray": Backend("preparation on a cluster", "ray", "ray", "-e '.[ray]'"),
-    "datasketch": Backend("near-duplicate texts", "datasketch", "datasketch", "-e '.[hygiene]'"),
-    "imagehash": Backend("near-duplicate pictures", "imagehash", "imagehash", "-e '.[hygiene]'"),
-    "py3langid": Backend("languages of texts", "py3langid", "py3langid", "-e '.[hygiene]'"),
+    "ray": Backend("preparation on a cluster", "ray", "ray", "-e '.[prepare]'"),
+    "datasketch": Backend("near-duplicate texts", "datasketch", "datasketch", "-e '.[prepare]'"),
+    "imagehash": Backend("near-duplicate pictures", "imagehash", "imagehash", "-e '.[prepare]'"),
+    "py3langid": Backend("languages of texts", "py3langid", "py3langid", "-e '.[prepare]'"),
     "triton": Backend("fused GPU kernels", "triton", "triton", "triton", _no_cuda),
     "flash-attn": Backend("attention on GPUs", "flash_attn", "flash-attn", "-e '.[gpu]'", _no_cuda),
     "transformer-engine": Backend("FP8", "transformer_engine", "transformer-engine", "-e '.[gpu]'", _no_cuda),
@@ -97,6 +102,26 @@ def require(name: str, key: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name].module)
 
 
+@contextmanager
+def needs(purpose: str) -> Iterator[None]:
+    """Turn the failed import of an optional package into a BackendError that says what brings it.
+
+    For imports of what stands on such packages, where they are first needed: `with needs("decoding video"): ...`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        for backend in BACKENDS.values():
+            if backend.module == module:
+                raise BackendError(f"{purpose}: {_absent(backend)}") from error
+        raise
+
+
+def _absent(backend: Backend) -> str:
+    return f"the package {backend.distribution} is not installed: pip install {backend.install}"
+
+
 def _version(backend: Backend) -> str:
     try:
         return metadata.version(backend.distribution)
@@ -106,7 +131,7 @@ def _version(backend: Backend) -> str:
 
 def _lacking(backend: Backend) -> str | None:
     if importlib.util.find_spec(backend.module) is None:
-        return f"the package {backend.distribution} is not installed: pip install {backend.install}"
+        return _absent(backend)
     if backend.condition and (lack := backend.condition()):
         return lack
     try:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mmoe.errors import BackendError
-from mmoe.optional import BACKENDS, Backend, require, status
+from mmoe.optional import BACKENDS, Backend, needs, require, status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,13 +35,22 @@ def test_a_present_backend_has_its_version_and_module() -> None:
 
 
 def test_a_missing_package_names_itself_the_key_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    add(monkeypatch, Backend("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[wandb]'"))
+    add(monkeypatch, Backend("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[trackers]'"))
     found = status("sample")
-    reason = "not available because the package no-such-package is not installed: pip install -e '.[wandb]'"
+    reason = "not available because the package no-such-package is not installed: pip install -e '.[trackers]'"
     assert not found.available and found.version == "" and found.reason == reason
     with pytest.raises(BackendError) as error:
         require("sample", "monitoring.sample")
     assert str(error.value).startswith(f"monitoring.sample asks for sample, {reason}")
+
+
+def test_an_import_that_fails_for_a_missing_package_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    add(monkeypatch, Backend("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[media]'"))
+    sentence = "decoding video: the package no-such-package is not installed: pip install -e '.[media]'"
+    with pytest.raises(BackendError, match=f"^{re.escape(sentence)}$"), needs("decoding video"):
+        importlib.import_module("mmoe_no_such_module.part")
+    with pytest.raises(ModuleNotFoundError, match="mmoe_other_module"), needs("decoding video"):  # not one of ours
+        importlib.import_module("mmoe_other_module")
 
 
 @pytest.mark.parametrize("failure", ["raise OSError('libcudart.so.12: cannot open')", "raise SystemError"])
@@ -95,3 +105,33 @@ def test_every_backend_answers(name: str) -> None:
     found = status(name)
     assert found.available == (found.reason == "")
     assert found.available or found.reason.startswith("not available because ")
+
+
+MEDIA = (
+    "av",
+    "PIL",
+    "soundfile",
+    "torchaudio",
+    "decord",
+    "plotly",
+    "tensorboard",
+    "wandb",
+    "psutil",
+    "ray",
+    "transformers",
+)
+
+
+def test_training_and_preparing_text_load_no_optional_package() -> None:
+    modules = (
+        "mmoe.cli, mmoe.commands.train, mmoe.evaluation.evaluate, mmoe.evaluation.generate, mmoe.preparation.prepare"
+    )
+    code = f"""
+import sys, {modules}
+from mmoe.preparation.sources import find_source
+from mmoe.tokenizers.audio import AudioConfig
+find_source("text"), AudioConfig()
+print(*sorted({set(MEDIA)} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mmoe.commands.console import Console, console
 
-PACKAGES = ("mmoe", "torch", "torchaudio", "numpy", "pydantic", "tokenizers", "pyarrow", "av", "plotly")
+PACKAGES = ("mmoe", "torch", "numpy", "pydantic", "tokenizers", "pyarrow")
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processors with bfloat16 arithmetic
 
 
@@ -44,17 +44,16 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """Platform, cores, memory and GPU; counts are those this process may use."""
-    import psutil
     import torch
 
     from mmoe.optional import status
-    from mmoe.runtime.memory import in_gib, total_memory
+    from mmoe.runtime.memory import free_memory, in_gib, total_memory
 
     facts = {
         "platform": platform.platform(),
         "interpreter": sys.executable,
         "cores": f"{usable_cores()} usable of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
-        "memory": f"{in_gib(psutil.virtual_memory().available)} free of {in_gib(total_memory())}",
+        "memory": f"{in_gib(free_memory())} free of {in_gib(total_memory())}",
         "bfloat16 on the CPU": _cpu_bf16(),
     }
     if not torch.cuda.is_available():

@@ -11,7 +11,10 @@ from mmoe.commands.console import console
 
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], overrides: Addresses = None) -> None:
     """Write summary.json and report.html of a run from what its folder holds."""
-    from mmoe.reporting.report import write_report
+    from mmoe.optional import needs
+
+    with needs("drawing the report"):
+        from mmoe.reporting.report import write_report
     from mmoe.training.run import Run
 
     write_report(Run.load(folder, overrides=overrides or ()))

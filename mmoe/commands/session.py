@@ -17,6 +17,7 @@ from mmoe.config.load import absolute, dump, flatten
 from mmoe.errors import ConfigError
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.monitoring.summary import METRICS
+from mmoe.optional import status
 from mmoe.parallel.mesh import check_one_process
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.agreement import Ranks
@@ -95,9 +96,13 @@ def _prepare(config: RunConfig) -> None:
 
 def _evaluate(run: Run, console: Console) -> None:
     from mmoe.evaluation.evaluate import evaluate
-    from mmoe.reporting.report import write_report
 
     show(evaluate(run), console)
+    if lack := status("plotly").reason:
+        console.print(f"no report was written: {lack}", soft_wrap=True, highlight=False)
+        return
+    from mmoe.reporting.report import write_report  # plotly is an extra
+
     write_report(run)
     console.print(f"wrote {run.folder / 'report.html'}")
 

@@ -22,8 +22,11 @@ def sync_report(
     """Rates, jitter, gaps and offsets of every stream's clock, as a table and an HTML page."""
     from mmoe.config.load import parse_overrides
     from mmoe.files import write_atomically, writes
+    from mmoe.optional import needs
     from mmoe.preparation import sync_report as clocks
-    from mmoe.reporting.sync_page import render
+
+    with needs("drawing the page"):
+        from mmoe.reporting.sync_page import render
 
     if kind is None and options:
         raise ConfigError(f"options {' '.join(options)} are for a reader of raw recordings; add --kind, or drop them")

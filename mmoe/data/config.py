@@ -3,7 +3,7 @@
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Address, Config, Options
-from mmoe.data.load.frames import Backend
+from mmoe.data.load.video import Backend
 from mmoe.data.plan.blocks import Limits
 from mmoe.data.plan.mixture import StageConfig, check_stages
 from mmoe.data.storage.store import StorageConfig

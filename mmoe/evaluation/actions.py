@@ -10,7 +10,7 @@ import numpy as np
 
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.load.media import load_array
+from mmoe.data.load.tables import load_array
 from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import Storage
 from mmoe.schema.batch import PackedBatch

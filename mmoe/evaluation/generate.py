@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmoe.config.base import Config
 from mmoe.data.load.document import Document, DocumentBuilder
-from mmoe.data.load.media import audio_info, load_audio, load_image
 from mmoe.data.load.stream import make_collator
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.inference import inference
+from mmoe.optional import needs
 from mmoe.precision.widen import widen
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.sample import NO_PAIR, Modality
@@ -145,6 +144,8 @@ def speak(run: Run, path: Path, *, prompt: str = "", seconds: float = 2.0, sampl
     frames = int(codec.num_frames(round(seconds * codec.sample_rate), codec.sample_rate))
     if frames < 1:
         raise ConfigError(f"a sound of {seconds} s has no code frame; ask for more seconds")
+    with needs("writing sound"):
+        import soundfile
     start = _Prompt(None, None, text)
     _check_room(run, 3 + len(text) + frames * codec.codebooks)
 
@@ -201,6 +202,8 @@ def _picture(run: Run, path: Path | None) -> tuple[np.ndarray, np.ndarray] | Non
         return None
     if not run.tokenizers.value_dims[Modality.VISION]:
         raise ConfigError(f"{run.folder} was trained without pictures, so it cannot read {path}; leave --image out")
+    with needs("decoding pictures"):
+        from mmoe.data.load.media import load_image
     pixels = load_image(_read(path), str(path))
     vision = run.tokenizers.vision
     rows, columns = vision.grid(*pixels.shape[:2])
@@ -213,6 +216,8 @@ def _sound(run: Run, path: Path | None) -> np.ndarray | None:
         return None
     if run.tokenizers.audio is None:
         raise ConfigError(f"{run.folder} was trained without sound, so it cannot read {path}; leave --audio out")
+    with needs("decoding sound"):
+        from mmoe.data.load.media import audio_info, load_audio
     data = _read(path)
     samples, _ = audio_info(data, str(path))
     wave, rate = load_audio(data, 0, samples, str(path))

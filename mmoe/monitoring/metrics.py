@@ -3,19 +3,23 @@
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mmoe.files import writes
 from mmoe.hashing import blake2b
 from mmoe.models.moe.routing import RoutingWindow, by_expert, router_gradients
 from mmoe.monitoring.lines import LineFile
+from mmoe.optional import needs, status
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback
 from mmoe.training.trainer import StepResult, Trainer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 IN_METRICS = "metrics.jsonl beside it has every record"
 
@@ -41,7 +45,7 @@ class MetricsWriter(Callback):
         self._file = LineFile(trainer.run.folder / "metrics.jsonl", self._pending) if first else None
         self._board_folder = trainer.run.folder / "tensorboard"
         with writes(self._board_folder):
-            self._board = SummaryWriter(self._board_folder) if first and config.tensorboard else None
+            self._board = _board(self._board_folder, config.tensorboard) if first else None
         self._since = self._began = time.perf_counter()
         self._before = self.wall_seconds
         self._clear()
@@ -109,6 +113,15 @@ class MetricsWriter(Callback):
     def _clear(self) -> None:
         self._steps = self._positions = self._useful = 0
         self._routing = RoutingWindow()
+
+
+def _board(folder: Path, wanted: bool | None) -> "SummaryWriter | None":
+    """TensorBoard's writer where it is `wanted`; None: where the package is installed."""
+    if wanted is False or wanted is None and not status("tensorboard").available:
+        return None
+    with needs("monitoring.tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder)
 
 
 def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.load.media import load_audio
+from mmoe.optional import needs
 from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
@@ -32,6 +32,8 @@ def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig,
 
 def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:
     """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
+    with needs("decoding sound"):
+        from mmoe.data.load.media import load_audio
     for shard in manifest.splits[name].shards:
         index = ShardIndex.read(folder / shard.path)
         for row in range(len(index)):

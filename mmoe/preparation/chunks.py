@@ -22,8 +22,8 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import ShardWriter, read_stored
-from mmoe.data.load.frames import Backend
-from mmoe.data.load.media import load_array
+from mmoe.data.load.tables import load_array
+from mmoe.data.load.video import Backend
 from mmoe.preparation.hygiene import FilterConfig, find_fault
 from mmoe.preparation.rows import Row, make_row
 from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures

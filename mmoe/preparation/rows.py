@@ -10,19 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmoe.data.index.shards import ShardWriter, check_field, check_key
-from mmoe.data.load.decord_proof import why_not
-from mmoe.data.load.frames import Backend, VideoFrames, is_video, unproven
-from mmoe.data.load.media import audio_info, load_array, load_audio, load_image
+from mmoe.data.load.tables import load_array
+from mmoe.data.load.video import Backend, is_video
 from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
+from mmoe.optional import needs
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS, Modality, Sample, Segment
 from mmoe.tokenizers.rates import check_rates
 from mmoe.tokenizers.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from mmoe.data.load.frames import VideoFrames
 
 _COPIED = [name for name in SEGMENT_FIELDS if name not in ("member", "text_hash")]
 _FRAMES_AT_ONCE = 64  # of a video being checked: bounds the memory
@@ -191,10 +195,16 @@ def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarr
     first = segments[0]
     if first.modality is Modality.VISION:
         if is_video(first.member):
+            with needs("decoding video"):
+                from mmoe.data.load.frames import VideoFrames
             _check_video(segments, VideoFrames(data, "pyav", where), where)
         else:
+            with needs("decoding pictures"):
+                from mmoe.data.load.media import load_image
             _check_pictures(segments, 1, load_image(data, where)[None], where)
     elif first.modality is Modality.AUDIO:
+        with needs("decoding sound"):
+            from mmoe.data.load.media import audio_info, load_audio
         samples, rate = audio_info(data, where)
         for segment in segments:
             if rate != segment.rate:
@@ -209,7 +219,7 @@ def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarr
     return None
 
 
-def _check_video(segments: list[Segment], video: VideoFrames, where: str) -> None:
+def _check_video(segments: list[Segment], video: "VideoFrames", where: str) -> None:
     wanted = np.unique(np.concatenate([np.arange(s.start, s.stop) for s in segments]))
     for at in range(0, len(wanted), _FRAMES_AT_ONCE):
         indices = wanted[at : at + _FRAMES_AT_ONCE]
@@ -228,6 +238,9 @@ def _is_proven(data: bytes, where: str, video_backend: Backend) -> bool:
     """
     if video_backend != "decord":
         return False
+    with needs("decoding video"):
+        from mmoe.data.load.decord_proof import why_not
+        from mmoe.data.load.frames import unproven
     if reason := why_not(data, where):
         raise unproven(where, reason, "prepare.video_backend")
     return True

@@ -15,14 +15,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from mmoe.config.base import Address, Config
-from mmoe.data.load.frames import is_video
-from mmoe.data.load.media import load_image
+from mmoe.data.load.video import is_video
 from mmoe.hashing import hash64, rolling_hashes
-from mmoe.optional import require
+from mmoe.optional import needs, require
 from mmoe.schema.sample import NO_SLICE, Modality
 
 _SEED = 1  # of the permutations: signatures are only compared within one preparation
@@ -148,6 +146,10 @@ def empty_minhash(permutations: int) -> Any:
 def picture_hash(data: bytes, where: str) -> int | None:
     """Perceptual hash of a picture file: 64 bits; None for a picture of a single tone."""
     library = require("imagehash", "prepare.dedup.near")
+    with needs("decoding pictures"):
+        from PIL import Image
+
+        from mmoe.data.load.media import load_image
     image = Image.fromarray(load_image(data, where))
     if np.asarray(image.convert("L").resize((32, 32))).std() < _SINGLE_TONE:
         return None

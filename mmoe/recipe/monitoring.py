@@ -7,5 +7,5 @@ from mmoe.config.base import Config
 
 class MonitoringConfig(Config):
     log_every_steps: int = Field(default=10, gt=0)  # metrics.jsonl and TensorBoard
-    tensorboard: bool = True
+    tensorboard: bool | None = None  # null: where it is installed
     digest_steps: tuple[int, ...] = ()  # steps after which a digest of weights and optimizer states is logged

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.load.frames import Backend, is_video, stored_frames
-from mmoe.data.load.media import load_image
+from mmoe.data.load.video import Backend, is_video
 from mmoe.data.storage.store import Storage
+from mmoe.optional import needs
 from mmoe.reporting.page import parts
 from mmoe.schema.sample import Camera, Modality
 from mmoe.training.run import Run
@@ -67,6 +66,8 @@ def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> 
 
 def data_uri(picture: np.ndarray) -> str:
     """A picture uint8 [H, W, 3] as a data URI: PNG where it is small, else JPEG of at most `WIDEST` pixels width."""
+    with needs("pictures in the report"):
+        from PIL import Image
     image = Image.fromarray(picture)
     if image.width > WIDEST:
         image = image.resize((WIDEST, max(1, round(image.height * WIDEST / image.width))), Image.Resampling.LANCZOS)
@@ -79,6 +80,9 @@ def data_uri(picture: np.ndarray) -> str:
 def _picture(storage: Storage, index: ShardIndex, row: int, segment: np.void, backend: Backend) -> np.ndarray:
     member = int(segment["member"])
     stored = read_stored(index, row, member, storage)
+    with needs("pictures in the report"):
+        from mmoe.data.load.frames import stored_frames
+        from mmoe.data.load.media import load_image
     if is_video(stored.name):
         frames = stored_frames(stored.content, backend, stored.where, index.row_decord(row, member))
         return frames.frames(np.array([segment["start"]]))[0]

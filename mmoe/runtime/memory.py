@@ -1,15 +1,14 @@
 """What memory this machine has, and what of it is free."""
 
+import re
 from pathlib import Path
-
-import psutil
 
 _CONTAINERS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of either hierarchy
 
 
 def total_memory() -> int:
     """Bytes of memory: the machine's, or the container's limit where that is lower."""
-    total = psutil.virtual_memory().total
+    total = _meminfo("MemTotal")
     for limit in _CONTAINERS:
         if (found := _number(limit)) is not None:
             return min(total, found)
@@ -18,11 +17,18 @@ def total_memory() -> int:
 
 def free_memory() -> int:
     """Bytes that processes may still take, as far as the machine tells; never more than `total_memory`."""
-    return min(psutil.virtual_memory().available, total_memory())
+    return min(_meminfo("MemAvailable"), total_memory())
 
 
 def in_gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
+
+
+def _meminfo(name: str) -> int:
+    """A line of /proc/meminfo in bytes."""
+    found = re.search(rf"^{name}: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found, f"/proc/meminfo has no {name}"
+    return int(found[1]) << 10
 
 
 def _number(path: str) -> int | None:

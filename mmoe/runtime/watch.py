@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,13 +27,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-import psutil
 import torch.distributed as dist
 
 from mmoe.compat import default_store, process_groups, set_group_timeout
 from mmoe.files import write_atomically
 from mmoe.runtime.launch import MARGIN_SECONDS
 from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, record_error
+from mmoe.runtime.processes import descendants
 from mmoe.runtime.watch_report import report, verdict
 from mmoe.runtime.watch_state import MainThread, State, blocking_call, pending_collectives, place, stack
 
@@ -250,8 +251,9 @@ class _Watcher(threading.Thread):
     def _exit(self) -> NoReturn:
         """End this process, and its children first: `os._exit` would leave them behind."""
         try:
-            for child in psutil.Process().children(recursive=True):
-                child.kill()
+            for child in descendants():
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
         finally:
             os._exit(1)
 

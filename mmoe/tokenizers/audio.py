@@ -6,14 +6,15 @@ listen to. Pretrained neural codecs with the same interface stand in `mmoe.token
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import torchaudio.functional as AF
 from einops import rearrange
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from mmoe.config.base import Address, Config
 from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
 from mmoe.hashing import canonical_json
+from mmoe.optional import needs
 from mmoe.tokenizers.rates import check_rates
 
 Layout = Literal["flat", "delay"]
@@ -202,7 +204,7 @@ class MelCodec:
         power = torch.cat([power, power[:, -1:]], dim=1)  # the window centred on the end of the wave
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # griffinlim draws its first phases from the global generator
-            wave = AF.griffinlim(
+            wave = _torchaudio().griffinlim(
                 power,
                 torch.hann_window(window),
                 n_fft=window,
@@ -271,10 +273,12 @@ def log_mel(wave: np.ndarray, rate: int, config: MelConfig) -> Tensor:
 @cache
 def mel_filters(config: MelConfig) -> Tensor:
     """Triangular HTK mel filters [window // 2 + 1, mels], scaled to the power of one window."""
-    filters = AF.melscale_fbanks(
-        config.window // 2 + 1, 0.0, config.sample_rate / 2, config.mels, config.sample_rate, norm=None
-    )
-    return filters / config.window
+    frequencies = torch.linspace(0, config.sample_rate // 2, config.window // 2 + 1)
+    highest = 2595.0 * math.log10(1.0 + config.sample_rate / 2 / 700.0)
+    corners = 700.0 * (10.0 ** (torch.linspace(0.0, highest, config.mels + 2) / 2595.0) - 1.0)
+    widths, distances = corners.diff(), corners - frequencies[:, None]
+    rising, falling = -distances[:, :-2] / widths[:-1], distances[:, 2:] / widths[1:]
+    return torch.maximum(torch.zeros(1), torch.minimum(rising, falling)) / config.window
 
 
 def _standardise(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -303,9 +307,15 @@ def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
     wave = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
     if rate != target and length:
         # torchaudio rounds the length in float32, which is off by samples for minutes of sound.
-        wave = AF.resample(wave, rate, target)
+        wave = _torchaudio().resample(wave, rate, target)
         wave = torch.nn.functional.pad(wave, (0, length - len(wave)))  # a negative pad crops
     return wave
+
+
+def _torchaudio() -> ModuleType:
+    with needs("resampling or making sound"):
+        import torchaudio.functional
+    return torchaudio.functional
 
 
 def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:

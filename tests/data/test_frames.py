@@ -15,8 +15,9 @@ import pytest
 from mmoe.data.load import decord_proof
 from mmoe.data.load.containers import open_container
 from mmoe.data.load.decord_proof import UNFIT_WIDTHS, why_not
-from mmoe.data.load.frames import VideoFrames, is_video, stored_frames
+from mmoe.data.load.frames import VideoFrames, stored_frames
 from mmoe.data.load.media import reduced_size
+from mmoe.data.load.video import is_video
 from mmoe.errors import DataError, Refused
 from mmoe.optional import status
 from mmoe.schema.bounds import BEYOND, DEFAULT, Bounds, bounded_by

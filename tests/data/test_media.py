@@ -7,8 +7,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mmoe.data.load.media import audio_info, image_size, load_array, load_audio, load_image
+from mmoe.data.load.media import audio_info, image_size, load_audio, load_image
 from mmoe.data.load.reading import reading
+from mmoe.data.load.tables import load_array
 from mmoe.errors import DataError, Refused
 from tests.data.recordings import npy, pictures, png, wav
 

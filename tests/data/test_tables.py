@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.data.load.media import load_array
-from mmoe.data.load.tables import load_npy, load_npz
+from mmoe.data.load.tables import load_array, load_npy, load_npz
 from mmoe.errors import DataError, Refused
 from mmoe.schema.bounds import Bounds, bounded_by
 from tests.data.recordings import npy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.data.load.media import load_array
+from mmoe.data.load.tables import load_array
 from mmoe.preparation.slices import Clocks
 from tests.fuzz.mutate import damage
 

@@ -292,3 +292,10 @@ def test_the_size_of_a_filter_is_that_of_torchaudio(rate, target):
     divisor = math.gcd(rate, target)
     kernel, _ = _get_sinc_resample_kernel(rate, target, divisor)
     assert kernel.numel() == kernel_size(rate, target)
+
+
+@pytest.mark.parametrize(("rate", "window", "mels"), [(8000, 256, 40), (16_000, 400, 80), (24_001, 511, 13)])
+def test_mel_filters_are_those_of_torchaudio_bit_for_bit(rate: int, window: int, mels: int) -> None:
+    found = audio.mel_filters(audio.MelConfig(sample_rate=rate, window=window, mels=mels, hop=window // 4))
+    theirs = torchaudio.functional.melscale_fbanks(window // 2 + 1, 0.0, rate / 2, mels, rate) / window
+    assert torch.equal(found, theirs)

@@ -11,11 +11,12 @@ from mmoe.addresses import local_path
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import GAP, Span, read_stored, spans
 from mmoe.data.load.document import Document, DocumentBuilder
-from mmoe.data.load.frames import Backend, is_video, stored_frames
-from mmoe.data.load.media import load_array, load_audio, load_image, reduced_size
+from mmoe.data.load.tables import load_array
+from mmoe.data.load.video import Backend, is_video
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.data.storage.store import DEFAULT, Reading, Storage, StorageError
 from mmoe.errors import DataError
+from mmoe.optional import needs
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.audio import serialise
@@ -233,6 +234,8 @@ class _Row:
             if is_video(row._member_name(segment)):
                 pictures = row._frames(segment, least)
             else:
+                with needs("decoding pictures"):
+                    from mmoe.data.load.media import load_image
                 pictures = load_image(row._bytes(segment), row._where(segment), least)[None]
             vectors = vision.encode(pictures, rows, columns)
         return vectors, vision.positions(rows, columns, tubelets)
@@ -246,6 +249,8 @@ class _Row:
         if shown is None:
             wave, rate = np.zeros(samples, np.float32), int(segment["rate"])
         else:
+            with needs("decoding sound"):
+                from mmoe.data.load.media import load_audio
             row, theirs = shown
             wave, rate = load_audio(row._bytes(theirs), int(theirs["start"]), int(theirs["stop"]), row._where(theirs))
             wave = np.resize(wave, samples)  # another's sound is cut or repeated to the length that was planned
@@ -312,6 +317,9 @@ class _Row:
         pass."""
         name = self._member_name(segment)
         if name not in self._videos:
+            with needs("decoding video"):
+                from mmoe.data.load.frames import stored_frames
+                from mmoe.data.load.media import reduced_size
             segments = self.segments[self.segments["member"] == segment["member"]]
             if self.ref.last > self.ref.first:
                 segments = segments[(segments["slice"] >= self.ref.first) & (segments["slice"] < self.ref.last)]

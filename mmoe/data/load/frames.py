@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
@@ -12,23 +11,12 @@ from av.video.stream import VideoStream
 
 from mmoe.data.load.containers import UNREADABLE, list_packets, open_container, translated
 from mmoe.data.load.decord_proof import DecordReader, why_not
+from mmoe.data.load.video import Backend
 from mmoe.errors import Refused
-
-Backend = Literal["auto", "pyav", "decord"]
-"""What decodes films. `auto` leaves the choice to mmoe, which takes PyAV: it showed the right frame of every film that
-it was tried on, and is as fast (`benchmarks/data_pipeline.py`). `decord` reads what preparation by `decord` has proven,
-and refuses the rest by name."""
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
 DAMAGED = "video: damaged frames, parts made up by the decoder"  # the flag that readers count them under
 UNPROVEN = "video that decord is not proven to read"
 _CHEAPER_THAN_SEEKING = 16  # frames ahead that are decoded on the way
-
-
-def is_video(name: str) -> bool:
-    """Whether a member of this name is a video; other VISION members are still pictures."""
-    return name.lower().endswith(VIDEO_SUFFIXES)
 
 
 class VideoFrames:

@@ -1,4 +1,4 @@
-"""Payloads: bytes of a picture, a video, a sound or a table -> arrays.
+"""Payloads: bytes of a picture or a sound -> arrays.
 
 Every loader takes `where`, the name of the payload in messages (file or tar, and key), and raises DataError with
 it for bytes that cannot be used. Nothing is guessed and no reader replaces another silently.
@@ -14,7 +14,6 @@ import soundfile
 from PIL import Image, UnidentifiedImageError
 
 from mmoe.data.load.reading import reading
-from mmoe.data.load.tables import load_npy
 from mmoe.errors import DataError
 from mmoe.schema.bounds import check_bound
 
@@ -167,27 +166,6 @@ def check_finite(wave: np.ndarray, start: int, where: str) -> None:
     if not np.isfinite(wave).all():
         sample = start + int(np.argwhere(~np.isfinite(wave))[0, 0])
         raise DataError(f"{where}: sample {sample} is not finite; repair the recording or leave it out")
-
-
-def load_array(data: bytes, where: str) -> np.ndarray:
-    """A table of readings, float or integer [rows, dimensions], from ``.npy`` bytes. Refuses NaN and infinity, and
-    what float32 cannot hold."""
-    table = load_npy(data, where)
-    if table.ndim != 2 or table.dtype.kind not in "fiu":
-        raise DataError(
-            f"{where} holds {table.dtype} of shape {list(table.shape)}; a table of readings is numeric with two axes, "
-            "rows and dimensions"
-        )
-    wrong, fault = ~np.isfinite(table), ""
-    if table.dtype.kind == "f" and table.dtype.itemsize > 4 and not wrong.any():
-        wrong, fault = np.abs(table) > np.finfo(np.float32).max, ", beyond what float32 holds"
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise DataError(
-            f"{where}: row {row}, column {column} is {table[row, column]} ({int(wrong.sum())} such values){fault}; "
-            "drop or repair these readings before preparing"
-        )
-    return table
 
 
 def _rgb(image: Image.Image, where: str) -> np.ndarray:

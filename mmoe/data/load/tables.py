@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 
 from mmoe.data.load.reading import reading
+from mmoe.errors import DataError
 from mmoe.schema.bounds import check_bound
 
 _KINDS = "biufU"  # of numpy: numbers and text. Objects run code when they are read, and records are no table
@@ -34,6 +35,27 @@ def load_npy(data: bytes, where: str) -> np.ndarray:
             raise ValueError(f"its header states {size} bytes, {len(data) - stream.tell()} follow")
         table = np.frombuffer(data, dtype, count, stream.tell()) if size else np.zeros(count, dtype)
         return table.reshape(shape, order="F" if columns_first else "C").copy()
+
+
+def load_array(data: bytes, where: str) -> np.ndarray:
+    """A table of readings, float or integer [rows, dimensions], from ``.npy`` bytes. Refuses NaN and infinity, and
+    what float32 cannot hold."""
+    table = load_npy(data, where)
+    if table.ndim != 2 or table.dtype.kind not in "fiu":
+        raise DataError(
+            f"{where} holds {table.dtype} of shape {list(table.shape)}; a table of readings is numeric with two axes, "
+            "rows and dimensions"
+        )
+    wrong, fault = ~np.isfinite(table), ""
+    if table.dtype.kind == "f" and table.dtype.itemsize > 4 and not wrong.any():
+        wrong, fault = np.abs(table) > np.finfo(np.float32).max, ", beyond what float32 holds"
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(
+            f"{where}: row {row}, column {column} is {table[row, column]} ({int(wrong.sum())} such values){fault}; "
+            "drop or repair these readings before preparing"
+        )
+    return table
 
 
 def load_npz(data: bytes, where: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:

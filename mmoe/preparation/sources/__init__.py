@@ -1,60 +1,35 @@
 """The kinds of raw recordings that can be prepared, by name."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from mmoe.errors import ConfigError, brief, did_you_mean
-from mmoe.preparation.simulation import simulated_drive
-from mmoe.preparation.sources import (
-    audio_text,
-    bridge,
-    comma2k19,
-    donkeycar,
-    image_caption,
-    lerobot,
-    nuscenes,
-    text,
-    video,
-    webdataset,
-)
-from mmoe.preparation.sources.base import Item, Quarantine, Source
+from mmoe.optional import needs
+from mmoe.preparation.sources.base import Source
 
-
-def _simulated_items(_: Path, config: simulated_drive.SimulatedDriveConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """Recordings come out of the config alone; there is no input to read and nothing to refuse."""
-    for number in range(config.recordings):
-        key = f"drive-{number:06d}"
-        yield Item(key, key, partial(simulated_drive.make_recording, config, number))
-
-
-SIMULATED_DRIVE = Source(
-    kind=simulated_drive.KIND,
-    clock=simulated_drive.CLOCK,
-    skew_budget_ns=simulated_drive.SKEW_BUDGET_NS,
-    config=simulated_drive.SimulatedDriveConfig,
-    items=_simulated_items,
-    vector_names=simulated_drive.VECTOR_NAMES,
-    action_period_ns=simulated_drive.ACTION_PERIOD_NS,
-    generated=True,
+_BUILT_IN = (
+    "text",
+    "image_caption",
+    "audio_text",
+    "webdataset",
+    "video",
+    "donkeycar",
+    "comma2k19",
+    "nuscenes",
+    "bridge",
+    "lerobot",
+    "simulated_drive",
 )
 
-SOURCES: dict[str, Source] = {
-    source.kind: source
-    for source in (
-        text.SOURCE,
-        image_caption.SOURCE,
-        audio_text.SOURCE,
-        webdataset.SOURCE,
-        video.SOURCE,
-        donkeycar.SOURCE,
-        comma2k19.SOURCE,
-        nuscenes.SOURCE,
-        bridge.SOURCE,
-        lerobot.SOURCE,
-        SIMULATED_DRIVE,
-    )
-}
+
+def _built_in(kind: str) -> Source:
+    with needs(f"preparing {kind}"):
+        return importlib.import_module(f"{__name__}.{kind}").SOURCE
+
+
+SOURCES: dict[str, Callable[[], Source]] = {kind: partial(_built_in, kind) for kind in _BUILT_IN}
+"""How each source comes: its module is loaded when it is asked for, with the packages that it needs."""
 
 
 def find_source(kind: str) -> Source:
@@ -62,4 +37,4 @@ def find_source(kind: str) -> Source:
     if kind not in SOURCES:
         hint = did_you_mean(kind, SOURCES) or "."
         raise ConfigError(f"{brief(kind)} is not a kind of source{hint} Known are {', '.join(SOURCES)}")
-    return SOURCES[kind]
+    return SOURCES[kind]()

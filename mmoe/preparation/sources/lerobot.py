@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from mmoe.data.load.frames import DAMAGED, Backend, VideoFrames
+from mmoe.data.load.frames import DAMAGED, VideoFrames
 from mmoe.data.load.media import image_format
 from mmoe.data.load.reading import reading
+from mmoe.data.load.video import Backend
 from mmoe.errors import DataError, brief
 from mmoe.preparation import sync
 from mmoe.preparation.sources import jsonl

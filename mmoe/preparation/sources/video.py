@@ -30,7 +30,8 @@ import numpy as np
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.load.frames import DAMAGED, VIDEO_SUFFIXES, Backend, VideoFrames
+from mmoe.data.load.frames import DAMAGED, VideoFrames
+from mmoe.data.load.video import VIDEO_SUFFIXES, Backend
 from mmoe.errors import DataError
 from mmoe.preparation import sync
 from mmoe.preparation.slices import CLOCKS, Clocks, Stream, build_slices

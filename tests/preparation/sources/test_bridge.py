@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mmoe.data.load.media import load_array, load_image
+from mmoe.data.load.media import load_image
+from mmoe.data.load.tables import load_array
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources.bridge import PERIOD_NS
 from mmoe.schema.sample import Camera, Modality

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe.data.load.media import load_array
+from mmoe.data.load.tables import load_array
 from mmoe.errors import ConfigError, DataError
 from mmoe.preparation.sources import SOURCES, find_source
 from mmoe.preparation.sources.base import Refused
@@ -29,7 +29,7 @@ from tests.data.recordings import (
 
 def read(kind, path, **options):
     """Samples by key and refusals by key, as preparation sees them (items cross a process border)."""
-    source = SOURCES[kind]
+    source = find_source(kind)
     refused, samples = {}, {}
     for item in list(source.items(path, source.config(**options), lambda key, refusal: refused.update({key: refusal}))):
         item = pickle.loads(pickle.dumps(item))
