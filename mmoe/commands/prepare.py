@@ -113,9 +113,10 @@ def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig") -> N
         process.join()
     except EOFError:
         process.join()
+        why = "which was killed, often for lack of memory" if process.exitcode < 0 else "which says why above"
         raise MmoeError(
-            f"the preparation of what is missing ended by itself (status {process.exitcode}), often for lack of "
-            "memory; what is finished is kept: give the same command again"
+            f"what is missing was prepared by process {process.pid}, {why}; what is finished is kept: give the same "
+            "command again"
         ) from None
     finally:
         process.join(GRACE_SECONDS)

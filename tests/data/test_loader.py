@@ -67,27 +67,27 @@ def loaded(plans, tmp_path, workers=1, seconds=60.0, bad=None):
         yield words
 
 
-def test_the_watchdog_says_what_every_worker_is_doing(capfd, tmp_path):
+def test_the_watchdog_says_what_every_worker_is_doing(caplog, tmp_path):
     assert list(loaded([["a"], ["late"], ["b"]], tmp_path, seconds=0.3)) == [["a"], ["late"], ["b"]]
-    said = capfd.readouterr().err
-    assert re.search(r"no batch for \d+ s; worker 0 \(pid \d+, for \d+ s: decoding late\)", said)
+    assert re.search(r"no batch for \d+ s; worker 0 \(pid \d+, for \d+ s: decoding late\)", caplog.text)
+    caplog.clear()
     plans = [["a"], ["b"]]
     assert list(loaded(plans, tmp_path, seconds=20.0)) == plans  # a worker alone may take a second to begin
-    assert "no batch for" not in capfd.readouterr().err
+    assert "no batch for" not in caplog.text
 
 
-def test_a_watchdog_speaks_again_and_ends_with_its_loader(capfd):
+def test_a_watchdog_speaks_again_and_ends_with_its_loader(caplog):
     dog = Watchdog(0.1, Activity(1))
     with dog.waiting():
         time.sleep(0.5)
     dog.close()
-    assert capfd.readouterr().err.count("worker 0 (has not begun)") >= 2
+    assert caplog.text.count("worker 0 (has not begun)") >= 2
     assert not dog._thread.is_alive()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("word, how", [("segv", "SIGSEGV"), ("exit", "exit code 3"), ("oom", "SIGKILL")])
-def test_a_sample_that_ends_its_worker_is_left_out_and_nothing_else_changes(tmp_path, workers, word, how, capfd):
+def test_a_sample_that_ends_its_worker_is_left_out_and_nothing_else_changes(tmp_path, workers, word, how, caplog):
     plans = [[f"{i}a", f"{i}b"] for i in range(12)]
     plans[3] = ["3a", word, "3b"]
     plans[7] = [word, "7b"]
@@ -95,7 +95,7 @@ def test_a_sample_that_ends_its_worker_is_left_out_and_nothing_else_changes(tmp_
     found = list(loaded(plans, tmp_path, workers, bad=bad))
     assert found == [[w for w in plan if w != word] for plan in plans]
     assert list(bad) == [(0, 0, hash_of(word))] and how in bad[0, 0, hash_of(word)]
-    said = capfd.readouterr().err
+    said = caplog.text
     assert said.count(f"decoding {word}") >= (2 if word == "oom" else 1)  # what came from outside is tried once more
 
 

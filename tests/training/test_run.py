@@ -1,6 +1,9 @@
 """A run is read from any folder, finds its data where it was or where it is told, and prepares nothing."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -11,6 +14,7 @@ from mmoe.config.load import absolute, load
 from mmoe.errors import MmoeError
 from mmoe.recipe.config import RunConfig
 from mmoe.training.run import CONFIG, Run
+from tests.conftest import REPOSITORY
 
 NAME = "a[/b]c[red]"  # of the source: nothing of it is markup
 TREE = {
@@ -51,8 +55,16 @@ def trained(tmp_path_factory):
     (root / "poem.yaml").write_text(yaml.safe_dump(TREE))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        said = mmoe("stages", "poem.yaml", f"data.sources.{NAME}.positions=1000") + mmoe("train", "poem.yaml")
-    return root, said
+        said = mmoe("stages", "poem.yaml", f"data.sources.{NAME}.positions=1000")
+    done = subprocess.run(  # what is missing is prepared, and said, by another process
+        [sys.executable, "-m", "mmoe", "train", "poem.yaml"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return root, said + done.stdout
 
 
 @pytest.fixture

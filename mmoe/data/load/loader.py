@@ -6,11 +6,11 @@ delivered is decoded again by another, and the sample that it had in hand is han
 """
 
 import atexit
+import logging
 import os
 import pickle
 import queue
 import signal
-import sys
 import threading
 import traceback
 from collections import Counter
@@ -23,6 +23,8 @@ import torch
 import torch.multiprocessing as mp  # teaches connections to hand over tensors in shared memory
 
 from mmoe.data.load.workers import Activity, Place, Watchdog, WorkerError, become_worker
+
+logger = logging.getLogger(__name__)
 
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGBUS)  # no memory, no room in /dev/shm: perhaps not the sample's doing
 _MOST_UNEXPLAINED = 8  # deaths of a run's workers that name no sample
@@ -188,7 +190,7 @@ class _Pool:
         doing = self.activity.text(worker.number) or "nothing yet"
         lines = self.activity.lines()
         worker.connection.close()
-        print(f"decoding worker {worker.number} ended by itself ({how}): {doing}", file=sys.stderr, flush=True)
+        logger.warning(f"decoding worker {worker.number} ended by itself ({how}): {doing}")
         if place is not None and (-code not in _FROM_OUTSIDE or place in self._suspected):
             self.condemn(place, how)
         elif worker.plans or place is not None:

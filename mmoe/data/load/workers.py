@@ -1,7 +1,7 @@
 """What decoding processes are doing, for all to see: whoever is late, and what one was at when it died."""
 
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from mmoe.errors import MmoeError
+
+logger = logging.getLogger(__name__)
 
 Place = tuple[int, int, int]  # a sample: its source's number, shard and row
 
@@ -114,5 +116,5 @@ class Watchdog:
             late = 0.0 if since is None else time.monotonic() - since
             told = 0.0 if late < told else told
             if late - told >= self.seconds:
-                print(f"no batch for {late:.0f} s; " + "; ".join(self.activity.lines()), file=sys.stderr, flush=True)
+                logger.warning(f"no batch for {late:.0f} s; " + "; ".join(self.activity.lines()))
                 told = late
