@@ -24,7 +24,7 @@ class MissingFileError(DataError):
 class Refused(DataError):
     """An item that cannot become a sample: `reason` is the class it is counted under, the message says it in full."""
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both, so that the exception survives pickling
         self.reason = reason
 

@@ -22,7 +22,7 @@ class CheckedFile(io.RawIOBase):
     `raise_failure` for the true one.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._failure: BaseException | None = None
         self.size = self.crc = 0

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from mmoe.addresses import without_secrets
 from mmoe.config.base import Config, change_addresses
@@ -159,7 +160,7 @@ def _absolute(folder: str, address: str) -> str:
     )
 
 
-def _sentence(root: type[BaseModel], tree: Any, item: dict[str, Any]) -> str:
+def _sentence(root: type[BaseModel], tree: Any, item: ErrorDetails) -> str:
     location = _keys(tree, item["loc"], item["type"] == "missing")
     key = brief(".".join(location), 200, quoted=False) or "the config"
     if item["type"] == "extra_forbidden":

@@ -138,7 +138,7 @@ class Attention(nn.Module):
     Query head h reads key/value head ``h // (heads / kv_heads)``.
     """
 
-    def __init__(self, size: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float):
+    def __init__(self, size: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.query = nn.Linear(size, heads * head_dim, bias=False)

@@ -82,7 +82,7 @@ class ModelConfig(Config):
 class Block(nn.Module):
     """x + attention(norm(x)), then + network(norm(x)); the network of layer `number` is dense or has experts."""
 
-    def __init__(self, config: ModelConfig, number: int):
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         size, eps = config.d_model, config.norm_eps
         self.attention_norm = RMSNorm(size, eps)
@@ -150,7 +150,7 @@ class ModelOutput:
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList([Block(config, number) for number in range(config.layers)])
@@ -195,7 +195,7 @@ def gather_routing(routed: list[LayerRouting]) -> tuple[Auxiliary | None, Routin
 class MultimodalModel(nn.Module):
     """PackedBatch -> hidden states; the heads are called on those of them that a loss or a user wants."""
 
-    def __init__(self, config: ModelConfig, inputs: ModelInputs):
+    def __init__(self, config: ModelConfig, inputs: ModelInputs) -> None:
         super().__init__()
         size = config.d_model
         self.embeddings = Embeddings(inputs, size)

@@ -48,7 +48,7 @@ class PatchEmbedding(nn.Module):
     (docs/decisions.md).
     """
 
-    def __init__(self, pixels: int, coordinates: int, size: int):
+    def __init__(self, pixels: int, coordinates: int, size: int) -> None:
         super().__init__()
         self.sizes = (pixels, coordinates)
         self.hidden = nn.Linear(pixels, size)
@@ -70,7 +70,7 @@ class TimeEmbedding(nn.Module):
     taken from the integer remainder, so it is as exact for a time of years as for one of milliseconds.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(2 * PERIODS, size, bias=False)
         self.output = nn.Linear(size, size, bias=False)
@@ -93,7 +93,7 @@ class Embeddings(nn.Module):
     token, as the embeddings of camera and time are wherever a position has one.
     """
 
-    def __init__(self, inputs: ModelInputs, size: int):
+    def __init__(self, inputs: ModelInputs, size: int) -> None:
         super().__init__()
         self.token: TokenTable = nn.Embedding(inputs.vocabulary_size, size)
         self.camera = nn.Embedding(len(Camera), size)

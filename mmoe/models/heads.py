@@ -14,7 +14,7 @@ CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
 class ActionHead(nn.Module):
     """[M, size] -> [M, chunk, dim] continuous actions, in float32 or wider."""
 
-    def __init__(self, size: int, chunk: int, dim: int):
+    def __init__(self, size: int, chunk: int, dim: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(size, size)
         self.output = nn.Linear(size, chunk * dim)
@@ -29,7 +29,7 @@ class ActionHead(nn.Module):
 class ContrastHead(nn.Module):
     """Pools the spans of pairs and projects them to a common space of `width`, a projection per modality."""
 
-    def __init__(self, size: int, width: int):
+    def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.projections = nn.ModuleDict({kind.name.lower(): nn.Linear(size, width, bias=False) for kind in CONTRASTED})
 

@@ -14,7 +14,7 @@ class RMSNorm(nn.Module):
     Computed in float32 or wider and returned in the dtype of the products that follow.
     """
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
@@ -29,7 +29,7 @@ class SwiGLU(nn.Module):
     `gate` and `up` are two matrices: one fused matrix is not faster here, and two can be sharded by columns.
     """
 
-    def __init__(self, size: int, hidden: int):
+    def __init__(self, size: int, hidden: int) -> None:
         super().__init__()
         self.gate = nn.Linear(size, hidden, bias=False)
         self.up = nn.Linear(size, hidden, bias=False)

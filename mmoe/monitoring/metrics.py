@@ -28,7 +28,7 @@ class MetricsWriter(Callback):
 
     name = "metrics"
 
-    def __init__(self, memory: PeakMemory):
+    def __init__(self, memory: PeakMemory) -> None:
         self.memory = memory
         self.wall_seconds = 0.0  # of all sessions
         self._pending: list[str] = []  # records that the disk would not take

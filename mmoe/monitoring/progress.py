@@ -14,7 +14,7 @@ class ProgressBar(Callback):
 
     name = "progress"
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console) -> None:
         self.console = console
 
     def on_start(self, trainer: Trainer) -> None:

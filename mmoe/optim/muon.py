@@ -55,7 +55,7 @@ class JointOptimizer:
     rank its own shards, and holds the same names whatever has had a gradient so far.
     """
 
-    def __init__(self, parts: dict[str, torch.optim.Optimizer]):
+    def __init__(self, parts: dict[str, torch.optim.Optimizer]) -> None:
         self.parts = parts
         for part in parts.values():
             for group in part.param_groups:

@@ -32,7 +32,7 @@ class Exchange:
     ``start`` sends and ``finish`` waits, so that something can be computed in between; gradients go the other way.
     """
 
-    def __init__(self, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup):
+    def __init__(self, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup) -> None:
         self.received, self.sent, self.group = received, sent, group
         self._work: dist.Work | None = None
 

@@ -43,7 +43,7 @@ def split_tokens(layer: MoELayer, mesh: DeviceMesh) -> None:
 class ShardedExperts(nn.Module):
     """The experts of this rank: parameters with the names of `Experts`, sharded by expert, computed by it locally."""
 
-    def __init__(self, experts: nn.Module, mesh: DeviceMesh):
+    def __init__(self, experts: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
         for name, parameter in experts.named_parameters():
             setattr(self, name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)))
@@ -75,7 +75,7 @@ class FixedPlacement:
 class FixedExchange:
     """Capacity mode: every rank sends every other equally many rows, so nobody waits for sizes."""
 
-    def __init__(self, local: CapacityDispatcher, group: dist.ProcessGroup):
+    def __init__(self, local: CapacityDispatcher, group: dist.ProcessGroup) -> None:
         self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
 
     def plan(self, routing: Routing, tokens: Tokens) -> FixedPlacement:
@@ -128,7 +128,7 @@ class VariablePlacement:
 class VariableExchange:
     """Only rows that exist travel: their numbers go first, and the host waits for them once a layer."""
 
-    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup):
+    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup) -> None:
         self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
 
     def plan(self, routing: Routing, tokens: Tokens) -> VariablePlacement:

@@ -113,7 +113,7 @@ class Degrees:
 class Mesh:
     """The process groups of a run, by axis. Needs an initialised default process group of ``degrees.world`` ranks."""
 
-    def __init__(self, degrees: Degrees, device_type: str = "cpu"):
+    def __init__(self, degrees: Degrees, device_type: str = "cpu") -> None:
         self.degrees = degrees
 
         def made(axes: tuple[str, ...]) -> DeviceMesh:

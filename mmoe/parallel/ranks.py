@@ -116,7 +116,7 @@ class ManyRanks:
 
     def __init__(
         self, mesh: Mesh, config: RunConfig, sources: int, device: torch.device, pipeline: Pipeline | None = None
-    ):
+    ) -> None:
         self.mesh, self.config, self.sources, self.device, self.pipeline = mesh, config, sources, device, pipeline
         self.replica, self.replicas = mesh.replica, mesh.replicas
         self.first = dist.get_rank() == 0

@@ -101,7 +101,7 @@ def _shard_network(network: SwiGLU, mesh: DeviceMesh) -> None:
 class RepeatedHeads(ParallelStyle):
     """A key or value projection with fewer heads than ranks: each computes all heads and keeps the one it needs."""
 
-    def __init__(self, head_dim: int, repeated: int):
+    def __init__(self, head_dim: int, repeated: int) -> None:
         super().__init__()
         self.head_dim, self.repeated = head_dim, repeated
 
@@ -123,7 +123,7 @@ class RepeatedHeads(ParallelStyle):
 class VocabularyEmbedding(nn.Module):
     """The token table, a range of ids on each rank of `tp`: [B, H] ids of this rank -> [B, H, D]."""
 
-    def __init__(self, table: TokenTable, mesh: DeviceMesh):
+    def __init__(self, table: TokenTable, mesh: DeviceMesh) -> None:
         super().__init__()
         self.weight = nn.Parameter(distribute_tensor(table.weight.data, mesh, [Shard(0)], src_data_rank=None))
         self.mesh = mesh
@@ -148,7 +148,7 @@ class VocabularyHead:
     The gradient of the hidden states is a part of a sum over the ranks, as `Sharding.whole` expects.
     """
 
-    def __init__(self, model: MultimodalModel, mesh: DeviceMesh):
+    def __init__(self, model: MultimodalModel, mesh: DeviceMesh) -> None:
         self.model, self.mesh = model, mesh
 
     def logits(self, hidden_nD: Tensor) -> Tensor:

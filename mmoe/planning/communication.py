@@ -41,7 +41,7 @@ class MicroBatch:
 class Communication:
     """Of one rank at `place`, whose part of the model is `model` (on meta)."""
 
-    def __init__(self, config: RunConfig, degrees: Degrees, model: nn.Module, place: Place | None = None):
+    def __init__(self, config: RunConfig, degrees: Degrees, model: nn.Module, place: Place | None = None) -> None:
         self.config, self.degrees = config, degrees
         self.place = place or Place()
         self.shards = shards(config, model, degrees, self.place)

@@ -85,7 +85,7 @@ class Passes:
 class DryRanks(ManyRanks):
     """A rank that notes its passes."""
 
-    def __init__(self, mesh: Mesh, config: RunConfig, model: MultimodalModel, passes: Passes):
+    def __init__(self, mesh: Mesh, config: RunConfig, model: MultimodalModel, passes: Passes) -> None:
         pipeline = DryPipeline(model, mesh, config, passes) if isinstance(model, StageModel) else None
         super().__init__(mesh, config, len(config.data.sources), DEVICE, pipeline)
         self.passes, self._forwards, self._backwards = passes, 0, 0
@@ -119,7 +119,7 @@ class DryRanks(ManyRanks):
 class DryPipeline(Pipeline):
     """A pipeline that notes its passes."""
 
-    def __init__(self, model: StageModel, mesh: Mesh, config: RunConfig, passes: Passes):
+    def __init__(self, model: StageModel, mesh: Mesh, config: RunConfig, passes: Passes) -> None:
         super().__init__(model, mesh, config, DEVICE)
         self.passes, self._embedded, self._backwards = passes, 0, 0
         self.kept_by_pass = 0  # bytes of activations, by the last pass

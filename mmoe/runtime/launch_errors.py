@@ -112,7 +112,7 @@ class _RankLog(logging.Handler):
     Every record opens the file anew: `--fresh` deletes the folder it lies in after logging has begun.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         super().__init__(logging.WARNING)
         self.path = path
         self.setFormatter(

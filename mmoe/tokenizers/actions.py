@@ -31,7 +31,7 @@ class ActionTokenizer:
     the quantiles in `stats`, between which rows are taken to be spread evenly.
     """
 
-    def __init__(self, config: ActionConfig, stats: VectorStats):
+    def __init__(self, config: ActionConfig, stats: VectorStats) -> None:
         """Raises ConfigError for quantile bins where `stats` lacks the quantiles."""
         self.config, self.names, self.fences = config, stats.names, Fences(stats)
         low, high = np.array(stats.q01), np.array(stats.q99)

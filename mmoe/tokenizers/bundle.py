@@ -50,7 +50,7 @@ class Tokenizers:
     Raises ConfigError when a source holds sound and no audio codec is configured.
     """
 
-    def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest], read: Read = read_file):
+    def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest], read: Read = read_file) -> None:
         self.config = config
         self.text: TextTokenizer = config.text.build(read)
         self.vision = VisionTokenizer(config.vision)

@@ -62,7 +62,7 @@ class TextTokenizer:
     The 256 bytes always have ids, so nothing is unknown. A string that spells a special token is plain text.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.size: int = tokenizer.get_vocab_size(with_added_tokens=False)
 

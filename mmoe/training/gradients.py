@@ -1,6 +1,6 @@
 """The gradients of one optimizer step: its micro-batches forward and backward, alone or with the other ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -64,7 +64,7 @@ def step_gradients(
     """
     torch.manual_seed(seed)
     ranks = setting.ranks
-    cached: list[CachedInfoNCE | None] = [None] * setting.micro_batches
+    cached: Sequence[CachedInfoNCE | None] = [None] * setting.micro_batches
     if setting.cached and counts.pairs:
         batches = list(batches)
         cached = _contrast(model, batches, setting)

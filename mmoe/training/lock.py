@@ -47,7 +47,7 @@ def run_lock(folder: Path, console: Console) -> Iterator[None]:
 
 
 class _Lock:
-    def __init__(self, path: Path, console: Console):
+    def __init__(self, path: Path, console: Console) -> None:
         self.path, self.console = path, console
         self._descriptor: int | None = None
         self._ended = threading.Event()

@@ -48,7 +48,7 @@ class StepResult:
 class Trainer:
     """Trains a run from where its state stands to its last step, or to `stop_at`."""
 
-    def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None):
+    def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None) -> None:
         config = run.config
         self.run, self.callbacks, self.batch = run, callbacks, config.batch_of(run.ranks.replicas)
         self.setting = StepSetting.of(config, run.tokenizers.vocabulary, run.device, run.ranks)
@@ -145,9 +145,9 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        routers = model.decoder.routers  # a pipeline stage may have none
-        if routers and config.model.moe.bias_rate:
-            update_choice_bias(routers, gradients.loads.total(), config.model.moe.bias_rate)
+        routers, moe = model.decoder.routers, config.model.moe  # a pipeline stage may have none
+        if routers and moe is not None and moe.bias_rate:
+            update_choice_bias(routers, gradients.loads.total(), moe.bias_rate)
         self.step += 1
         self.stream.quarantine.settle(self.run.ranks.sum_over_data)
         self.stream_state = self.stream.state(data)
@@ -240,7 +240,7 @@ def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
         alone = number == signal.SIGINT or not dist.is_initialized()
         signal.signal(number, previous[number] if alone else signal.SIG_IGN)
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -72,7 +72,7 @@ class Dispatcher(Protocol[P]):
 class LocalDispatcher(ABC):
     """Both dispatchers of one process differ in their `plan` alone."""
 
-    def __init__(self, experts: int, group_multiple: int = 1):
+    def __init__(self, experts: int, group_multiple: int = 1) -> None:
         self.experts = experts
         self.group_multiple = group_multiple  # every expert's group has a multiple of so many rows
 
@@ -136,7 +136,9 @@ class CapacityDispatcher(LocalDispatcher):
     scores (ties: the later token), with `position` the later tokens. One sequence never takes the rows of another.
     """
 
-    def __init__(self, experts: int, capacity_factor: float, drop: Drop = "probability", group_multiple: int = 1):
+    def __init__(
+        self, experts: int, capacity_factor: float, drop: Drop = "probability", group_multiple: int = 1
+    ) -> None:
         super().__init__(experts, group_multiple)
         self.capacity_factor, self.drop = capacity_factor, drop
 

@@ -87,7 +87,7 @@ class Experts(nn.Module):
     Raises BackendError where the engine's package is not available.
     """
 
-    def __init__(self, experts: int, size: int, hidden: int, engine: Engine):
+    def __init__(self, experts: int, size: int, hidden: int, engine: Engine) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.empty(experts, size, hidden))
         self.up = nn.Parameter(torch.empty(experts, size, hidden))

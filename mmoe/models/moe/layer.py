@@ -112,7 +112,7 @@ class LayerRouting:
 class MoELayer(nn.Module):
     """The network of layer `number`: a router, its experts, and those that every token goes through."""
 
-    def __init__(self, size: int, config: MoEConfig, number: int = 0):
+    def __init__(self, size: int, config: MoEConfig, number: int = 0) -> None:
         super().__init__()
         self.config, self.number = config, number
         self.router = Router(
