@@ -21,7 +21,7 @@ class MissingFileError(DataError):
     """A file that is not where its address says."""
 
 
-class Refused(DataError):
+class Refused(DataError):  # noqa: N818  # `raise Refused(...)` is the sentence it is
     """An item that cannot become a sample: `reason` is the class it is counted under, the message says it in full."""
 
     def __init__(self, reason: str, message: str) -> None:

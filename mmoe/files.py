@@ -39,8 +39,8 @@ _MOST_SIBLINGS = 10_000  # that a name is compared with
 
 def said_nearest(path: str | Path) -> str:
     """Say in parentheses what exists nearest to a missing path: a name like it beside it, else the folder above."""
-    missing = Path(os.path.abspath(path))
-    while not os.path.isdir(missing.parent):
+    missing = Path(os.path.normpath(Path(path).absolute()))
+    while not os.path.isdir(missing.parent):  # noqa: PTH112  # `Path.is_dir` raises where it may not look
         missing = missing.parent
     try:
         with os.scandir(missing.parent) as entries:
@@ -49,7 +49,7 @@ def said_nearest(path: str | Path) -> str:
         names = []
     near = difflib.get_close_matches(missing.name, names, n=1)
     found = missing.parent / near[0] if near else missing.parent
-    return f" (the nearest that exists is {found if os.path.isabs(path) else os.path.relpath(found)})"
+    return f" (the nearest that exists is {found if Path(path).is_absolute() else os.path.relpath(found)})"
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def read_file(url: str | Path, what: str = "", start: int = 0, stop: int | None 
     if path is None:
         raise DataError(f"{url} is far away, where only local files are read{lost(what)}; copy it here")
     try:
-        with open(path, "rb", buffering=0 if stop is not None and stop - start < _BUFFERED else -1) as file:
+        with Path(path).open("rb", buffering=0 if stop is not None and stop - start < _BUFFERED else -1) as file:
             file.seek(start)
             content = file.read(-1 if stop is None else stop - start)
     except OSError as error:
@@ -88,16 +88,19 @@ def read_file(url: str | Path, what: str = "", start: int = 0, stop: int | None 
 
 
 def local_error(url: str, error: OSError, what: str) -> DataError:
+    """Make the error of a file that cannot be opened or read; `what` it should have held."""
     if isinstance(error, FileNotFoundError):
         return MissingFileError(f"{url} does not exist{lost(what)}; restore it or prepare the source again")
     return DataError(f"{url} cannot be read ({error}){lost(what)}; restore it or prepare the source again")
 
 
 def lost(what: str) -> str:
+    """Say what cannot be read for want of a file, as the end of a sentence."""
     return f", so {what} cannot be read" if what else ""
 
 
 def truncated(url: str, stop: int, what: str) -> DataError:
+    """Make the error of a file that ends before byte `stop`."""
     return DataError(
         f"{url} is truncated: {what or 'what is asked for'} ends at byte {stop}, which the file does not reach; copy "
         "it again or prepare the source again"

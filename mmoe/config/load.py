@@ -155,9 +155,8 @@ def absolute(config: C, folder: str | Path | None = None) -> C:
 
 
 def _absolute(folder: str, address: str) -> str:
-    return (
-        address if "://" in address or address.startswith("pipe:") else os.path.abspath(os.path.join(folder, address))
-    )
+    far = "://" in address or address.startswith("pipe:")
+    return address if far else os.path.normpath(Path(folder, address).absolute())
 
 
 def _sentence(root: type[BaseModel], tree: Any, item: ErrorDetails) -> str:
@@ -179,7 +178,7 @@ def _keys(tree: Any, location: Sequence[str | int], missing: bool) -> list[str]:
     """The keys of a fault's location; what else stands in it are branches of a union of types."""
     keys = []
     for number, part in enumerate(location):
-        if isinstance(tree, dict) and (part in tree or missing and number == len(location) - 1):
+        if isinstance(tree, dict) and (part in tree or (missing and number == len(location) - 1)):
             tree = tree.get(part)
         elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
             tree = tree[part]

@@ -33,6 +33,7 @@ class Donors:
     rows: dict[str, int]
 
     def record(self) -> dict[str, Any]:
+        """Give what evaluation.json says of the ablation."""
         return {
             "mode": self.ablation.mode,
             "modality": self.ablation.modality.name.lower(),

@@ -53,6 +53,7 @@ class Baselines:
 
     @classmethod
     def fit(cls, run: Run) -> "Baselines":
+        """Fit the baselines of every source on the training split of the run."""
         chunks = read_chunks(run.sources, run.tokenizers, "train")
         seed = run.config.training.seed
         means = training_means(chunks)

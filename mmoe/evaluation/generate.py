@@ -166,7 +166,8 @@ def _sample_codes(
 ) -> np.ndarray:
     """Codes [T, Q], T <= `most_frames`; `document` lays out the ids so far, closed by `audio_end`."""
     codec, config = run.tokenizers.audio, run.tokenizers.config.audio
-    assert codec is not None and config is not None  # as `speak` has seen
+    assert codec is not None  # as `speak` has seen
+    assert config is not None
     first, size = run.tokenizers.vocabulary.ranges["audio"].start, codec.codebook_size
     grammar = CodeGrammar(codec.codebooks, config.layout, most_frames)
     generator = torch.Generator().manual_seed(sampling.seed)

@@ -65,6 +65,7 @@ class TensorReader:
             raise DataError(f"{path}: {name} cannot be read ({error}); copy the file again") from error
 
     def unread(self) -> list[str]:
+        """Give the sorted names of the tensors that nobody asked for."""
         return sorted(self._file.keys() - self._read)
 
 

@@ -78,9 +78,11 @@ class Same:
     alternative: str | None = None
 
     def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensor under their name."""
         yield self.theirs, value
 
     def read(self, file: TensorReader) -> Tensor:
+        """Read the tensor by whichever of their names the file has."""
         if self.alternative is not None and self.alternative in file and self.theirs not in file:
             return file[self.alternative]
         return file[self.theirs]
@@ -98,10 +100,12 @@ class Stacked:
     parts: int = 1
 
     def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the matrix of each expert, transposed, under its own name."""
         for expert in range(self.experts):
             yield self.theirs.format(expert=expert), value[expert].T
 
     def read(self, file: TensorReader) -> Tensor:
+        """Stack the matrices of all experts, or take this part of the fused tensor."""
         if self.fused in file:
             whole = file[self.fused].chunk(self.parts, dim=1)[self.part]
         else:

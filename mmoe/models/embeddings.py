@@ -35,9 +35,11 @@ class TokenTable(Protocol):
     """A vector for each id, `nn.Embedding` or one that ranks share."""
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor:
+        """Give the vectors [ids, D]."""
 
-    def __call__(self, ids_BL: Tensor, /) -> Tensor: ...
+    def __call__(self, ids_BL: Tensor, /) -> Tensor:
+        """Look up the vectors [B, L, D] of the ids [B, L]."""
 
 
 class PatchEmbedding(nn.Module):
@@ -56,6 +58,7 @@ class PatchEmbedding(nn.Module):
         self.output = nn.Linear(size, size)
 
     def forward(self, patches: Tensor) -> Tensor:
+        """Embed patch vectors [..., pixels + coordinates] as [..., size]."""
         pixels, coordinates = patches.split(self.sizes, dim=-1)
         hidden = F.silu(self.hidden(pixels))
         if self.place is not None:
@@ -82,6 +85,7 @@ class TimeEmbedding(nn.Module):
         return torch.cat((phase.sin(), phase.cos() - 1), dim=-1)
 
     def forward(self, time_ns: Tensor) -> Tensor:
+        """Embed nanoseconds i64 [...] as [..., size]."""
         features = self.features(time_ns).to(self.hidden.weight.dtype)
         return self.output(F.silu(self.hidden(features)))
 

@@ -21,6 +21,7 @@ class ActionHead(nn.Module):
         self.shape = (chunk, dim)
 
     def forward(self, hidden_MD: Tensor) -> Tensor:
+        """Predict the actions [M, chunk, dim] from hidden states [M, size]."""
         with torch.autocast(hidden_MD.device.type, enabled=False):
             hidden = self.hidden(hidden_MD.to(self.hidden.weight.dtype))
             return widen(self.output(F.silu(hidden))).unflatten(1, self.shape)

@@ -20,6 +20,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x."""
         return F.rms_norm(widen(x), self.weight.shape, widen(self.weight), self.eps).to(compute_dtype(x))
 
 
@@ -36,4 +37,5 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Send x [..., size] through the gated network, [..., size]."""
         return self.down(F.silu(self.gate(x)) * self.up(x))

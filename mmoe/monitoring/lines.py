@@ -31,6 +31,7 @@ class LineFile:
             self._flush()
 
     def close(self) -> None:
+        """Close the file; what is pending stays pending."""
         os.close(self._descriptor)
 
     def _flush(self) -> None:

@@ -34,6 +34,7 @@ class MetricsWriter(Callback):
         self._pending: list[str] = []  # records that the disk would not take
 
     def on_start(self, trainer: Trainer) -> None:
+        """Open metrics.jsonl and TensorBoard on the first rank."""
         config = trainer.run.config.monitoring
         self._every, self._digests = config.log_every_steps, set(config.digest_steps)
         first = trainer.run.ranks.first  # the others take part in digests alone
@@ -46,6 +47,7 @@ class MetricsWriter(Callback):
         self._clear()
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Count the step in, and write a record where one is due."""
         self._steps += 1
         self._positions += result.positions
         self._useful += result.useful_positions
@@ -55,6 +57,7 @@ class MetricsWriter(Callback):
             self._write(trainer, result, digest)
 
     def on_end(self, trainer: Trainer) -> None:
+        """Close what was opened."""
         if self._file:
             self._file.close()
         if self._board:
@@ -62,9 +65,11 @@ class MetricsWriter(Callback):
                 self._board.close()
 
     def state_dict(self) -> dict[str, Any]:
+        """Give the time spent so far and the lines that could not be written yet."""
         return {"wall_seconds": self.wall_seconds, "unwritten": list(self._pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
         self.wall_seconds = state.get("wall_seconds", 0.0)
         self._pending = list(state.get("unwritten", []))
 

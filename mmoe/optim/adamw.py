@@ -17,6 +17,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWConfig(Config):
+    """Configures AdamW."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -24,6 +26,8 @@ class AdamWConfig(Config):
 
 
 class ClipConfig(Config):
+    """Configures the clipping of gradients by their global norm."""
+
     max_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together; null: measured, not clipped
 
 

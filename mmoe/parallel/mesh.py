@@ -69,6 +69,7 @@ class Degrees:
 
     @property
     def world(self) -> int:
+        """Give the number of ranks."""
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
@@ -137,6 +138,7 @@ class Mesh:
         return mine
 
     def size(self, axis: str) -> int:
+        """Give the number of ranks on an axis."""
         return self.axis(axis).size()
 
     def rank(self, axis: str) -> int:
@@ -144,6 +146,7 @@ class Mesh:
         return self.axis(axis).get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup:
+        """Give the process group of this rank on an axis."""
         return self.axis(axis).get_group()
 
     def axis(self, axis: str) -> DeviceMesh:
@@ -172,4 +175,5 @@ class Mesh:
 
     @property
     def replicas(self) -> int:
+        """Give the number of data replicas."""
         return self.degrees.replicas

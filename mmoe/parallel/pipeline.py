@@ -49,6 +49,7 @@ class StageModel(MultimodalModel):
             self._keep_table()
 
     def is_last(self, stage: int) -> bool:
+        """Say whether the stage is the last one of the whole model."""
         return stage == len(self.layers) - 1
 
     @property

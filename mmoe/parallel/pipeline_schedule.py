@@ -49,6 +49,7 @@ class PassedLosses:
     values: Tensor
 
     def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
+        """Give the losses by name; `loads` and `config` were read where the routers ran."""
         return dict(zip(self.names, self.values.unbind(), strict=True))
 
 

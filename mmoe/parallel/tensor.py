@@ -5,6 +5,8 @@ leaves is summed and split again. What is not a matrix of these, and every exper
 and works on the positions that are here.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -129,6 +131,7 @@ class VocabularyEmbedding(nn.Module):
         self.mesh = mesh
 
     def forward(self, ids_BH: Tensor) -> Tensor:
+        """Look up the vectors [B, H, D] of the ids [B, H], each on the rank that has it."""
         weight, group = local(self.weight), self.mesh.get_group()
         ids_nBH = gather_constant(ids_BH, group) - first_id(self.weight.shape[0], self.mesh)
         here = (ids_nBH >= 0) & (ids_nBH < len(weight))
@@ -166,7 +169,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
     2019, section 3)."""
 
     @staticmethod
-    def forward(ctx, logits_nV: Tensor, label_n: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, logits_nV: Tensor, label_n: Tensor, group: dist.ProcessGroup) -> Tensor:
         size = logits_nV.shape[1]
         peak = logits_nV.amax(1) if size else logits_nV.new_full((len(logits_nV),), -torch.inf)
         dist.all_reduce(peak, dist.ReduceOp.MAX, group)
@@ -181,7 +184,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         return total.log() - target
 
     @staticmethod
-    def backward(ctx, grad_n: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor, None, None]:
         probability_nV, at, here = ctx.saved_tensors
         if probability_nV.shape[1] == 0:
             return probability_nV, None, None

@@ -49,6 +49,7 @@ class Passes:
     _times: int | None = 1
 
     def forward(self, number: int) -> None:
+        """Begin the part of the forward pass of micro-batch `number`; the last one stands for those not run."""
         self.mark(self.accumulation - self.run + 1 if number == self.run - 1 else 1)
         self.through_root()
 
@@ -57,6 +58,7 @@ class Passes:
         self.tracker.memory_tracking.pop(self.root, None)
 
     def backward(self, number: int) -> None:
+        """Begin the part of the backward pass of micro-batch `number`; one of them stands for those not run."""
         self.mark(self.accumulation - self.run + 1 if number == (self.run - 1) // 2 else 1)
 
     def mark(self, times: int | None = None) -> None:
@@ -91,6 +93,7 @@ class DryRanks(ManyRanks):
         self.passes, self._forwards, self._backwards = passes, 0, 0
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        """Run the model forward as a part of its own."""
         self.passes.forward(self._forwards % self.passes.run)
         self._forwards += 1
         output = super().forward(model, batch)
@@ -112,6 +115,7 @@ class DryRanks(ManyRanks):
         return super().gather_pairs(rows[whole])
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        """End the last backward pass, and measure the gradients."""
         self.passes.mark()
         return super().finish_gradients(model)
 
@@ -125,10 +129,12 @@ class DryPipeline(Pipeline):
         self.kept_by_pass = 0  # bytes of activations, by the last pass
 
     def run(self, *arguments: Any) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+        """Run the micro-batches through the pipeline, noting each pass."""
         self.passes.mark(1)  # what is received before the first forward pass belongs to it
         return super().run(*arguments)
 
     def forward(self, stage: int, number: int, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run a stage forward as a part of its own, and note the activations it keeps."""
         self.passes.forward(number)
         before = self.passes.activations()
         leaving = super().forward(stage, number, entering)
@@ -136,6 +142,7 @@ class DryPipeline(Pipeline):
         return leaving
 
     def hidden(self, batch: PackedBatch) -> Tensor | None:
+        """Embed a batch in the first of two passes, as a part of its own."""
         self.passes.forward(self._embedded)
         self._embedded += 1
         return super().hidden(batch)
@@ -145,6 +152,7 @@ class DryPipeline(Pipeline):
         return super()._through(stage, batch, x_BHD)
 
     def before_backward(self) -> None:
+        """Begin the part of a backward pass."""
         self.passes.backward(self._backwards // len(self.model.here))
         self._backwards += 1
         super().before_backward()

@@ -56,10 +56,12 @@ class Plan:
         return dry_run(self.config, self.degrees.world, rank, self.assumed, self.documents, self.load)
 
     def place(self, rank: int) -> Place:
+        """Find where the rank is on the axes that cut parameters."""
         within = rank % (self.degrees.world // self.degrees.pp)
         return Place(within // self.degrees.tp % self.degrees.fsdp, within % self.degrees.tp)
 
     def stage(self, rank: int) -> int:
+        """Give the pipeline stage of the rank."""
         return rank // (self.degrees.world // self.degrees.pp)
 
     def labels(self, rank: int) -> int:
@@ -68,6 +70,7 @@ class Plan:
         return len(range(context, self.documents.sequences * self.documents.labels, self.degrees.cp))
 
     def micro_batch(self, rank: int) -> MicroBatch:
+        """Count what the rank works out of a micro-batch: labels, pairs, and choices of experts."""
         degrees, moe = self.degrees, self.config.model.moe
         pairs = -(-self.documents.sequences * self.documents.count // degrees.sequence_ranks)
         if moe is None:

@@ -120,6 +120,6 @@ def _tensor_dim(parts: list[str], name: str, model: ModelConfig, tp: int) -> int
     owner, matrix = parts[3], parts[4]
     if owner == "attention" and matrix in ("query", "key", "value"):
         return 0 if matrix == "query" or model.kv_heads % tp == 0 else None
-    if owner == "attention" and matrix == "output" or owner == "network" and matrix == "down":
+    if (owner, matrix) in (("attention", "output"), ("network", "down")):
         return 1
     return 0 if owner == "network" and matrix in ("gate", "up") else None

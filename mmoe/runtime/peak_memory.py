@@ -36,6 +36,7 @@ class PeakMemory:
         self.sample()
 
     def sample(self) -> int:
+        """Measure now, and give the peak so far in bytes."""
         self.peak = max(self.peak, process_tree_pss())
         return self.peak
 

@@ -13,6 +13,8 @@ from mmoe.tokenizers.vectors import Fences, is_constant
 
 
 class ActionConfig(Config):
+    """Says how actions are predicted: as numbers or bins, and how many rows at a time."""
+
     mode: Literal["continuous", "discrete"] = "continuous"
     chunk: int = Field(4, gt=0)  # rows of the action table predicted from one instant
     bins: int = Field(256, gt=1)  # discrete: per dimension; all dimensions share the ids
@@ -45,6 +47,7 @@ class ActionTokenizer:
 
     @property
     def dims(self) -> int:
+        """Count the dimensions of an action."""
         return len(self.names)
 
     @property

@@ -34,6 +34,8 @@ def _byte_symbols() -> list[str]:
 
 
 class TextConfig(Config):
+    """Names the file of the text tokenizer, and how large preparation makes it."""
+
     path: Address | None = None  # the tokenizer's JSON; null: the 256 bytes, which need no training
     vocabulary_size: int | None = Field(None, ge=BYTES)  # what preparation trains the file at `path` to, at most
 

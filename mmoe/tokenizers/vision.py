@@ -18,6 +18,8 @@ DISTORTION_COST = 4.0  # of a squared log distortion, in squared log losses of a
 
 
 class VisionConfig(Config):
+    """Says how pictures are cut into patches."""
+
     patch: int = Field(16, gt=0)  # pixels a side
     max_patches: int = Field(64, gt=0)  # most patches of one picture
     tubelet: int = Field(1, gt=0)  # successive frames that share a patch vector

@@ -47,6 +47,7 @@ class StepSetting:
 
     @classmethod
     def of(cls, config: RunConfig, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
+        """Derive the setting of a run's steps from its config and ranks."""
         accumulation = config.batch_of(ranks.replicas).accumulation
         return cls(config, vocabulary, device, ranks, accumulation, config.embeds_first(ranks.replicas))
 

@@ -81,6 +81,10 @@ class Trainer:
         self.interrupted = False  # by one to any process, known to all after the same step
 
     def train(self) -> None:
+        """Train to the end of the session, saving and telling the callbacks on the way.
+
+        Raises DivergenceError, and at the end the OutputError of a callback.
+        """
         for callback in self.callbacks:
             callback.on_start(self)
         with _stop_on_interrupt(self), Watch(self.run.config.parallel.timeout_seconds, self.run.folder) as watch:
@@ -123,6 +127,7 @@ class Trainer:
             self.stop_requested = True
 
     def train_step(self, data: StepData) -> StepResult:
+        """Do one optimizer step on `data`. Raises DivergenceError where a gradient is not finite."""
         started = time.perf_counter()
         model, config = self.run.model, self.run.config
         model.train()
@@ -165,6 +170,7 @@ class Trainer:
         )
 
     def save(self) -> None:
+        """Write a checkpoint of the step that the run stands at."""
         self.checkpoints.save(self.step, self._state(), {CONFIG: dump(self.run.config)})
         self.saved = self.step
 
