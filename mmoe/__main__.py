@@ -1,3 +1,5 @@
+"""Runs the command line as `python -m mmoe`."""
+
 from mmoe.commands.main import main
 
 main()

@@ -44,14 +44,16 @@ EFFICIENT_ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 ITEM = torch.ops.aten._local_scalar_dense
+C10D, FUNCTIONAL = torch.ops.c10d, torch.ops._c10d_functional
 
 # The collectives on one tensor, and the timeout of a group. Public: since torch 2.14, under the names asked for first.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 set_group_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
-# Adds tensors to tensors in one kernel. Public: none yet.
-foreach_add_ = torch._foreach_add_
+# On a list of tensors in one kernel: add to them, copy to them, scale them, their norms. Public: none yet.
+foreach_add_, foreach_copy_, foreach_mul_ = torch._foreach_add_, torch._foreach_copy_, torch._foreach_mul_
+foreach_norm = torch._foreach_norm
 
 # What Muon does to a matrix, and to its rate. Public: `torch.optim.Muon`, once it takes sharded parameters.
 orthogonalised, adjusted_rate = _zeropower_via_newtonschulz, _adjust_lr
@@ -83,6 +85,13 @@ def local_shape_and_offset(x: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+
+
+def storage_info(path: str, offset: int, length: int) -> Any:
+    """Give the place of a tensor's bytes, in the file `path` of a checkpoint's folder. Public: none yet."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo(path, offset, length)
 
 
 def group_of_collective(operation: Any, arguments: tuple) -> dist.ProcessGroup | None:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -25,18 +26,21 @@ class CheckedFile(io.RawIOBase):
     `raise_failure` for the true one.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._failure: BaseException | None = None
         self.size = self.crc = 0
 
     def writable(self) -> bool:
+        """Say that it can be written to, as whoever is given a stream may ask."""
         return True
 
     def tell(self) -> int:
+        """Give the bytes written so far."""
         return self.size
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
+        """Write all of `data` and count it in; what the disk refuses is kept for `raise_failure`."""
         rest = view = memoryview(data).cast("B")
         self.size += len(view)
         self.crc = zlib.crc32(view, self.crc)
@@ -48,6 +52,7 @@ class CheckedFile(io.RawIOBase):
         return len(view)
 
     def close(self) -> None:
+        """Make the file durable and close it; a second call does nothing."""
         if self.closed:
             return
         super().close()
@@ -59,6 +64,7 @@ class CheckedFile(io.RawIOBase):
             os.close(self._descriptor)
 
     def raise_failure(self) -> None:
+        """Raise the first error that writing or closing met, if any."""
         if self._failure is not None:
             raise self._failure
 
@@ -84,6 +90,7 @@ class CheckedFileSystem(FileSystem):
         self.written[Path(path)] = (stream.size, stream.crc)
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        """Rename a written file; `written` then has it by its new path."""
         super().rename(path, new_path)
         self.written[Path(new_path)] = self.written.pop(Path(path))
 

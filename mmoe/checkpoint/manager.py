@@ -54,6 +54,8 @@ T = TypeVar("T")
 
 
 class CheckpointConfig(Config):
+    """Say how often a run is saved, and how many of its checkpoints are kept."""
+
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=3, gt=0)  # the newest checkpoints that are not deleted
 
@@ -69,7 +71,7 @@ class CheckpointManager:
     one raises on all.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig):
+    def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
         self.folder, self.config = Path(folder), config
 
     def steps(self) -> list[int]:
@@ -167,8 +169,8 @@ class CheckpointManager:
                 shared = list(manifest.files.items())[ranks.rank :: ranks.size]
                 mine = ranks.every(functools.partial(_attempt, folder, _check_all, folder, shared))[1]
                 found = ranks.first(functools.partial(next, filter(None, ranks.gather(mine)), None))
-            if found is not None:
-                damage.append(found)
+            if manifest is None or found is not None:
+                damage.append(str(found))
                 continue
             if damage and ranks.rank == 0:
                 logger.warning(f"{'; '.join(damage)}: this goes on from {folder.name} instead")

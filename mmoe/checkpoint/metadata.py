@@ -9,11 +9,10 @@ import io
 import pickle
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from mmoe.compat import storage_info
 from mmoe.errors import CheckpointError
 
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -58,7 +58,7 @@ class CheckedReader(dcp.FileSystemReader):
     Tensors themselves torch reads with ``weights_only``. Raises CheckpointError for a placement that is not one.
     """
 
-    def __init__(self, folder: Path, files: dict[str, int]):
+    def __init__(self, folder: Path, files: dict[str, int]) -> None:
         super().__init__(folder)
         self.folder, self.files = folder, files
         self._metadata: Metadata | None = None
@@ -72,7 +72,8 @@ class CheckedReader(dcp.FileSystemReader):
     def _read(self) -> Metadata:
         path = self.folder / ".metadata"
         metadata = read_metadata(path, self.files)
-        stored = sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in _tensors(metadata))
+        tensors = placed_tensors(metadata).values()
+        stored = sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in tensors)
         if stored > sum(self.files.values()):
             raise _refused(path, f"its tensors would take {stored:,} bytes, more than its files have")
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
@@ -97,7 +98,7 @@ class _Record:
     args: tuple = ()
     state: Any = None
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: Any) -> None:
         self.args = args
 
     def __setstate__(self, state: Any) -> None:
@@ -105,11 +106,11 @@ class _Record:
 
 
 class _Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be chosen
-    dispatch = {
+    dispatch: ClassVar[dict[int, Any]] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in OPCODES.split()
     }
 
-    def __init__(self, file: io.BytesIO, path: Path):
+    def __init__(self, file: io.BytesIO, path: Path) -> None:
         super().__init__(file)
         self.path = path
         # Classes of this file alone: a pickle can set attributes of a class, too.
@@ -131,7 +132,7 @@ def _metadata(root: Any, kinds: dict[str, type], files: Collection[str]) -> Meta
         return _is(_is(record, kinds[kind]).state, dict)
 
     def size(record: Any) -> torch.Size:
-        (numbers,) = _is(record, kinds["Size"]).args
+        (numbers,) = _is(_is(record, kinds["Size"]), _Record).args
         if any(_is(number, int) < 0 for number in numbers):
             raise ValueError(f"a size of {numbers}")
         return torch.Size(numbers)
@@ -155,23 +156,24 @@ def _metadata(root: Any, kinds: dict[str, type], files: Collection[str]) -> Meta
             None if number is None else _is(number, int),
         )
 
-    def place(record: Any) -> _StorageInfo:
+    def place(record: Any) -> Any:
         found = fields(record, "_StorageInfo")
         if found["relative_path"] not in files or found.get("transform_descriptors"):
             raise ValueError(f"a tensor in {found['relative_path']!r}, which is none of its files as mmoe writes them")
         offset, length = (_is(found[name], int) for name in ("offset", "length"))
         if offset < 0 or length < 0:
             raise ValueError(f"a tensor at byte {offset}")
-        return _StorageInfo(found["relative_path"], offset, length)
+        return storage_info(found["relative_path"], offset, length)
 
     found = fields(root, "Metadata")
     tensors = {_is(name, str): tensor(record) for name, record in _is(found["state_dict_metadata"], dict).items()}
     places = {index(key): place(record) for key, record in _is(found["storage_data"], dict).items()}
-    return Metadata(tensors, planner_data={name: (name,) for name in tensors}, storage_data=places)
+    return Metadata({**tensors}, planner_data={name: (name,) for name in tensors}, storage_data=places)
 
 
-def _tensors(metadata: Metadata) -> list[TensorStorageMetadata]:
-    return list(metadata.state_dict_metadata.values())
+def placed_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Give the placement of every tensor by its name; `read_metadata` admits nothing else."""
+    return {name: _is(tensor, TensorStorageMetadata) for name, tensor in metadata.state_dict_metadata.items()}
 
 
 def _is(value: Any, kind: type[T]) -> T:

@@ -14,7 +14,7 @@ def capture_rng() -> dict[str, Any]:
     _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "python": [version, list(words), gauss],
-        "numpy": [_pack(keys), int(position), int(has_gauss), float(cached)],
+        "numpy": [_pack(np.asarray(keys)), int(position), int(has_gauss), float(cached)],
         "torch": _pack(torch.get_rng_state().numpy()),
     }
     if torch.cuda.is_available():

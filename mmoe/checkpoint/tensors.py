@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mmoe.checkpoint.files import CheckedFileSystem
 from mmoe.checkpoint.manifest import Manifest
-from mmoe.checkpoint.metadata import CheckedReader
+from mmoe.checkpoint.metadata import CheckedReader, placed_tensors
 from mmoe.checkpoint.tree import join, places, prune, split
 from mmoe.checkpoint.upgrade import from_format_1
 from mmoe.errors import CheckpointError
@@ -36,6 +36,7 @@ _WRONG = (
 
 
 def union(parts: Iterable[dict]) -> dict:
+    """Put several dicts into one; of a key that several have, the last value counts."""
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -58,7 +59,7 @@ def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any],
     if manifest.format == 1:  # a parameter without a gradient had no state: this run's is the initial one
         given = {name: given[name] for name in given if name in stored or not name.startswith("optimizer.")}
     reader = CheckedReader(folder, {name: size for name, (size, _) in manifest.files.items()})
-    saved = ranks.every(lambda: reader.read_metadata().state_dict_metadata)
+    saved = ranks.every(lambda: placed_tensors(reader.read_metadata()))
     if nowhere := sorted(set(stored.values()) - saved.keys()):
         raise CheckpointError(f"{folder}/state.json refers to {nowhere[0]!r}, a tensor that {folder}/.metadata lacks")
     forms = ranks.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in given.items()})

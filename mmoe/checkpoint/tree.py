@@ -7,7 +7,7 @@ Where processes hold different parts of a state (pipeline stages), its dicts may
 them; lists and tuples are the same on all.
 """
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import Any
 
 from torch import Tensor
@@ -42,8 +42,9 @@ def places(document: Any, path: str = "") -> dict[str, str]:
         if TENSOR in document:
             return {path: document[TENSOR]}
         if TUPLE in document or INTEGER_KEYS in document:
-            return places(*document.values(), path)
-        children = document.items()
+            (within,) = document.values()
+            return places(within, path)
+        children: Iterable[tuple[Any, Any]] = document.items()
     elif isinstance(document, list):
         children = enumerate(document)
     else:

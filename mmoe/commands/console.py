@@ -19,7 +19,7 @@ _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u20
 class Console(rich.console.Console):
     """A `rich` console for text that others wrote, in messages, tables, titles and rules alike."""
 
-    def __init__(self, **options: Any):
+    def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False} | options)
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -14,10 +14,11 @@ class ProgressBar(Callback):
 
     name = "progress"
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console) -> None:
         self.console = console
 
     def on_start(self, trainer: Trainer) -> None:
+        """Draw the bar, where there is a terminal."""
         self._bar: Progress | None = None
         self._line_every = max(1, trainer.last_step // 10)
         if self.console.is_terminal:
@@ -33,6 +34,7 @@ class ProgressBar(Callback):
             self._task: Any = self._bar.add_task("", total=trainer.stop_at, completed=trainer.step, loss="-", rate="-")
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Move the bar, or print a line every tenth of the run."""
         loss, rate = f"{float(result.losses.total):.3f}", f"{result.positions / result.seconds:,.0f}"
         if self._bar:
             self._bar.update(self._task, completed=result.step, loss=loss, rate=rate)
@@ -44,6 +46,7 @@ class ProgressBar(Callback):
             )
 
     def on_end(self, trainer: Trainer) -> None:
+        """Leave the bar as it is, and say so where the run was interrupted."""
         if self._bar:
             self._bar.stop()
         if trainer.interrupted:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from mmoe.addresses import without_secrets
 from mmoe.config.base import Config, change_addresses
@@ -154,12 +155,11 @@ def absolute(config: C, folder: str | Path | None = None) -> C:
 
 
 def _absolute(folder: str, address: str) -> str:
-    return (
-        address if "://" in address or address.startswith("pipe:") else os.path.abspath(os.path.join(folder, address))
-    )
+    far = "://" in address or address.startswith("pipe:")
+    return address if far else os.path.normpath(Path(folder, address).absolute())
 
 
-def _sentence(root: type[BaseModel], tree: Any, item: dict[str, Any]) -> str:
+def _sentence(root: type[BaseModel], tree: Any, item: ErrorDetails) -> str:
     location = _keys(tree, item["loc"], item["type"] == "missing")
     key = brief(".".join(location), 200, quoted=False) or "the config"
     if item["type"] == "extra_forbidden":
@@ -178,7 +178,7 @@ def _keys(tree: Any, location: Sequence[str | int], missing: bool) -> list[str]:
     """The keys of a fault's location; what else stands in it are branches of a union of types."""
     keys = []
     for number, part in enumerate(location):
-        if isinstance(tree, dict) and (part in tree or missing and number == len(location) - 1):
+        if isinstance(tree, dict) and (part in tree or (missing and number == len(location) - 1)):
             tree = tree.get(part)
         elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
             tree = tree[part]

@@ -84,7 +84,7 @@ class _Collection(_Node):
 class _Builder:
     """Makes values of parser events without recursion."""
 
-    def __init__(self, where: str):
+    def __init__(self, where: str) -> None:
         self.where = where
         self.document: Any = None
         self._documents = 0
@@ -106,27 +106,27 @@ class _Builder:
                 self._remember(event.anchor, node)
                 self._put(node, line, merge_key=event.implicit[0] and event.value == _MERGE)
             case yaml.AliasEvent():
-                node = self._anchors.get(event.anchor)
-                if node is None:
+                known = self._anchors.get(event.anchor)
+                if known is None:
                     self._refuse(line, f"the alias *{brief(event.anchor, quoted=False)} has no anchor before it")
-                if node.open:
+                if known.open:
                     self._refuse(line, f"the alias *{brief(event.anchor, quoted=False)} stands inside its own anchor")
-                self._grow(node.characters, line)
-                self._put(node, line)
+                self._grow(known.characters, line)
+                self._put(known, line)
             case yaml.SequenceStartEvent() | yaml.MappingStartEvent():
                 self._check_tag(event, line)
                 self._grow(1, line)
-                node = _Collection([] if isinstance(event, yaml.SequenceStartEvent) else {}, open=True)
-                self._remember(event.anchor, node)
-                self._stack.append(node)
+                begun = _Collection([] if isinstance(event, yaml.SequenceStartEvent) else {}, open=True)
+                self._remember(event.anchor, begun)
+                self._stack.append(begun)
                 self._check_depth(len(self._stack), line)
             case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
-                node = self._stack.pop()
-                node.open = False
-                node.height += 1
-                for below in node.merged:
-                    node.value = below | node.value
-                self._put(node, line)
+                ended = self._stack.pop()
+                ended.open = False
+                ended.height += 1
+                for below in ended.merged:
+                    ended.value = below | ended.value
+                self._put(ended, line)
 
     def _put(self, node: _Node, line: int, merge_key: bool = False) -> None:
         if not self._stack:

@@ -1,0 +1,1 @@
+"""Measures a run on held-out data, and samples from it."""

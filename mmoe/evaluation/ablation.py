@@ -65,6 +65,7 @@ class Donors:
     rows: dict[str, int]
 
     def record(self) -> dict[str, Any]:
+        """Give what evaluation.json says of the ablation."""
         return {
             "mode": self.ablation.mode,
             "modality": self.ablation.modality.name.lower(),
@@ -111,7 +112,7 @@ def derange(rows: list[_Row], rng: np.random.Generator) -> list[_Row] | None:
     groups: dict[frozenset[int], list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         groups[row.cameras].append(number)
-    donors: list[_Row | None] = [None] * len(rows)
+    donors = list(rows)  # each is replaced
     for cameras, members in groups.items():
         by_recording: dict[str, list[int]] = defaultdict(list)
         for number in rng.permutation(members).tolist():

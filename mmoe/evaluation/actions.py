@@ -41,8 +41,17 @@ class Chunks:
         return len(self.keys)
 
     def take(self, at: np.ndarray) -> "Chunks":
-        arrays = (self.target, self.mask, self.last, self.has_last, self.source, self.time_ns)
-        return Chunks([self.keys[i] for i in at], *(a[at] for a in arrays), [self.recording[i] for i in at])
+        """Give the chunks `at` these numbers, in this order."""
+        return Chunks(
+            [self.keys[i] for i in at],
+            self.target[at],
+            self.mask[at],
+            self.last[at],
+            self.has_last[at],
+            self.source[at],
+            self.time_ns[at],
+            [self.recording[i] for i in at],
+        )
 
 
 def read_chunks(sources: Sources, tokenizers: Tokenizers, split: str) -> Chunks:
@@ -77,7 +86,8 @@ def read_chunks(sources: Sources, tokenizers: Tokenizers, split: str) -> Chunks:
     if not parts:
         empty = np.zeros(0, np.int64)
         return Chunks([], np.zeros(shape), np.zeros(shape, bool), np.zeros(shape[::2]), empty > 0, empty, empty, [])
-    return Chunks(keys, *(np.array(column) for column in zip(*parts)), recording)
+    targets, masks, lasts, has_last, source, times = (np.array(column) for column in zip(*parts))
+    return Chunks(keys, targets, masks, lasts, has_last, source, times, recording)
 
 
 def chunk_starts(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -104,10 +114,10 @@ def places(parts: np.ndarray, chunks: Chunks) -> np.ndarray:
     found = np.zeros(len(parts), np.int64)
     count, previous = 0, None
     for number in np.lexsort(parts.T[::-1]).tolist():  # stable: chunks of one part keep their order
-        row = tuple(parts[number, :3].tolist())
-        count = count + 1 if row == previous else 0
-        previous = row
-        found[number] = at[(*row, count)]
+        source, shard, row = parts[number, :3].tolist()
+        count = count + 1 if (source, shard, row) == previous else 0
+        previous = (source, shard, row)
+        found[number] = at[source, shard, row, count]
     return found
 
 

@@ -54,6 +54,7 @@ class Baselines:
 
     @classmethod
     def fit(cls, run: Run) -> "Baselines":
+        """Fit the baselines of every source on the training split of the run."""
         chunks = read_chunks(run.sources, run.tokenizers, "train")
         seed = run.config.training.seed
         means = training_means(chunks)
@@ -89,7 +90,8 @@ class Baselines:
         return {"mean": means[chunks.source], "hold_last": hold_last(chunks, means), "ridge": ridge}
 
     def save(self, path: Path, key: str) -> None:
-        arrays: dict[str, np.ndarray] = {}
+        """Write the baselines to `path`; `key` is a digest of what they were fitted on."""
+        arrays: dict[str, Any] = {}
         for number, (name, (columns, ridge)) in enumerate(self.ridges.items()):
             arrays |= {f"means.{number}": self.means[name], f"columns.{number}": columns}
             arrays |= {f"{item}.{number}": getattr(ridge, item) for item in _ARRAYS}
@@ -117,8 +119,8 @@ def _load(path: Path) -> tuple[str, Baselines]:
         means, ridges = {}, {}
         for number, (name, record) in enumerate(header["record"].items()):
             means[name] = file[f"means.{number}"]
-            ridge = Ridge(*(file[f"{item}.{number}"] for item in _ARRAYS), record["penalty"])
-            ridges[name] = (file[f"columns.{number}"], ridge)
+            mean, std, weights, intercept = (file[f"{item}.{number}"] for item in _ARRAYS)
+            ridges[name] = (file[f"columns.{number}"], Ridge(mean, std, weights, intercept, record["penalty"]))
     return header["key"], Baselines(means, ridges, header["record"])
 
 

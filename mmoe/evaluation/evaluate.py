@@ -65,7 +65,8 @@ def evaluate(
 
     tokens = TokenScores(view.tokenizers.vocabulary, view.sources.names)
     pairs = PairEmbeddings(view.sources.names)
-    parts, predictions, documents = [], [], set()
+    parts, predictions = [], []
+    documents: set[tuple[int, int, int]] = set()
     # The baselines are those of the whole data, whatever the model may see of it.
     features = FeatureRows() if taken is None or taken.modality is Modality.VISION else None
     with inference(view) as model:

@@ -25,7 +25,7 @@ def examples(run: Run, chunks: Chunks, predicted: np.ndarray) -> dict[str, dict[
         mine = np.flatnonzero(chunks.source == number)
         columns, tokenizer = run.tokenizers.dims[Modality.ACTION].columns[name], run.tokenizers.actions[name]
         true, guess = (tokenizer.denormalise(x[mine][:, :, columns]) for x in (chunks.target, predicted))
-        inside = chunks.mask[mine][:, 0, columns].all(1)  # the first step was logged
+        inside = np.all(chunks.mask[mine][:, 0, columns], axis=1)  # the first step was logged
         recordings: dict[str, list[int]] = {}
         samples: dict[tuple[int, ...], list[int]] = {}
         for at, item in enumerate(mine.tolist()):

@@ -86,7 +86,8 @@ def _rows(batch: PackedBatch, starts: np.ndarray) -> list[Entries]:
         if kind in batch.values:
             values, index = batch.values[kind].values.double().cpu().numpy(), batch.values[kind].index.tolist()
             vectors |= dict(zip(index, values))
-    rows, document, earlier = [], None, []
+    rows, document = [], None
+    earlier: list[_Slice] = []
     for at in starts.tolist():
         sequence, number = at // length, int(flat["document"][at])
         if (sequence, number) != document:

@@ -45,7 +45,7 @@ class Sampling(Config):
         if self.top_k:
             p[self.top_k :] = 0
         p[p.cumsum(0) - p >= self.top_p] = 0  # the first one always stays
-        return int(legal[order[torch.multinomial(p, 1, generator=generator)].item()])
+        return int(legal[order[torch.multinomial(p, 1, generator=generator)]])
 
 
 class CodeGrammar:
@@ -55,7 +55,7 @@ class CodeGrammar:
     codebooks; it may end when it is all of one.
     """
 
-    def __init__(self, codebooks: int, layout: Layout, most_frames: int):
+    def __init__(self, codebooks: int, layout: Layout, most_frames: int) -> None:
         frames = range(1, most_frames + 1)
         self._orders = {n: code_order(n, codebooks, layout)[1].astype(np.int16) for n in frames}
         self._possible = list(frames)
@@ -68,6 +68,7 @@ class CodeGrammar:
         return sorted(codebooks), any(self.length == len(order) for order in orders)
 
     def advance(self, codebook: int) -> None:
+        """Take the next code of the stream, which is of this codebook."""
         at = self.length
         self._possible = [n for n in self._possible if at < len(self._orders[n]) and self._orders[n][at] == codebook]
         self.length += 1
@@ -165,9 +166,11 @@ def _sample_codes(
     run: Run, document: Callable[[list[int]], Document], most_frames: int, sampling: Sampling
 ) -> np.ndarray:
     """Codes [T, Q], T <= `most_frames`; `document` lays out the ids so far, closed by `audio_end`."""
-    codec, layout = run.tokenizers.audio, run.tokenizers.config.audio.layout
+    codec, config = run.tokenizers.audio, run.tokenizers.config.audio
+    assert codec is not None  # as `speak` has seen
+    assert config is not None
     first, size = run.tokenizers.vocabulary.ranges["audio"].start, codec.codebook_size
-    grammar = CodeGrammar(codec.codebooks, layout, most_frames)
+    grammar = CodeGrammar(codec.codebooks, config.layout, most_frames)
     generator = torch.Generator().manual_seed(sampling.seed)
     generated: list[int] = []
     with inference(run):
@@ -184,7 +187,7 @@ def _sample_codes(
             generated.append(token)
             grammar.advance((token - first) // size)
     flat = (np.array(generated) - first) % size
-    return deserialise(flat, len(flat) // codec.codebooks, codec.codebooks, layout)
+    return deserialise(flat, len(flat) // codec.codebooks, codec.codebooks, config.layout)
 
 
 def _logits(run: Run, document: Document, at: int) -> Tensor:
@@ -214,14 +217,15 @@ def _picture(run: Run, path: Path | None) -> tuple[np.ndarray, np.ndarray] | Non
 def _sound(run: Run, path: Path | None) -> np.ndarray | None:
     if path is None:
         return None
-    if run.tokenizers.audio is None:
+    codec, config = run.tokenizers.audio, run.tokenizers.config.audio
+    if codec is None or config is None:
         raise ConfigError(f"{run.folder} was trained without sound, so it cannot read {path}; leave --audio out")
     with needs("decoding sound"):
         from mmoe.data.load.media import audio_info, load_audio
     data = _read(path)
     samples, _ = audio_info(data, str(path))
     wave, rate = load_audio(data, 0, samples, str(path))
-    codes, codebook = serialise(run.tokenizers.audio.encode(wave, rate), run.tokenizers.config.audio.layout)
+    codes, codebook = serialise(codec.encode(wave, rate), config.layout)
     return run.tokenizers.vocabulary.audio_ids(codes, codebook)
 
 

@@ -78,7 +78,8 @@ def _rows(decoder: Decoder, source: int, room: int) -> tuple[list[DocumentRef], 
     """The rows that can be asked, the number of each one's own text, the distinct texts (token ids), and how many
     rows have a text that fits no sequence of `room` positions."""
     start = decoder.tokenizers.vocabulary.ranges["text"].start
-    refs, own, numbers, too_long = [], [], {}, 0
+    refs, own, too_long = [], [], 0
+    numbers: dict[tuple[int, ...], int] = {}  # of the distinct texts
     for shard in range(len(decoder.sources[source].tars)):
         index = decoder.index(source, shard)
         for row in range(len(index)):
@@ -165,9 +166,9 @@ def score_texts(
 
 def _micro_batches(
     documents: Iterable[tuple[DocumentRef, Document]], length: int, patches: int, sequences: int
-) -> Iterator[list[list[tuple[DocumentRef, list[Document]]]]]:
+) -> Iterator[list[list[tuple[DocumentRef, list[Document] | int]]]]:
     """Documents in order, as many to a sequence as fit, `sequences` sequences at a time."""
-    batch: list[list[tuple[DocumentRef, list[Document]]]] = [[]]
+    batch: list[list[tuple[DocumentRef, list[Document] | int]]] = [[]]
     room, patch_room = length, patches
     for ref, document in documents:
         size = len(document)

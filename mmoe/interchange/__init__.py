@@ -1,0 +1,1 @@
+"""Brings weights in and out: Hugging Face folders, other runs, dense models that get experts."""

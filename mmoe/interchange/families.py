@@ -155,20 +155,20 @@ def to_huggingface(config: ModelConfig, vocabulary_size: int, positions: int) ->
     tree |= {"rope_theta": config.rope_theta}
     tree |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     moe = config.moe
+    if moe is None:
+        return tree
     if family.model_type == "mixtral":
         tree |= {"intermediate_size": moe.hidden, "num_local_experts": moe.experts, "sliding_window": None}
-    elif family.model_type == "qwen3_moe":
+    else:
         tree |= {"moe_intermediate_size": moe.hidden, "num_experts": moe.experts, "use_sliding_window": False}
         tree |= {"decoder_sparse_step": moe.every, "mlp_only_layers": list(range(moe.dense_first))}
         tree |= {"norm_topk_prob": moe.normalise or moe.score == "softmax_topk"}
-    if moe is not None:
-        tree |= {"num_experts_per_tok": moe.top_k}
-    return tree
+    return tree | {"num_experts_per_tok": moe.top_k}
 
 
 def from_huggingface(tree: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
     """The model that a `config.json` describes; raises DataError naming the key that ours cannot express."""
-    family = FAMILIES.get(tree.get("model_type"))
+    family = FAMILIES.get(tree.get("model_type", ""))
     if family is None:
         raise DataError(f"{where}: model_type is {tree.get('model_type')!r}; mmoe reads {', '.join(FAMILIES)}")
     for key, value in tree.items():

@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorReader:
     """Tensors by name, each read when it is asked for; `unread` are the names nobody asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         """Raises DataError when there are no safetensors, or the index names a file that is missing."""
         self.folder = folder
         if (folder / INDEX).is_file():
@@ -65,6 +65,7 @@ class TensorReader:
             raise DataError(f"{path}: {name} cannot be read ({error}); copy the file again") from error
 
     def unread(self) -> list[str]:
+        """Give the sorted names of the tensors that nobody asked for."""
         return sorted(self._file.keys() - self._read)
 
 
@@ -91,7 +92,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         shards[-1].append((name, tensor))
         room -= size
         total += size
-    where = {}
+    where: dict[str, str] = {}  # tensor -> file
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # A clone each: safetensors refuses tensors that share memory.

@@ -36,7 +36,7 @@ class Exported:
 class Pretrained(Mapping[str, Tensor]):
     """Weights of a Hugging Face folder by our names and in our layouts, each read when it is asked for."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         """Raises DataError where the folder cannot be read, or is of a model that ours cannot be."""
         self.folder = Path(folder)
         where = self.folder / "config.json"
@@ -115,7 +115,7 @@ def save(
     write_tensors(folder, _tensors(table, state), shard_bytes, dtype)
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     written = {row.ours for row in table}
-    left = Counter()
+    left: Counter[str] = Counter()
     for name, value in state.items():
         if name not in written:
             left[".".join(name.split(".")[: 1 if name.startswith(("action", "contrastive")) else 2])] += value.numel()

@@ -58,7 +58,9 @@ MODULE_ROUTER, MODULE_GATE_UP, MODULE_DOWN = "mlp.gate", "mlp.experts.gate_up_pr
 class Row(Protocol):
     """One parameter of ours, and how it stands in a file of theirs."""
 
-    ours: str
+    @property
+    def ours(self) -> str:
+        """Give our name of it."""
 
     def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Their tensors, views of `value`."""
@@ -76,10 +78,14 @@ class Same:
     alternative: str | None = None
 
     def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensor under their name."""
         yield self.theirs, value
 
     def read(self, file: TensorReader) -> Tensor:
-        return file[self.alternative if self.alternative in file and self.theirs not in file else self.theirs]
+        """Read the tensor by whichever of their names the file has."""
+        if self.alternative is not None and self.alternative in file and self.theirs not in file:
+            return file[self.alternative]
+        return file[self.theirs]
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,12 @@ class Stacked:
     parts: int = 1
 
     def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the matrix of each expert, transposed, under its own name."""
         for expert in range(self.experts):
             yield self.theirs.format(expert=expert), value[expert].T
 
     def read(self, file: TensorReader) -> Tensor:
+        """Stack the matrices of all experts, or take this part of the fused tensor."""
         if self.fused in file:
             whole = file[self.fused].chunk(self.parts, dim=1)[self.part]
         else:
@@ -111,7 +119,7 @@ def rows(config: ModelConfig, experts: ExpertNames | None) -> list[Row]:
     for number in range(config.layers):
         ours, theirs = f"decoder.blocks.{number}.", f"model.layers.{number}."
         table += _same(ours, theirs, LAYER | (QK_NORM if config.qk_norm else {}))
-        if config.moe is None or not config.moe.in_layer(number):
+        if config.moe is None or experts is None or not config.moe.in_layer(number):
             table += _same(ours, theirs, DENSE)
             continue
         router = f"{theirs}{experts.router}.weight"

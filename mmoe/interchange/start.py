@@ -103,7 +103,7 @@ def _text_rows(run: Run, name: str, theirs: Tensor) -> Tensor:
     """The run's initial table with their rows in its range of text ids."""
     text = run.tokenizers.vocabulary.ranges["text"]
     model = run.config.model
-    shape = (run.tokenizers.vocabulary.size, model.d_model)
+    shape = torch.Size((run.tokenizers.vocabulary.size, model.d_model))
     table = initial_value(name, shape, run.config.training.seed, model.init_std, model.layers)
     table[text.start : text.stop] = theirs[: len(text)].to(table)
     return table
@@ -179,7 +179,7 @@ class _Expanded(Mapping[str, Tensor]):
 
     def __init__(
         self, weights: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig, noise: float, seed: int
-    ):
+    ) -> None:
         self.weights, self.target, self.noise, self.seed = weights, target, noise, seed
         numbers = [n for n in range(target.layers) if _has_experts(target, n) and not _has_experts(source, n)]
         layers = [f"decoder.blocks.{n}.network." for n in numbers]
@@ -189,14 +189,15 @@ class _Expanded(Mapping[str, Tensor]):
         self._names = sorted((weights.keys() - self._experts.values()) | self._experts.keys() | self._zeros)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._experts:
-            return self._copies(name, self.weights[self._experts[name]].T)
-        if name in self._zeros:
-            return torch.zeros(self.target.d_model, self.target.moe.shared_experts * self.target.moe.hidden)
+        moe = self.target.moe
+        if moe is not None and name in self._experts:
+            return self._copies(name, self.weights[self._experts[name]].T, moe.experts)
+        if moe is not None and name in self._zeros:
+            return torch.zeros(self.target.d_model, moe.shared_experts * moe.hidden)
         return self.weights[name]
 
-    def _copies(self, name: str, dense: Tensor) -> Tensor:
-        copies = dense.expand(self.target.moe.experts, *dense.shape)
+    def _copies(self, name: str, dense: Tensor, experts: int) -> Tensor:
+        copies = dense.expand(experts, *dense.shape)
         if not self.noise:
             return copies
         normal = initial_value(f"{name}.upcycling", copies.shape, self.seed, 1.0, self.target.layers)

@@ -10,6 +10,7 @@ from mmoe.errors import ConfigError
 from mmoe.evaluation.inference import label_log_probabilities
 from mmoe.interchange.start import start, take_weights
 from mmoe.models.decoder import MultimodalModel
+from mmoe.models.moe.layer import MoEConfig
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.training import StartConfig
 from mmoe.schema.batch import PackedBatch
@@ -36,21 +37,22 @@ def upcycle(config: RunConfig, origin: StartConfig) -> Upcycled:
 
     Raises ConfigError where the run has checkpoints already, or where `origin` cannot become its experts.
     """
-    if config.model.moe is None:
+    moe = config.model.moe
+    if moe is None:
         raise ConfigError("model.moe is null, so there are no experts to make; give its sizes")
     training = config.training.model_copy(update={"start_from": origin})
     config = config.model_copy(update={"training": training})
     with run_lock(Path(config.training.run)):
-        return _upcycle(Run.build(config), origin)
+        return _upcycle(Run.build(config), moe, origin)
 
 
-def _upcycle(run: Run, origin: StartConfig) -> Upcycled:
-    config, trainer = run.config, Trainer(run, [])
+def _upcycle(run: Run, moe: MoEConfig, origin: StartConfig) -> Upcycled:
+    trainer = Trainer(run, [])
     if trainer.checkpoints.latest_step() is not None:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
     batches = [batch for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
     take_weights(run, origin.model_copy(update={"noise": 0.0}))  # refuses what does not fit
-    copies, dense = loss(run.model, batches), _dense_loss(run, origin, batches)
+    copies, dense = loss(run.model, batches), _dense_loss(run, moe.hidden, origin, batches)
     start(run, origin)
     losses = Upcycled(dense, copies, loss(run.model, batches) if origin.noise else copies)
     run.save_config()
@@ -59,15 +61,15 @@ def _upcycle(run: Run, origin: StartConfig) -> Upcycled:
         f"held-out loss: dense {losses.dense:.6f}, experts without noise {losses.copies - losses.dense:+.2e}, "
         f"with noise {origin.noise} {losses.noisy - losses.dense:+.2e}"
     )
-    if losses.copies - losses.dense > 1e-5 and config.model.moe.capacity_factor is not None:
+    if losses.copies - losses.dense > 1e-5 and moe.capacity_factor is not None:
         logger.info("the copies lose tokens that model.moe.capacity_factor drops; null or a larger one does not")
     logger.info(f"wrote {run.folder}; go on with: mmoe train {run.folder}/config.yaml")
     return losses
 
 
-def _dense_loss(run: Run, origin: StartConfig, batches: list[PackedBatch]) -> float:
-    """Of the model as it was: built anew beside `run`, with the same ids."""
-    model = run.config.model.model_copy(update={"moe": None, "hidden": run.config.model.moe.hidden})
+def _dense_loss(run: Run, hidden: int, origin: StartConfig, batches: list[PackedBatch]) -> float:
+    """Of the model as it was, with networks `hidden` wide: built anew beside `run`, with the same ids."""
+    model = run.config.model.model_copy(update={"moe": None, "hidden": hidden})
     config = run.config.model_copy(update={"model": model})
     dense = Run.build(config)
     take_weights(dense, origin)

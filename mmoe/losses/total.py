@@ -45,16 +45,22 @@ class CrossEntropyConfig(Config):
 
 
 class ContrastiveConfig(Config):
+    """Configures InfoNCE between the two sides of contrastive pairs."""
+
     weight: float = Field(default=0.1, ge=0)
     tau: float = Field(default=0.07, gt=0)
     group_sequences: int | None = Field(default=None, gt=0)  # sequences that share negatives; null: the global batch
 
 
 class ActionLossConfig(Config):
+    """Configures the squared error of continuous actions."""
+
     weight: float = Field(default=1.0, ge=0)
 
 
 class LossConfig(Config):
+    """Holds the weights and settings of all loss terms."""
+
     ce: CrossEntropyConfig = CrossEntropyConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     action: ActionLossConfig = ActionLossConfig()
@@ -120,6 +126,7 @@ class LossReport:
         )
 
     def detach(self) -> LossReport:
+        """Give the report without the graph behind its objective."""
         return replace(self, objective=self.objective.detach())
 
     def by_modality(self, term: str) -> dict[Modality, float]:

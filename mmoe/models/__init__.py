@@ -1,0 +1,1 @@
+"""Defines the model: what has trainable parameters, and the operations of its forward pass."""

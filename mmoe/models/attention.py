@@ -20,11 +20,15 @@ from mmoe.schema.sample import Modality
 
 
 class AttentionPlan(Protocol):
+    """Attends under the attention rule of one batch, which all layers share."""
+
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
         """[B, L, H, K], in the dtype of v; zeros at padding."""
 
 
 class WholePlan(AttentionPlan, Protocol):
+    """Attends over a batch whose positions are all on this process."""
+
     @classmethod
     def of(cls, batch: PackedBatch, bidirectional: bool) -> AttentionPlan:
         """Work out what every layer will need of this batch, all of which is here."""
@@ -39,11 +43,13 @@ class DensePlan:
 
     @classmethod
     def of(cls, batch: PackedBatch, bidirectional: bool) -> "DensePlan":
+        """Make the mask of the batch; padding attends to itself, so that no row is empty."""
         allowed = may_attend(batch.document, batch.slice, batch.modality, bidirectional)
         itself = torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
         return cls((allowed | (itself & ~batch.valid[:, None])).unsqueeze(1), batch.valid)
 
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
+        """Give [B, L, H, K] by one masked call over all positions; zeros at padding."""
         q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
         out = scaled_dot_product(q, k, v, self.mask).transpose(1, 2)
         return torch.where(self.valid[..., None, None], out, 0)
@@ -74,6 +80,7 @@ class DocumentPlan:
 
     @classmethod
     def of(cls, batch: PackedBatch, bidirectional: bool) -> "DocumentPlan":
+        """Find the runs of equally long documents in the batch, and the masks of those with pictures."""
         document, slices, modality = (x.flatten() for x in (batch.document, batch.slice, batch.modality))
         whole_slice = bidirectional & (modality == Modality.VISION) & (slices >= 0)
         border = batch.cu_seqlens.long()
@@ -91,6 +98,7 @@ class DocumentPlan:
         return cls(tuple(runs))
 
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
+        """Give [B, L, H, K] by one call for each run of equally long documents; zeros at padding."""
         # One transpose and one split for all documents: autograd then joins their gradients in a single copy.
         sizes = [run.count * run.length for run in self.runs]
         q, k, v = (x.flatten(0, 1).transpose(0, 1).split(sizes, dim=1) for x in (q_BLHK, k_BLGK, v_BLGK))
@@ -138,7 +146,7 @@ class Attention(nn.Module):
     Query head h reads key/value head ``h // (heads / kv_heads)``.
     """
 
-    def __init__(self, size: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float):
+    def __init__(self, size: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.query = nn.Linear(size, heads * head_dim, bias=False)

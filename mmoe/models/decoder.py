@@ -27,6 +27,8 @@ from mmoe.schema.batch import PackedBatch, Pairs
 
 
 class ModelConfig(Config):
+    """Configures the decoder: its sizes, attention, embeddings and experts."""
+
     d_model: int = Field(gt=0, le=WIDEST)
     layers: int = Field(gt=0, le=10_000)
     heads: int = Field(gt=0, le=WIDEST)
@@ -70,6 +72,7 @@ class ModelConfig(Config):
 
     @property
     def head_width(self) -> int:
+        """Give the width of a head: `head_dim`, or what d_model has for each head."""
         return self.head_dim or self.d_model // self.heads
 
     def build(self, inputs: ModelInputs, seed: int) -> "MultimodalModel":
@@ -82,7 +85,7 @@ class ModelConfig(Config):
 class Block(nn.Module):
     """x + attention(norm(x)), then + network(norm(x)); the network of layer `number` is dense or has experts."""
 
-    def __init__(self, config: ModelConfig, number: int):
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         size, eps = config.d_model, config.norm_eps
         self.attention_norm = RMSNorm(size, eps)
@@ -95,6 +98,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x_BLD: Tensor, layout: Layout) -> tuple[Tensor, LayerRouting | None]:
+        """Send [B, L, D] through attention and network; also what was routed (None where it is dense)."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), layout.rotary, layout.attention)
         normed = self.network_norm(x_BLD)
         if isinstance(self.network, MoELayer):
@@ -105,6 +109,8 @@ class Block(nn.Module):
 
 
 class RouterLosses(Protocol):
+    """Gives the losses of a batch's routers, wherever their layers ran."""
+
     def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
         """``balance_<level>`` of the levels that count, and ``router_z``: means over the batch's sequences and the
         layers of experts. `loads` are those of the step before this batch; its own are added."""
@@ -150,7 +156,9 @@ class ModelOutput:
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """Runs the blocks of the decoder one after another, with a norm behind the last."""
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList([Block(config, number) for number in range(config.layers)])
@@ -195,7 +203,7 @@ def gather_routing(routed: list[LayerRouting]) -> tuple[Auxiliary | None, Routin
 class MultimodalModel(nn.Module):
     """PackedBatch -> hidden states; the heads are called on those of them that a loss or a user wants."""
 
-    def __init__(self, config: ModelConfig, inputs: ModelInputs):
+    def __init__(self, config: ModelConfig, inputs: ModelInputs) -> None:
         super().__init__()
         size = config.d_model
         self.embeddings = Embeddings(inputs, size)

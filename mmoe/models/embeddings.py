@@ -53,9 +53,11 @@ class TokenTable(Protocol):
     """A vector for each id, `nn.Embedding` or one that ranks share."""
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor:
+        """Give the vectors [ids, D]."""
 
-    def __call__(self, ids_BL: Tensor, /) -> Tensor: ...
+    def __call__(self, ids_BL: Tensor, /) -> Tensor:
+        """Look up the vectors [B, L, D] of the ids [B, L]."""
 
 
 class PatchEmbedding(nn.Module):
@@ -66,7 +68,7 @@ class PatchEmbedding(nn.Module):
     (docs/decisions.md).
     """
 
-    def __init__(self, pixels: int, coordinates: int, size: int):
+    def __init__(self, pixels: int, coordinates: int, size: int) -> None:
         super().__init__()
         self.sizes = (pixels, coordinates)
         self.hidden = nn.Linear(pixels, size)
@@ -74,6 +76,7 @@ class PatchEmbedding(nn.Module):
         self.output = nn.Linear(size, size)
 
     def forward(self, patches: Tensor) -> Tensor:
+        """Embed patch vectors [..., pixels + coordinates] as [..., size]."""
         pixels, coordinates = patches.split(self.sizes, dim=-1)
         hidden = F.silu(self.hidden(pixels))
         if self.place is not None:
@@ -88,7 +91,7 @@ class TimeEmbedding(nn.Module):
     taken from the integer remainder, so it is as exact for a time of years as for one of milliseconds.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(2 * PERIODS, size, bias=False)
         self.output = nn.Linear(size, size, bias=False)
@@ -100,6 +103,7 @@ class TimeEmbedding(nn.Module):
         return torch.cat((phase.sin(), phase.cos() - 1), dim=-1)
 
     def forward(self, time_ns: Tensor) -> Tensor:
+        """Embed nanoseconds i64 [...] as [..., size]."""
         features = self.features(time_ns).to(self.hidden.weight.dtype)
         return self.output(F.silu(self.hidden(features)))
 
@@ -111,7 +115,7 @@ class Embeddings(nn.Module):
     token, as the embeddings of camera and time are wherever a position has one.
     """
 
-    def __init__(self, inputs: ModelInputs, size: int):
+    def __init__(self, inputs: ModelInputs, size: int) -> None:
         super().__init__()
         self.token: TokenTable = nn.Embedding(inputs.vocabulary_size, size)
         self.camera = nn.Embedding(len(Camera), size)

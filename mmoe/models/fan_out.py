@@ -1,5 +1,7 @@
 """One tensor for several readers, whose gradients are added in an order that no layout changes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,11 @@ def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
 
 class _FanOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, readers: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, readers: int) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for _ in range(readers))
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         first, second, *others = grads
         total = widen(first) + second  # in the wider dtype of the two
         for grad in others:

@@ -35,6 +35,7 @@ class ParameterCounts:
 
     @classmethod
     def of(cls, config: ModelConfig, inputs: ModelInputs) -> ParameterCounts:
+        """Count the parameters of a model of `config`, which is built without memory."""
         with torch.device("meta"):
             model = MultimodalModel(config, inputs)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -14,13 +14,14 @@ CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
 class ActionHead(nn.Module):
     """[M, size] -> [M, chunk, dim] continuous actions, in float32 or wider."""
 
-    def __init__(self, size: int, chunk: int, dim: int):
+    def __init__(self, size: int, chunk: int, dim: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(size, size)
         self.output = nn.Linear(size, chunk * dim)
         self.shape = (chunk, dim)
 
     def forward(self, hidden_MD: Tensor) -> Tensor:
+        """Predict the actions [M, chunk, dim] from hidden states [M, size]."""
         with torch.autocast(hidden_MD.device.type, enabled=False):
             hidden = self.hidden(hidden_MD.to(self.hidden.weight.dtype))
             return widen(self.output(F.silu(hidden))).unflatten(1, self.shape)
@@ -29,7 +30,7 @@ class ActionHead(nn.Module):
 class ContrastHead(nn.Module):
     """Pools the spans of pairs and projects them to a common space of `width`, a projection per modality."""
 
-    def __init__(self, size: int, width: int):
+    def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.projections = nn.ModuleDict({kind.name.lower(): nn.Linear(size, width, bias=False) for kind in CONTRASTED})
 

@@ -14,12 +14,13 @@ class RMSNorm(nn.Module):
     Computed in float32 or wider and returned in the dtype of the products that follow.
     """
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x."""
         return F.rms_norm(widen(x), self.weight.shape, widen(self.weight), self.eps).to(compute_dtype(x))
 
 
@@ -29,11 +30,12 @@ class SwiGLU(nn.Module):
     `gate` and `up` are two matrices: one fused matrix is not faster here, and two can be sharded by columns.
     """
 
-    def __init__(self, size: int, hidden: int):
+    def __init__(self, size: int, hidden: int) -> None:
         super().__init__()
         self.gate = nn.Linear(size, hidden, bias=False)
         self.up = nn.Linear(size, hidden, bias=False)
         self.down = nn.Linear(hidden, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Send x [..., size] through the gated network, [..., size]."""
         return self.down(F.silu(self.gate(x)) * self.up(x))

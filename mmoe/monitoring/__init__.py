@@ -1,0 +1,1 @@
+"""Records what a run does, step by step, and reads the records back."""

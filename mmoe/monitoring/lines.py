@@ -15,7 +15,7 @@ class LineFile:
     A line that cannot be written is kept in `pending`, and comes before the next one. Raises OutputError.
     """
 
-    def __init__(self, path: Path, pending: list[str]):
+    def __init__(self, path: Path, pending: list[str]) -> None:
         self.path, self.pending = path, pending
         with writes(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +31,7 @@ class LineFile:
             self._flush()
 
     def close(self) -> None:
+        """Close the file; what is pending stays pending."""
         os.close(self._descriptor)
 
     def _flush(self) -> None:

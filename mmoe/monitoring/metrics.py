@@ -33,12 +33,13 @@ class MetricsWriter(Callback):
 
     name = "metrics"
 
-    def __init__(self, memory: PeakMemory):
+    def __init__(self, memory: PeakMemory) -> None:
         self.memory = memory
         self.wall_seconds = 0.0  # of all sessions
         self._pending: list[str] = []  # records that the disk would not take
 
     def on_start(self, trainer: Trainer) -> None:
+        """Open metrics.jsonl and TensorBoard on the first rank."""
         config = trainer.run.config.monitoring
         self._every, self._digests = config.log_every_steps, set(config.digest_steps)
         first = trainer.run.ranks.first  # the others take part in digests alone
@@ -51,6 +52,7 @@ class MetricsWriter(Callback):
         self._clear()
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Count the step in, and write a record where one is due."""
         self._steps += 1
         self._positions += result.positions
         self._useful += result.useful_positions
@@ -60,6 +62,7 @@ class MetricsWriter(Callback):
             self._write(trainer, result, digest)
 
     def on_end(self, trainer: Trainer) -> None:
+        """Close what was opened."""
         if self._file:
             self._file.close()
         if self._board:
@@ -67,9 +70,11 @@ class MetricsWriter(Callback):
                 self._board.close()
 
     def state_dict(self) -> dict[str, Any]:
+        """Give the time spent so far and the lines that could not be written yet."""
         return {"wall_seconds": self.wall_seconds, "unwritten": list(self._pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
         self.wall_seconds = state.get("wall_seconds", 0.0)
         self._pending = list(state.get("unwritten", []))
 

@@ -74,6 +74,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 
 def summarise(records: RunRecords) -> dict[str, Any]:
+    """Sum up the records of a run: rates over all its steps, losses at its end."""
     steps, plain = records.steps, records.plain
     useful = sum(step["useful_positions"] for step in steps)
     positions = sum(step["useful_positions"] / step["fill"] for step in steps)

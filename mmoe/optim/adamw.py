@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mmoe.compat import foreach_mul_, foreach_norm
 from mmoe.config.base import Config
 
 SCALAR_EMBEDDINGS = {"camera", "time"}  # modules that embed a camera's number and clip time
@@ -16,6 +17,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWConfig(Config):
+    """Configures AdamW."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -23,6 +26,8 @@ class AdamWConfig(Config):
 
 
 class ClipConfig(Config):
+    """Configures the clipping of gradients by their global norm."""
+
     max_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together; null: measured, not clipped
 
 
@@ -68,7 +73,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     overflow there, as they do in float32 from 1.8e19 on."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)))
+    return torch.linalg.vector_norm(torch.stack(foreach_norm(gradients, 2, dtype=torch.float64)))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, config: ClipConfig) -> None:
@@ -81,4 +86,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, config: Cli
     if config.max_norm is not None and gradients:
         # Shards of several meshes do not mix in one call; what is here of them does.
         here = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        torch._foreach_mul_(here, (config.max_norm / norm).clamp(max=1.0).to(here[0]))
+        foreach_mul_(here, (config.max_norm / norm).clamp(max=1.0).to(here[0]))

@@ -11,6 +11,8 @@ from mmoe.optim.schedule import Schedule, ScheduleConfig
 
 
 class OptimConfig(Config):
+    """Configures the optimizers, the learning rate and its schedule, and clipping."""
+
     lr: LearningRateConfig
     schedule: ScheduleConfig = ScheduleConfig()
     adamw: AdamWConfig = AdamWConfig()

@@ -32,6 +32,7 @@ class ShardedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: `JointOptimizer` has none to give
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for parameter in group["params"]:
@@ -55,7 +56,7 @@ class JointOptimizer:
     rank its own shards, and holds the same names whatever has had a gradient so far.
     """
 
-    def __init__(self, parts: dict[str, torch.optim.Optimizer]):
+    def __init__(self, parts: dict[str, torch.optim.Optimizer]) -> None:
         self.parts = parts
         for part in parts.values():
             for group in part.param_groups:
@@ -64,6 +65,7 @@ class JointOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """Give the groups of all optimizers in one list."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     @property
@@ -72,10 +74,12 @@ class JointOptimizer:
         return {parameter: state for part in self.parts.values() for parameter, state in part.state.items()}
 
     def step(self) -> None:
+        """Let every optimizer update its parameters."""
         for part in self.parts.values():
             part.step()
 
     def zero_grad(self) -> None:
+        """Drop the gradients of all parameters."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 

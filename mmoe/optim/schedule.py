@@ -104,6 +104,7 @@ class Schedule:
     decay: int
 
     def __call__(self, step: int) -> float:
+        """Give the learning rate of the 0-based `step`."""
         step = min(step, self.iterations - 1)
         if step < self.warmup:
             return self.peak * self._rise(step)

@@ -1,0 +1,1 @@
+"""Spreads a run over processes, by data, tensor, expert, context and pipeline."""

@@ -4,6 +4,8 @@ A tensor that ranks gather is read by all of them, so its gradient is the sum ov
 part of one sum, so its gradient is what every part gets.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,7 +34,7 @@ class Exchange:
     ``start`` sends and ``finish`` waits, so that something can be computed in between; gradients go the other way.
     """
 
-    def __init__(self, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup):
+    def __init__(self, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup) -> None:
         self.received, self.sent, self.group = received, sent, group
         self._work: dist.Work | None = None
 
@@ -41,6 +43,7 @@ class Exchange:
         return _Exchange.apply(x, self)
 
     def finish(self) -> None:
+        """Wait until the rows that `start` sent have arrived; without a `start`, do nothing."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -75,12 +78,12 @@ def add_up(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return gather_constant(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         own = grad.new_empty(grad.shape[1:])
         reduce_scatter_single(own, grad.contiguous().flatten(0, 1), group=ctx.group)
         return own, None
@@ -88,37 +91,37 @@ class _Gather(torch.autograd.Function):
 
 class _SplitSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         own = x.new_empty(x.shape[1:])
         reduce_scatter_single(own, x.contiguous().flatten(0, 1), group=group)
         return own
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return gather_constant(grad, ctx.group), None
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.rank = dist.get_rank(group)
         return gather_constant(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[ctx.rank], None
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         out, exchange._work = exchange._run(x, exchange.received, exchange.sent)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out, work = ctx.exchange._run(grad, ctx.exchange.sent, ctx.exchange.received)
         work.wait()
         return out, None

@@ -40,7 +40,9 @@ class ContextPlan:
     group: dist.ProcessGroup
 
     @classmethod
-    def of(cls, batch: PackedBatch, bidirectional: bool, everywhere_cBM: Tensor, rank: int, group) -> "ContextPlan":
+    def of(
+        cls, batch: PackedBatch, bidirectional: bool, everywhere_cBM: Tensor, rank: int, group: dist.ProcessGroup
+    ) -> "ContextPlan":
         """For rank `rank` of those that attend from the positions `everywhere_cBM` (of L, ascending)."""
         ranks, sequences, attended = everywhere_cBM.shape
         length = ranks * attended
@@ -74,7 +76,9 @@ def _spans(own: list[int], border: list[int]) -> Iterator[tuple[int, int, int, i
             start = number + 1
 
 
-def _piece(start: int, query: int, stop: int, first: int, last: int, layout, bidirectional: bool) -> Piece:
+def _piece(
+    start: int, query: int, stop: int, first: int, last: int, layout: tuple[Tensor, ...], bidirectional: bool
+) -> Piece:
     document, slices, modality = (x[first:last] for x in layout)
     if int(document[0]) < 0:
         return Piece(start, start + stop - query, first, first, None)

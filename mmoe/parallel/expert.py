@@ -44,7 +44,7 @@ def split_tokens(layer: MoELayer, mesh: DeviceMesh) -> None:
 class ShardedExperts(nn.Module):
     """The experts of this rank: parameters with the names of `Experts`, sharded by expert, computed by it locally."""
 
-    def __init__(self, experts: nn.Module, mesh: DeviceMesh):
+    def __init__(self, experts: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
         for name, parameter in experts.named_parameters():
             cut = [Shard(CUTS[f"network.experts.{name}"].dim)]
@@ -67,20 +67,23 @@ class FixedPlacement:
 
     @property
     def complete(self) -> bool:
+        """Say whether every choice has a row and every row a choice."""
         return self.local.complete
 
     @property
     def dropped_TK(self) -> Tensor:
+        """Mark the choices that got no row."""
         return self.local.dropped_TK
 
 
 class FixedExchange:
     """Capacity mode: every rank sends every other equally many rows, so nobody waits for sizes."""
 
-    def __init__(self, local: CapacityDispatcher, group: dist.ProcessGroup):
+    def __init__(self, local: CapacityDispatcher, group: dist.ProcessGroup) -> None:
         self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
 
     def plan(self, routing: Routing, tokens: Tokens) -> FixedPlacement:
+        """Place the choices as one process does; each rank gets the rows of its experts."""
         local = self.local.plan(routing, tokens)
         here = self.local.experts // self.ranks
         # Each expert here has a group of rows from every rank, as many as an expert has in the whole local plan.
@@ -88,13 +91,16 @@ class FixedExchange:
         return FixedPlacement(local, ends, Exchange(None, None, self.group))
 
     def dispatch(self, x_TD: Tensor, placement: FixedPlacement) -> Tensor:
+        """Send the rows of all experts to the ranks that hold them."""
         return placement.exchange.start(self.local.dispatch(x_TD, placement.local))
 
     def arrive(self, rows_RD: Tensor, placement: FixedPlacement) -> Tensor:
+        """Wait for the rows and sort them by expert."""
         placement.exchange.finish()
         return self._swapped(rows_RD, self.ranks, len(placement.ends_E))
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: FixedPlacement) -> Tensor:
+        """Send the rows back and add up those of each token, [T, D]."""
         rows = self._swapped(y_RD, len(placement.ends_E), self.ranks)
         return self.local.combine(placement.exchange.back(rows), weight_TK, placement.local)
 
@@ -124,16 +130,18 @@ class VariablePlacement:
 
     @property
     def ends_E(self) -> Tensor:
+        """Give the row behind the last one of each expert here, i32."""
         return self.arrived.ends_E
 
 
 class VariableExchange:
     """Only rows that exist travel: their numbers go first, and the host waits for them once a layer."""
 
-    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup):
+    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup) -> None:
         self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
 
     def plan(self, routing: Routing, tokens: Tokens) -> VariablePlacement:
+        """Place the choices of the tokens here, and tell the ranks how many rows will travel."""
         local = self.local.plan(routing, tokens)
         dropped_TK, expert_HK, dropped_HK = local.dropped_TK, routing.expert_TK, local.dropped_TK
         if tokens.here_T is not None:
@@ -172,16 +180,19 @@ class VariableExchange:
         return by_expert(expert_R1, here, self.local.group_multiple)
 
     def dispatch(self, x_HD: Tensor, placement: VariablePlacement) -> Tensor:
+        """Send the rows of the choices to the ranks that hold their experts."""
         row_HK = placement.row_HK
         rows = copy_rows(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.all_travel)
         return placement.exchange.start(rows)
 
     def arrive(self, rows_RD: Tensor, placement: VariablePlacement) -> Tensor:
+        """Wait for the rows and sort them by expert."""
         placement.exchange.finish()
         arrived = placement.arrived
         return copy_rows(rows_RD, arrived.choice_R, arrived.row_TK.flatten(), complete=arrived.complete)
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: VariablePlacement) -> Tensor:
+        """Send the rows back and add up those of each token here, [H, D]."""
         arrived = placement.arrived
         rows = copy_rows(y_RD, arrived.row_TK.flatten(), arrived.choice_R, complete=arrived.complete)
         weight_HK = weight_TK if placement.here_T is None else weight_TK[placement.here_T]

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mmoe.compat import foreach_copy_, local_shape_and_offset
 from mmoe.models.moe.router import Router
 from mmoe.optim.adamw import gradient_norm
 from mmoe.parallel.mesh import Mesh
@@ -25,12 +25,13 @@ def sum_over_tensor_ranks(model: nn.Module, mesh: Mesh) -> None:
         chosen = [gradient for gradient in copies if gradient.dtype is dtype]
         flat = torch.cat([gradient.flatten() for gradient in chosen])
         dist.all_reduce(flat, group=mesh.group("tp"))
-        torch._foreach_copy_(chosen, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in chosen]), chosen)])
+        foreach_copy_(chosen, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in chosen]), chosen)])
 
 
 def _copied(parameter: Tensor) -> bool:
     """Whether the ranks of tp hold copies of the parameter."""
-    axes = parameter.device_mesh.mesh_dim_names
+    assert isinstance(parameter, DTensor)  # as `parallelize` leaves all that have a gradient
+    axes = parameter.device_mesh.mesh_dim_names or ()
     return "tp" not in axes and "expert_shard" not in axes
 
 
@@ -59,7 +60,8 @@ def total_norms(
     for row, router in zip(rows, routers, strict=True):
         gradient = router.weight.grad
         if gradient is not None and local(gradient).numel():
-            _, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
+            assert isinstance(gradient, DTensor)  # as its parameter is
+            _, offset = local_shape_and_offset(gradient)
             squares = torch.linalg.vector_norm(local(gradient), dim=1, dtype=torch.float64).square()
             rows_NE[row, offset[0] : offset[0] + len(squares)] = squares / (degrees.dp_replicate * degrees.tp)
     sums = torch.cat([square[None], rows_NE.flatten()])

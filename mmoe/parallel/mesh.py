@@ -72,6 +72,7 @@ class Degrees:
 
     @property
     def world(self) -> int:
+        """Give the number of ranks."""
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
@@ -139,7 +140,7 @@ def check_one_process(config: ParallelConfig) -> None:
 class Mesh:
     """The process groups of a run, by axis. Needs an initialised default process group of ``degrees.world`` ranks."""
 
-    def __init__(self, degrees: Degrees, device_type: str = "cpu"):
+    def __init__(self, degrees: Degrees, device_type: str = "cpu") -> None:
         self.degrees = degrees
 
         def made(axes: tuple[str, ...]) -> DeviceMesh:
@@ -163,6 +164,7 @@ class Mesh:
         return mine
 
     def size(self, axis: str) -> int:
+        """Give the number of ranks on an axis."""
         return self.axis(axis).size()
 
     def rank(self, axis: str) -> int:
@@ -170,6 +172,7 @@ class Mesh:
         return self.axis(axis).get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup:
+        """Give the process group of this rank on an axis."""
         return self.axis(axis).get_group()
 
     def axis(self, axis: str) -> DeviceMesh:
@@ -198,4 +201,5 @@ class Mesh:
 
     @property
     def replicas(self) -> int:
+        """Give the number of data replicas."""
         return self.degrees.replicas

@@ -30,7 +30,7 @@ class StageModel(MultimodalModel):
     ``layers[s]`` are the layers of stage s of the whole model, ``here`` the stages of this rank.
     """
 
-    def __init__(self, config: ModelConfig, inputs: ModelInputs, stages: int, ranks: int, rank: int):
+    def __init__(self, config: ModelConfig, inputs: ModelInputs, stages: int, ranks: int, rank: int) -> None:
         super().__init__(config, inputs)
         self.costs = costs(self)
         self.layers = deal_layers(self.costs, stages)
@@ -48,6 +48,7 @@ class StageModel(MultimodalModel):
             self._keep_table()
 
     def is_last(self, stage: int) -> bool:
+        """Say whether the stage is the last one of the whole model."""
         return stage == len(self.layers) - 1
 
     @property

@@ -47,6 +47,7 @@ class PassedLosses:
     values: Tensor
 
     def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
+        """Give the losses by name; `loads` and `config` were read where the routers ran."""
         return dict(zip(self.names, self.values.unbind(), strict=True))
 
 
@@ -65,7 +66,7 @@ class _Step:
 class Pipeline:
     """The stages of this rank, and how they take part in a step."""
 
-    def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, device: torch.device):
+    def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, device: torch.device) -> None:
         self.model, self.mesh, self.setting, self.device = model, mesh, setting, device
         moe = setting.model.moe
         routed = [layer for layer in range(setting.model.layers) if moe is not None and moe.in_layer(layer)]
@@ -223,7 +224,7 @@ class Pipeline:
 class _Stage(PipelineStage):
     """One stage, for torch's schedules. FSDP2 stays out of their sight: it accumulates as in every other layout."""
 
-    def __init__(self, pipeline: Pipeline, number: int, border: tuple[Tensor, ...]):
+    def __init__(self, pipeline: Pipeline, number: int, border: tuple[Tensor, ...]) -> None:
         self.pipeline, stages = pipeline, len(pipeline.model.layers)
         entering = border if number else ()
         group = pipeline.mesh.group("pp")
@@ -237,7 +238,7 @@ class _Stage(PipelineStage):
 class _Calls(nn.Module):
     """A stage of `pipeline` as the module that `PipelineStage` wants."""
 
-    def __init__(self, pipeline: Pipeline, stage: int):
+    def __init__(self, pipeline: Pipeline, stage: int) -> None:
         super().__init__()
         self._forward = partial(pipeline.forward, stage)
 

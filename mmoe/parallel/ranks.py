@@ -74,38 +74,49 @@ class Ranks(Protocol):
 
 
 class OneProcess:
+    """Runs the steps of a run that has one process."""
+
     replica, replicas, first = 0, 1, True
     pipeline: Pipeline | None = None
 
     def tables(self) -> list[Table]:
+        """Give none: nothing is spread."""
         return []
 
     def parameters(self, model: MultimodalModel) -> int:
+        """Count the parameters of the model."""
         return sum(p.numel() for p in model.parameters())
 
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
+        """Give the steps of the stream as they are."""
         return stream.steps()
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        """Run the model on the whole batch."""
         return model(batch)
 
     def part(self, model: MultimodalModel) -> Part:
+        """Say that all of the losses are worked out here."""
         return WHOLE
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
-        pass
+        """Do nothing: no gradient travels."""
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        """Measure the gradients and those of the routers."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return gradient_norm(gradients), router_gradient_norms(model.decoder.routers)
 
     def sum_over_data(self, x: Tensor) -> Tensor:
+        """Give `x` as it is."""
         return x
 
     def sum_report(self, report: LossReport) -> LossReport:
+        """Give the report as it is."""
         return report
 
     def sum_routing(self, routing: RoutingStatistics | None) -> RoutingStatistics | None:
+        """Give the statistics as they are."""
         return routing
 
 
@@ -114,25 +125,29 @@ class ManyRanks:
 
     def __init__(
         self, mesh: Mesh, setting: RankSetting, sources: int, device: torch.device, pipeline: Pipeline | None = None
-    ):
+    ) -> None:
         self.mesh, self.setting, self.sources, self.device, self.pipeline = mesh, setting, sources, device, pipeline
         self.replica, self.replicas = mesh.replica, mesh.replicas
         self.first = dist.get_rank() == 0
         self.contrast_axis = self._contrast_axis()
 
     def tables(self) -> list[Table]:
+        """Give the table of the axes, and that of the pipeline."""
         return [self.mesh.degrees.table(), *([self.pipeline.table()] if self.pipeline else [])]
 
     def parameters(self, model: MultimodalModel) -> int:
+        """Count the parameters of the whole model; all ranks ask."""
         if self.pipeline is None:
             return sum(p.numel() for p in model.parameters())
         here = torch.tensor(sum(p.numel() for p in self.pipeline.counted()))
         return int(add_up(here, self.mesh.group("pp")))
 
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
+        """Give the steps that one rank of each replica decodes and shares with its peers."""
         return shared_steps(stream, self.mesh, micro_batches, self.device)
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        """Run the model on the positions of this rank, and gather the hidden states of all."""
         if self.mesh.degrees.sequence_ranks == 1:
             return model(batch)
         sharding = Sharding.of(batch, self.mesh)
@@ -141,6 +156,7 @@ class ManyRanks:
         return replace(output, hidden=sharding.whole(output.hidden))
 
     def part(self, model: MultimodalModel) -> Part:
+        """Say what of the losses is worked out here, by the axes of the mesh."""
         mesh, degrees = self.mesh, self.mesh.degrees
         vocabulary: dict[str, Any] = {}
         if degrees.tp > 1:
@@ -170,9 +186,11 @@ class ManyRanks:
         return "sequence" if self.mesh.degrees.sequence_ranks > 1 else None
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
+        """With ZeRO-1, let gradients travel in the `last` backward pass of a step alone."""
         accumulate(model, self.setting.parallel, last)
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        """Add up the gradients of copies, and measure those of the whole model."""
         parameters = list(model.parameters())
         if self.pipeline is not None:
             self.pipeline.sum_tied()
@@ -183,12 +201,15 @@ class ManyRanks:
         return norm, rows_NE if shape[0] else None
 
     def sum_over_data(self, x: Tensor) -> Tensor:
+        """Add up `x` of all data replicas."""
         return add_up(x, self.mesh.group("data"))
 
     def sum_report(self, report: LossReport) -> LossReport:
+        """Add up the reports of all ranks."""
         return sum_report(report, self.sources, self.device)
 
     def sum_routing(self, routing: RoutingStatistics | None) -> RoutingStatistics | None:
+        """Add up the statistics of all ranks; None for a dense model."""
         layers, experts = self._routers()
         if not layers:
             return None

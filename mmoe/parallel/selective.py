@@ -38,7 +38,7 @@ def selective_contexts() -> tuple["_Keep", "_Reuse"]:
 
 
 class _Keep(TorchDispatchMode):
-    def __init__(self, store: Store):
+    def __init__(self, store: Store) -> None:
         super().__init__()
         self.store = store
 
@@ -51,7 +51,7 @@ class _Keep(TorchDispatchMode):
 
 
 class _Reuse(TorchDispatchMode):
-    def __init__(self, store: Store):
+    def __init__(self, store: Store) -> None:
         super().__init__()
         self.store = store
 

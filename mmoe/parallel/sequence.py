@@ -110,6 +110,7 @@ class SplitTokens(Tokens):
 
     @classmethod
     def split(cls, tokens: Tokens, sharding: Sharding) -> "SplitTokens":
+        """Note which of the tokens are on this rank."""
         number = tokens.number_N[_flat(sharding.here_BH, tokens.length)]
         valid = (number < len(tokens.position_T)).nonzero().squeeze(1)
         shared = {f.name: getattr(tokens, f.name) for f in fields(Tokens)}
@@ -117,16 +118,20 @@ class SplitTokens(Tokens):
 
     @property
     def here_T(self) -> Tensor:
+        """Give the numbers (of T) of the tokens here."""
         return self.numbers_T
 
     def take(self, x_BHD: Tensor) -> Tensor:
+        """Give the rows [H, D] of the tokens among the positions here."""
         return x_BHD.flatten(0, 1).index_select(0, self.valid_H)
 
     def put(self, y_TD: Tensor) -> Tensor:
+        """Put each token here at its position, zeros at padding."""
         shape = self.sharding.here_BH.shape
         return y_TD.new_zeros(shape.numel(), y_TD.shape[1]).index_copy(0, self.valid_H, y_TD).unflatten(0, shape)
 
     def join(self, x_TX: Tensor) -> Tensor:
+        """Gather the rows [T, X] of all tokens of the sequences."""
         parts = join(self.put(x_TX), self.sharding.mesh.group("sequence"))
         return self.sharding.arrange(parts).flatten(0, 1)[self.position_T]
 

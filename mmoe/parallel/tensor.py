@@ -5,6 +5,8 @@ leaves is summed and split again. What is not a matrix of these, and every exper
 and works on the positions that are here.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -107,7 +109,7 @@ def _shard_network(network: SwiGLU, mesh: DeviceMesh) -> None:
 class RepeatedHeads(ParallelStyle):
     """A key or value projection with fewer heads than ranks: each computes all heads and keeps the one it needs."""
 
-    def __init__(self, head_dim: int, repeated: int):
+    def __init__(self, head_dim: int, repeated: int) -> None:
         super().__init__()
         self.head_dim, self.repeated = head_dim, repeated
 
@@ -129,12 +131,13 @@ class RepeatedHeads(ParallelStyle):
 class VocabularyEmbedding(nn.Module):
     """The token table, a range of ids on each rank of `tp`: [B, H] ids of this rank -> [B, H, D]."""
 
-    def __init__(self, table: TokenTable, mesh: DeviceMesh):
+    def __init__(self, table: TokenTable, mesh: DeviceMesh) -> None:
         super().__init__()
         self.weight = _cut_table("embeddings.token.weight", table.weight, mesh)
         self.mesh = mesh
 
     def forward(self, ids_BH: Tensor) -> Tensor:
+        """Look up the vectors [B, H, D] of the ids [B, H], each on the rank that has it."""
         weight, group = local(self.weight), self.mesh.get_group()
         ids_nBH = gather_constant(ids_BH, group) - first_id(self.weight.shape[0], self.mesh)
         here = (ids_nBH >= 0) & (ids_nBH < len(weight))
@@ -154,7 +157,7 @@ class VocabularyHead:
     The gradient of the hidden states is a part of a sum over the ranks, as `Sharding.whole` expects.
     """
 
-    def __init__(self, model: MultimodalModel, mesh: DeviceMesh):
+    def __init__(self, model: MultimodalModel, mesh: DeviceMesh) -> None:
         self.model, self.mesh = model, mesh
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
     2019, section 3)."""
 
     @staticmethod
-    def forward(ctx, logits_nV: Tensor, label_n: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, logits_nV: Tensor, label_n: Tensor, group: dist.ProcessGroup) -> Tensor:
         size = logits_nV.shape[1]
         peak = logits_nV.amax(1) if size else logits_nV.new_full((len(logits_nV),), -torch.inf)
         dist.all_reduce(peak, dist.ReduceOp.MAX, group)
@@ -187,7 +190,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         return total.log() - target
 
     @staticmethod
-    def backward(ctx, grad_n: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor, None, None]:
         probability_nV, at, here = ctx.saved_tensors
         if probability_nV.shape[1] == 0:
             return probability_nV, None, None

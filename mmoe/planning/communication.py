@@ -40,7 +40,7 @@ class MicroBatch:
 class Communication:
     """Of one rank at `place`, whose part of the model is `model` (on meta)."""
 
-    def __init__(self, setting: RankSetting, model: nn.Module, place: Place | None = None):
+    def __init__(self, setting: RankSetting, model: nn.Module, place: Place | None = None) -> None:
         self.setting, self.degrees, self.batch = setting, setting.degrees, setting.batch
         self.place = place or Place()
         self.shards = shards(setting.model, setting.precision, model, self.degrees, self.place)

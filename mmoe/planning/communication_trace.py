@@ -3,16 +3,13 @@
 from math import prod
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmoe.compat import TorchDispatchMode, group_of_collective, tree_leaves
+from mmoe.compat import C10D, FUNCTIONAL, TorchDispatchMode, group_of_collective, tree_leaves
 from mmoe.parallel.mesh import Mesh
 from mmoe.planning.communication_traffic import AXES, Traffic, name_of
-
-C10D, FUNCTIONAL = torch.ops.c10d, torch.ops._c10d_functional
 
 # By operation: the name of the collective, and which argument (or "result") is the whole tensor that it is about.
 COLLECTIVES: dict[Any, tuple[str, int | str]] = {
@@ -38,7 +35,7 @@ COLLECTIVES: dict[Any, tuple[str, int | str]] = {
 class CommunicationTrace(TorchDispatchMode):
     """A context; `traffic` is what this rank took part in so far. Raises KeyError for a collective it does not know."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self.traffic, self._degrees = Traffic(), mesh.degrees
         self._axis = {mesh.group(axis).group_name: axis for axis in AXES if axis not in ("peers", "all")}

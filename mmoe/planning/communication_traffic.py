@@ -26,6 +26,8 @@ WHOLE = {
 
 
 class Kind(NamedTuple):
+    """Names a collective on an axis of the mesh."""
+
     axis: str
     collective: str
 
@@ -56,6 +58,7 @@ class Traffic:
         return total
 
     def times(self, number: int) -> Traffic:
+        """Give the traffic of `number` such parts."""
         return Traffic(
             {kind: number * calls for kind, calls in self.calls.items() if number},
             {kind: number * size for kind, size in self.bytes.items() if number},
@@ -91,6 +94,7 @@ class Traffic:
         return sums
 
     def table(self, degrees: Degrees, title: str) -> Table:
+        """Draw the traffic by axis and collective, with the bytes that a rank itself sends."""
         table = Table("axis", "ranks", "collective", "calls", "GB", "GB sent", title=title, title_justify="left")
         for column in (1, 3, 4, 5):
             table.columns[column].justify = "right"

@@ -42,6 +42,7 @@ class Assumed:
         return cls(ModelInputs.of(vocabulary.size, dims, tokenizers.action), vocabulary, sources)
 
     def sentence(self) -> str:
+        """Say the assumed sizes in a sentence."""
         inputs = self.inputs
         return (
             f"vocabulary {inputs.vocabulary_size:,}, patches of {inputs.patch_dim} + {inputs.patch_coordinates} "
@@ -87,6 +88,7 @@ class Documents:
         return self.count * (self.size - self.patches - 4)
 
     def sentence(self) -> str:
+        """Say the documents of a sequence in a sentence."""
         return (
             f"{self.count} document{'s' * (self.count > 1)} of {self.size:,} positions a sequence, without padding: "
             f"{self.patches} patches, 3 vectors and {self.labels // self.count:,} labels each"
@@ -99,6 +101,7 @@ class Documents:
         return PlannedCounts(float(steps_sequences * self.labels), elements, documents, steps_sequences)
 
     def batch(self, assumed: Assumed) -> PackedBatch:
+        """Make the batch of these documents."""
         size, patches, documents = self.size, self.patches, self.sequences * self.count
         text = assumed.vocabulary.ranges["text"]
         modality = np.full(size, Modality.TEXT, np.uint8)

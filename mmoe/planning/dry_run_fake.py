@@ -29,7 +29,7 @@ class DryMode(TorchDispatchMode):
     number that the host reads from the latter is taken for 1: the flags of reports, all of which are set.
     """
 
-    def __init__(self, *notes: Note):
+    def __init__(self, *notes: Note) -> None:
         super().__init__()
         self.notes = notes
 

@@ -49,6 +49,7 @@ class Passes:
     _times: int | None = 1
 
     def forward(self, number: int) -> None:
+        """Begin the part of the forward pass of micro-batch `number`; the last one stands for those not run."""
         self.mark(self.accumulation - self.run + 1 if number == self.run - 1 else 1)
         self.through_root()
 
@@ -57,6 +58,7 @@ class Passes:
         self.tracker.memory_tracking.pop(self.root, None)
 
     def backward(self, number: int) -> None:
+        """Begin the part of the backward pass of micro-batch `number`; one of them stands for those not run."""
         self.mark(self.accumulation - self.run + 1 if number == (self.run - 1) // 2 else 1)
 
     def mark(self, times: int | None = None) -> None:
@@ -85,12 +87,13 @@ class Passes:
 class DryRanks(ManyRanks):
     """A rank that notes its passes."""
 
-    def __init__(self, mesh: Mesh, setting: RankSetting, sources: int, model: MultimodalModel, passes: Passes):
+    def __init__(self, mesh: Mesh, setting: RankSetting, sources: int, model: MultimodalModel, passes: Passes) -> None:
         pipeline = DryPipeline(model, mesh, setting, passes) if isinstance(model, StageModel) else None
         super().__init__(mesh, setting, sources, DEVICE, pipeline)
         self.passes, self._forwards, self._backwards = passes, 0, 0
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
+        """Run the model forward as a part of its own."""
         self.passes.forward(self._forwards % self.passes.run)
         self._forwards += 1
         output = super().forward(model, batch)
@@ -112,6 +115,7 @@ class DryRanks(ManyRanks):
         return super().gather_pairs(rows[whole])
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
+        """End the last backward pass, and measure the gradients."""
         self.passes.mark()
         return super().finish_gradients(model)
 
@@ -119,16 +123,18 @@ class DryRanks(ManyRanks):
 class DryPipeline(Pipeline):
     """A pipeline that notes its passes."""
 
-    def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, passes: Passes):
+    def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, passes: Passes) -> None:
         super().__init__(model, mesh, setting, DEVICE)
         self.passes, self._embedded, self._backwards = passes, 0, 0
         self.kept_by_pass = 0  # bytes of activations, by the last pass
 
     def run(self, *arguments: Any) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+        """Run the micro-batches through the pipeline, noting each pass."""
         self.passes.mark(1)  # what is received before the first forward pass belongs to it
         return super().run(*arguments)
 
     def forward(self, stage: int, number: int, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run a stage forward as a part of its own, and note the activations it keeps."""
         self.passes.forward(number)
         before = self.passes.activations()
         leaving = super().forward(stage, number, entering)
@@ -136,6 +142,7 @@ class DryPipeline(Pipeline):
         return leaving
 
     def hidden(self, batch: PackedBatch) -> Tensor | None:
+        """Embed a batch in the first of two passes, as a part of its own."""
         self.passes.forward(self._embedded)
         self._embedded += 1
         return super().hidden(batch)
@@ -145,6 +152,7 @@ class DryPipeline(Pipeline):
         return super()._through(stage, batch, x_BHD)
 
     def before_backward(self) -> None:
+        """Begin the part of a backward pass."""
         self.passes.backward(self._backwards // len(self.model.here))
         self._backwards += 1
         super().before_backward()

@@ -43,7 +43,7 @@ class Load:
 class PlannedExchange(VariableExchange):
     """A variable exchange whose numbers of rows are those of `load`, of `choices` on every rank."""
 
-    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup, load: Load, choices: int):
+    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup, load: Load, choices: int) -> None:
         super().__init__(local, group)
         self.load, self.choices = load, choices
 

@@ -1,0 +1,1 @@
+"""Says which part of a model computes in which number format."""

@@ -1,0 +1,1 @@
+"""Puts the config of a run together from those of the rooms."""

@@ -19,6 +19,8 @@ from mmoe.tokenizers.bundle import TokenizersConfig
 
 
 class RunConfig(Config):
+    """Holds everything a run is made of: the root of the config tree."""
+
     data: DataConfig
     tokenizers: TokenizersConfig = TokenizersConfig()
     model: ModelConfig

@@ -14,6 +14,8 @@ class StartConfig(Config):
 
 
 class TrainingConfig(Config):
+    """Says where a run lives, how large its steps are, how long it lasts and how it begins."""
+
     run: Address  # the run's folder, e.g. runs/demo
     seed: int = Field(default=0, ge=0)
     micro_batch_sequences: int | None = Field(

@@ -1,0 +1,1 @@
+"""Draws pages to look at: reports of runs and of clocks."""

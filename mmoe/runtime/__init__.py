@@ -1,0 +1,1 @@
+"""Runs processes together: launch, agreement, memory, and watching for hangs."""

@@ -30,7 +30,10 @@ class Ranks:
 
     def first(self, act: Callable[[], T]) -> T:
         """What `act` returns on rank 0, which alone calls it."""
-        result, failure = _attempt(act) if self.rank == 0 else (None, None)
+        result: Any = None
+        failure: BaseException | None = None
+        if self.rank == 0:
+            result, failure = _attempt(act)
         if self.grouped:
             told: list[Any] = [result, failure and self.shared(failure)]
             dist.broadcast_object_list(told, src=0)
@@ -54,7 +57,7 @@ class Ranks:
         return CheckpointError(f"rank {self.rank if rank is None else rank} failed ({failure!r}); see its own error")
 
 
-def _attempt(act: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+def _attempt(act: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     try:
         return act(), None
     except BaseException as failure:

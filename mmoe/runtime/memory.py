@@ -21,6 +21,7 @@ def free_memory() -> int:
 
 
 def in_gib(size: int) -> str:
+    """Write a size in bytes for people, in GiB."""
     return f"{size / 2**30:,.1f} GiB"
 
 

@@ -22,7 +22,7 @@ def process_tree_pss() -> int:
 class PeakMemory:
     """Samples the process tree in a thread; `peak` is the largest sum seen, in bytes."""
 
-    def __init__(self, interval_s: float = 1.0):
+    def __init__(self, interval_s: float = 1.0) -> None:
         self.peak = 0
         self._interval = interval_s
         self._stop = threading.Event()
@@ -38,6 +38,7 @@ class PeakMemory:
         self.sample()
 
     def sample(self) -> int:
+        """Measure now, and give the peak so far in bytes."""
         self.peak = max(self.peak, process_tree_pss())
         return self.peak
 

@@ -49,7 +49,7 @@ class Watch:
     came first (`after`), for RUN/errors.jsonl. Without a process group it starts no thread.
     """
 
-    def __init__(self, timeout: float, run_folder: Path):
+    def __init__(self, timeout: float, run_folder: Path) -> None:
         self.timeout, self.folder = timeout, run_folder
         self.step: int | None = None
         self.phase = "start"
@@ -83,7 +83,7 @@ class Watch:
 class _Watcher(threading.Thread):
     """The thread. All it shares with other ranks are keys of the store, which holds those of this attempt only."""
 
-    def __init__(self, watch: Watch):
+    def __init__(self, watch: Watch) -> None:
         super().__init__(name="watch", daemon=True)
         self.watch, self.folder = watch, watch.folder
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

@@ -50,10 +50,12 @@ class State:
     stack: tuple[str, ...] = field(repr=False)  # of the main thread, the outermost first
 
     def to_json(self) -> str:
+        """Write the state as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> State:
+        """Read what `to_json` wrote."""
         tree = json.loads(text)
         waits = tuple(Collective(**{**wait, "ranks": tuple(wait["ranks"])}) for wait in tree["waits"])
         return cls(**{**tree, "waits": waits, "stack": tuple(tree["stack"])})
@@ -96,6 +98,7 @@ class MainThread:
 
     @property
     def seconds(self) -> float:
+        """Give the seconds since the innermost call was first seen."""
         return time.monotonic() - self._since
 
 

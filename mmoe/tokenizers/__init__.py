@@ -1,0 +1,1 @@
+"""Turns raw signals into ids and vectors."""

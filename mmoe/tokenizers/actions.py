@@ -13,6 +13,8 @@ from mmoe.tokenizers.vectors import Fences, is_constant
 
 
 class ActionConfig(Config):
+    """Says how actions are predicted: as numbers or bins, and how many rows at a time."""
+
     mode: Literal["continuous", "discrete"] = "continuous"
     chunk: int = Field(4, gt=0)  # rows of the action table predicted from one instant
     bins: int = Field(256, gt=1)  # discrete: per dimension; all dimensions share the ids
@@ -31,7 +33,7 @@ class ActionTokenizer:
     the quantiles in `stats`, between which rows are taken to be spread evenly.
     """
 
-    def __init__(self, config: ActionConfig, stats: VectorStats):
+    def __init__(self, config: ActionConfig, stats: VectorStats) -> None:
         """Raises ConfigError for quantile bins where `stats` lacks the quantiles."""
         self.config, self.names, self.fences = config, stats.names, Fences(stats)
         low, high = np.array(stats.q01), np.array(stats.q99)
@@ -45,6 +47,7 @@ class ActionTokenizer:
 
     @property
     def dims(self) -> int:
+        """Count the dimensions of an action."""
         return len(self.names)
 
     @property

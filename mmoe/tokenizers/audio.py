@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from mmoe.optional import needs
 from mmoe.tokenizers.rates import check_rates
 
 Layout = Literal["flat", "delay"]
+Count = TypeVar("Count", int, np.ndarray)
 
 FORMAT = "mmoe mel codec 1"
 FIT_FRAMES = 100_000  # frames kept for k-means: a seeded uniform sample of all that pass by
@@ -82,10 +83,13 @@ class AudioCodec(Protocol):
     sample_rate: int
     codebooks: int
     codebook_size: int
-    fingerprint: str
 
-    def num_frames(self, samples, rate):
-        """Code frames of a wave of `samples` samples at `rate` Hz, exactly; elementwise over numpy arrays."""
+    @property
+    def fingerprint(self) -> str:
+        """Give a digest that is equal for codecs that give equal codes."""
+
+    def num_frames(self, samples: Count, rate: Count | int) -> Count:
+        """Count the code frames of a wave of `samples` samples at `rate` Hz, exactly; elementwise over numpy arrays."""
 
     def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
         """Mono f32 `wave` [n] in [-1, 1] at `rate` Hz -> i64 codes [T, Q]."""
@@ -102,7 +106,7 @@ class MelCodec:
     the levels before it.
     """
 
-    def __init__(self, config: MelConfig, mean: Tensor, std: Tensor, centroids: Tensor):
+    def __init__(self, config: MelConfig, mean: Tensor, std: Tensor, centroids: Tensor) -> None:
         """`mean`, `std` [mels] of the log-mel bands; `centroids` [Q, K, stack * mels]; all f32."""
         self.config = config
         self.mean, self.std, self.centroids = mean, std, centroids
@@ -117,13 +121,13 @@ class MelCodec:
         Raises `DataError` when the waves hold fewer frames than a codebook has codes.
         """
         mel = config.mel
-        frames = _sample_rows((log_mel(wave, mel.sample_rate, mel).numpy() for wave in waves), FIT_FRAMES, seed)
+        heard = (log_mel(wave, mel.sample_rate, mel).numpy() for wave in waves)
+        frames = torch.from_numpy(_sample_rows(heard, FIT_FRAMES, seed))
         if len(frames) < mel.codebook_size:
             raise DataError(
                 f"the audio codec cannot be fitted: {len(frames)} frames for a codebook of "
                 f"{mel.codebook_size}; give it more audio or set a smaller tokenizers.audio.mel.codebook_size"
             )
-        frames = torch.from_numpy(frames)
         bands = rearrange(frames, "t (s m) -> (t s) m", s=mel.stack).double()
         mean, std = bands.mean(0).float(), bands.std(0).float().clamp_min(1e-3)
         residual = _standardise(frames, mean, std)
@@ -176,8 +180,8 @@ class MelCodec:
             digest.update(f"{name}{array.shape}".encode() + array.astype("<f4").tobytes())
         return digest.hexdigest()
 
-    def num_frames(self, samples, rate):
-        """Code frames of a wave of `samples` samples at `rate` Hz: the last, partial frame counts."""
+    def num_frames(self, samples: Count, rate: Count | int) -> Count:
+        """Count the code frames of a wave of `samples` samples at `rate` Hz: the last, partial frame counts."""
         return -(-resampled_length(samples, rate, self.sample_rate) // self._samples_per_frame)
 
     def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
@@ -194,7 +198,6 @@ class MelCodec:
 
         The gain is lost where `normalise_level` took it away: the wave then has the level codes were made at.
         """
-        codes = torch.as_tensor(codes, dtype=torch.int64)
         frames, window = len(codes), self.config.window
         if frames == 0:
             return np.zeros(0, dtype=np.float32)
@@ -236,9 +239,10 @@ class MelCodec:
         """Mono wave [n] at `rate` Hz -> normalised frames [T, stack * mels]."""
         return _standardise(log_mel(wave, rate, self.config), self.mean, self.std)
 
-    def _dequantise(self, codes: Tensor) -> Tensor:
+    def _dequantise(self, codes: np.ndarray) -> Tensor:
         """Codes [T, q] -> normalised log-mel bands [T * stack, mels]."""
-        frames = sum(level[code] for level, code in zip(self.centroids, codes.T))
+        levels = torch.as_tensor(codes, dtype=torch.int64).T
+        frames: Any = sum(level[code] for level, code in zip(self.centroids, levels))
         return rearrange(frames, "t (s m) -> (t s) m", s=self.config.stack)
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -247,17 +251,17 @@ class MelCodec:
 
 def log_mel(wave: np.ndarray, rate: int, config: MelConfig) -> Tensor:
     """Mono wave [n] at `rate` Hz -> frames [T, stack * mels] of log power by mel band."""
-    wave = resample(wave, rate, config.sample_rate)
+    heard = resample(wave, rate, config.sample_rate)
     samples_per_frame = config.hop * config.stack
-    frames = -(-len(wave) // samples_per_frame)
+    frames = -(-len(heard) // samples_per_frame)
     if frames == 0:
         return torch.zeros(0, config.stack * config.mels)
     if config.normalise_level:
-        level = float(wave.square().mean().sqrt())
-        wave = wave * (LEVEL_RMS / level) if level > SILENT_RMS else wave
-    wave = torch.nn.functional.pad(wave, (0, frames * samples_per_frame - len(wave)))
+        level = float(heard.square().mean().sqrt())
+        heard = heard * (LEVEL_RMS / level) if level > SILENT_RMS else heard
+    heard = torch.nn.functional.pad(heard, (0, frames * samples_per_frame - len(heard)))
     spectrum = torch.stft(
-        wave,
+        heard,
         config.window,
         config.hop,
         window=torch.hann_window(config.window),
@@ -287,8 +291,8 @@ def _standardise(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (frames - mean.repeat(stack)) / std.repeat(stack)
 
 
-def resampled_length(samples, rate, target: int):
-    """ceil(samples * target / rate) in integers; elementwise over numpy arrays."""
+def resampled_length(samples: Count, rate: Count | int, target: int) -> Count:
+    """Give ceil(samples * target / rate) in integers; elementwise over numpy arrays."""
     return -(-(samples * target) // rate)
 
 
@@ -304,12 +308,12 @@ def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
     if not np.isfinite(wave).all():
         raise DataError("a wave holds NaN or infinite samples; repair or leave out the recording")
     length = resampled_length(len(wave), rate, target)
-    wave = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
+    resampled = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
     if rate != target and length:
         # torchaudio rounds the length in float32, which is off by samples for minutes of sound.
-        wave = _torchaudio().resample(wave, rate, target)
-        wave = torch.nn.functional.pad(wave, (0, length - len(wave)))  # a negative pad crops
-    return wave
+        resampled = _torchaudio().resample(resampled, rate, target)
+        resampled = torch.nn.functional.pad(resampled, (0, length - len(resampled)))  # a negative pad crops
+    return resampled
 
 
 def _torchaudio() -> ModuleType:
@@ -377,9 +381,9 @@ def _sample_rows(batches: Iterable[np.ndarray], limit: int, seed: int) -> np.nda
 
 
 def _smallest(rows: list[np.ndarray], keys: list[np.ndarray], limit: int) -> tuple[list, list]:
-    rows, keys = np.concatenate(rows), np.concatenate(keys)
-    order = np.sort(np.argpartition(keys, limit)[:limit]) if len(keys) > limit else np.arange(len(keys))
-    return [rows[order]], [keys[order]]
+    row, key = np.concatenate(rows), np.concatenate(keys)
+    order = np.sort(np.argpartition(key, limit)[:limit]) if len(key) > limit else np.arange(len(key))
+    return [row[order]], [key[order]]
 
 
 def code_order(frames: int, codebooks: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -398,7 +402,7 @@ def code_order(frames: int, codebooks: int, layout: Layout) -> tuple[np.ndarray,
 
 def serialise(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Codes [T, Q] -> (codes [T * Q], their codebook [T * Q]) in the order of the layout."""
-    frame, codebook = code_order(*codes.shape, layout)
+    frame, codebook = code_order(len(codes), codes.shape[1], layout)
     return codes[frame, codebook], codebook
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from mmoe.errors import ConfigError, DataError
 from mmoe.files import Read, read_file
 from mmoe.optional import require
-from mmoe.tokenizers.audio import AudioCodec, AudioConfig, MelCodec, resample, resampled_length
+from mmoe.tokenizers.audio import AudioCodec, AudioConfig, Count, MelCodec, resample, resampled_length
 
 
 def load_codec(config: AudioConfig, read: Read = read_file) -> AudioCodec:
@@ -49,7 +50,7 @@ class PretrainedCodec:
     kind: str  # `model_type` in the folder's config.json
     architecture: str  # the class in transformers
 
-    def __init__(self, path: str, codebooks: int):
+    def __init__(self, path: str, codebooks: int) -> None:
         self.model = _load(path, self.kind, self.architecture)
         config = self.model.config
         if getattr(config, "audio_channels", 1) != 1 or getattr(config, "normalize", False):
@@ -66,19 +67,19 @@ class PretrainedCodec:
         self.codebook_size = config.codebook_size
         self.sample_rate = config.sampling_rate
 
-    def num_frames(self, samples, rate):
-        """Code frames of a wave of `samples` samples at `rate` Hz: the last, partial frame counts."""
+    def num_frames(self, samples: Count, rate: Count | int) -> Count:
+        """Count the code frames of a wave of `samples` samples at `rate` Hz: the last, partial frame counts."""
         return -(-resampled_length(samples, rate, self.sample_rate) // self.hop)
 
     @torch.inference_mode()
     def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
         """Mono f32 `wave` [n] in [-1, 1] at `rate` Hz -> i64 codes [T, Q], T = num_frames(n, rate)."""
-        wave = resample(wave, rate, self.sample_rate)
-        if len(wave) == 0:
+        heard = resample(wave, rate, self.sample_rate)
+        if len(heard) == 0:
             return np.zeros((0, self.codebooks), dtype=np.int64)
         # Whole frames in, whole frames out: each model rounds a partial frame in its own way.
-        wave = torch.nn.functional.pad(wave, (0, -len(wave) % self.hop))
-        return self._encode(wave[None, None])[0, : self.codebooks].T.contiguous().numpy()
+        heard = torch.nn.functional.pad(heard, (0, -len(heard) % self.hop))
+        return self._encode(heard[None, None])[0, : self.codebooks].T.contiguous().numpy()
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -115,6 +116,8 @@ class PretrainedCodec:
 
 
 class EncodecCodec(PretrainedCodec):
+    """Turns sound into the codes of a pretrained EnCodec, and back."""
+
     kind, architecture = "encodec", "EncodecModel"
 
     def _encode(self, wave: Tensor) -> Tensor:
@@ -125,6 +128,8 @@ class EncodecCodec(PretrainedCodec):
 
 
 class DacCodec(PretrainedCodec):
+    """Turns sound into the codes of a pretrained Descript audio codec, and back."""
+
     kind, architecture = "dac", "DacModel"
 
     @property
@@ -139,10 +144,13 @@ class DacCodec(PretrainedCodec):
 
 
 class MimiCodec(PretrainedCodec):
+    """Turns sound into the codes of a pretrained Mimi, and back."""
+
     kind, architecture = "mimi", "MimiModel"
 
     @property
     def hop(self) -> int:
+        """Samples of one code frame."""
         return round(self.model.config.sampling_rate / self.model.config.frame_rate)
 
     def _encode(self, wave: Tensor) -> Tensor:
@@ -155,8 +163,8 @@ class MimiCodec(PretrainedCodec):
 _ADAPTERS = {codec.kind: codec for codec in (EncodecCodec, DacCodec, MimiCodec)}
 
 
-def _load(path: str, kind: str, architecture: str) -> torch.nn.Module:
-    """The f32 model of a local folder, in evaluation mode."""
+def _load(path: str, kind: str, architecture: str) -> Any:
+    """The f32 model (a module of transformers) of a local folder, in evaluation mode."""
     transformers = require("transformers", "tokenizers.audio.kind")
     settings = Path(path) / "config.json"
     if not settings.is_file():

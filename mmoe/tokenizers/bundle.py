@@ -22,6 +22,8 @@ VECTOR_MODALITIES = (Modality.ACTION, Modality.STATE, Modality.INERTIAL)
 
 
 class TokenizersConfig(Config):
+    """Configures the tokenizers of all modalities."""
+
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
     audio: AudioConfig | None = None  # null: no source of the run holds sound
@@ -41,6 +43,7 @@ class VectorDims:
 
     @property
     def size(self) -> int:
+        """Count the dimensions of the union."""
         return len(self.names)
 
 
@@ -50,7 +53,7 @@ class Tokenizers:
     Raises ConfigError when a source holds sound and no audio codec is configured.
     """
 
-    def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest], read: Read = read_file):
+    def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest], read: Read = read_file) -> None:
         self.config = config
         self.text: TextTokenizer = config.text.build(read)
         self.vision = VisionTokenizer(config.vision)
@@ -80,6 +83,7 @@ class Tokenizers:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
+        """Give the id space of these tokenizers."""
         return Vocabulary(
             text_size=self.text.size,
             audio_codebooks=self.audio.codebooks if self.audio else 0,
@@ -89,6 +93,7 @@ class Tokenizers:
 
     @property
     def discrete_actions(self) -> bool:
+        """Say whether actions are ids of bins."""
         return self.config.action.mode == "discrete"
 
 

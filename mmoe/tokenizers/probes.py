@@ -29,8 +29,8 @@ _SPACES = [
 ]
 _UNSEEN = ["\0", "\x1b", "\x7f", "\xad", "\u200b", "\u200d", "\u202e", "\u2060", "\ufe0f", "\ufeff", "\ufffd", "\ufffe"]
 _NUMBERS = ["0", "7", "42", "1,000.50", "٣", "Ⅷ", "²"]
-_LETTERS = ["A", "é", "e\u0301", "ß", "İ", "ﬁ", "Ａ", "ا\u064b", "की", "漢字", "ひらがな", "한국어", "각"]
-_SYMBOLS = ["…", "“", "’", "、", "。", "€", "🙂", "👩\u200d👩\u200d👧", "🇯🇵", "👍🏽", "\ue000", "\U0010fffd"]
+_LETTERS = ["A", "é", "e\u0301", "ß", "İ", "ﬁ", "Ａ", "ا\u064b", "की", "漢字", "ひらがな", "한국어", "각"]  # noqa: RUF001
+_SYMBOLS = ["…", "“", "’", "、", "。", "€", "🙂", "👩\u200d👩\u200d👧", "🇯🇵", "👍🏽", "\ue000", "\U0010fffd"]  # noqa: RUF001
 # What tokenizers write for themselves, in a text that only speaks of it.
 _SPELLINGS = ["▁", "Ġ", "Ċ", "Ã", "##", "</w>", "<s>", "</s>", "<pad>", "<unk>", "[UNK]", "[CLS]", "[PAD]", "<0x0A>"]
 _SPELLINGS += ["<|endoftext|>", "<|im_start|>", "<|bos|>", "@@ ", "|"]

@@ -35,6 +35,8 @@ def _byte_symbols() -> list[str]:
 
 
 class TextConfig(Config):
+    """Names the file of the text tokenizer, and how large preparation makes it."""
+
     path: Address | None = None  # the tokenizer's JSON; null: the 256 bytes, which need no training
     vocabulary_size: int | None = Field(None, ge=BYTES)  # what preparation trains the file at `path` to, at most
 
@@ -63,7 +65,7 @@ class TextTokenizer:
     The 256 bytes always have ids, so nothing is unknown. A string that spells a special token is plain text.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.size: int = tokenizer.get_vocab_size(with_added_tokens=False)
 

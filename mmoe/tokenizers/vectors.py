@@ -29,7 +29,7 @@ class Fences:
     Statistics of manifests that hold no fences allow everything and clip nothing.
     """
 
-    def __init__(self, stats: VectorStats):
+    def __init__(self, stats: VectorStats) -> None:
         self.names = stats.names
         infinite = np.full(len(stats.names), np.inf)
         self._low, self._high = np.array(stats.low or -infinite), np.array(stats.high or infinite)
@@ -58,7 +58,7 @@ class Fences:
 class VectorNormaliser:
     """(x - mean) / std by dimension, x clipped to the fences; a dimension that never varied becomes 0."""
 
-    def __init__(self, stats: VectorStats):
+    def __init__(self, stats: VectorStats) -> None:
         self.fences = Fences(stats)
         self._mean, std = np.array(stats.mean), np.array(stats.std)
         constant = is_constant(self._mean, std)

@@ -1,6 +1,7 @@
 """Pictures and video to patch vectors: a grid within a patch budget, a resize to it, patches of tubelets."""
 
 from functools import lru_cache
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -10,12 +11,15 @@ from torch.nn.functional import interpolate
 
 from mmoe.config.base import Config
 
+Count = TypeVar("Count", int, np.ndarray)
 COORDINATES = 14  # features of a patch's place in its picture
 _MOST_KNOWN = 1 << 16  # picture sizes whose grids are kept
 DISTORTION_COST = 4.0  # of a squared log distortion, in squared log losses of area (`VisionTokenizer.grid`)
 
 
 class VisionConfig(Config):
+    """Says how pictures are cut into patches."""
+
     patch: int = Field(16, gt=0)  # pixels a side
     max_patches: int = Field(64, gt=0)  # most patches of one picture
     tubelet: int = Field(1, gt=0)  # successive frames that share a patch vector
@@ -24,7 +28,7 @@ class VisionConfig(Config):
 class VisionTokenizer:
     """Patch vectors f32 [vector_dim] in [-1, 1]: tubelet x patch x patch pixels of RGB in this order, coordinates."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig) -> None:
         self.config = config
         self.patch_dim = config.tubelet * config.patch**2 * 3
         self.vector_dim = self.patch_dim + COORDINATES
@@ -32,7 +36,11 @@ class VisionTokenizer:
         self._grids = np.array([(r, c) for r in range(1, budget + 1) for c in range(1, budget // r + 1)])
         self._known: dict[int, np.ndarray] = {}  # size -> its grid, of the sizes met so far
 
-    def grid(self, height, width):
+    @overload
+    def grid(self, height: int, width: int) -> tuple[int, int]: ...
+    @overload
+    def grid(self, height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def grid(self, height: Any, width: Any) -> tuple[Any, Any]:
         """Rows and columns of patches for pictures of height x width pixels; elementwise over numpy arrays.
 
         Among the grids of at most `max_patches` that exceed neither ceil(height / patch) rows nor
@@ -56,7 +64,7 @@ class VisionTokenizer:
         rows, columns = best[..., 0], best[..., 1]
         return (int(rows), int(columns)) if sizes.ndim == 1 else (rows, columns)
 
-    def num_tokens(self, height, width):
+    def num_tokens(self, height: Count, width: Count) -> Count:
         """Patch vectors of one tubelet (with `tubelet` 1: of a picture); elementwise over numpy arrays."""
         rows, columns = self.grid(height, width)
         return rows * columns

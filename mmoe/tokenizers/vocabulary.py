@@ -59,6 +59,7 @@ class Vocabulary:
 
     @property
     def ranges(self) -> dict[str, range]:
+        """Give the ids of each range by its name."""
         sizes = {
             "structure": len(Structure),
             "placeholder": len(Placeholder),
@@ -74,6 +75,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
+        """Count all ids."""
         return self.ranges["action"].stop
 
     def audio_ids(self, codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:

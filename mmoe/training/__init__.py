@@ -1,0 +1,1 @@
+"""Trains a run: its folder, state, steps and callbacks."""

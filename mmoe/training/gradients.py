@@ -1,6 +1,6 @@
 """The gradients of one optimizer step: its micro-batches forward and backward, alone or with the other ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -49,6 +49,7 @@ class StepSetting:
 
     @classmethod
     def of(cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
+        """Derive the setting of a run's steps from what is resolved of it."""
         return cls(run.losses, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.embeds_first)
 
     def autocast(self) -> AbstractContextManager:
@@ -65,7 +66,7 @@ def step_gradients(
     """
     torch.manual_seed(seed)
     ranks = setting.ranks
-    cached: list[CachedInfoNCE | None] = [None] * setting.micro_batches
+    cached: Sequence[CachedInfoNCE | None] = [None] * setting.micro_batches
     if setting.cached and counts.pairs:
         batches = list(batches)
         cached = _contrast(model, batches, setting)

@@ -49,7 +49,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 class _Lock:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
         self._ended = threading.Event()

@@ -48,7 +48,7 @@ class StepResult:
 class Trainer:
     """Trains a run from where its state stands to its last step, or to `stop_at`."""
 
-    def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None):
+    def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None) -> None:
         config = run.config
         self.run, self.callbacks, self.batch = run, callbacks, run.resolved.batch
         self.setting = StepSetting.of(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
@@ -81,6 +81,10 @@ class Trainer:
         self.interrupted = False  # by one to any process, known to all after the same step
 
     def train(self) -> None:
+        """Train to the end of the session, saving and telling the callbacks on the way.
+
+        Raises DivergenceError, and at the end the OutputError of a callback.
+        """
         for callback in self.callbacks:
             callback.on_start(self)
         with _stop_on_interrupt(self), Watch(self.run.config.parallel.timeout_seconds, self.run.folder) as watch:
@@ -123,6 +127,7 @@ class Trainer:
             self.stop_requested = True
 
     def train_step(self, data: StepData) -> StepResult:
+        """Do one optimizer step on `data`. Raises DivergenceError where a gradient is not finite."""
         started = time.perf_counter()
         model, config = self.run.model, self.run.config
         model.train()
@@ -145,9 +150,9 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        routers = model.decoder.routers  # a pipeline stage may have none
-        if routers and config.model.moe.bias_rate:
-            update_choice_bias(routers, gradients.loads.total(), config.model.moe.bias_rate)
+        routers, moe = model.decoder.routers, config.model.moe  # a pipeline stage may have none
+        if routers and moe is not None and moe.bias_rate:
+            update_choice_bias(routers, gradients.loads.total(), moe.bias_rate)
         self.step += 1
         self.stream.quarantine.settle(self.run.ranks.sum_over_data)
         self.stream_state = self.stream.state(data)
@@ -165,6 +170,7 @@ class Trainer:
         )
 
     def save(self) -> None:
+        """Write a checkpoint of the step that the run stands at."""
         self.checkpoints.save(self.step, self._state(), {CONFIG: dump(self.run.config)})
         self.saved = self.step
 
@@ -240,7 +246,7 @@ def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
         alone = number == signal.SIGINT or not dist.is_initialized()
         signal.signal(number, previous[number] if alone else signal.SIG_IGN)
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

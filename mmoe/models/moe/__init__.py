@@ -1,0 +1,1 @@
+"""Defines layers of experts: router, dispatch, experts, balance, and the statistics of routing."""

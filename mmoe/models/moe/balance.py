@@ -45,7 +45,7 @@ class StepLoads:
     [N, E] i64 of this rank -> the sum over ranks, a new tensor. Every rank must come to `total` equally often.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda load_NE: load_NE):
+    def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda load_NE: load_NE) -> None:
         self._reduce = reduce
         self._load_NE: Tensor | None = None
 

@@ -36,6 +36,7 @@ class Placement:
 
     @property
     def dropped_TK(self) -> Tensor:
+        """Mark the choices that got no row."""
         return self.row_TK == len(self.choice_R)
 
 
@@ -43,19 +44,25 @@ class Placed(Protocol):
     """What every placement says, wherever its rows are: those of the `Placement` that experts here compute."""
 
     @property
-    def ends_E(self) -> Tensor: ...
+    def ends_E(self) -> Tensor:
+        """Give the row behind the last one of each expert, i32."""
 
     @property
-    def complete(self) -> bool: ...
+    def complete(self) -> bool:
+        """Say whether every choice has a row and every row a choice."""
 
     @property
-    def dropped_TK(self) -> Tensor: ...
+    def dropped_TK(self) -> Tensor:
+        """Mark the choices that got no row."""
 
 
 P = TypeVar("P", bound=Placed)
+Rows = TypeVar("Rows", int, Tensor)
 
 
 class Dispatcher(Protocol[P]):
+    """Brings tokens to the experts that they chose, and what the experts made of them back."""
+
     def plan(self, routing: Routing, tokens: Tokens) -> P:
         """Give every choice a row, or drop it."""
 
@@ -72,7 +79,7 @@ class Dispatcher(Protocol[P]):
 class LocalDispatcher(ABC):
     """Both dispatchers of one process differ in their `plan` alone."""
 
-    def __init__(self, experts: int, group_multiple: int = 1):
+    def __init__(self, experts: int, group_multiple: int = 1) -> None:
         self.experts = experts
         self.group_multiple = group_multiple  # every expert's group has a multiple of so many rows
 
@@ -81,13 +88,16 @@ class LocalDispatcher(ABC):
         """As `Dispatcher`."""
 
     def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
+        """Copy each token to the rows of its choices, [R, D]; empty rows are zero."""
         row_TK, choice_R = placement.row_TK, placement.choice_R
         return copy_rows(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
 
     def arrive(self, rows_RD: Tensor, placement: Placement) -> Tensor:
+        """Give the rows as they are: here they do not travel."""
         return rows_RD
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
+        """Add up the weighted rows of each token, [T, D]."""
         return weighted_rows(y_RD, weight_TK, placement.row_TK, placement.choice_R, placement.complete)
 
 
@@ -113,8 +123,8 @@ def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> Placement:
     return Placement(row.view_as(expert_TK), choice_in_row, ends.int(), complete=False)
 
 
-def rounded_up(rows, multiple: int):
-    """`rows` (a number or a tensor) up to a multiple."""
+def rounded_up(rows: Rows, multiple: int) -> Rows:
+    """Round a number, or those of a tensor, up to a multiple."""
     return -(-rows // multiple) * multiple
 
 
@@ -126,6 +136,7 @@ class DroplessDispatcher(LocalDispatcher):
     """
 
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+        """Give every choice a row, sorted by expert."""
         return by_expert(routing.expert_TK, self.experts, self.group_multiple)
 
 
@@ -136,7 +147,9 @@ class CapacityDispatcher(LocalDispatcher):
     scores (ties: the later token), with `position` the later tokens. One sequence never takes the rows of another.
     """
 
-    def __init__(self, experts: int, capacity_factor: float, drop: Drop = "probability", group_multiple: int = 1):
+    def __init__(
+        self, experts: int, capacity_factor: float, drop: Drop = "probability", group_multiple: int = 1
+    ) -> None:
         super().__init__(experts, group_multiple)
         self.capacity_factor, self.drop = capacity_factor, drop
 
@@ -146,6 +159,7 @@ class CapacityDispatcher(LocalDispatcher):
         return math.ceil(factor * length * top_k / self.experts)
 
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+        """Give the choices that fit their sequence's capacity a row, and drop the others."""
         capacity, sequences = self.capacity(tokens.length, routing.expert_TK.shape[1]), tokens.sequences
         rows_of_expert = rounded_up(sequences * capacity, self.group_multiple)
         rows = self.experts * rows_of_expert

@@ -5,7 +5,7 @@ before which each expert's group ends, the last one R.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class Experts(nn.Module):
     Raises BackendError where the engine's package is not available.
     """
 
-    def __init__(self, experts: int, size: int, hidden: int, engine: Engine):
+    def __init__(self, experts: int, size: int, hidden: int, engine: Engine) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.empty(experts, size, hidden))
         self.up = nn.Parameter(torch.empty(experts, size, hidden))
@@ -116,13 +116,13 @@ class _GroupedSwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
         gate_RF, up_RF = grouped_mm(x_RD, gate_EDF, ends_E), grouped_mm(x_RD, up_EDF, ends_E)
         ctx.save_for_backward(x_RD, gate_EDF, up_EDF, down_EFD, ends_E, gate_RF, up_RF)
         return grouped_mm(F.silu(gate_RF) * up_RF, down_EFD, ends_E)
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x_RD, gate_EDF, up_EDF, down_EFD, ends_E, gate_RF, up_RF = ctx.saved_tensors
         grad_RD = grad_RD.contiguous()  # the kernel refuses expanded gradients
         silu_RF = F.silu(gate_RF)

@@ -22,6 +22,8 @@ WIDEST = 1 << 24  # of any dimension: beyond it a config is a slip of the pen
 
 
 class MoEConfig(Config):
+    """Configures the experts, their router, and which layers have them."""
+
     experts: int = Field(gt=0, le=WIDEST)
     top_k: int = Field(gt=0)  # experts per token
     hidden: int = Field(gt=0, le=WIDEST)  # SwiGLU width of one expert
@@ -99,6 +101,7 @@ class LayerRouting:
     def of(
         cls, routing: Routing, tokens: Tokens, load_BE: Tensor, statistics: RoutingStatistics | None
     ) -> "LayerRouting":
+        """Make the losses of a routing whose choices by sequence are `load_BE`."""
         probability_BE = expert_probability(routing, tokens)
         return cls(
             balance_loss=balance_loss(load_BE, probability_BE / sequence_counts(tokens)[:, None]).mean(),
@@ -112,7 +115,7 @@ class LayerRouting:
 class MoELayer(nn.Module):
     """The network of layer `number`: a router, its experts, and those that every token goes through."""
 
-    def __init__(self, size: int, config: MoEConfig, number: int = 0):
+    def __init__(self, size: int, config: MoEConfig, number: int = 0) -> None:
         super().__init__()
         self.config, self.number = config, number
         self.router = Router(

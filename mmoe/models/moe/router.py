@@ -82,7 +82,7 @@ class Router(nn.Module):
         score: Score = "softmax",
         groups: GroupLimitConfig | None = None,
         biased: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size))
         self.top_k, self.scale = top_k, scale

@@ -18,10 +18,12 @@ class RoutingWindow:
         self.sum: RoutingStatistics | None = None
 
     def add(self, statistics: RoutingStatistics | None) -> None:
+        """Add the statistics of a step; None adds nothing."""
         if statistics is not None:
             self.sum = statistics if self.sum is None else self.sum + statistics
 
     def merge(self, other: "RoutingWindow") -> None:
+        """Add all that another window holds."""
         self.add(other.sum)
 
     def record(self, sources: list[str]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Copying rows by index, and adding them with weights, forwards and backwards; counting by index."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,13 +20,13 @@ def copy_rows(x: Tensor, index: Tensor, inverse: Tensor, share: int = 1, complet
 
 class _CopyRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, share: int, complete: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, share: int, complete: bool) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.shape, ctx.complete = (len(x), share), complete
         return _select(x, index // share if share > 1 else index, complete)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inverse,) = ctx.saved_tensors
         if ctx.shape[1] > 1:
             return _add_rows(grad, inverse.unflatten(0, ctx.shape), None, ctx.complete), None, None, None, None
@@ -43,13 +45,13 @@ def weighted_rows(y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, comple
 
 class _WeightedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
         ctx.save_for_backward(y, weight, row, choice)
         ctx.complete = complete
         return _add_rows(y, row, weight, complete)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         y, weight, row, choice = ctx.saved_tensors
         # The token of an empty row is T, past the end of grad; its weight is past the end of the weights.
         grad_R = _select(grad, choice // row.shape[1], ctx.complete)

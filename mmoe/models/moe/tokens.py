@@ -29,6 +29,7 @@ class Tokens:
 
     @classmethod
     def of(cls, batch: PackedBatch) -> "Tokens":
+        """Find the valid positions of a batch."""
         valid = batch.valid.flatten()
         position = valid.nonzero().squeeze(1)
         return cls(
