@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe.commands.console import Console
+from mmoe.data.config import DataConfig
 from mmoe.data.index.shard_index import is_prepared
 from mmoe.data.plan.deal import deal
 from mmoe.data.plan.mixture import Mixture
@@ -13,30 +14,31 @@ from mmoe.data.plan.prepared import Sources, sizes
 from mmoe.data.storage.store import Storage
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.manifest import SourceManifest
+from mmoe.tokenizers.bundle import TokenizersConfig
 
 WARNING = Text("warning", "yellow")
 
 
-def mixture_of(config: RunConfig) -> Mixture:
-    """The config's mixture; sources whose `positions` are given need not be prepared yet."""
-    storage = Storage(config.data.storage)
+def mixture_of(data: DataConfig, tokenizers: TokenizersConfig, end: int) -> Mixture:
+    """Mix the sources of a run of `end` positions; those whose `positions` are given need not be prepared yet."""
+    storage = Storage(data.storage)
     unknown = {
         name: SourceManifest.load(source.shards, storage.read)
-        for name, source in config.data.sources.items()
+        for name, source in data.sources.items()
         if source.positions is None and is_prepared(source.shards, storage)
     }
-    tokenizers = config.tokenizers.build(unknown, storage.read) if unknown else None
-    return Mixture(config.data.stages, sizes(config.data, unknown, tokenizers), config.training.budget_positions)
+    built = tokenizers.build(unknown, storage.read) if unknown else None
+    return Mixture(data.stages, sizes(data, unknown, built), end)
 
 
 def show_stages(config: RunConfig, console: Console) -> None:
     """Positions, share and epochs of every source in every stage; then the warnings."""
-    mixture = mixture_of(config)
+    end = config.training.budget_positions
+    mixture = mixture_of(config.data, config.tokenizers, end)
     table = Table("stage", "positions", "T", "source", "share", "its positions", "epochs", title_justify="left")
     for column in (1, 2, 4, 5, 6):
         table.columns[column].justify = "right"
     table.columns[3].overflow = "fold"
-    end = config.training.budget_positions
     for stage in mixture.stages:
         temperature = stage.config.temperature
         head = [
