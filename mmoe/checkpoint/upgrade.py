@@ -3,6 +3,7 @@
 from typing import Any
 
 from mmoe.checkpoint.tree import INTEGER_KEYS
+from mmoe.optim.muon import is_block_matrix
 
 
 def from_format_1(document: dict[str, Any]) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def from_format_1(document: dict[str, Any]) -> dict[str, Any]:
     for part in document["optimizer"].values():
         held = part["state"].get(INTEGER_KEYS, {})
         for group in part["param_groups"]:
-            blocks = [name for name in document["model"] if ".blocks." in name and ".router." not in name]
+            blocks = [name for name in document["model"] if is_block_matrix(name, 2)]  # AdamW names the others
             named = group.get("param_names") or [name for name in blocks if name not in states]
             states |= {name: held.get(str(number), {}) for number, name in zip(group["params"], named)}
     return document | {"optimizer": states}

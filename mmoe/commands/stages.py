@@ -27,7 +27,7 @@ def show_stages(config: "RunConfig", console: Console) -> None:
 
     from mmoe.planning.data import mixture_of
 
-    mixture = mixture_of(config)
+    mixture = mixture_of(config.data, config.tokenizers, config.training.budget_positions)
     table = Table("stage", "positions", "T", "source", "share", "its positions", "epochs", title_justify="left")
     for column in (1, 2, 4, 5, 6):
         table.columns[column].justify = "right"

@@ -25,28 +25,27 @@ PIECES = 4  # of a sequence, that each rank of cp gets
 
 
 @dataclass(frozen=True)
-class Sharding:
+class Positions:
     """Which positions (of L, a row for each of B sequences) are where: in attention on the ranks of cp, and in the
-    residual stream on those of cp x tp."""
+    residual stream on those of cp x tp, of which this is `rank`."""
 
     attended_cBM: Tensor
     streamed_nBH: Tensor
-    mesh: Mesh
+    rank: int
 
     @classmethod
-    def of(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
+    def deal(cls, document_BL: Tensor, cp: int, tp: int, rank: int) -> "Positions":
         """Raises ConfigError where the ranks cannot share a sequence evenly."""
-        sequences, length = batch.shape
-        cp, tp = mesh.degrees.cp, mesh.degrees.tp
+        sequences, length = document_BL.shape
         check_length(length, cp, tp)
-        owned = _deal(batch, cp) if cp > 1 else torch.arange(length).expand(1, sequences, length)
-        owned = owned.to(batch.token_ids.device)
-        return cls(owned, owned.unflatten(2, (tp, -1)).permute(0, 2, 1, 3).flatten(0, 1), mesh)
+        owned = _deal(document_BL, cp) if cp > 1 else torch.arange(length).expand(1, sequences, length)
+        owned = owned.to(document_BL.device)
+        return cls(owned, owned.unflatten(2, (tp, -1)).permute(0, 2, 1, 3).flatten(0, 1), rank)
 
     @property
     def here_BH(self) -> Tensor:
         """Of this rank."""
-        return self.streamed_nBH[self.mesh.rank("sequence")]
+        return self.streamed_nBH[self.rank]
 
     def local(self, batch: PackedBatch) -> PackedBatch:
         """The positions here, as a batch of [B, H] for the embeddings; vectors that belong elsewhere have index -1."""
@@ -61,6 +60,26 @@ class Sharding:
         }
         taken = {name: getattr(batch, name).flatten(0, 1)[flat].unflatten(0, self.here_BH.shape) for name in whole}
         return replace(batch, **taken, values=values)
+
+    def arrange(self, parts_nBHX: Tensor) -> Tensor:
+        """[B, L, X]: the parts of all ranks in the order of the sequences."""
+        order = _by_sequence(self.streamed_nBH).argsort(1)
+        flat = _flat(order, order.shape[1])
+        return _by_sequence(parts_nBHX).flatten(0, 1).index_select(0, flat).unflatten(0, order.shape)
+
+
+@dataclass(frozen=True)
+class Sharding(Positions):
+    """The positions of a batch on the ranks of `mesh`."""
+
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
+        """Raises ConfigError where the ranks cannot share a sequence evenly."""
+        degrees = mesh.degrees
+        found = Positions.deal(batch.document, degrees.cp, degrees.tp, mesh.rank("sequence"))
+        return cls(found.attended_cBM, found.streamed_nBH, found.rank, mesh)
 
     def layout(self, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> Layout:
         """For the blocks on this rank, of the whole `batch`."""
@@ -81,12 +100,6 @@ class Sharding:
     def whole(self, hidden_BHD: Tensor) -> Tensor:
         """[B, L, D] of the positions of all ranks; every rank's use of them adds to the gradient."""
         return self.arrange(gather(hidden_BHD, self.mesh.group("sequence")))
-
-    def arrange(self, parts_nBHX: Tensor) -> Tensor:
-        """[B, L, X]: the parts of all ranks in the order of the sequences."""
-        order = _by_sequence(self.streamed_nBH).argsort(1)
-        flat = _flat(order, order.shape[1])
-        return _by_sequence(parts_nBHX).flatten(0, 1).index_select(0, flat).unflatten(0, order.shape)
 
 
 def check_length(length: int, cp: int, tp: int) -> None:
@@ -151,16 +164,16 @@ def _by_sequence(x_nBHX: Tensor) -> Tensor:
     return x_nBHX.transpose(0, 1).flatten(1, 2)
 
 
-def _deal(batch: PackedBatch, cp: int) -> Tensor:
+def _deal(document_BL: Tensor, cp: int) -> Tensor:
     """[cp, B, L / cp]: the positions that each rank attends from, equal in number and about equal in work.
 
     A sequence is cut into pieces, whose work is the number of keys that their positions see; the costliest go first,
     in snake order. For a sequence of one document this is the customary zig-zag.
     """
-    length = batch.shape[1]
+    sequences, length = document_BL.shape
     size = length // (cp * PIECES)
-    out = torch.empty(cp, batch.shape[0], length // cp, dtype=torch.long)
-    for number, document in enumerate(batch.document.cpu().numpy()):
+    out = torch.empty(cp, sequences, length // cp, dtype=torch.long)
+    for number, document in enumerate(document_BL.cpu().numpy()):
         order = np.arange(length)
         start = np.where(np.diff(document, prepend=document[0] - 1) != 0, order, 0)
         work = np.where(document >= 0, order - np.maximum.accumulate(start) + 1, 0).reshape(-1, size).sum(1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmoe.data.config import DataConfig
 from mmoe.data.index.shard_index import is_prepared
 from mmoe.data.plan.deal import deal
 from mmoe.data.plan.mixture import Mixture
@@ -12,6 +13,7 @@ from mmoe.data.plan.prepared import Sources, sizes
 from mmoe.data.storage.store import Storage
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.manifest import SourceManifest
+from mmoe.tokenizers.bundle import TokenizersConfig
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,16 @@ class Inspection:
     lost: dict[str, int]  # what was cut or dropped up to the end of the last window, by reason
 
 
-def mixture_of(config: RunConfig) -> Mixture:
-    """The config's mixture; sources whose `positions` are given need not be prepared yet."""
-    storage = Storage(config.data.storage)
+def mixture_of(data: DataConfig, tokenizers: TokenizersConfig, end: int) -> Mixture:
+    """Mix the sources of a run of `end` positions; those whose `positions` are given need not be prepared yet."""
+    storage = Storage(data.storage)
     unknown = {
         name: SourceManifest.load(source.shards, storage.read)
-        for name, source in config.data.sources.items()
+        for name, source in data.sources.items()
         if source.positions is None and is_prepared(source.shards, storage)
     }
-    tokenizers = config.tokenizers.build(unknown, storage.read) if unknown else None
-    return Mixture(config.data.stages, sizes(config.data, unknown, tokenizers), config.training.budget_positions)
+    built = tokenizers.build(unknown, storage.read) if unknown else None
+    return Mixture(data.stages, sizes(data, unknown, built), end)
 
 
 def inspect(config: RunConfig, steps: int, replicas: int) -> Inspection:

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 from mmoe.config.load import validate
+from mmoe.data.load.stream import StepData
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.parallel.broadcast import shared_steps
 from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.peak_memory import PeakMemory
+from mmoe.schema.counts import COLUMNS, Counts
 from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 from mmoe.training.trainer import Trainer
@@ -108,15 +109,11 @@ def received(folder: Path) -> list:
         def steps(self):
             assert dist.get_rank() == 0, "a peer decoded"
             for step in range(2):
-                yield SimpleNamespace(
-                    counts=step,
-                    plan={"step": step},
-                    lost={},
-                    batches=iter([random_batch(2 * step + i) for i in (0, 1)]),
-                )
+                batches = iter([random_batch(2 * step + i) for i in (0, 1)])
+                yield StepData(batches, Counts(np.full(COLUMNS, step)), {"step": step}, {})
 
     steps = shared_steps(Once(), mesh, 2, torch.device("cpu"))
-    return [(data.counts, data.plan, list(data.batches)) for data in islice(steps, 2)]
+    return [(data.counts.positions, data.plan, list(data.batches)) for data in islice(steps, 2)]
 
 
 def test_peers_receive_the_batches_that_one_rank_decodes(two, tmp_path):

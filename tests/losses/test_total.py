@@ -1,7 +1,6 @@
 """The sum of all losses: independent of how a step is cut, and broken down without anything lost."""
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from mmoe.losses.total import (
     compute,
     target_modality,
 )
-from mmoe.models.decoder import Auxiliary
+from mmoe.models.decoder import Auxiliary, ModelOutput
 from mmoe.models.moe.balance import BalanceConfig, StepLoads
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
 from mmoe.schema.sample import Modality
@@ -49,7 +48,7 @@ class Heads(nn.Module):
         self.project = nn.Linear(D, E)
         self.double()
 
-    def forward(self, batch: PackedBatch) -> SimpleNamespace:
+    def forward(self, batch: PackedBatch) -> ModelOutput:
         hidden = self.embed(batch.token_ids)
         # One number a sequence, averaged over the batch: what a router's losses are.
         each = hidden.square().mean((1, 2))
@@ -60,7 +59,7 @@ class Heads(nn.Module):
             load_NE=F.one_hot(load % 3, 3).sum(1),
             probability_NE=torch.stack([hidden[..., :3], hidden[..., 3:6]]).softmax(-1).mean((1, 2)),
         )
-        return SimpleNamespace(hidden=hidden, auxiliary=auxiliary)
+        return ModelOutput(hidden, auxiliary, None)
 
     def logits(self, h: Tensor) -> Tensor:
         return self.head(h)
@@ -255,7 +254,7 @@ def test_a_lost_item_contributes_zero_and_stays_in_the_denominator(model: Heads)
 
 def test_a_dense_model_has_no_router_terms(model: Heads) -> None:
     output = model(WHOLE)
-    output.auxiliary = None
+    output = replace(output, auxiliary=None)
     report = compute(model, output, WHOLE, COUNTS, CONFIG, VOCABULARY, StepLoads())
     assert set(report.terms) == {"ce", "contrastive", "action"}
 

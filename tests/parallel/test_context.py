@@ -1,7 +1,5 @@
 """The queries of all ranks together attend exactly as the reference does with the whole batch."""
 
-from dataclasses import replace
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -13,8 +11,7 @@ from mmoe.models.attention import DensePlan
 from mmoe.models.attention_rule import may_attend
 from mmoe.parallel import context
 from mmoe.parallel.context import ContextPlan
-from mmoe.parallel.mesh import Degrees
-from mmoe.parallel.sequence import PIECES, Sharding
+from mmoe.parallel.sequence import PIECES, Positions
 from mmoe.schema.batch import PackedBatch
 from tests.models.random_batch import pack, random_batch, random_sequences
 
@@ -27,7 +24,7 @@ def batch_of(seed: int, cp: int) -> PackedBatch:
 
 
 def positions(batch: PackedBatch, cp: int) -> torch.Tensor:
-    return Sharding.of(batch, SimpleNamespace(degrees=Degrees(cp=cp))).attended_cBM
+    return Positions.deal(batch.document, cp, 1, rank=0).attended_cBM
 
 
 def attend(batch: PackedBatch, cp: int, bidirectional: bool, qkv: list[torch.Tensor]) -> torch.Tensor:
@@ -88,15 +85,14 @@ def test_vectors_go_to_the_rank_of_their_position_and_nowhere_else(cp: int) -> N
     batch = random_batch(1)
     unit = cp * PIECES
     batch = pack(random_sequences(1, 2, 4), -(-batch.shape[1] // unit) * unit)
-    mesh = SimpleNamespace(degrees=Degrees(cp=cp))
     for kind, values in batch.values.items():
         found = []
         for rank in range(cp):
-            sharding = replace(Sharding.of(batch, mesh), mesh=SimpleNamespace(rank=lambda axis, rank=rank: rank))
-            here = sharding.local(batch)
+            dealt = Positions.deal(batch.document, cp, 1, rank)
+            here = dealt.local(batch)
             index = here.values[kind].index
             assert (here.modality.flatten()[index[index >= 0]] == kind).all()
-            flat = (sharding.here_BH + batch.shape[1] * torch.arange(2)[:, None]).flatten()
+            flat = (dealt.here_BH + batch.shape[1] * torch.arange(2)[:, None]).flatten()
             found.append(torch.where(index >= 0, flat[index.clamp(min=0)], -1))
         stacked = torch.stack(found)
         assert ((stacked >= 0).sum(0) == (values.index >= 0)).all()

@@ -1,15 +1,12 @@
 """Which rank gets which positions: each once, equally many, about equal work."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe.parallel.mesh import Degrees
-from mmoe.parallel.sequence import PIECES, Sharding
+from mmoe.parallel.sequence import PIECES, Positions
 
 
 def documents(lengths: list[int], length: int) -> np.ndarray:
@@ -18,10 +15,8 @@ def documents(lengths: list[int], length: int) -> np.ndarray:
     return np.pad(numbers, (0, length - len(numbers)), constant_values=-1)
 
 
-def shard(rows: list[np.ndarray], **degrees: int) -> Sharding:
-    document = torch.from_numpy(np.stack(rows))
-    batch = SimpleNamespace(document=document, shape=document.shape, token_ids=document)
-    return Sharding.of(batch, SimpleNamespace(degrees=Degrees(**degrees)))
+def shard(rows: list[np.ndarray], cp: int, tp: int = 1) -> Positions:
+    return Positions.deal(torch.from_numpy(np.stack(rows)), cp, tp, rank=0)
 
 
 def keys_seen(document: np.ndarray) -> np.ndarray:

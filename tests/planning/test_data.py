@@ -30,7 +30,7 @@ def recipe():
 def test_the_main_run_is_planned_without_any_source_on_disk(recipe):
     config = load(RunConfig, recipe)
     assert config.batch.iterations == 2_384_185
-    mixture = mixture_of(config)
+    mixture = mixture_of(config.data, config.tokenizers, config.training.budget_positions)
     assert [(s.name, s.start, s.stop) for s in mixture.stages] == [
         ("cold", 0, 10**12),
         ("mid", 10**12, 9 * 10**12),
@@ -61,7 +61,7 @@ def test_a_stage_behind_the_end_of_the_run_is_announced(recipe):
 def test_a_source_of_unknown_size_names_the_two_remedies(recipe):
     config = load(RunConfig, recipe, ["data.sources.wiki.positions=null", "data.sources.wiki.shards=nowhere"])
     with pytest.raises(DataError, match="data.sources.wiki.positions is not given.*prepare the source, or state"):
-        mixture_of(config)
+        mixture_of(config.data, config.tokenizers, config.training.budget_positions)
 
 
 def test_a_stage_that_names_no_source_is_refused_at_its_key(recipe):
