@@ -142,7 +142,7 @@ def parse() -> argparse.Namespace:
 def plan(arguments: argparse.Namespace) -> tuple[RunConfig, list[Layout], dict[str, str]]:
     """The config of the one process, the layouts, and why those that the config cannot take are refused."""
     config = load(RunConfig, arguments.config, arguments.overrides)
-    single = {axis: 1 for axis in AXES.values()} | {"schedule": "1f1b", "stages_per_rank": 1}
+    single = dict.fromkeys(AXES.values(), 1) | {"schedule": "1f1b", "stages_per_rank": 1}
     changes: dict[str, Any] = {
         "precision": {"compute": arguments.precision},
         "parallel": single | {"compile": False},

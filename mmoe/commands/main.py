@@ -76,6 +76,7 @@ def begin(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version and exit")
     ] = False,
 ) -> None:
+    """Run `mmoe <command>`, or `python -m mmoe <command>`."""
     set_up_logging(show_record)
 
 

@@ -54,7 +54,7 @@ def prepare(
     from mmoe.tokenizers.text import TextConfig
 
     tokenizer = TextConfig(path=text_tokenizer).build(DEFAULT.read)
-    duplicates = {"near": True} if dedup else {}
+    duplicates: dict[str, object] = {"near": True} if dedup else {}
     duplicates |= {"against": against} if against else {}
     prepare_and_show(
         kind,
@@ -113,7 +113,7 @@ def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig") -> N
         process.join()
     except EOFError:
         process.join()
-        why = "which was killed, often for lack of memory" if process.exitcode < 0 else "which says why above"
+        why = "which was killed, often for lack of memory" if (process.exitcode or 0) < 0 else "which says why above"
         raise MmoeError(
             f"what is missing was prepared by process {process.pid}, {why}; what is finished is kept: give the same "
             "command again"
@@ -141,5 +141,7 @@ def _prepare_missing(sender: Connection, sources: "dict[str, SourceConfig]", tex
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a child alone
+    parent.join()
     os._exit(1)

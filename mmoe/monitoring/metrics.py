@@ -122,7 +122,7 @@ class MetricsWriter(Callback):
 
 def _board(folder: Path, wanted: bool | None) -> "SummaryWriter | None":
     """TensorBoard's writer where it is `wanted`; None: where the package is installed."""
-    if wanted is False or wanted is None and not status("tensorboard").available:
+    if wanted is False or (wanted is None and not status("tensorboard").available):
         return None
     with needs("monitoring.tensorboard"):
         from torch.utils.tensorboard import SummaryWriter

@@ -50,6 +50,7 @@ class Plan:
 
     @property
     def degrees(self) -> Degrees:
+        """Give the degrees of the mesh."""
         return self.run.degrees
 
     def cost(self, rank: int) -> RankCost:
@@ -57,10 +58,12 @@ class Plan:
         return dry_run(self.run, self.optim, rank, self.assumed, self.documents, self.load)
 
     def place(self, rank: int) -> Place:
+        """Say where a rank stands on the axes that cut parameters."""
         within = rank % (self.degrees.world // self.degrees.pp)
         return Place(within // self.degrees.tp % self.degrees.fsdp, within % self.degrees.tp)
 
     def stage(self, rank: int) -> int:
+        """Number the pipeline stage of a rank."""
         return rank // (self.degrees.world // self.degrees.pp)
 
     def labels(self, rank: int) -> int:
@@ -69,6 +72,7 @@ class Plan:
         return len(range(context, self.documents.sequences * self.documents.labels, self.degrees.cp))
 
     def micro_batch(self, rank: int) -> MicroBatch:
+        """Count what a micro-batch brings to a rank: labels, pairs and routed rows."""
         degrees, moe = self.degrees, self.run.model.moe
         pairs = -(-self.documents.sequences * self.documents.count // degrees.sequence_ranks)
         if moe is None:

@@ -62,7 +62,7 @@ def append(path: Path, line: str) -> None:
 
 
 class _Terminal(logging.Handler):
-    def __init__(self, show: Show):
+    def __init__(self, show: Show) -> None:
         super().__init__(logging.INFO)
         self.show = show
 
@@ -77,7 +77,7 @@ class _RankLog(logging.Handler):
     Every record opens the file anew: `--fresh` deletes the folder it lies in after logging has begun.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         super().__init__(logging.WARNING)
         self.path = path
         self.setFormatter(

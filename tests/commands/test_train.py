@@ -135,7 +135,7 @@ def full(*_):
 @pytest.fixture
 def other(run, folder, tmp_path):
     """(config, run, data) of a run whose data was moved to a folder of its own, where it may be changed."""
-    configuration, place = run
+    _configuration, place = run
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     moved = configured(data, place)
@@ -144,7 +144,7 @@ def other(run, folder, tmp_path):
 
 
 def test_a_folder_that_moved_with_the_same_content_goes_on(other):
-    configuration, place, _ = other
+    configuration, _place, _ = other
     assert "at step 4" in train(configuration, stop_after=5)
 
 

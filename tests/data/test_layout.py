@@ -117,7 +117,7 @@ def test_cu_seqlens_name_every_border_and_padding_tail(folders):
 
 
 def test_blank_and_shuffled_pictures_change_nothing_but_the_patches(folders):
-    config, sources, tokenizers = setup(folders, names=("clip",))
+    _config, sources, tokenizers = setup(folders, names=("clip",))
     files = sources.files("heldout")
     index = Decoder(files, tokenizers, "pyav").index(0, 0)
     donors = {(0, 0, row): (0, (row + 1) % len(index)) for row in range(len(index))}

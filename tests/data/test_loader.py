@@ -34,7 +34,7 @@ class Dataset:
                 time.sleep(1.0)
             if word == "segv":
                 os.kill(os.getpid(), signal.SIGSEGV)
-            if word == "oom" or word == "once" and not self.mark.exists():
+            if word == "oom" or (word == "once" and not self.mark.exists()):
                 self.mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if word == "exit":

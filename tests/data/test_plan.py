@@ -1,5 +1,7 @@
 """The plan: every document once an epoch, whole where it fits, in the shares asked for, the same after resume."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -116,7 +118,7 @@ def test_once_plans_every_part_of_every_document_exactly_once(folders, name):
     assert len(found) == planned[0].rows
     for parts in found.values():
         parts.sort()
-        assert parts[0][0] == 0 and all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
+        assert parts[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(parts))
     assert all(s.counts.positions <= LENGTH for s in sequences)
     some = {(r.shard, r.row) for s in plan_once(planned, limits, most_documents=5) for r in s.documents}
     assert len(some) == 5 and some < found.keys()

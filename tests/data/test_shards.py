@@ -1,5 +1,6 @@
 """Shards: WebDataset and tarfile read what we wrote, the index finds every byte, what they would lose is refused."""
 
+import itertools
 import tarfile
 import zlib
 
@@ -240,7 +241,7 @@ def test_spans_hold_every_member_and_leave_out_every_wide_gap(sizes, data):
         content = bytes(tar[span.start : span.stop])
         cut |= {member.name: span.cut(content, "tar", member.name) for member in span.members}
     assert cut == {name: bytes(tar[offset : offset + size]) for name, offset, size, _ in chosen}
-    assert all(b.start - a.stop >= gap for a, b in zip(found, found[1:]))
+    assert all(b.start - a.stop >= gap for a, b in itertools.pairwise(found))
     inside = [(b[1] - 512) - (a[1] + a[2]) for s in found for a, b in zip(s.members, s.members[1:])]
     assert all(between < gap for between in inside)
 

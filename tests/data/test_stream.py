@@ -153,7 +153,7 @@ def damaged(folders, tmp_path):
         index = decoder.index(1, shard)
         tar = tmp_path / "audio" / "train" / f"shard-{shard:06d}.tar"
         content = bytearray(tar.read_bytes())
-        name, offset, size = index.row_member(row, 0)
+        _name, offset, size = index.row_member(row, 0)
         content[offset : offset + size] = bytes(size)
         tar.write_bytes(content)
         bad.append(index.keys[row])

@@ -77,7 +77,7 @@ class Pool:
             if failures:
                 end = min(end, time.monotonic() + GRACE)
         silent = set(range(self.world)) - answers.keys() - failures.keys()
-        return answers, failures | {rank: "it has not answered" for rank in silent}
+        return answers, failures | dict.fromkeys(silent, "it has not answered")
 
 
 def _one_device() -> None:

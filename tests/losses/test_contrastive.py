@@ -1,5 +1,6 @@
 """InfoNCE against a loop over pairs written from the formula."""
 
+import itertools
 import math
 
 import pytest
@@ -118,7 +119,7 @@ def test_gathered_groups_give_the_items_and_gradients_of_one_process(seed, membe
     left, right = (torch.randn(n, E, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
     pairs = pairs_of([m[0] for m in members], [m[1] for m in members])
     borders = [0, *sorted(min(at, n) for at in cut), n]
-    rows = [slice(a, b) for a, b in zip(borders[:-1], borders[1:])]
+    rows = [slice(a, b) for a, b in itertools.pairwise(borders)]
 
     def work(rank: int, gather):
         own = rows[rank]

@@ -1,5 +1,6 @@
 """Nothing crosses a document's border, and no label can be read off the input: proved with gradients."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -61,7 +62,7 @@ def test_no_output_of_a_document_has_a_gradient_in_another(kind, bidirectional):
         output, inputs, positions = with_inputs(model, batch)
         hidden = output.hidden.flatten(0, 1)
         borders = batch.cu_seqlens.tolist()
-        for start, stop in zip(borders[:-1], borders[1:]):
+        for start, stop in itertools.pairwise(borders):
             weights = torch.randn(stop - start, hidden.shape[1])
             gradients = torch.autograd.grad((hidden[start:stop] * weights).sum(), inputs, retain_graph=True)
             for gradient, position in zip(gradients, positions):
@@ -146,7 +147,7 @@ def test_a_nan_in_one_document_reaches_no_other(kind, bidirectional):
     values = batch.values | {Modality.VISION: Values(poisoned, vision.index)}
     hidden = model(replace(batch, values=values)).hidden.flatten(0, 1)
     border = batch.cu_seqlens.tolist()
-    start, stop = next((a, b) for a, b in zip(border[:-1], border[1:]) if a <= vision.index[0] < b)
+    start, stop = next((a, b) for a, b in itertools.pairwise(border) if a <= vision.index[0] < b)
     assert hidden[start:stop].isnan().any()
     outside = torch.ones(len(hidden), dtype=torch.bool)
     outside[start:stop] = False

@@ -78,7 +78,7 @@ def test_the_update_is_the_formula(implementation: str, dtype: torch.dtype) -> N
     optimizer = build_adamw(model, config)
     names = ("layer.weight", "norm.weight")
     before = {name: model.get_parameter(name).detach().double().clone() for name in names}
-    moments = {name: (0.0, 0.0) for name in names}
+    moments = dict.fromkeys(names, (0.0, 0.0))
     for step in range(1, 4):
         with_gradients(model, step)
         for group in optimizer.param_groups:

@@ -16,7 +16,7 @@ from mmoe.parallel.mesh import DENSE, Degrees, check_one_process
 small = st.integers(1, 6)
 
 
-@given(st.fixed_dictionaries({axis: small for axis in DENSE}), st.integers(1, 8), st.booleans())
+@given(st.fixed_dictionaries(dict.fromkeys(DENSE, small)), st.integers(1, 8), st.booleans())
 def test_degrees_multiply_to_the_processes(degrees: dict[str, int], ep: int, rest: bool) -> None:
     world = prod(degrees.values())
     lent = degrees["dp_shard"] * degrees["cp"] * degrees["tp"]
@@ -32,7 +32,7 @@ def test_degrees_multiply_to_the_processes(degrees: dict[str, int], ep: int, res
     assert found.pp * found.dp_replicate * found.fsdp * found.tp == world
 
 
-@given(st.fixed_dictionaries({axis: small for axis in DENSE}), st.integers(1, 200))
+@given(st.fixed_dictionaries(dict.fromkeys(DENSE, small)), st.integers(1, 200))
 def test_any_other_number_of_processes_is_refused_with_the_arithmetic(degrees: dict[str, int], world: int) -> None:
     product = prod(degrees.values())
     if world != product:

@@ -1,7 +1,7 @@
 """Which layers and heads are on which stage, and what is refused before a pipeline starts."""
 
 from io import StringIO
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_layers_are_dealt_so_that_the_costliest_stage_is_as_cheap_as_can_be() ->
         assert all(dealt) and len(dealt) == stages
         found = max(sum(work[layer] for layer in part) for part in dealt)
         every_cut = [(0, *cuts, layers) for cuts in combinations(range(1, layers), stages - 1)]
-        assert found == min(max(sum(work[a:b]) for a, b in zip(cut, cut[1:])) for cut in every_cut)
+        assert found == min(max(sum(work[a:b]) for a, b in pairwise(cut)) for cut in every_cut)
 
 
 def test_a_stage_with_a_large_head_has_fewer_layers() -> None:

@@ -86,7 +86,7 @@ def test_a_chunk_with_nan_is_refused_by_name_but_not_what_lies_behind_the_episod
 def test_uniform_bins_err_by_half_a_bin_at_most(rows, bins):
     tokenizer = ActionTokenizer(ActionConfig(mode="discrete", bins=bins), stats_of(rows))
     codes = tokenizer.encode(rows)
-    assert codes.dtype == np.int64 and ((0 <= codes) & (codes < bins)).all()
+    assert codes.dtype == np.int64 and ((codes >= 0) & (codes < bins)).all()
     normalised, back = tokenizer.normalise(rows), tokenizer.normalise(tokenizer.decode(codes))
     assert (np.abs(np.clip(normalised, -1, 1) - back) <= 1 / bins + 1e-3).all()
 

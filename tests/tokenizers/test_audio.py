@@ -57,7 +57,7 @@ def test_num_frames_is_what_encode_yields(samples, rate):
     wave = np.random.default_rng(samples).normal(0, 0.1, samples).astype(np.float32)
     codes = CODEC.encode(wave, rate)
     assert codes.shape == (CODEC.num_frames(samples, rate), CODEC.codebooks)
-    assert codes.dtype == np.int64 and ((0 <= codes) & (codes < CODEC.codebook_size)).all()
+    assert codes.dtype == np.int64 and ((codes >= 0) & (codes < CODEC.codebook_size)).all()
     assert len(CODEC.decode(codes)) == len(codes) * 320
 
 

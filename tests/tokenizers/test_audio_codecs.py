@@ -88,7 +88,7 @@ def test_num_frames_is_what_encode_yields(codec):
         for samples in [0, *LENGTHS]:
             codes = codec.encode(noise(samples), rate)
             assert codes.shape == (codec.num_frames(samples, rate), 2)
-            assert codes.dtype == np.int64 and ((0 <= codes) & (codes < codec.codebook_size)).all()
+            assert codes.dtype == np.int64 and ((codes >= 0) & (codes < codec.codebook_size)).all()
     samples = np.array(LENGTHS)
     assert codec.num_frames(samples, 8000).tolist() == [codec.num_frames(n, 8000) for n in LENGTHS]
 

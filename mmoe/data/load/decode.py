@@ -31,7 +31,8 @@ class StandIn(Protocol):
     """Says whose payloads are shown instead of a part's own, all those of one modality; it travels to the workers."""
 
     @property
-    def modality(self) -> Modality: ...
+    def modality(self) -> Modality:
+        """Name the modality that is replaced."""
 
     def __call__(self, row: RowPlace, index: Index, segments: np.ndarray, at: int) -> tuple[int, int, np.void] | None:
         """Return shard, row and segment, of the same source, shown for `segments[at]`; None for zeros (silence)."""
@@ -287,8 +288,9 @@ class _Row:
         """The row and segment whose payload is shown, this one unless others stand in; None for nothing."""
         if not self._is_replaced(segment["modality"]):
             return self, segment
-        ref = self.ref
-        found = self.decoder.stand_in((ref.source, ref.shard, ref.row), self.decoder.index, chosen, at)
+        ref, stand_in = self.ref, self.decoder.stand_in
+        assert stand_in is not None  # or nothing is replaced
+        found = stand_in((ref.source, ref.shard, ref.row), self.decoder.index, chosen, at)
         if found is None:
             return None
         shard, row, theirs = found

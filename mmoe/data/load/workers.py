@@ -47,10 +47,10 @@ class Activity:
         )
         self.__setstate__(self._shared)
 
-    def __getstate__(self) -> tuple[torch.Tensor, ...]:
+    def __getstate__(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self._shared  # which stays shared on the way to another process
 
-    def __setstate__(self, shared: tuple[torch.Tensor, ...]) -> None:
+    def __setstate__(self, shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         # The same memory for numpy, whose assignments cost a fraction of torch's: one is made for every document.
         self._shared = shared
         self._numbers, self._places, self._texts = (tensor.numpy() for tensor in shared)

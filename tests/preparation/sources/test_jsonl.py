@@ -132,7 +132,12 @@ def test_names_that_are_not_utf8_are_refused_and_the_rest_is_read(tmp_path):
 @pytest.mark.parametrize("name", ["\ud800.png", "a\0b.png", "x" * 300, ".", "pipe", "/dev/zero"])
 def test_a_row_that_names_no_regular_file_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")  # which would wait for a writer for ever
-    thread = threading.Thread(target=lambda: pytest.raises(Refused, read_bytes, tmp_path / name, "x"), daemon=True)
+
+    def refused() -> None:
+        with pytest.raises(Refused):
+            read_bytes(tmp_path / name, "x")
+
+    thread = threading.Thread(target=refused, daemon=True)
     thread.start()
     thread.join(5)
     assert not thread.is_alive()

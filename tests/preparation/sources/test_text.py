@@ -1,6 +1,7 @@
 """Compressed text and parquet: the same documents as of plain files, each file decompressed once."""
 
 import gzip
+import itertools
 import json
 import random
 
@@ -34,7 +35,7 @@ def test_compressed_files_give_the_documents_of_plain_ones(tmp_path, suffix, fra
         (tmp_path / "packed").mkdir(exist_ok=True)
         (tmp_path / "plain" / name).write_bytes(data)
         borders = [len(data) * i // frames for i in range(frames + 1)]
-        packed = b"".join(COMPRESS[suffix](data[a:b]) for a, b in zip(borders, borders[1:]))
+        packed = b"".join(COMPRESS[suffix](data[a:b]) for a, b in itertools.pairwise(borders))
         (tmp_path / "packed" / f"{name}{suffix}").write_bytes(packed)
     plain, _ = read("text", tmp_path / "plain", max_bytes=300)
     packed, refused = read("text", tmp_path / "packed", max_bytes=300)

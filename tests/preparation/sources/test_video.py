@@ -89,7 +89,7 @@ def test_sound_that_starts_late_or_has_a_gap_is_absent_not_silent(tmp_path):
     assert pieces[1][0] == 5600
     assert [last - first + 1 for first, last in (pieces[2], pieces[6])] == [4000, 4000]
     for number, (_, last) in pieces.items():
-        frame = [s for s in by_kind(sample, Modality.VISION) if s.slice == number][0]
+        frame = next(s for s in by_kind(sample, Modality.VISION) if s.slice == number)
         assert abs(last - frame.timestamp_ns * rate // 10**9) <= 8
     assert {m for m in sample.members if m.startswith("sound")} == {"sound-0.flac", "sound-1.flac"}
 
