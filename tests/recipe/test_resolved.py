@@ -1,0 +1,45 @@
+"""What follows from a config depends on the number of processes where it should, and is refused where it cannot be."""
+
+import pytest
+
+from mmoe.config.load import load
+from mmoe.data.plan.deal import Reach
+from mmoe.errors import ConfigError
+from mmoe.parallel.mesh import Degrees
+from mmoe.recipe.config import RunConfig
+from mmoe.recipe.resolved import ResolvedRun
+from tests.conftest import REPOSITORY
+
+SPREAD = ["parallel.ep=2", "optim.lr.peak=1e-3", "training.global_batch_positions=8448"]  # 8 sequences
+
+
+def demo(*overrides: str) -> RunConfig:
+    return load(RunConfig, REPOSITORY / "configs" / "demo.yaml", [*SPREAD, *overrides])
+
+
+def test_one_process_without_a_group_does_all_whatever_the_degrees_are() -> None:
+    alone = ResolvedRun.of(demo())
+    assert alone.degrees == Degrees() and alone.batch.replicas == 1
+    with pytest.raises(ConfigError, match="parallel.ep is 2, which does not divide"):
+        ResolvedRun.of(demo(), 1)
+
+
+def test_the_steps_and_the_rates_of_a_run_do_not_depend_on_its_ranks() -> None:
+    one, two = ResolvedRun.of(demo()), ResolvedRun.of(demo(), 2)
+    assert two.degrees == Degrees(dp_shard=2, ep=2)
+    assert (one.batch.micro_batch_sequences, two.batch.micro_batch_sequences) == (8, 4)
+    assert (one.schedule, one.contrastive_group) == (two.schedule, two.contrastive_group)
+    assert one.batch.iterations == two.batch.iterations
+
+
+@pytest.mark.parametrize(("group", "reach"), [(2, Reach.MICRO_BATCH), (4, Reach.MICRO_STEP), (8, Reach.STEP)], ids=str)
+def test_all_is_embedded_first_where_a_group_is_wider_than_a_micro_step(group: int, reach: Reach) -> None:
+    overrides = ["training.micro_batch_sequences=2", f"losses.contrastive.group_sequences={group}"]
+    run = ResolvedRun.of(demo(*overrides), 2)
+    assert run.reach is reach and run.embeds_first is (reach is Reach.STEP)
+    assert not ResolvedRun.of(demo(*overrides, "losses.contrastive.weight=0"), 2).embeds_first
+
+
+def test_a_batch_that_replicas_cannot_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is not a multiple of .* 3 data replicas"):
+        ResolvedRun.of(demo("parallel.ep=1", "training.micro_batch_sequences=1", "model.moe=null"), 3)
