@@ -36,7 +36,7 @@ def test_warnings_go_to_stderr_and_the_rest_to_stdout_in_one_line_each(shown):
     assert err.getvalue() == "another one that is longer than the terminal\n"
 
 
-@pytest.mark.parametrize("name", ["\x1b[2J", "[bold]", ":car:", "\u202egnp.exe", "\udcff", "100% %s"])
+@pytest.mark.parametrize("name", ["\x1b[2J", "[bold]", ":car:", "\u202egnp.exe", "\udcff", "100% %s"], ids=ascii)
 def test_a_name_that_is_logged_is_shown_as_it_is_and_not_obeyed(shown, name):
     out, err, logger = shown
     logger.info(f"source {name} is here")
