@@ -16,7 +16,8 @@ from tests.conftest import REPOSITORY
 def shown(monkeypatch):
     """(what stdout and stderr show, a logger of a room); the set-up of before is restored afterwards."""
     logger = logging.getLogger("mmoe")
-    before, level = list(logger.handlers), logger.level
+    before, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    logger.propagate = False  # pytest would keep a copy, and send half of a surrogate pair to another process
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(console, "console", console.Console(file=out, width=20))
     monkeypatch.setattr(console, "errors", console.Console(file=err, width=20))
@@ -24,6 +25,7 @@ def shown(monkeypatch):
     yield out, err, logging.getLogger("mmoe.room")
     logger.handlers[:] = before
     logger.setLevel(level)
+    logger.propagate = propagate
 
 
 def test_warnings_go_to_stderr_and_the_rest_to_stdout_in_one_line_each(shown):
