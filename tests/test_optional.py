@@ -124,7 +124,8 @@ MEDIA = (
 
 def test_training_and_preparing_text_load_no_optional_package() -> None:
     modules = (
-        "mmoe.cli, mmoe.commands.train, mmoe.evaluation.evaluate, mmoe.evaluation.generate, mmoe.preparation.prepare"
+        "mmoe.commands.main, mmoe.commands.train, mmoe.evaluation.evaluate, mmoe.evaluation.generate, "
+        "mmoe.preparation.prepare"
     )
     code = f"""
 import sys, {modules}

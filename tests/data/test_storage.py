@@ -259,18 +259,22 @@ def test_faults_that_pass_are_tried_again_and_counted(server, scheme, faults):
 def test_a_store_that_refuses_connections_for_a_while_is_tried_again(server, scheme, monkeypatch):
     port, opened = free_port(), []
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    far, done = storage(attempts=12, backoff_s=0.1), threading.Event()
+    stats = far.stats
 
     def open_it():
+        while not stats.retries and not done.wait(0.01):
+            pass
         opened.append(FaultyServer(port))
         opened[0].files = server.files
 
-    later = threading.Timer(0.5, open_it)
+    later = threading.Thread(target=open_it)
     later.start()
     url = f"http://127.0.0.1:{port}/bucket/shard.tar" if scheme == "http" else "s3://bucket/shard.tar"
-    far = storage(attempts=12, backoff_s=0.1)
     try:
         assert far.read_range(url, 0, 4000) == CONTENT[:4000] and far.stats.take()["retries"] > 0
     finally:
+        done.set()
         later.join()
         opened[0].close()
 
