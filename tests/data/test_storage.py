@@ -3,6 +3,7 @@
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -18,6 +19,7 @@ from mmoe.data.load.decode import Decoder
 from mmoe.data.load.stream import Stream
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.data.plan.prepared import Sources
+from mmoe.data.storage import store
 from mmoe.data.storage.store import Storage, StorageConfig, StorageError
 from mmoe.errors import DataError
 from mmoe.schema.manifest import SourceManifest
@@ -255,15 +257,28 @@ def test_faults_that_pass_are_tried_again_and_counted(server, scheme, faults):
     assert far.stats.take()["requests"] == 0
 
 
+def test_threads_that_come_first_at_once_share_one_set_of_connections_and_counts(monkeypatch):
+    together, make = threading.Barrier(4), store._Process
+
+    def made(config):
+        together.wait(10)  # all four found none
+        return make(config)
+
+    monkeypatch.setattr(store, "_Process", made)
+    far = storage()
+    with ThreadPoolExecutor(4) as pool:
+        stats = [each.result() for each in [pool.submit(lambda: far.stats) for _ in range(4)]]
+    assert len({id(each) for each in stats}) == 1 and far.stats is stats[0]
+
+
 @pytest.mark.parametrize("scheme", ["http", "s3"])
 def test_a_store_that_refuses_connections_for_a_while_is_tried_again(server, scheme, monkeypatch):
     port, opened = free_port(), []
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     far, done = storage(attempts=12, backoff_s=0.1), threading.Event()
-    stats = far.stats
 
     def open_it():
-        while not stats.retries and not done.wait(0.01):
+        while not far.stats.retries and not done.wait(0.01):
             pass
         opened.append(FaultyServer(port))
         opened[0].files = server.files

@@ -92,7 +92,6 @@ class _Process:
     """What must not be shared with a forked child: event loops, threads, locks."""
 
     def __init__(self, config: StorageConfig) -> None:
-        self.pid = os.getpid()
         self.remote = Remote(config.timeout_s, config.concurrency)
         self.pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="storage")
         self.cache = ByteCache(config.cache_folder, config.cache_bytes) if config.cache_folder else None
@@ -107,8 +106,7 @@ class Storage:
 
     def __init__(self, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
-        self._current: _Process | None = None
-        self._inherited: list[_Process] = []  # of the parent: closing its connections here would disturb it there
+        self._processes: dict[int, _Process] = {}  # the parent's stay: closing its connections here would disturb it
 
     def __reduce__(self) -> tuple:
         return Storage, (self.config,)
@@ -178,12 +176,10 @@ class Storage:
             return list(pool.map(function, items))
 
     def _process(self) -> _Process:
-        current = self._current
-        if current is None or current.pid != os.getpid():
-            if current is not None:
-                self._inherited.append(current)
-            current = self._current = _Process(self.config)
-        return current
+        pid = os.getpid()
+        if (found := self._processes.get(pid)) is not None:
+            return found
+        return self._processes.setdefault(pid, _Process(self.config))  # of threads that come at once, the first wins
 
     def _info(self, url: str, what: str = "") -> ObjectInfo:
         """Asks the store; what it says is kept in mind as the version that cached ranges must have."""
