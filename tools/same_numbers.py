@@ -63,13 +63,17 @@ class Side:
         return [json.loads(line) for line in lines]
 
     def _places(self, config: Path, recipe: str, texts: Path) -> Iterator[str]:
-        """Overrides that put the recipe's data into this side's folder and read its recordings from `texts`."""
+        """Overrides that put the recipe's data into this side's folder and read its recordings from `texts`.
+
+        By the paths that the recipe of `texts` has: a file that has moved since lies there under its old one.
+        """
         tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        sources = yaml.safe_load((texts / "configs" / config.name).read_text(encoding="utf-8"))["data"]["sources"]
         data = self.folder / recipe
         for name, source in tree["data"]["sources"].items():
             yield f"data.sources.{name}.shards={data / name}"
             if source.get("input"):
-                yield f"data.sources.{name}.input={texts / source['input']}"
+                yield f"data.sources.{name}.input={texts / sources[name]['input']}"
         if path := tree.get("tokenizers", {}).get("text", {}).get("path"):
             yield f"tokenizers.text.path={data / Path(path).name}"
         if path := (tree.get("tokenizers", {}).get("audio") or {}).get("path"):

@@ -32,7 +32,11 @@ def test_a_term_that_one_tree_alone_records_is_named_and_no_difference() -> None
 
 def test_the_data_of_a_recipe_lies_in_the_folder_of_its_side_and_its_texts_come_from_the_old_tree(tmp_path) -> None:
     side = same_numbers.Side("new", REPOSITORY, tmp_path)
+    recipe = (REPOSITORY / "configs" / "text_moe.yaml").read_text().replace("mmoe/losses/total.py", "mmoe/moved.py")
+    (tmp_path / "old" / "configs").mkdir(parents=True)
+    (tmp_path / "old" / "configs" / "text_moe.yaml").write_text(recipe)
     places = list(side._places(REPOSITORY / "configs" / "text_moe.yaml", "text_moe", tmp_path / "old"))
     assert f"data.sources.guide.shards={tmp_path}/text_moe/guide" in places
     assert f"data.sources.guide.input={tmp_path}/old/docs/guide.md" in places
+    assert f"data.sources.losses.input={tmp_path}/old/mmoe/moved.py" in places  # where the old tree has it
     assert f"tokenizers.text.path={tmp_path}/text_moe/text.json" in places
