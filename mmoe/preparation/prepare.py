@@ -36,8 +36,8 @@ from mmoe.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thin
 from mmoe.preparation.dedup import Duplicates
 from mmoe.preparation.engines import Engine, run
 from mmoe.preparation.job import JOB_FORMAT, Job, listing_digest
+from mmoe.preparation.listing import can_split, check_named, list_items, split_items
 from mmoe.preparation.lists import (
-    GAP,
     QUARANTINE,
     REMOVED,
     Refusals,
@@ -52,9 +52,7 @@ from mmoe.preparation.lists import (
 from mmoe.preparation.references import Reference, Sign, find_references, is_signed, load_signatures
 from mmoe.preparation.rows import Row, make_sample
 from mmoe.preparation.sources import find_source
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
-from mmoe.preparation.sources.files import check_name
-from mmoe.preparation.splits import GAP_NS, Split, split
+from mmoe.preparation.sources.base import Item, Source
 from mmoe.preparation.statistics import KNOTS
 from mmoe.preparation.tally import Summary, Tally, summary
 from mmoe.schema.bounds import bounded_by
@@ -125,7 +123,7 @@ def prepare(
     is left without a sample; ConfigError for an unknown kind or option.
     """
     source, reader, config = _settings(kind, options)
-    _check_named(input)
+    check_named(input)
     config.filters.check()
     config.dedup.check()
     if config.video_backend == "decord":
@@ -142,10 +140,8 @@ def prepare(
     beside(output, REMOVED).unlink(missing_ok=True)
     with bounded_by(config.bounds):
         try:
-            items = _list_items(
-                source, Path(input), reader, lambda key, why: listed.append((key, why.reason, str(why)))
-            )
-            _split(source, items, [], config)
+            items = list_items(source, Path(input), reader, lambda key, why: listed.append((key, why.reason, str(why))))
+            split_items(source, items, [], config.heldout_share)
         except DataError as error:
             raise with_list(error, listed, output) from error
         with reading("source", str(input), "repair its description"):
@@ -172,7 +168,7 @@ def prepare(
 
         lost: Refusals = job.remember("lost", list)
         while True:
-            sides, gap = _split(source, items, lost, config)
+            sides, gap = split_items(source, items, lost, config.heldout_share)
             plan = job.remember("plan", partial(_plan, make, sides.heldout + sides.train))
             chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
             if workers is None:
@@ -187,7 +183,11 @@ def prepare(
             if problem is None:
                 break
             again = [*lost, *refusals(folders)]
-            if tallies["train"].samples and len(again) > len(lost) and _can_split(source, items, again, config):
+            if (
+                tallies["train"].samples
+                and len(again) > len(lost)
+                and can_split(source, items, again, config.heldout_share)
+            ):
                 job.begin_again("lost", again)  # what was held out cannot be read: others are held out instead
                 lost = again
                 continue
@@ -222,10 +222,10 @@ def prepare(
 def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None = None) -> Iterator[str]:
     """Every text of the training part in order, to train a text tokenizer on; refused items are passed over."""
     source, reader, config = _settings(kind, options)
-    _check_named(input)
+    check_named(input)
     with bounded_by(config.bounds):
-        items = _list_items(source, Path(input), reader, lambda key, refusal: None)
-        items = _split(source, items, [], config)[0].train
+        items = list_items(source, Path(input), reader, lambda key, refusal: None)
+        items = split_items(source, items, [], config.heldout_share)[0].train
     for item in items:
         try:
             with bounded_by(config.bounds):
@@ -258,49 +258,6 @@ def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config
     source, options = find_source(kind), dict(options or {})
     config = validate(PrepareConfig, options.pop("prepare", {}), f"options of {kind}, under prepare")
     return source, validate(source.config, options, f"options of {kind}"), config
-
-
-def _check_named(input: str | Path) -> None:
-    """Raises DataError for an empty input, which `Path` would take for the current folder."""
-    if not str(input).strip():
-        raise DataError("the input is empty, which names no folder; give the file or folder of the recordings")
-
-
-def _list_items(source: Source, input: Path, reader: Config, quarantine: Quarantine) -> list[Item]:
-    """The items that may be made; those whose key or recording cannot be one are refused."""
-    if not source.generated and not input.exists():
-        raise DataError(f"{input} does not exist; give the file or folder of the recordings to prepare")
-    items: dict[str, Item] = {}
-    with reading(f"source of kind {source.kind}", str(input), "repair what describes its recordings"):
-        for item in source.items(input, reader, quarantine):
-            try:
-                check_name(item.key, str(input))
-                check_name(item.recording, str(input))
-                if item.key in items:
-                    message = f"sample key {item.key} occurs twice in {input}; give every recording its own name"
-                    raise Refused("duplicate key", message)
-            except Refused as refusal:
-                quarantine(item.key, refusal)
-            else:
-                items[item.key] = item
-    return list(items.values())
-
-
-def _split(source: Source, items: list[Item], lost: Refusals, config: PrepareConfig) -> tuple[Split, Refusals]:
-    """The items that are not `lost` by side, and what lies in the gap between."""
-    gone = {key for key, *_ in lost}
-    left = [item for item in items if item.key not in gone]
-    sides = split(left, config.heldout_share, gap=0 if source.clock == "none" else GAP_NS)
-    said = "sample {} lies in the gap before the held-out tail of {}"
-    return sides, [(item.key, GAP, said.format(item.key, item.recording)) for item in sides.gap]
-
-
-def _can_split(source: Source, items: list[Item], lost: Refusals, config: PrepareConfig) -> bool:
-    try:
-        sides, _ = _split(source, items, lost, config)
-    except DataError:
-        return False
-    return bool(sides.heldout and sides.train)
 
 
 def _digest(prepared: str) -> str:

@@ -23,12 +23,11 @@ from mmoe.tokenizers.audio import (
     MelConfig,
     code_order,
     deserialise,
-    kmeans,
-    lloyd,
     resample,
     resampled_length,
     serialise,
 )
+from mmoe.tokenizers.kmeans import kmeans, lloyd, nearest, sample_rows
 from mmoe.tokenizers.rates import check_rates, kernel_size
 
 SMALL = AudioConfig(codebooks=3, mel=MelConfig(codebook_size=16))
@@ -188,20 +187,20 @@ def test_kmeans_survives_fewer_points_than_clusters():
 def test_no_cluster_stays_empty():
     points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) + 100
     centroids = lloyd(points, points[:1].repeat(40, 1), iterations=1000)  # the worst start there is
-    assert len(audio.nearest(points, centroids).unique()) == 40
+    assert len(nearest(points, centroids).unique()) == 40
 
 
 def test_the_sample_of_rows_is_uniform_and_bounded():
     def sample(seed):
         batches = (np.arange(i, i + 10, dtype=np.float32)[:, None] for i in range(0, 10_000, 10))
-        return audio._sample_rows(batches, 500, seed)[:, 0]
+        return sample_rows(batches, 500, seed)[:, 0]
 
     rows = sample(0)
     assert len(rows) == 500 and (np.diff(rows) > 0).all()
     for place in (rows // 1000, rows % 10):  # among batches, and inside a batch: 50 +- 4 deviations in a tenth
         assert np.abs(np.bincount(place.astype(int), minlength=10) - 50).max() < 27
     assert (sample(0) == rows).all() and len(np.intersect1d(sample(1), rows)) < 60
-    assert len(audio._sample_rows([np.zeros((3, 1))], 500, seed=0)) == 3
+    assert len(sample_rows([np.zeros((3, 1))], 500, seed=0)) == 3
 
 
 @pytest.mark.parametrize(

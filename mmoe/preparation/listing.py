@@ -1,0 +1,55 @@
+"""What there is to prepare: the items of a source that may be made, and which side each is on."""
+
+from pathlib import Path
+
+from mmoe.config.base import Config
+from mmoe.data.load.reading import reading
+from mmoe.errors import DataError
+from mmoe.preparation.lists import GAP, Refusals
+from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.files import check_name
+from mmoe.preparation.splits import GAP_NS, Split, split
+
+
+def check_named(input: str | Path) -> None:
+    """Raises DataError for an empty input, which `Path` would take for the current folder."""
+    if not str(input).strip():
+        raise DataError("the input is empty, which names no folder; give the file or folder of the recordings")
+
+
+def list_items(source: Source, input: Path, reader: Config, quarantine: Quarantine) -> list[Item]:
+    """List the items that may be made; those whose key or recording cannot be one are refused."""
+    if not source.generated and not input.exists():
+        raise DataError(f"{input} does not exist; give the file or folder of the recordings to prepare")
+    items: dict[str, Item] = {}
+    with reading(f"source of kind {source.kind}", str(input), "repair what describes its recordings"):
+        for item in source.items(input, reader, quarantine):
+            try:
+                check_name(item.key, str(input))
+                check_name(item.recording, str(input))
+                if item.key in items:
+                    message = f"sample key {item.key} occurs twice in {input}; give every recording its own name"
+                    raise Refused("duplicate key", message)
+            except Refused as refusal:
+                quarantine(item.key, refusal)
+            else:
+                items[item.key] = item
+    return list(items.values())
+
+
+def split_items(source: Source, items: list[Item], lost: Refusals, heldout_share: float) -> tuple[Split, Refusals]:
+    """Give the items that are not `lost` by side, and what lies in the gap between."""
+    gone = {key for key, *_ in lost}
+    left = [item for item in items if item.key not in gone]
+    sides = split(left, heldout_share, gap=0 if source.clock == "none" else GAP_NS)
+    said = "sample {} lies in the gap before the held-out tail of {}"
+    return sides, [(item.key, GAP, said.format(item.key, item.recording)) for item in sides.gap]
+
+
+def can_split(source: Source, items: list[Item], lost: Refusals, heldout_share: float) -> bool:
+    """Whether both sides keep an item once those that are `lost` are gone."""
+    try:
+        sides, _ = split_items(source, items, lost, heldout_share)
+    except DataError:
+        return False
+    return bool(sides.heldout and sides.train)
