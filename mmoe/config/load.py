@@ -133,9 +133,14 @@ def validate(kind: type[C], tree: dict[str, Any], where: str) -> C:
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        lines = list(dict.fromkeys(f"{where}: {_sentence(kind, tree, item)}" for item in error.errors()))
+        lines = [f"{where}: {sentence}" for sentence in sentences(kind, tree, error)]
         more = [f"{where}: {len(lines) - MOST_FAULTS} more faults"] if len(lines) > MOST_FAULTS else []
         raise ConfigError("\n".join(lines[:MOST_FAULTS] + more)) from None
+
+
+def sentences(kind: type[BaseModel], tree: Any, error: ValidationError) -> list[str]:
+    """Say each fault that pydantic found in `tree` once, with its key and, where there is one, a remedy."""
+    return list(dict.fromkeys(_sentence(kind, tree, item) for item in error.errors()))
 
 
 def dump(config: Config) -> str:
