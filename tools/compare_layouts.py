@@ -48,8 +48,8 @@ from mmoe.recipe.resolved import ResolvedRun
 from mmoe.result import print_result, target
 from mmoe.runtime.logging import set_up_logging
 from mmoe.training.gradients import step_gradients
+from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
-from mmoe.training.trainer import Trainer
 
 AXES = {"dp": "dp_shard", "hsdp": "dp_replicate", "tp": "tp", "cp": "cp", "pp": "pp", "ep": "ep"}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
@@ -312,7 +312,7 @@ def take_step(layout: Layout, folder: Path) -> Outcome:
     config = layout.config
     run = replace(Run.build(config), folder=folder / layout.name)
     trainer = Trainer(run, [])
-    data = next(run.ranks.steps(trainer.stream, trainer.batch.accumulation))
+    data = next(run.ranks.steps(trainer.state.stream, trainer.batch.accumulation))
     counts = PlannedCounts.of(data.counts, config.losses, sequences=trainer.batch.sequences)
     step = step_gradients(run.model.train(), data.batches, counts, trainer.setting, config.training.seed)
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}

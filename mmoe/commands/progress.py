@@ -5,22 +5,23 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmoe.commands.console import Console
-from mmoe.training.callback import Callback
-from mmoe.training.trainer import StepResult, Trainer
+from mmoe.training.callback import Callback, EvaluationResult
+from mmoe.training.loop import Trainer
+from mmoe.training.step import StepResult
 
 
 class ProgressBar(Callback):
-    """Loss, rate and time left; on a terminal it is redrawn in place, in a log file a line every tenth of the run."""
+    """Shows loss, rate and time left: a bar on a terminal, in a log file a line every tenth of the run."""
 
     name = "progress"
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._bar: Progress | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """Draw the bar, where there is a terminal."""
-        self._bar: Progress | None = None
-        self._line_every = max(1, trainer.last_step // 10)
+        self._trainer, self._line_every = trainer, max(1, trainer.last_step // 10)
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("train"),
@@ -31,11 +32,13 @@ class ProgressBar(Callback):
                 console=self.console,
             )
             self._bar.start()
-            self._task: Any = self._bar.add_task("", total=trainer.stop_at, completed=trainer.step, loss="-", rate="-")
+            done, total = trainer.state.step, trainer.stop_at
+            self._task: Any = self._bar.add_task("", total=total, completed=done, loss="-", rate="-")
 
-    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+    def on_step(self, result: StepResult) -> None:
         """Move the bar, or print a line every tenth of the run."""
-        loss, rate = f"{float(result.losses.total):.3f}", f"{result.positions / result.seconds:,.0f}"
+        trainer = self._trainer
+        loss, rate = f"{float(result.losses.total):.3f}", f"{result.useful_positions / result.seconds:,.0f}"
         if self._bar:
             self._bar.update(self._task, completed=result.step, loss=loss, rate=rate)
         elif result.step % self._line_every == 0 or result.step == trainer.stop_at:
@@ -45,9 +48,20 @@ class ProgressBar(Callback):
                 highlight=False,
             )
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_evaluation(self, result: EvaluationResult) -> None:
+        """Print what was measured on held-out data."""
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in result.scalars.items())
+        self.console.print(f"step {result.step}, held out: {figures}", highlight=False, soft_wrap=True)
+
+    def on_roll_back(self, step: int, state: dict[str, Any]) -> None:
+        """Set the bar back."""
+        self.console.print(f"rolled back to step {step}", highlight=False)
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def close(self) -> None:
         """Leave the bar as it is, and say so where the run was interrupted."""
         if self._bar:
             self._bar.stop()
-        if trainer.interrupted:
-            self.console.print(f"interrupted: saved at step {trainer.step}; the same command resumes")
+        if self._trainer.interrupted and self._trainer.saved == self._trainer.state.step:
+            self.console.print(f"interrupted: saved at step {self._trainer.saved}; the same command resumes")

@@ -25,8 +25,8 @@ from mmoe.runtime.launch import first_alone, processes, same_config
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.folder import check_start_over, start_over
 from mmoe.training.lock import run_lock
+from mmoe.training.loop import Trainer
 from mmoe.training.run import Run, read_config
-from mmoe.training.trainer import Trainer
 
 # Keys that change no number of a step, so that a resumed run may change them. Where and when a sequence runs; what is
 # kept and told of it; and where its files lie, since their contents are compared by themselves.
@@ -65,13 +65,14 @@ def _train(
     run = Run.build(config)
     if fresh:
         first_alone(lambda: start_over(run.folder))
-    trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console)], stop_after)
+    chosen = [callback.build() for callback in config.training.callbacks]
+    trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console), *chosen], stop_after)
     _introduce(run, console)
     if trainer.checkpoints.latest_step() is not None or from_step is not None:
         if run.folder.joinpath("checkpoints").is_dir():
             _check_same(run, console)
         trainer.resume(from_step)
-        console.print(f"resumed {run.folder} at step {trainer.step}")
+        console.print(f"resumed {run.folder} at step {trainer.state.step}")
     elif config.training.start_from is not None:
         from mmoe.interchange.start import start
 
@@ -79,11 +80,11 @@ def _train(
     elif (run.folder / METRICS).is_file():
         console.print(f"{run.folder} holds no checkpoint: the run begins at step 0", soft_wrap=True)
     first_alone(run.save_config)
-    if trainer.step >= trainer.stop_at:
-        console.print(f"{run.folder} has its {trainer.step} steps already; --fresh starts over")
+    if trainer.state.step >= trainer.stop_at:
+        console.print(f"{run.folder} has its {trainer.state.step} steps already; --fresh starts over")
     else:
         trainer.train()
-    return run, trainer.step == trainer.last_step
+    return run, trainer.state.step == trainer.last_step
 
 
 def _prepare(config: RunConfig) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from mmoe.checkpoint.manager import CheckpointManager
+from mmoe.config.load import dump
 from mmoe.errors import ConfigError
 from mmoe.evaluation.inference import label_log_probabilities
 from mmoe.interchange.start import start, take_weights
@@ -15,8 +17,8 @@ from mmoe.recipe.config import RunConfig
 from mmoe.recipe.training import StartConfig
 from mmoe.schema.batch import PackedBatch
 from mmoe.training.lock import run_lock
-from mmoe.training.run import Run
-from mmoe.training.trainer import Trainer
+from mmoe.training.run import CONFIG, Run
+from mmoe.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ def upcycle(config: RunConfig, origin: StartConfig) -> Upcycled:
 
 
 def _upcycle(run: Run, moe: MoEConfig, origin: StartConfig) -> Upcycled:
-    trainer = Trainer(run, [])
-    if trainer.checkpoints.latest_step() is not None:
+    checkpoints = CheckpointManager(run.folder / "checkpoints", run.config.checkpoint)
+    if checkpoints.latest_step() is not None:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
     batches = [batch for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
     take_weights(run, origin.model_copy(update={"noise": 0.0}))  # refuses what does not fit
@@ -56,7 +58,7 @@ def _upcycle(run: Run, moe: MoEConfig, origin: StartConfig) -> Upcycled:
     start(run, origin)
     losses = Upcycled(dense, copies, loss(run.model, batches) if origin.noise else copies)
     run.save_config()
-    trainer.save()
+    checkpoints.save(0, TrainState.from_run(run).state_dict() | {"callbacks": {}}, {CONFIG: dump(run.config)})
     logger.info(
         f"held-out loss: dense {losses.dense:.6f}, experts without noise {losses.copies - losses.dense:+.2e}, "
         f"with noise {origin.noise} {losses.noisy - losses.dense:+.2e}"

@@ -16,7 +16,9 @@ from mmoe.monitoring.lines import LineFile
 from mmoe.optional import needs, status
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback
-from mmoe.training.trainer import StepResult, Trainer
+from mmoe.training.loop import Trainer
+from mmoe.training.state import TrainState
+from mmoe.training.step import StepResult
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,6 +42,7 @@ class MetricsWriter(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Open metrics.jsonl and TensorBoard on the first rank."""
+        self._trainer = trainer
         config = trainer.run.config.monitoring
         self._every, self._digests = config.log_every_steps, set(config.digest_steps)
         first = trainer.run.ranks.first  # the others take part in digests alone
@@ -51,8 +54,9 @@ class MetricsWriter(Callback):
         self._before = self.wall_seconds
         self._clear()
 
-    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+    def on_step(self, result: StepResult) -> None:
         """Count the step in, and write a record where one is due."""
+        trainer = self._trainer
         self._steps += 1
         self._positions += result.positions
         self._useful += result.useful_positions
@@ -61,7 +65,7 @@ class MetricsWriter(Callback):
         if digest or result.step % self._every == 0 or result.step == trainer.stop_at or trainer.interrupted:
             self._write(trainer, result, digest)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def close(self) -> None:
         """Close what was opened."""
         if self._file:
             self._file.close()
@@ -84,7 +88,7 @@ class MetricsWriter(Callback):
         seconds = now - self._since
         record: dict[str, Any] = {
             "step": result.step,
-            "session": trainer.session,
+            "session": trainer.state.session,
             "positions": result.step * result.positions,
             "useful_positions": self._useful,
             "loss": float(result.losses.total),
@@ -102,7 +106,7 @@ class MetricsWriter(Callback):
             "peak_memory_bytes": self.memory.sample(),
         }
         if digest:
-            record["digest"] = state_digest(trainer)
+            record["digest"] = state_digest(trainer.state)
         self._since = now
         self._clear()
         if self._file:
@@ -135,7 +139,7 @@ def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     Planned and served positions are those of the packing windows before the present one; `storage` counts what the
     first data replica has asked of remote stores in this session, retries among it.
     """
-    stream, plan = trainer.stream, result.data.plan
+    stream, plan = trainer.state.stream, result.data.plan
     served, owed = plan["served"], plan["owed"]
     return {
         "stage": stream.mixture.stage((result.step - 1) * result.positions).name,
@@ -147,13 +151,13 @@ def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     }
 
 
-def state_digest(trainer: Trainer) -> str:
+def state_digest(state: TrainState) -> str:
     """A digest of every weight, buffer and optimizer state: equal digests mean equal bits."""
-    names = {id(p): name for name, p in trainer.run.model.named_parameters()}
+    names = {id(p): name for name, p in state.model.named_parameters()}
     held: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
-        (names[id(p)], p, trainer.optimizer.state.get(p, {})) for p in trainer.run.model.parameters()
+        (names[id(p)], p, state.optimizer.state.get(p, {})) for p in state.model.parameters()
     ]
-    held += [(name, buffer, {}) for name, buffer in trainer.run.model.named_buffers()]
+    held += [(name, buffer, {}) for name, buffer in state.model.named_buffers()]
 
     def parts() -> Iterator[bytes]:
         for name, weight, states in held:

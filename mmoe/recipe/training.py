@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from mmoe.config.base import Address, Config
+from mmoe.recipe.callbacks import ChosenCallbacks
 
 
 class StartConfig(Config):
@@ -25,6 +26,7 @@ class TrainingConfig(Config):
     budget_positions: int = Field(gt=0, le=1 << 60)  # steps = budget // GB_tok
     evaluate_at_end: bool = True
     start_from: StartConfig | None = None  # null: random weights
+    callbacks: ChosenCallbacks = ()  # told of every step, in this order, behind what records and shows the run
 
     @property
     def heldout_sequences(self) -> int:

@@ -108,13 +108,13 @@ def same_config(text: str) -> None:
     )
 
 
-def agreed(flag: bool) -> bool:
-    """Whether any rank says so: the same answer on every rank, over the CPU's group (no wait for a GPU's queue)."""
+def strongest(*values: int) -> list[int]:
+    """Give the largest of all ranks for each of the `values`, over the CPU's group (no wait for a GPU's queue)."""
     if not dist.is_initialized():
-        return flag
-    answer = torch.tensor(int(flag))
-    dist.all_reduce(answer, dist.ReduceOp.MAX)
-    return bool(answer)
+        return list(values)
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def first_alone(work: Callable[[], None]) -> None:

@@ -16,8 +16,8 @@ from mmoe.config.load import dump, load
 from mmoe.errors import CheckpointError, ConfigError, DataError, OutputError
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.manifest import SourceManifest
+from mmoe.training.loop import Trainer
 from mmoe.training.run import Run, read_config
-from mmoe.training.trainer import Trainer
 from tests.data.synthetic import fit_codec, text_sample, write_source, write_sources
 from tests.training.test_trainer import config
 
@@ -274,9 +274,9 @@ def test_what_changes_no_number_may_change_and_is_said_and_what_may_is_refused(r
 def test_a_state_that_is_no_training_is_one_sentence(run):
     configuration, place = run
     trainer = Trainer(Run.build(configuration), [])
-    state = trainer._state()
+    state = trainer._sections()
     manager = CheckpointManager(place / "checkpoints", configuration.checkpoint)
-    state["trainer"] = {"step": 9, "data": trainer.fingerprint}
+    state["trainer"] = {"step": 9, "data": trainer.state.data}
     manager.save(9, state)
     with pytest.raises(CheckpointError, match="state of step 9 is not that of a training .KeyError.*--from-step"):
         trainer.resume()

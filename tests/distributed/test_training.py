@@ -19,8 +19,8 @@ from mmoe.recipe.config import RunConfig
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.schema.counts import COLUMNS, Counts
 from mmoe.schema.sample import Modality
+from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
-from mmoe.training.trainer import Trainer
 from tests.data.synthetic import write_sources
 from tests.models.random_batch import random_batch
 from tests.training.test_trainer import config

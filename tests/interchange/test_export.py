@@ -19,8 +19,8 @@ from mmoe.recipe.config import RunConfig
 from mmoe.recipe.training import StartConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.tokenizers.vocabulary import Structure, Vocabulary
+from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
-from mmoe.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 from tests.models.random_batch import text_batch
 from tests.models.test_parity import random_model
@@ -165,9 +165,9 @@ def test_upcycling_without_noise_keeps_the_loss_and_trains_on(moe, root):
         )
     trainer = Trainer(run, [])
     trainer.resume()
-    assert trainer.step == 0
+    assert trainer.state.step == 0
     trainer.train()
-    assert trainer.step == 2
+    assert trainer.state.step == 2
 
 
 def test_noise_makes_experts_differ_and_its_cost_is_reported(root, caplog):

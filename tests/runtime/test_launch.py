@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmoe.runtime.launch import agreed, processes, same_config
+from mmoe.runtime.launch import processes, same_config, strongest
 from mmoe.runtime.launch_errors import name_ranks
 
 BEGIN = """
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 from mmoe.commands.console import show_record
 from mmoe.errors import MmoeError
-from mmoe.runtime.launch import agreed, first_alone, processes, same_config
+from mmoe.runtime.launch import first_alone, processes, same_config, strongest
 from mmoe.runtime.logging import set_up_logging
 from mmoe.runtime.watch import Watch
 
@@ -99,7 +99,7 @@ def test_a_dying_rank_ends_all_and_both_say_why_in_one_file(tmp_path):
                 watch.beat(step, "forward")
                 if step == 3 and rank == 1:
                     raise MmoeError("the data of rank 1 are broken")
-                agreed(False)
+                strongest(0)
         """,
     )
     assert run.wait() != 0
@@ -124,7 +124,7 @@ def test_a_rank_that_dies_before_the_training_begins_is_the_one_that_is_blamed(t
         signal.signal(signal.SIGTERM, lambda *_: None)
         if rank == 1:
             raise MemoryError("no room for the model")
-        agreed(False)
+        strongest(0)
         """,
     )
     assert run.wait() != 0
@@ -162,11 +162,11 @@ def test_torchrun_restarts_the_run_which_goes_on_where_it_was(tmp_path):
             logger.info(f"begins at step {first}")
             for step in range(first, 6):
                 watch.beat(step, "forward")
-                agreed(False)
+                strongest(0)
                 if rank == 0:
                     saved.write_text(str(step))
                 if step == 3 and first == 1:
-                    agreed(False)
+                    strongest(0)
                     if rank == 0:
                         (folder / "hang-report.txt").write_text("of the first attempt")
                     raise RuntimeError("once")
@@ -188,7 +188,7 @@ def test_what_the_first_rank_does_alone_may_take_longer_than_a_collective(tmp_pa
         """
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
         first_alone(lambda: time.sleep(3))
-        agreed(False)
+        strongest(0)
         first_alone(lambda: Path("missing").read_text())
         """,
     )
@@ -205,7 +205,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
         asked = []
         signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
         step = 0
-        while not agreed(bool(asked)):
+        while not strongest(bool(asked))[0]:
             step += 1
             time.sleep(0.02)
             Path(f"started-{rank}").touch()
@@ -221,7 +221,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
 
 def test_one_process_needs_no_group(tmp_path):
     with processes(600.0, tmp_path / "run") as world:
-        assert world == 1 and agreed(True) and not agreed(False)
+        assert world == 1 and strongest(1, 0) == [1, 0]
         same_config("a: 1")
     with pytest.raises(ValueError), processes(600.0, tmp_path / "run"):
         raise ValueError  # as it was raised, and nothing written

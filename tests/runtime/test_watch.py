@@ -20,7 +20,7 @@ def test_a_hang_is_reported_with_the_collective_and_the_ranks_that_are_missing(t
         with Watch(timeout, folder) as watch:
             for step in range(1, 6):
                 watch.beat(step, "forward")
-                agreed(False)
+                strongest(0)
                 if step == 3 and rank == 1:
                     watch.beat(step, "data")
                     time.sleep(100)

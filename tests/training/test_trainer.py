@@ -20,8 +20,8 @@ from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.schema.batch import Values
 from mmoe.schema.sample import Modality
 from mmoe.training.callback import Callback
+from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
-from mmoe.training.trainer import Trainer
 from tests.data.synthetic import MAKERS, MEL, write_sources
 
 
@@ -101,10 +101,10 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(fold
     torch.manual_seed(123)  # what a new process would start from
     resumed = trainer(config(folder, tmp_path / "cut", **changes))
     resumed.resume()
-    assert resumed.step == 5 and resumed.session == 1
+    assert resumed.state.step == 5 and resumed.state.session == 1
     resumed.train()
-    assert state_digest(resumed) == state_digest(whole)
-    assert resumed.stream_state == whole.stream_state
+    assert state_digest(resumed.state) == state_digest(whole.state)
+    assert resumed.state.position == whole.state.position
     for router, other in zip(whole.run.model.decoder.routers, resumed.run.model.decoder.routers, strict=True):
         if changes:
             assert torch.equal(router.choice_bias, other.choice_bias) and router.choice_bias.abs().max() > 0
@@ -114,8 +114,8 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(fold
 
 def test_the_bias_follows_the_loads_of_a_whole_step_and_no_optimizer_holds_it(folder, tmp_path):
     run = trainer(config(folder, tmp_path / "run", model__moe__bias_rate=0.25, optim__adamw={"weight_decay": 0.5}))
-    steps, bias = run.stream.steps(), torch.zeros(1, 4)
-    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    steps, bias = run.state.stream.steps(), torch.zeros(1, 4)
+    held = {id(p) for group in run.state.optimizer.param_groups for p in group["params"]}
     assert id(run.run.model.decoder.routers[0].choice_bias) not in held
     for _ in range(3):
         result = run.train_step(next(steps))
@@ -159,7 +159,7 @@ def test_cutting_a_step_into_micro_batches_changes_no_gradient(folder, tmp_path)
             p.register_post_accumulate_grad_hook(lambda q, n=n, g=gradients: g.__setitem__(n, q.grad.clone()))
             for n, p in model.named_parameters()
         ]
-        result = one.train_step(next(one.stream.steps()))
+        result = one.train_step(next(one.state.stream.steps()))
         for handle in handles:
             handle.remove()
         reports.append((float(result.losses.total), result.grad_norm, gradients))
@@ -173,14 +173,14 @@ def test_cutting_a_step_into_micro_batches_changes_no_gradient(folder, tmp_path)
 
 def test_the_loss_falls(folder, tmp_path):
     run = trainer(config(folder, tmp_path / "run", training__budget_positions=640 * 40))
-    steps = run.stream.steps()
+    steps = run.state.stream.steps()
     losses = [float(run.train_step(next(steps)).losses.total) for _ in range(40)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_discrete_actions_train_through_the_vocabulary(folder, tmp_path):
     run = trainer(config(folder, tmp_path / "run", tokenizers__action={"mode": "discrete", "chunk": 4, "bins": 8}))
-    steps = run.stream.steps()
+    steps = run.state.stream.steps()
     record = {}
     for _ in range(4):
         record |= run.train_step(next(steps)).losses.details(run.run.sources.names)
@@ -202,14 +202,14 @@ def test_ctrl_c_saves_and_leaves_and_the_next_session_resumes(folder, tmp_path):
     class Interrupt(Callback):
         name = "interrupt"
 
-        def on_step(self, trainer, result):
+        def on_step(self, result):
             if result.step == 1:  # all processes agree to end after the next step
                 os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     run = trainer(config(folder, tmp_path / "run"), Interrupt())
     run.train()
-    assert run.interrupted and run.step == 2 and run.checkpoints.latest_step() == 2
+    assert run.interrupted and run.state.step == 2 and run.checkpoints.latest_step() == 2
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -227,10 +227,10 @@ def test_a_step_that_diverges_changes_no_weight_and_says_so(folder, tmp_path):
     run = trainer(config(folder, tmp_path / "run"))
     with torch.no_grad():
         run.run.model.decoder.norm.weight.fill_(float("nan"))
-    before = state_digest(run)
+    before = state_digest(run.state)
     with pytest.raises(DivergenceError, match="step 1 is nan .ce nan.* no weight was changed"):
-        run.train_step(next(run.stream.steps()))
-    assert state_digest(run) == before
+        run.train_step(next(run.state.stream.steps()))
+    assert state_digest(run.state) == before
 
 
 def test_a_diverged_step_names_the_router_whose_logits_were_not_finite(folder, tmp_path):
@@ -239,7 +239,7 @@ def test_a_diverged_step_names_the_router_whose_logits_were_not_finite(folder, t
         run.run.model.decoder.routers[1].weight[2] = float("nan")
     before = [p.clone() for p in run.run.model.parameters()]
     with pytest.raises(DivergenceError, match="not finite from layer of experts 1 .from 0. on; no weight was changed"):
-        run.train_step(next(run.stream.steps()))
+        run.train_step(next(run.state.stream.steps()))
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, run.run.model.parameters()))
 
 
@@ -265,7 +265,7 @@ def test_the_resolved_tree_reloads_to_the_same_tree(folder, tmp_path):
 def test_blinding_a_caption_leaves_its_hidden_states_alone(folder, tmp_path):
     """Isolated pairs: with a dense model, other pixels change nothing at all of the caption's states."""
     run = Run.build(config(folder, tmp_path / "run", model__moe=None, data__isolated_pair_share=1.0))
-    batch = next(iter(Trainer(run, []).stream.steps())).batches.__next__()
+    batch = next(iter(Trainer(run, []).state.stream.steps())).batches.__next__()
     vision = batch.values[Modality.VISION]
     changed = replace(
         batch, values={**batch.values, Modality.VISION: Values(torch.randn_like(vision.values), vision.index)}

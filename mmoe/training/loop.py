@@ -1,0 +1,168 @@
+"""The training loop: next batch, step, callbacks, checkpoint; what the ranks decide; what ends it."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from operator import methodcaller
+from typing import Any
+
+import torch.distributed as dist
+
+from mmoe.checkpoint.manager import CheckpointManager
+from mmoe.config.load import dump
+from mmoe.data.load.stream import StepData
+from mmoe.errors import CheckpointError, DivergenceError
+from mmoe.runtime.watch import Watch
+from mmoe.training.callback import Callback, Callbacks, EvaluationResult
+from mmoe.training.decision import Decision, agree
+from mmoe.training.gradients import StepGradients, StepSetting
+from mmoe.training.run import CONFIG, Run
+from mmoe.training.state import TrainState
+from mmoe.training.step import StepResult, train_step
+
+
+class Trainer:
+    """Trains a run from where its state stands to its last step, or to `stop_at`."""
+
+    def __init__(self, run: Run, callbacks: list[Callback], stop_at: int | None = None) -> None:
+        config = run.config
+        self.run, self.state, self.callbacks = run, TrainState.from_run(run), Callbacks(callbacks)
+        self.batch, self.last_step = run.resolved.batch, run.resolved.batch.iterations
+        self.stop_at = min(stop_at or self.last_step, self.last_step)
+        self.setting = StepSetting.of(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
+        self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
+        self.saved = 0  # the step of the last checkpoint
+        self.stop_requested = False  # by a signal to this process
+        self.interrupted = False  # by one to any process, known to all in the same step
+        self._watch = Watch(config.parallel.timeout_seconds, run.folder)
+        self._rolled_back: set[int] = set()  # steps that were dropped by going back
+
+    def train(self) -> None:
+        """Train to the end of the session, saving and telling the callbacks on the way, and close them in any case.
+
+        Raises DivergenceError, what a callback raises, and at the end the OutputError of one.
+        """
+        state = self.state
+        with _stop_on_interrupt(self), self._watch, self.callbacks.session(self):
+            steps = self._steps()
+            while state.step < self.stop_at and not self.interrupted:
+                result = self._next(steps)
+                if result.decision is Decision.ROLL_BACK:
+                    del steps  # its readers end before the stream is set back
+                    self._roll_back()
+                    steps = self._steps()
+                elif result.decision is not Decision.STOP:
+                    self.beat("callbacks")
+                    self.callbacks.tell(methodcaller("on_step", result))
+                    if self.checkpoints.config.due(state.step, self.last_step):
+                        self.save()
+            if state.step != self.saved:
+                self.save()
+        if self.callbacks.unwritten is not None:
+            raise self.callbacks.unwritten
+
+    def beat(self, phase: str) -> None:
+        """Tell the watcher of hangs that this rank goes on, and what it does now (a callback that takes long does)."""
+        self._watch.beat(self.state.step, phase)
+
+    def train_step(self, data: StepData, waited: float = 0.0) -> StepResult:
+        """Do one step on `data`, or what the callbacks of all ranks decide instead."""
+        wish = self.callbacks.wish(methodcaller("before_step", data))
+        return train_step(self.state, data, self.run, self.setting, partial(self._decide, wish), waited)
+
+    def tell_evaluation(self, result: EvaluationResult) -> None:
+        """Tell every callback of figures that one of them has measured."""
+        self.callbacks.tell(methodcaller("on_evaluation", result))
+
+    def save(self) -> None:
+        """Write a checkpoint of the step that the run stands at, and tell the callbacks."""
+        self.beat("checkpoint")
+        path = self.checkpoints.save(self.state.step, self._sections(), {CONFIG: dump(self.run.config)})
+        self.saved = self.state.step
+        self.callbacks.tell(methodcaller("on_checkpoint", path))
+
+    def resume(self, step: int | None = None) -> None:
+        """Continue from the newest whole checkpoint, or from the one after `step`; newer ones are set aside.
+
+        Raises CheckpointError where none is whole, or where the data is not that of the checkpoint.
+        """
+        session, callbacks = self._load(step)
+        self.state.session = session + 1
+        self.callbacks.load_state_dict(callbacks)
+
+    def _steps(self) -> Iterator[StepData]:
+        return self.run.ranks.steps(self.state.stream, self.batch.accumulation)
+
+    def _next(self, steps: Iterator[StepData]) -> StepResult:
+        self._watch.beat(self.state.step + 1, "data")
+        started = time.perf_counter()
+        data = next(steps)
+        waited = time.perf_counter() - started
+        self._watch.beat(self.state.step + 1, "step")
+        return self.train_step(data, waited)
+
+    def _decide(self, wish: Decision, gradients: StepGradients) -> Decision:
+        """The decision of all ranks; one that was told to stop, or whose disk is full, makes the step the last."""
+        wish = max(wish, self.callbacks.wish(methodcaller("before_update", gradients)))
+        decision, last = agree(wish, self.stop_requested or self.callbacks.unwritten is not None)
+        self.interrupted = last or decision is Decision.STOP
+        return decision
+
+    def _roll_back(self) -> None:
+        dropped = self.state.step + 1
+        self.beat("roll back")
+        if dropped in self._rolled_back:
+            raise DivergenceError(
+                f"{self.run.folder}: step {dropped} was rolled back before, and the same would come again; let the "
+                "callback that asks for it skip the step instead, or resume with a lower rate by --set optim.lr.peak="
+            )
+        self._rolled_back.add(dropped)
+        if self.checkpoints.latest_step() is None:
+            raise DivergenceError(
+                f"{self.run.folder}: step {dropped} is to be rolled back and there is no checkpoint yet; set a smaller "
+                "checkpoint.every_steps"
+            )
+        _, callbacks = self._load(None)
+        self.callbacks.roll_back(self.state.step, callbacks)
+
+    def _load(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """Take the state of a checkpoint; gives the session that wrote it, and the states of callbacks."""
+        sections = self._sections()
+        found = self.checkpoints.load(sections, step)
+        self.state.check_data(sections, self.run)
+        try:
+            self.state.load_state_dict(sections)
+            told = sections["trainer"]["session"], sections["callbacks"]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"{self.checkpoints.folder}: the state of step {found} is not that of a training ({error!r}); resume "
+                "from another by --from-step"
+            ) from error
+        self.checkpoints.go_back(found)
+        self.saved = self.state.step
+        return told
+
+    def _sections(self) -> dict[str, Any]:
+        return self.state.state_dict() | {"callbacks": self.callbacks.state_dict()}
+
+
+@contextmanager
+def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) ends the run after the current step, saved; the second one kills it.
+
+    A second SIGTERM does nothing where there are other processes: a scheduler and torchrun may both send one.
+    """
+
+    def handler(number: int, frame: Any) -> None:
+        trainer.stop_requested = True
+        alone = number == signal.SIGINT or not dist.is_initialized()
+        signal.signal(number, previous[number] if alone else signal.SIG_IGN)
+
+    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
