@@ -95,8 +95,9 @@ class Quarantine:
         return {"met": dict(+self.met), "lost": dict(+self.lost)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the counts of a checkpoint."""
+        """Go on from the counts of a checkpoint; what was met since `settle`, in a step that is dropped, is forgotten."""
         self.met, self.lost = Counter(state["met"]), Counter(state["lost"])
+        self._new.zero_()
 
 
 def _tail(tar: str) -> tuple[str, ...]:

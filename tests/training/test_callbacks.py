@@ -1,0 +1,204 @@
+"""What callbacks are told, what they may decide, and that they are closed whatever ends a run."""
+
+import logging
+
+import pytest
+import torch
+
+from mmoe.commands import session
+from mmoe.commands.console import Console
+from mmoe.errors import ConfigError, DivergenceError, OutputError
+from mmoe.monitoring.metrics import state_digest
+from mmoe.recipe.callbacks import CALLBACKS, CallbackConfig
+from mmoe.training.callback import Callback, EvaluationResult
+from mmoe.training.decision import Decision
+from tests.training import test_trainer
+from tests.training.callbacks import HOOKS, Log, Raises, Wishes, failing
+from tests.training.test_trainer import config, trainer
+
+folder = test_trainer.folder
+
+
+def digest(one) -> str:
+    return state_digest(one.state)
+
+
+def test_the_hooks_of_a_session_in_their_order(folder, tmp_path):
+    log = Log()
+    trainer(config(folder, tmp_path / "run", checkpoint__every_steps=2), log, stop_at=3).train()
+    step = ["before_step", "before_update", "on_step GO"]
+    assert [what for _, what in log.calls] == [
+        "on_start", *step, *step, "on_checkpoint step-00000002", *step, "on_checkpoint step-00000003", "close",
+    ]  # fmt: skip
+    assert [done for done, what in log.calls if what == "before_update"] == [0, 1, 2]
+    assert [done for done, what in log.calls if what == "on_step GO"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_error_in_any_hook_ends_the_run_with_every_callback_told_and_closed(folder, tmp_path, caplog, hook):
+    first, last = Log(), Log()
+    last.name = "last"
+    run = trainer(config(folder, tmp_path / "run", checkpoint__every_steps=1), first, *failing(hook), last, stop_at=2)
+    with pytest.raises(ValueError if hook == "on_error" else RuntimeError, match="meant"):
+        run.train()
+    ends = ["close"] if hook == "close" else ["on_error meant", "close"]
+    assert [what for _, what in first.calls][-len(ends) :] == ends
+    if hook == "on_start":
+        assert last.calls == []  # it was not started
+    else:
+        assert [what for _, what in last.calls][-len(ends) :] == ends
+    assert [what for _, what in first.calls].count("close") == 1
+    assert ("failed too" in caplog.text) == (hook == "on_error")
+    assert run.state.step == {"on_start": 0, "before_step": 0, "before_update": 0, "close": 2}.get(hook, 1)
+    kept = run.checkpoints.latest_step()
+    assert kept == {"close": 2, "on_checkpoint": 1}.get(hook)
+    again = trainer(config(folder, tmp_path / "run", checkpoint__every_steps=1), stop_at=3)
+    if kept is not None:
+        again.resume()
+    again.train()
+    whole = trainer(config(folder, tmp_path / "whole"), stop_at=3)
+    whole.train()
+    assert digest(again) == digest(whole)  # nothing that was saved has suffered
+
+
+def test_what_cannot_be_written_ends_the_run_after_the_next_step_saved(folder, tmp_path):
+    log = Log()
+    run = trainer(config(folder, tmp_path / "run"), Raises("on_step", OutputError("the disk is full")), log)
+    with pytest.raises(OutputError, match="the disk is full"):
+        run.train()
+    assert run.state.step == 2 and run.checkpoints.latest_step() == 2
+    assert [what for _, what in log.calls].count("on_step GO") == 2  # told of the step that another could not write
+
+
+@pytest.mark.parametrize("hook", ["before_step", "before_update"])
+def test_a_skipped_step_is_counted_and_changes_nothing_but_the_data_that_follows(folder, tmp_path, hook):
+    changes = {"model__moe__bias_rate": 0.01, "model__moe__score": "sigmoid"}
+    log, skips = Log(), Wishes(Decision.SKIP, step=3, hook=hook)
+    run = trainer(config(folder, tmp_path / "run", **changes), log, skips, stop_at=2)
+    run.train()
+    before, position = digest(run), run.state.position
+    run = trainer(config(folder, tmp_path / "run", **changes), log, skips, stop_at=3)
+    run.resume()
+    run.train()
+    assert (3, "on_step SKIP") in log.calls
+    assert digest(run) == before  # weights, bias and optimizer states, Adam's step count among them
+    assert run.state.step == 3 and run.state.position != position
+    assert all(p.grad is None for p in run.run.model.parameters())
+    # Going on from the checkpoint of a skipped step is as going on without a break.
+    resumed = trainer(config(folder, tmp_path / "run", **changes), stop_at=5)
+    resumed.resume()
+    resumed.train()
+    whole = trainer(config(folder, tmp_path / "whole", **changes), Wishes(Decision.SKIP, 3), stop_at=5)
+    whole.train()
+    assert digest(resumed) == digest(whole)
+
+
+def test_a_run_that_was_rolled_back_equals_the_one_that_was_not(folder, tmp_path):
+    log = Log()
+    run = trainer(config(folder, tmp_path / "run", data__workers=1), Wishes(Decision.ROLL_BACK, step=5), log)
+    run.train()
+    whole = trainer(config(folder, tmp_path / "whole"))
+    whole.train()
+    assert (3, "on_roll_back 3") in log.calls and [done for done, what in log.calls if "GO" in what] == [
+        1, 2, 3, 4, 4, 5, 6, 7, 8,
+    ]  # fmt: skip
+    assert digest(run) == digest(whole) and run.state.position == whole.state.position
+
+
+def test_rolling_back_where_it_cannot_help_is_refused(folder, tmp_path):
+    with pytest.raises(DivergenceError, match="step 2 is to be rolled back and there is no checkpoint yet"):
+        trainer(config(folder, tmp_path / "early"), Wishes(Decision.ROLL_BACK, step=2)).train()
+    run = trainer(config(folder, tmp_path / "run"), Wishes(Decision.ROLL_BACK, step=5, times=2))
+    with pytest.raises(DivergenceError, match="step 5 was rolled back before, and the same would come again"):
+        run.train()
+    assert run.state.step == 4 and run.checkpoints.latest_step() == 3
+
+
+def test_a_stop_drops_the_step_and_saves_what_was_before_it(folder, tmp_path):
+    log = Log()
+    run = trainer(config(folder, tmp_path / "run"), Wishes(Decision.STOP, step=3), Wishes(Decision.SKIP, 3), log)
+    run.train()
+    assert run.interrupted and run.state.step == 2 and run.checkpoints.latest_step() == 2
+    assert [what for _, what in log.calls][-2:] == ["on_checkpoint step-00000002", "close"]
+    resumed = trainer(config(folder, tmp_path / "run"))
+    resumed.resume()
+    resumed.train()
+    whole = trainer(config(folder, tmp_path / "whole"))
+    whole.train()
+    assert digest(resumed) == digest(whole)
+
+
+def test_a_step_whose_gradients_are_not_finite_can_be_skipped(folder, tmp_path):
+    class Poison(Callback):
+        name = "poison"
+
+        def on_start(self, trainer):
+            self.trainer = trainer
+
+        def before_update(self, gradients):
+            return Decision.GO if gradients.norm.isfinite() else Decision.SKIP
+
+    run = trainer(config(folder, tmp_path / "run"), Poison())
+    with torch.no_grad():
+        run.run.model.decoder.norm.weight.fill_(float("nan"))
+    before = digest(run)
+    Poison.on_start(run.callbacks._all[0], run)
+    result = run.train_step(next(run.state.stream.steps()))
+    assert result.decision is Decision.SKIP and digest(run) == before and run.state.step == 1
+
+
+def test_figures_of_one_callback_are_told_to_all(folder, tmp_path):
+    class Measures(Callback):
+        name = "measures"
+
+        def on_start(self, trainer):
+            self.trainer = trainer
+
+        def on_step(self, result):
+            self.trainer.tell_evaluation(EvaluationResult(result.step, {"ce": 2.0}))
+
+    log = Log()
+    trainer(config(folder, tmp_path / "run"), Measures(), log, stop_at=1).train()
+    assert (1, "on_evaluation {'ce': 2.0}") in log.calls
+
+
+@CALLBACKS.register("stop_after_positions")
+class StopConfig(CallbackConfig):
+    positions: int
+
+    def build(self):
+        callback = Wishes(Decision.STOP, step=self.positions // 640 + 1)
+        callback.name = self.label
+        return callback
+
+
+def test_a_callback_that_a_config_names_is_built_and_its_keys_are_checked(folder, tmp_path):
+    chosen = [{"kind": "stop_after_positions", "positions": 1300}]
+    options = {"fresh": False, "stop_after": None, "from_step": None}
+    session.train(config(folder, tmp_path / "run", training__callbacks=chosen), Console(quiet=True), **options)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002"]
+    for wrong, sentence in [
+        ([{"kind": "stop_after_position"}], "not a kind of callback; did you mean stop_after_positions"),
+        ([{"kind": "stop_after_positions", "position": 3}], "position is not a known key; did you mean positions"),
+        (chosen * 2, "two are named stop_after_positions; give each a name of its own, e.g. name: stop_"),
+        ([{"positions": 3}], "give a mapping that says which callback it is"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            config(folder, tmp_path / "run", training__callbacks=wrong)
+    twice = [chosen[0], chosen[0] | {"name": "metrics"}]
+    with pytest.raises(ConfigError, match="two callbacks are named metrics"):
+        session.train(config(folder, tmp_path / "other", training__callbacks=twice), Console(quiet=True), **options)
+
+
+def test_what_is_no_callback_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="is no Callback; derive its class from"):
+        trainer(config(folder, tmp_path / "run"), object())
+
+
+def test_an_error_at_the_end_does_not_hide_the_one_that_ended_the_run(folder, tmp_path, caplog):
+    caplog.set_level(logging.ERROR)
+    second = Raises("close", OutputError("closing"))
+    run = trainer(config(folder, tmp_path / "run"), Raises("on_step", ValueError("the cause")), second)
+    with pytest.raises(ValueError, match="the cause"):
+        run.train()
+    assert "callback raises in close failed too" in caplog.text and "closing" in caplog.text
