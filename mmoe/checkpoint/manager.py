@@ -28,6 +28,7 @@ from typing import Any
 from mmoe.checkpoint.commit import PARTIAL, clean, commit, committed, go_back, latest, path_of
 from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.checkpoint.files import check, read_errors, write_errors
+from mmoe.checkpoint.group import checkpoint_ranks
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.reader import find_whole, read_document
 from mmoe.checkpoint.retention import retire
@@ -41,7 +42,7 @@ from mmoe.runtime.agreement import Ranks
 class CheckpointManager:
     """Saves and loads states (`mmoe.checkpoint.tree`) under `folder`. Every failure is a CheckpointError.
 
-    `latest_step`, `save`, `load` and `go_back` are for all ranks at once, what
+    `latest_step`, `save`, `load` and `go_back` are for all ranks at once, which speak over a group of their own: what
     fails on one raises on all. The rest is for any one process.
     """
 
@@ -58,7 +59,7 @@ class CheckpointManager:
         Raises CheckpointError where there are none but checkpoints that were set aside.
         """
         # Rank 0's answer: what other machines see of a shared folder may be some seconds old.
-        return Ranks().first(lambda: latest(self.folder))
+        return checkpoint_ranks().first(lambda: latest(self.folder))
 
     def save(self, step: int, state: dict[str, Any], texts: Mapping[str, str] | None = None) -> Path:
         """Write `state`, and `texts` as files of these names, as the checkpoint of `step`; returns its folder.
@@ -66,7 +67,7 @@ class CheckpointManager:
         An older checkpoint of that step is replaced. When anything fails, what was there before is left as it was,
         and the part that was written is removed.
         """
-        ranks = Ranks()
+        ranks = checkpoint_ranks()
         return self._write(ranks.every(lambda: Snapshot.take(step, state, texts or {})), ranks)
 
     def load(self, state: dict[str, Any], step: int | None = None) -> int:
@@ -77,7 +78,7 @@ class CheckpointManager:
         together hold all names of a section. A section without tensors on any rank takes whatever was saved, on
         the CPU. Everything that is not a tensor is replaced.
         """
-        ranks = Ranks()
+        ranks = checkpoint_ranks()
         path, manifest = find_whole(self.folder, step, ranks)
         with read_errors(path):
             document = ranks.first(lambda: read_document(path))
@@ -91,7 +92,7 @@ class CheckpointManager:
         newer.
         """
         with write_errors(self.folder, "the names of checkpoints that are set aside"):
-            Ranks().first(lambda: go_back(self.folder, step))
+            checkpoint_ranks().first(lambda: go_back(self.folder, step))
 
     def text(self, name: str) -> tuple[Path, str] | None:
         """The file `name` that `save` was given, of the newest checkpoint where it is whole; for one process."""

@@ -46,7 +46,7 @@ def write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) ->
     writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=False)
     writer.fs = files = CheckedFileSystem()
     with _single_process(), _unwrapped(ranks):
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.grouped)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=not ranks.grouped)
     return {path.name: sums for path, sums in files.written.items()}
 
 
@@ -69,7 +69,7 @@ def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any],
         given |= {name: torch.empty(theirs[name][0], dtype=theirs[name][1]) for name in places(document[part], part)}
     tensors = {stored[name]: tensor for name, tensor in given.items()}
     with _single_process(), _read(folder), _unwrapped(ranks):
-        dcp.load(tensors, storage_reader=reader, no_dist=not ranks.grouped)
+        dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=not ranks.grouped)
     state.update(join(prune({part: document[part] for part in state}, tensors.keys()), tensors))
 
 
