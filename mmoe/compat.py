@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,11 @@ def default_store() -> dist.Store:
 def process_groups() -> list[dist.ProcessGroup]:
     """All groups of this process, the default one among them. Public: none yet."""
     return list(dist.distributed_c10d._world.pg_map)
+
+
+def group_timeout(group: dist.ProcessGroup) -> timedelta:
+    """How long a collective on CPU tensors may take in the group. Public: none yet."""
+    return group._get_backend(torch.device("cpu")).options._timeout
 
 
 def flight_records() -> list[str]:

@@ -1,7 +1,9 @@
 """Files that are either whole or known to be broken: checksums on the way out, checks on the way in."""
 
+import errno
 import io
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,3 +128,35 @@ def check(path: Path, size: int, crc: int) -> None:
             actual = zlib.crc32(block, actual)
     if actual != crc:
         raise DamagedError(f"{path} is corrupt: its contents are not what was written")
+
+
+@contextmanager
+def write_errors(folder: Path, what: str) -> Iterator[None]:
+    """Turn what the disk refuses while `what` is saved in `folder` into one sentence, a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            free = shutil.disk_usage(existing).free
+            raise CheckpointError(
+                f"{folder}: no room for {what} ({free:,} free); earlier "
+                "checkpoints are intact; free space, lower checkpoint.keep or move training.run"
+            ) from error
+        raise CheckpointError(
+            f"{error.filename or folder}: saving {what} failed ({error.strerror}); "
+            "earlier checkpoints are intact; make the folder writable, or put training.run elsewhere"
+        ) from error
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn what cannot be read of the checkpoint `path` into a CheckpointError; a failing disk is a DamagedError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise DamagedError(f"{error.filename or path} cannot be read ({error.strerror})") from error
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read ({error.strerror}); make it readable"
+        ) from error

@@ -2,7 +2,7 @@
 
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,13 @@ def union(parts: Iterable[dict]) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def write(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, tuple[int, int]]:
+def write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, tuple[int, int]]:
     """Write this rank's share of the tensors; returns the size and CRC-32 of its files by name."""
     # The file system makes each file durable as it is closed, so torch need not.
     writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=False)
     writer.fs = files = CheckedFileSystem()
     with _single_process(), _unwrapped(ranks):
-        dcp.save(tensors, storage_writer=writer, no_dist=not ranks.grouped)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=not ranks.grouped)
     return {path.name: sums for path, sums in files.written.items()}
 
 
@@ -69,7 +69,7 @@ def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any],
         given |= {name: torch.empty(theirs[name][0], dtype=theirs[name][1]) for name in places(document[part], part)}
     tensors = {stored[name]: tensor for name, tensor in given.items()}
     with _single_process(), _read(folder), _unwrapped(ranks):
-        dcp.load(tensors, storage_reader=reader, no_dist=not ranks.grouped)
+        dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=not ranks.grouped)
     state.update(join(prune({part: document[part] for part in state}, tensors.keys()), tensors))
 
 

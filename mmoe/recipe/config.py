@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from mmoe.checkpoint.manager import CheckpointConfig
+from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.config.base import Config
 from mmoe.data.config import DataConfig
 from mmoe.losses.total import LossConfig

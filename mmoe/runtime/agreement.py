@@ -11,18 +11,19 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks of the default process group, or one process where torch.distributed is not initialised."""
+    """The ranks of `group` (None: the default one), or one process where torch.distributed is not initialised."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
         self.grouped = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.grouped else (0, 1)
+        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if self.grouped else (0, 1)
 
     def every(self, act: Callable[[], T]) -> T:
         """What `act` returns here, once it has returned on every rank."""
         result, failure = _attempt(act)
         if self.grouped:
             failures: list[BaseException | None] = [None] * self.size
-            dist.all_gather_object(failures, failure and self.shared(failure))
+            dist.all_gather_object(failures, failure and self.shared(failure), group=self.group)
             failure = failure or next(filter(None, failures), None)
         if failure is not None:
             raise failure
@@ -36,7 +37,7 @@ class Ranks:
             result, failure = _attempt(act)
         if self.grouped:
             told: list[Any] = [result, failure and self.shared(failure)]
-            dist.broadcast_object_list(told, src=0)
+            dist.broadcast_object_list(told, group=self.group, group_src=0)
             result, failure = (result, failure) if self.rank == 0 else told
         if failure is not None:
             raise failure
@@ -47,7 +48,7 @@ class Ranks:
         if not self.grouped:
             return [value]
         values: list[Any] = [None] * self.size if self.rank == 0 else []
-        dist.gather_object(value, values or None, dst=0)
+        dist.gather_object(value, values or None, group=self.group, group_dst=0)
         return values
 
     def shared(self, failure: BaseException, rank: int | None = None) -> Exception:

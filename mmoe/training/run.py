@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
+from mmoe.checkpoint.config import CheckpointConfig
+from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.config.base import change_addresses
 from mmoe.config.load import absolute, dump, flatten, load, override
 from mmoe.data.load.stream import heldout_batches

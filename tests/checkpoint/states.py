@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
+from mmoe.checkpoint.config import CheckpointConfig
+from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.checkpoint.manifest import Manifest
 
 

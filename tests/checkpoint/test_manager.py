@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from mmoe.checkpoint.manager import CheckpointConfig
+from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.errors import CheckpointError

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
+from mmoe.checkpoint.config import CheckpointConfig
+from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.layer import MoEConfig

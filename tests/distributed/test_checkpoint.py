@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
+from mmoe.checkpoint.config import CheckpointConfig
+from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.errors import CheckpointError
 from tests.distributed.pool import Pool
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmoe.checkpoint.manager import CheckpointConfig, CheckpointManager
+from mmoe.checkpoint.config import CheckpointConfig
+from mmoe.checkpoint.manager import CheckpointManager
 from tests.distributed.pool import Pool
 from tests.distributed.small import build, full, optimizer_of, train_step
 

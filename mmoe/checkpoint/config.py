@@ -1,0 +1,16 @@
+"""When a run is saved, and how much of that is kept."""
+
+from pydantic import Field
+
+from mmoe.config.base import Config
+
+
+class CheckpointConfig(Config):
+    """Say how often a run is saved, and how many of its checkpoints are kept."""
+
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=3, gt=0)  # the newest checkpoints that are not deleted
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether a checkpoint is written after `step` (1-based) of `last_step`."""
+        return step % self.every_steps == 0 or step == last_step
