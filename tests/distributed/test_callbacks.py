@@ -103,6 +103,6 @@ def test_an_error_on_one_rank_alone_ends_the_other_which_names_it(folder, tmp_pa
     assert done.returncode != 0
     errors = [json.loads(line) for line in (tmp_path / "run" / "errors.jsonl").read_text().splitlines()]
     told = {error["rank"]: error for error in errors}
-    assert told[1]["message"] == "meant" and told[1]["after"] is None and told[1]["step"] == 1
+    assert (told[1]["message"], told[1]["after"], told[1]["step"]) == ("RuntimeError: meant", None, 1)
     assert told[0]["after"].startswith("rank 1 failed: RuntimeError: meant"), done.stderr[-2000:]
     assert [path.name for path in tmp_path.glob("closed-*")] == ["closed-close-1"]
