@@ -32,7 +32,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field
 
@@ -41,6 +41,7 @@ from mmoe.checkpoint.manifest import FORMAT, MANIFEST, Manifest
 from mmoe.checkpoint.tensors import fill, union, write
 from mmoe.checkpoint.tree import check_document, merge, split
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 from mmoe.errors import CheckpointError
 from mmoe.runtime.agreement import Ranks
 
@@ -55,6 +56,8 @@ T = TypeVar("T")
 
 class CheckpointConfig(Config):
     """Say how often a run is saved, and how many of its checkpoints are kept."""
+
+    nature: ClassVar[Nature] = Nature.OPERATIONAL
 
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=3, gt=0)  # the newest checkpoints that are not deleted
