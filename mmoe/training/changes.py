@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from mmoe.config.load import absolute, validate
 from mmoe.config.nature import Nature, differences
 from mmoe.errors import CheckpointError
@@ -30,6 +32,9 @@ class Change:
     after: Any
 
 
+_CHANGE = TypeAdapter(Change)
+
+
 @dataclass(frozen=True)
 class History:
     """The config of the run in `folder` as it stands there, and the changes that led to it, in their order."""
@@ -44,13 +49,14 @@ class History:
         folder = Path(folder)
         path = folder / CHANGES
         changes = []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                changes.append(Change(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                changes.append(_CHANGE.validate_json(line))
+            except ValidationError as error:
+                why = error.errors()[0]["msg"]
                 raise CheckpointError(
-                    f"{path}, line {number} is not a recorded change ({error}); remove that line, and what it changed "
+                    f"{path}, line {number} is not a recorded change ({why}); remove that line, and what it changed "
                     "counts as having been so from the start"
                 ) from error
         # Earlier versions wrote addresses as they were given.

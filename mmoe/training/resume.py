@@ -3,8 +3,8 @@
 Each field says by its `Nature` what it is. A changed identity is refused; layout and operation may change, and that is
 said. The length may change: steps done are never recomputed, the plan of the data goes on from where it stood, and the
 rate from where the new length has it. Where the new length would have given steps done another rate or other shares of
-the sources, that is said and not refused: their weights are what they are, and to decay anew from a finished run is what
-people do. Refused is only what breaks a promise of the config: a source that would be seen more often than `max_epochs`.
+the sources, that is said and not refused: the weights are what they are, and to decay anew from a finished run is
+usual. Refused is what breaks a promise of the config: a source that would be seen more often than its `max_epochs`.
 """
 
 import json
@@ -110,8 +110,8 @@ def _recorded(history: History, found: Difference, step: int) -> str:
             )
         if change.step <= step and change.after == found.before:
             return (
-                f"{changed}, and that counts: resume by the folder ({_by_folder(history)}) or with {keep}; --set {take} "
-                "changes it again"
+                f"{changed}, and that counts: resume by the folder ({_by_folder(history)}) or with {keep}; "
+                f"--set {take} changes it again"
             )
     return f"a run may change {found.key} on its way where that is recorded: --set {take}"
 
