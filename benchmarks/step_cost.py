@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from rich.table import Table
@@ -38,7 +39,7 @@ def seconds_per_step(tree: Path, folder: Path, steps: int) -> float:
     subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     walls = [json.loads(line)["wall_seconds"] for line in lines][WARM:]
-    times = sorted(after - before for before, after in zip(walls, walls[1:]))
+    times = sorted(after - before for before, after in pairwise(walls))
     return statistics.mean(times[: max(1, len(times) // 4)])
 
 

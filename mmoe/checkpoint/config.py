@@ -1,12 +1,17 @@
 """When a run is saved, and how much of that is kept."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 
 
 class CheckpointConfig(Config):
     """Say how often a run is saved, and how many of its checkpoints are kept."""
+
+    nature: ClassVar[Nature] = Nature.OPERATIONAL
 
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=3, gt=0)  # the newest checkpoints that are not deleted

@@ -5,7 +5,7 @@ own, and what evaluates and draws is imported once the training has ended. That 
 """
 
 import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmoe.addresses import is_missing
@@ -13,7 +13,9 @@ from mmoe.commands.console import Console
 from mmoe.commands.evaluate import show
 from mmoe.commands.prepare import prepare_missing
 from mmoe.commands.progress import ProgressBar
-from mmoe.config.load import absolute, dump, flatten
+from mmoe.config.load import dump
+from mmoe.data.plan.mixture import Mixture
+from mmoe.data.plan.prepared import sizes
 from mmoe.errors import ConfigError
 from mmoe.monitoring.metrics import MetricsWriter
 from mmoe.monitoring.summary import METRICS
@@ -23,26 +25,30 @@ from mmoe.recipe.config import RunConfig
 from mmoe.runtime.agreement import Ranks
 from mmoe.runtime.launch import first_alone, processes, same_config
 from mmoe.runtime.peak_memory import PeakMemory
+from mmoe.training.changes import History, record_changes
 from mmoe.training.folder import check_start_over, start_over
 from mmoe.training.lock import run_lock
 from mmoe.training.loop import Trainer
-from mmoe.training.run import Run, read_config
-
-# Keys that change no number of a step, so that a resumed run may change them. Where and when a sequence runs; what is
-# kept and told of it; and where its files lie, since their contents are compared by themselves.
-LAYOUT = r"parallel\..*|training\.micro_batch_sequences"
-KEEPING = r"checkpoint\..*|monitoring\..*|training\.evaluate_at_end"
-READING = r"data\.(workers|prefetch|error_budget|watchdog_seconds|storage\..*)"
-PLACES = r"training\.run|data\.sources\.[^.]+\.(shards|input)|tokenizers\.(text|audio)\.path"
-FREE = re.compile("|".join((LAYOUT, KEEPING, READING, PLACES)))
+from mmoe.training.resume import adjust, check_resume
+from mmoe.training.run import Run
 
 
-def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int | None, from_step: int | None) -> None:
+def train(
+    config: RunConfig,
+    console: Console,
+    *,
+    fresh: bool,
+    stop_after: int | None,
+    from_step: int | None,
+    adjustments: Sequence[str] = (),
+) -> None:
     """Train to the end of the budget (or `stop_after` steps), then evaluate and report once the run is complete.
 
-    Under torchrun every process calls this. The first one evaluates, alone, from the last checkpoint.
+    `adjustments` (`--set`, ``key=value``) change the rate of a run that has steps already, and are recorded. Under
+    torchrun every process calls this. The first one evaluates, alone, from the last checkpoint.
     """
-    _check_options(fresh, from_step)
+    _check_options(fresh, from_step, adjustments)
+    config = adjust(config, adjustments)
     folder = Path(config.training.run)
     with PeakMemory() as memory:
         with processes(config.parallel.timeout_seconds, folder) as world:
@@ -52,13 +58,19 @@ def train(config: RunConfig, console: Console, *, fresh: bool, stop_after: int |
                 first_alone(lambda: check_start_over(folder))  # before anything is prepared
             with run_lock(folder):
                 voice = console if Ranks().rank == 0 else Console(quiet=True)
-                run, complete = _train(config, voice, memory, fresh, stop_after, from_step)
+                run, complete = _train(config, voice, memory, fresh, stop_after, from_step, adjustments)
         if complete and run.ranks.first and config.training.evaluate_at_end:
             _evaluate(run if world == 1 else Run.load(folder), console)
 
 
 def _train(
-    config: RunConfig, console: Console, memory: PeakMemory, fresh: bool, stop_after: int | None, from_step: int | None
+    config: RunConfig,
+    console: Console,
+    memory: PeakMemory,
+    fresh: bool,
+    stop_after: int | None,
+    from_step: int | None,
+    adjustments: Sequence[str],
 ) -> tuple[Run, bool]:
     """The run, and whether it has had all its steps."""
     first_alone(lambda: _prepare(config))
@@ -68,11 +80,14 @@ def _train(
     chosen = [callback.build() for callback in config.training.callbacks]
     trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console), *chosen], stop_after)
     _introduce(run, console)
-    if trainer.checkpoints.latest_step() is not None or from_step is not None:
-        if run.folder.joinpath("checkpoints").is_dir():
-            _check_same(run, console)
-        trainer.resume(from_step)
-        console.print(f"resumed {run.folder} at step {trainer.state.step}")
+    step = from_step if from_step is not None else trainer.checkpoints.latest_step()
+    if step is not None:
+        _resume(run, trainer, step, from_step, adjustments, console)
+    elif adjustments:
+        raise ConfigError(
+            f"--set changes a run that has steps, and {run.folder} has no checkpoint; give {', '.join(adjustments)} "
+            "without --set"
+        )
     elif config.training.start_from is not None:
         from mmoe.interchange.start import start
 
@@ -81,10 +96,33 @@ def _train(
         console.print(f"{run.folder} holds no checkpoint: the run begins at step 0", soft_wrap=True)
     first_alone(run.save_config)
     if trainer.state.step >= trainer.stop_at:
-        console.print(f"{run.folder} has its {trainer.state.step} steps already; --fresh starts over")
+        console.print(
+            f"{run.folder} has its {trainer.state.step} steps already; a larger training.budget_positions extends it, "
+            "--fresh starts over",
+            soft_wrap=True,
+        )
     else:
         trainer.train()
     return run, trainer.state.step == trainer.last_step
+
+
+def _resume(
+    run: Run, trainer: Trainer, step: int, from_step: int | None, adjustments: Sequence[str], console: Console
+) -> None:
+    """Go on from `from_step`, or from the newest checkpoint, which is that of `step`; what changes is recorded."""
+    if not run.folder.joinpath("checkpoints").is_dir():
+        trainer.resume(from_step)  # says what there is not
+
+    def mixture(config: RunConfig) -> Mixture:
+        found = sizes(config.data, run.sources.manifests, run.tokenizers)
+        return Mixture(config.data.stages, found, config.training.budget_positions)
+
+    history = History.read(run.folder)
+    for sentence in check_resume(history, run.config, step, mixture, adjustments):
+        console.print(sentence, soft_wrap=True)
+    trainer.resume(from_step)
+    first_alone(lambda: record_changes(history, trainer.state.step, run.config))
+    console.print(f"resumed {run.folder} at step {trainer.state.step}")
 
 
 def _prepare(config: RunConfig) -> None:
@@ -108,10 +146,12 @@ def _evaluate(run: Run, console: Console) -> None:
     console.print(f"wrote {run.folder / 'report.html'}")
 
 
-def _check_options(fresh: bool, from_step: int | None) -> None:
+def _check_options(fresh: bool, from_step: int | None, adjustments: Sequence[str]) -> None:
     """Raises ConfigError for options that exclude each other, and what torchrun would repeat at every restart."""
     if fresh and from_step is not None:
         raise ConfigError("--fresh deletes the checkpoints that --from-step resumes from; give one of them")
+    if fresh and adjustments:
+        raise ConfigError(f"--set changes a run on its way, --fresh begins one; give {adjustments[0]} without --set")
     option = "--fresh" if fresh else "--from-step" if from_step is not None else None
     if option and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ConfigError(
@@ -126,24 +166,3 @@ def _introduce(run: Run, console: Console) -> None:
     batch = run.config.batch_of(run.ranks.replicas)
     for table in (*run.ranks.tables(), batch.table(), run.config.optim.describe(batch)):
         console.print(table)
-
-
-def _check_same(run: Run, console: Console) -> None:
-    """A resumed run must be the run that was started; what may change (`FREE`) is said.
-
-    Raises ConfigError naming every other key that differs.
-    """
-    saved = absolute(read_config(run.folder))  # earlier versions wrote addresses as they were given
-    before, now = (flatten(c.model_dump(mode="json")) for c in (saved, run.config))
-    differing = {
-        key: f"{key} ({before.get(key)} -> {now.get(key)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    }
-    if refused := [change for key, change in differing.items() if not FREE.fullmatch(key)]:
-        raise ConfigError(
-            f"{run.folder}/config.yaml differs from this config in {', '.join(refused)}; "
-            "undo the change, set another training.run, or start over with --fresh"
-        )
-    if differing:
-        console.print(f"{run.folder} goes on with other {', '.join(differing.values())}", soft_wrap=True)

@@ -14,9 +14,20 @@ def train(
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
     stop_after: Annotated[int | None, typer.Option(help="end this session after that many steps in all")] = None,
+    adjustments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="change the rate of a run on its way, recorded; repeatable"),
+    ] = None,
     from_step: Annotated[int | None, typer.Option(help="resume from the checkpoint of this step")] = None,
 ) -> None:
     """Train a run, or resume it where its folder already holds checkpoints. What is missing is prepared first."""
     from mmoe.commands import session
 
-    session.train(config_at(config, overrides), console, fresh=fresh, stop_after=stop_after, from_step=from_step)
+    session.train(
+        config_at(config, overrides),
+        console,
+        fresh=fresh,
+        stop_after=stop_after,
+        from_step=from_step,
+        adjustments=adjustments or (),
+    )

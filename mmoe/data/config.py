@@ -1,8 +1,11 @@
 """`data.*`: the sources of a run, the stages that mix them, and how sequences are filled and decoded."""
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Address, Config, Options
+from mmoe.config.nature import Nature
 from mmoe.data.load.video import Backend
 from mmoe.data.plan.blocks import Limits
 from mmoe.data.plan.mixture import StageConfig, check_stages
@@ -18,12 +21,14 @@ class SourceConfig(Config):
     `options` go to the reader.
     """
 
-    shards: Address
+    # Places: what lies there is compared by its contents.
+    shards: Annotated[Address, Nature.OPERATIONAL]
     kind: str
-    input: Address | None = None  # null: nothing to prepare it from
+    input: Annotated[Address | None, Nature.OPERATIONAL] = None  # null: nothing to prepare it from
     options: Options = Field(default_factory=dict)
     positions: int | None = Field(default=None, gt=0)  # of one epoch, for the mixture; null: as the manifest says
-    max_epochs: float | None = Field(default=None, gt=0)  # of the whole run; null: as many as the stages ask for
+    # Of the whole run; null: as many as the stages ask for.
+    max_epochs: Annotated[float | None, Nature.EXTENDABLE] = Field(default=None, gt=0)
 
 
 class DataConfig(Config):
@@ -37,11 +42,14 @@ class DataConfig(Config):
     isolated_pair_share: float = Field(default=0.5, ge=0, le=1)
     # Decoding processes. With 0 the training process decodes, and a decoder that crashes takes the run with it, at
     # every restart again; a worker's crash costs its sample.
-    workers: int = Field(default=0, ge=0, le=1024)
-    prefetch: int = Field(default=4, gt=0, le=1024)  # micro-batches a worker holds ready
+    workers: Annotated[int, Nature.OPERATIONAL] = Field(default=0, ge=0, le=1024)
+    # Micro-batches a worker holds ready.
+    prefetch: Annotated[int, Nature.OPERATIONAL] = Field(default=4, gt=0, le=1024)
     video_backend: Backend = "auto"  # decord: for films that preparation proved it to read, the others are refused
-    error_budget: float = Field(default=0.01, ge=0, le=1)  # share of a source's documents that may be quarantined
-    watchdog_seconds: float = Field(default=120.0, gt=0)  # without a batch, until the workers are listed
+    # Share of a source's documents that may be quarantined.
+    error_budget: Annotated[float, Nature.OPERATIONAL] = Field(default=0.01, ge=0, le=1)
+    # Without a batch, until the workers are listed.
+    watchdog_seconds: Annotated[float, Nature.OPERATIONAL] = Field(default=120.0, gt=0)
     storage: StorageConfig = StorageConfig()
     bounds: Bounds = Bounds()  # of what is read of one file
 

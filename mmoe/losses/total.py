@@ -9,7 +9,7 @@ scaling"): no micro-batch divides by its own count.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 from mmoe.losses.action import squared_error
 from mmoe.losses.cached import CachedInfoNCE
 from mmoe.losses.contrastive import info_nce
@@ -41,7 +42,8 @@ class CrossEntropyConfig(Config):
     audio: float = Field(default=1.0, ge=0)
     action: float = Field(default=1.0, ge=0)
     structure: float = Field(default=1.0, ge=0)
-    chunk: int = Field(default=1024, gt=0)  # labelled positions whose logits exist at the same time
+    # Labelled positions whose logits exist at the same time.
+    chunk: Annotated[int, Nature.LAYOUT] = Field(default=1024, gt=0)
 
 
 class ContrastiveConfig(Config):

@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019), which parameters it decays, and the global-norm clip."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from mmoe.compat import foreach_mul_, foreach_norm
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 
 SCALAR_EMBEDDINGS = {"camera", "time"}  # modules that embed a camera's number and clip time
 
@@ -21,12 +22,14 @@ class AdamWConfig(Config):
 
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: Annotated[float, Nature.ADJUSTABLE] = Field(default=0.1, ge=0)
     implementation: Literal["fused", "foreach"] = "fused"
 
 
 class ClipConfig(Config):
     """Configures the clipping of gradients by their global norm."""
+
+    nature: ClassVar[Nature] = Nature.ADJUSTABLE
 
     max_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together; null: measured, not clipped
 

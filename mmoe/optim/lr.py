@@ -1,10 +1,11 @@
 """The peak learning rate, and how it follows the batch."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 
 
 class LearningRateConfig(Config):
@@ -14,6 +15,8 @@ class LearningRateConfig(Config):
     linear (r), sqrt (r ** 0.5) and power (r ** power). The reference belongs to the same model: a rule
     carries a rate across batches, not across models.
     """
+
+    nature: ClassVar[Nature] = Nature.ADJUSTABLE
 
     peak: float = Field(gt=0)
     reference_batch_positions: int | None = Field(default=None, gt=0)

@@ -1,6 +1,6 @@
 """Muon for the matrices of the blocks, AdamW for everything else, as one optimizer."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmoe.compat import adjusted_rate, orthogonalised
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 from mmoe.optim.adamw import AdamWConfig, build_adamw
 
 
@@ -20,7 +21,7 @@ class MuonConfig(Config):
     """
 
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: Annotated[float, Nature.ADJUSTABLE] = Field(default=0.1, ge=0)
 
 
 class ShardedMuon(torch.optim.Muon):

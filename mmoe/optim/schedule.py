@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 from mmoe.errors import ConfigError
 from mmoe.optim.batch import BatchArithmetic
 
@@ -49,6 +50,8 @@ class ScheduleConfig(Config):
     constant  constant at the peak
     ========= ============================================================================================
     """
+
+    nature: ClassVar[Nature] = Nature.ADJUSTABLE
 
     kind: Literal["cosine", "linear", "one_cycle", "wsd", "constant"] = "cosine"
     warmup: Span = Span(fraction=0.02)

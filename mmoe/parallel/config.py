@@ -1,10 +1,11 @@
 """How a run uses the machines it has."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 
 Degree = Field(default=1, gt=0)
 
@@ -25,6 +26,8 @@ class ParallelConfig(Config):
     them from the forward pass, 1 keeps them and adds up gradients over a whole step before it reduces them.
     """
 
+    nature: ClassVar[Nature] = Nature.LAYOUT
+
     pp: int = Degree
     dp_replicate: int = Degree
     dp_shard: int = Field(default=-1, ge=-1)  # -1: the processes that the others leave
@@ -37,7 +40,8 @@ class ParallelConfig(Config):
     compile: bool = False  # norms and dense networks by torch.compile
     schedule: Literal["1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
     stages_per_rank: int = Field(default=1, gt=0)  # more than one with interleaved_1f1b
-    timeout_seconds: float = Field(default=600.0, gt=0)  # of a collective, before the run stops with a hang report
+    # Of a collective, before the run stops with a hang report.
+    timeout_seconds: Annotated[float, Nature.OPERATIONAL] = Field(default=600.0, gt=0)
     threads: int = Field(default=0, ge=0)  # CPU threads of one process; 0: torch's own choice, or OMP_NUM_THREADS
 
     @model_validator(mode="after")

@@ -1,8 +1,11 @@
 """What is trained for how long, and where the run is kept."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from mmoe.config.base import Address, Config
+from mmoe.config.nature import Nature
 from mmoe.recipe.callbacks import ChosenCallbacks
 
 
@@ -17,16 +20,16 @@ class StartConfig(Config):
 class TrainingConfig(Config):
     """Says where a run lives, how large its steps are, how long it lasts and how it begins."""
 
-    run: Address  # the run's folder, e.g. runs/demo
+    run: Annotated[Address, Nature.OPERATIONAL]  # the run's folder, e.g. runs/demo
     seed: int = Field(default=0, ge=0)
-    micro_batch_sequences: int | None = Field(
-        default=None, gt=0, le=1 << 20
-    )  # null: all of a replica's share of the global batch
+    # Null: all of a replica's share of the global batch.
+    micro_batch_sequences: Annotated[int | None, Nature.LAYOUT] = Field(default=None, gt=0, le=1 << 20)
     global_batch_positions: int = Field(gt=0, le=1 << 40)  # GB_tok
-    budget_positions: int = Field(gt=0, le=1 << 60)  # steps = budget // GB_tok
-    evaluate_at_end: bool = True
+    budget_positions: Annotated[int, Nature.EXTENDABLE] = Field(gt=0, le=1 << 60)  # steps = budget // GB_tok
+    evaluate_at_end: Annotated[bool, Nature.OPERATIONAL] = True
     start_from: StartConfig | None = None  # null: random weights
-    callbacks: ChosenCallbacks = ()  # told of every step, in this order, behind what records and shows the run
+    # Told of every step, in this order, behind what records and shows the run.
+    callbacks: Annotated[ChosenCallbacks, Nature.OPERATIONAL] = ()
 
     @property
     def heldout_sequences(self) -> int:

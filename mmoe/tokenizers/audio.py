@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mmoe.config.base import Address, Config
+from mmoe.config.nature import Nature
 from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
 from mmoe.hashing import canonical_json
@@ -72,7 +73,8 @@ class AudioConfig(Config):
     """Which codec turns sound into ids."""
 
     kind: Literal["mel", "encodec", "dac", "mimi"] = "mel"
-    path: Address | None = None  # mel: the file of the fitted codec; else the local folder of the pretrained model
+    # mel: the file of the fitted codec; else the local folder of the pretrained model. Compared by what it holds.
+    path: Annotated[Address | None, Nature.OPERATIONAL] = None
     codebooks: int = Field(2, gt=0)  # residual levels; of a codec that has more, the first ones
     layout: Layout = "flat"  # order of the ids of one piece of sound, see `serialise`
     mel: MelConfig = Field(default_factory=MelConfig)  # kind mel: how it is fitted, and must have been

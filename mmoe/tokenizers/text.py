@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from mmoe.config.base import Address, Config
+from mmoe.config.nature import Nature
 from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
 from mmoe.hashing import canonical_json
@@ -37,7 +39,8 @@ def _byte_symbols() -> list[str]:
 class TextConfig(Config):
     """Names the file of the text tokenizer, and how large preparation makes it."""
 
-    path: Address | None = None  # the tokenizer's JSON; null: the 256 bytes, which need no training
+    # The tokenizer's JSON; null: the 256 bytes, which need no training. What it holds is compared by itself.
+    path: Annotated[Address | None, Nature.OPERATIONAL] = None
     vocabulary_size: int | None = Field(None, ge=BYTES)  # what preparation trains the file at `path` to, at most
 
     @model_validator(mode="after")

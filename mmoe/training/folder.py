@@ -13,6 +13,7 @@ from mmoe.files import writes
 # All that this program writes into a run's folder; `start_over` deletes nothing else.
 FILES = (
     r"config\.yaml",
+    r"changes\.jsonl",
     r"metrics\.jsonl",
     r"quarantine\.jsonl",
     r"errors\.jsonl",

@@ -267,7 +267,7 @@ def test_what_changes_no_number_may_change_and_is_said_and_what_may_is_refused(r
         assert change in said
     assert checkpoints(moved) == ["step-00000005"]
     assert read_config(moved).checkpoint.keep == 1
-    with pytest.raises(ConfigError, match="differs from this config in data.window_documents .40 -> 41.; undo"):
+    with pytest.raises(ConfigError, match="differs .* in data.window_documents .40 -> 41.; data decides .*; undo"):
         train(configured(data, moved, data__window_documents=41))
 
 

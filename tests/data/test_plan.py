@@ -1,6 +1,7 @@
 """The plan: every document once an epoch, whole where it fits, in the shares asked for, the same after resume."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -245,3 +246,23 @@ def test_counts_add():
     columns = np.arange(12)
     total = Counts.total([Counts(columns), Counts(columns)])
     assert total.columns.tolist() == (2 * columns).tolist() and Counts.total([]).positions == 0
+
+
+@given(cut=st.integers(0, 60))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_window_that_is_begun_ends_as_planned_where_the_run_is_made_longer(folders, cut):
+    """The shares of a moving temperature follow the run's length; a window planned anew would skip and repeat."""
+    moving = {"all": StageConfig(temperature=(0.5, 4.0))}
+    whole, longer = (planner(folders, stages=moving, end=end) for end in (LENGTH * 60, LENGTH * 300))
+    for _ in range(cut):
+        whole.next_sequence()
+    longer.restore(json.loads(json.dumps(whole.state)))
+    window = whole.state["window"]
+    while True:
+        planned, found = whole.next_sequence(), longer.next_sequence()
+        if whole.state["window"] != window:
+            break
+        assert digest(planned) == digest(found)
+    assert longer.state["window"] == whole.state["window"] and longer.state["drawn"] == whole.state["drawn"]
+    if cut:
+        assert longer.state["shares"] != whole.state["shares"]

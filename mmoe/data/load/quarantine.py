@@ -95,7 +95,7 @@ class Quarantine:
         return {"met": dict(+self.met), "lost": dict(+self.lost)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the counts of a checkpoint; what was met since `settle`, in a step that is dropped, is forgotten."""
+        """Go on from the counts of a checkpoint, and forget what was met since `settle`, in a step that is dropped."""
         self.met, self.lost = Counter(state["met"]), Counter(state["lost"])
         self._new.zero_()
 

@@ -2,8 +2,10 @@
 
 A window takes documents one by one from the source furthest behind its share of the positions, is packed on its own
 by best fit, and its sequences are shuffled. So the state is a window number, the next sequence in it, and a few
-integers a source; restoring it packs one window and replays nothing. A window ends early where a stage does: the
-sequences before a stage's border come from that stage, the ones behind it from the next, whatever the batch size.
+numbers a source; restoring it packs one window and replays nothing. The window's shares are in it, since those of a
+run that was made longer may be others: a window that is begun ends as it was planned. A window ends early where a stage
+does: the sequences before a stage's border come from that stage, the ones behind it from the next, whatever the batch
+size.
 """
 
 from collections import Counter
@@ -52,7 +54,8 @@ class PlanState:
     """Where the plan stands. All but `next_sequence` is as it was when the window began.
 
     `drawn` documents and `served` positions by source; `owed` is what its planned positions are ahead of those.
-    `lost` counts the documents that were cut or dropped, by "source / reason".
+    `lost` counts the documents that were cut or dropped, by "source / reason". `shares` by source are what the window
+    was planned with; None before it is, and in checkpoints of earlier versions.
     """
 
     window: int = 0
@@ -62,6 +65,7 @@ class PlanState:
     served: list[int] = field(default_factory=list)
     owed: list[int] = field(default_factory=list)
     lost: dict[str, int] = field(default_factory=dict)
+    shares: list[float] | None = None
 
     def copy(self) -> "PlanState":
         """Copy the state with its lists and counts."""
@@ -115,7 +119,10 @@ class Planner:
     def _plan_window(self, start: PlanState) -> tuple[list[SequencePlan], PlanState]:
         length = self.limits.sequence_length
         position = start.sequences * length
-        stage, shares = self.mixture.stage(position), self.mixture.shares(position)
+        stage = self.mixture.stage(position)
+        if start.shares is None:
+            start.shares = self.mixture.shares(position).tolist()
+        shares = np.array(start.shares)
         most = np.inf  # sequences up to the stage's border
         if stage is not self.mixture.stages[-1]:
             most = -(-(stage.stop - position) // length)

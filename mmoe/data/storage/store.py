@@ -15,12 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field
 
 from mmoe.addresses import local_path
 from mmoe.config.base import Address, Config
+from mmoe.config.nature import Nature
 from mmoe.data.storage.cache import ByteCache
 from mmoe.data.storage.remote import ObjectInfo, Remote, StorageError, refusal, status_of
 from mmoe.errors import DataError, MmoeError
@@ -37,6 +38,8 @@ _RANGE_NOT_SATISFIABLE = 416
 
 class StorageConfig(Config):
     """How remote shards are read; local files need none of it."""
+
+    nature: ClassVar[Nature] = Nature.OPERATIONAL
 
     cache_folder: Address | None = None  # on a disk of the node, shared by its processes; null keeps nothing
     cache_bytes: int = Field(64 << 30, gt=0)
