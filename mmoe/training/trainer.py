@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from mmoe.optim.muon import build_optimizer
 from mmoe.runtime.launch import agreed
 from mmoe.runtime.watch import Watch
 from mmoe.training.callback import Callback
+from mmoe.training.data_wait import DataWait
 from mmoe.training.fingerprint import check_unchanged, fingerprint
 from mmoe.training.gradients import StepSetting, step_gradients
 from mmoe.training.run import CONFIG, Run, saved_fingerprint
@@ -41,6 +42,7 @@ class StepResult:
     positions: int
     useful_positions: int
     seconds: float
+    data_wait_seconds: float  # that this process waited for its batches
     routing: RoutingWindow
     data: StepData
 
@@ -72,6 +74,7 @@ class Trainer:
         )
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
         self.fingerprint = fingerprint(run.sources, run.tokenizers)
+        self.data_wait = DataWait()
         self.step = 0
         self.session = 0
         self.stream_state = self.stream.state()
@@ -88,7 +91,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         with _stop_on_interrupt(self), Watch(self.run.config.parallel.timeout_seconds, self.run.folder) as watch:
-            steps = self.run.ranks.steps(self.stream, self.batch.accumulation)
+            steps = self.data_wait.timed(self.run.ranks.steps(self.stream, self.batch.accumulation))
             while self.step < self.stop_at and not self.interrupted:
                 watch.beat(self.step + 1, "data")
                 data = next(steps)
@@ -129,6 +132,7 @@ class Trainer:
     def train_step(self, data: StepData) -> StepResult:
         """Do one optimizer step on `data`. Raises DivergenceError where a gradient is not finite."""
         started = time.perf_counter()
+        data = replace(data, batches=self.data_wait.timed(data.batches))
         model, config = self.run.model, self.run.config
         model.train()
         counts = PlannedCounts.of(data.counts, config.losses, sequences=self.batch.sequences)
@@ -165,6 +169,7 @@ class Trainer:
             positions=self.batch.global_batch_positions,
             useful_positions=data.counts.positions,
             seconds=time.perf_counter() - started,
+            data_wait_seconds=self.data_wait.take(),
             routing=routing,
             data=data,
         )
