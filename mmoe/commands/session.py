@@ -15,8 +15,8 @@ from mmoe.commands.prepare import prepare_missing
 from mmoe.commands.progress import ProgressBar
 from mmoe.config.load import absolute, dump, flatten
 from mmoe.errors import ConfigError
-from mmoe.monitoring.metrics import MetricsWriter
-from mmoe.monitoring.summary import METRICS
+from mmoe.monitoring.metrics import MetricsCallback
+from mmoe.monitoring.sinks.jsonl import METRICS
 from mmoe.optional import status
 from mmoe.parallel.mesh import check_one_process
 from mmoe.recipe.config import RunConfig
@@ -65,7 +65,7 @@ def _train(
     run = Run.build(config)
     if fresh:
         first_alone(lambda: start_over(run.folder))
-    trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console)], stop_after)
+    trainer = Trainer(run, [MetricsCallback(memory), ProgressBar(console)], stop_after)
     _introduce(run, console)
     if trainer.checkpoints.latest_step() is not None or from_step is not None:
         if run.folder.joinpath("checkpoints").is_dir():

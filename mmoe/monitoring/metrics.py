@@ -1,8 +1,9 @@
 """The record of each logged step, made from the steps' results and given to the sinks."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class MetricsCallback(Callback):
                 self._sinks[config.label] = config.build(context)
             self._rewind(trainer.step)
         except BaseException:
-            self.close()
+            with suppress(OutputError):
+                self.close()
             raise
         self._at = time.perf_counter()
 
@@ -99,8 +101,8 @@ class MetricsCallback(Callback):
 
     def _set_state(self, state: dict[str, Any]) -> None:
         self._step = state.get("step", 0)
-        self._totals: Counter[str] = Counter(state.get("totals", {}))
-        self._window: Counter[str] = Counter(state.get("window", {}))
+        self._totals = defaultdict[str, float](int, state.get("totals", {}))
+        self._window = defaultdict[str, float](int, state.get("window", {}))
         self._routing, self._tables = RoutingWindow(), RoutingWindow()
         self._routing.load_state_dict(state.get("routing", {}))
         self._tables.load_state_dict(state.get("tables", {}))
@@ -111,6 +113,7 @@ class MetricsCallback(Callback):
         for name, sink in self._sinks.items():
             sink.load_state_dict(self._kept.get(name, {}))
             sink.rewind(step)
+        self._kept = {}
 
     def _each(self, act: Callable[[Sink], None]) -> None:
         """Have every sink do it, also after one that the disk refused. Raises the first OutputError."""
@@ -127,16 +130,16 @@ class MetricsCallback(Callback):
         now = time.perf_counter()
         seconds, self._at, self._step = now - self._at, now, result.step
         positions, tokens = result.positions, result.useful_positions
-        self._totals.update(positions=positions, tokens=tokens, wall_seconds=seconds)
-        self._window.update(steps=1, positions=positions, tokens=tokens, seconds=seconds)
-        self._window.update(waited=result.data_wait_seconds, flops=self._flops.of(result.data.counts))
+        flops, waited = self._flops.of(result.data.counts), result.data_wait_seconds
+        _add(self._totals, positions=positions, tokens=tokens, wall_seconds=seconds)
+        _add(self._window, positions=positions, tokens=tokens, seconds=seconds, waited=waited, flops=flops, steps=1)
         self._routing.merge(result.routing)
 
     def _record(self, trainer: Trainer, result: StepResult, tables: bool) -> StepRecord:
         window, totals = self._window, self._totals
         chosen, dropped = self._routing.choices()
         if chosen:
-            totals.update(expert_choices=chosen, expert_choices_dropped=dropped)
+            _add(totals, expert_choices=chosen, expert_choices_dropped=dropped)
         scalars = {
             "loss": float(result.losses.total),
             **{f"loss_{name}": float(value) for name, value in result.losses.terms.items()},
@@ -161,8 +164,8 @@ class MetricsCallback(Callback):
             if result.router_gradients is not None:
                 held["router_grad_norm"] = result.router_gradients.float().cpu().numpy()
             self._tables = RoutingWindow()
-        self._window, self._routing = Counter(), RoutingWindow()
-        stage = trainer.stream.mixture.stage(totals["positions"] - result.positions).name
+        self._window, self._routing = defaultdict(int), RoutingWindow()
+        stage = trainer.stream.mixture.stage(int(totals["positions"]) - result.positions).name
         return StepRecord(result.step, trainer.session, scalars, held, {"stage": stage})
 
 
@@ -172,6 +175,11 @@ def sinks_of(config: MonitoringConfig) -> tuple[SinkConfig, ...]:
         return config.sinks
     kinds = ["jsonl", "arrays", *(["tensorboard"] if status("tensorboard").available else [])]
     return tuple(SINKS.find(kind)(kind=kind) for kind in kinds)
+
+
+def _add(sums: dict[str, float], **amounts: float) -> None:
+    for name, amount in amounts.items():
+        sums[name] += amount
 
 
 def _processes() -> int:

@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,21 +111,16 @@ def read(folder: Path, name: str, start: int = 0, stop: int | None = None) -> It
             yield Chunk(steps[wanted], values[wanted])
 
 
-class _naming:
-    """Turns what pyarrow raises for a damaged part into a DataError that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, pa.ArrowException | OSError | KeyError):
-            raise DataError(
-                f"{self.path} cannot be read as a part of a store of tables ({error}); restore it, or delete it and "
-                "lose the tables of its steps"
-            ) from error
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a damaged part into a DataError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as a part of a store of tables ({error}); restore it, or delete it and lose the "
+            "tables of its steps"
+        ) from error
 
 
 def _shapes(schema: pa.Schema, path: Path) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,9 @@ def tag(name: str) -> str:
 
     Names of no known group go to ``other/``.
     """
-    group = _GROUP.get(name) or next((g for prefix, g in _GROUP.items() if prefix[-1] in "_/" and name.startswith(prefix)), None)
+    group = _GROUP.get(name) or next(
+        (g for prefix, g in _GROUP.items() if prefix[-1] in "_/" and name.startswith(prefix)), None
+    )
     if group is None and name.startswith("eval/"):
         return name
     return f"{group or 'other'}/{name}"

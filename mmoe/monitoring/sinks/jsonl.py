@@ -30,7 +30,9 @@ class JsonlSink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = LineFile(folder / METRICS, "its records are kept in the checkpoint and written when the run goes on")
+        self._file = LineFile(
+            folder / METRICS, "its records are kept in the checkpoint and written when the run goes on"
+        )
         self._kept: list[str] = []  # what the disk had refused before the checkpoint, and may have taken after it
 
     def write(self, record: StepRecord) -> None:
