@@ -111,9 +111,7 @@ def records(config: RunConfig, sources: list[int], cadence: int) -> Iterator[Ste
         held = {
             "expert_load": load,
             "expert_drops": random.binomial(load, 0.05 * random.random(share_NMSE.shape)),
-            "would_drop": np.sort(random.poisson(choices * 0.05 * random.random((layers, len(CAPACITY_FACTORS)))))[
-                :, ::-1
-            ],
+            "would_drop": np.sort(would_drop)[:, ::-1],
             "capacity_factors": np.array(CAPACITY_FACTORS),
             **{n: (m * np.exp(random.normal(0, 0.05, m.shape))).astype(np.float32) for n, m in means.items()},
         }

@@ -25,7 +25,9 @@ def test_what_a_kill_tore_is_cut_off(tmp_path: Path, whole: str, torn: str) -> N
     assert path.read_text() == whole + "c\n"
 
 
-@pytest.mark.parametrize("lines", [[], ["a"], ["a", "b" * 70_000, "", "c" * 65_536, "d"], [str(n) for n in range(40_000)]])
+@pytest.mark.parametrize(
+    "lines", [[], ["a"], ["a", "b" * 70_000, "", "c" * 65_536, "d"], [str(n) for n in range(40_000)]]
+)
 def test_lines_are_read_backwards_and_forwards_with_their_places(tmp_path: Path, lines: list[str]) -> None:
     path = tmp_path / "lines"
     path.write_text("".join(f"{line}\n" for line in lines))

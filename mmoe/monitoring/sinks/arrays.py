@@ -34,6 +34,7 @@ class ArraysSink:
         self.folder, self.records_per_part, self.flush_seconds = folder, records_per_part, flush_seconds
         self._records: list[StepRecord] = []  # of the open part, and those after it that the disk refused
         self._stored = 0  # how many of them are on the disk
+        self._kept: list[StepRecord] = []  # what the disk had refused before the checkpoint, and may have taken after
         self._flushed = time.monotonic()
 
     def write(self, record: StepRecord) -> None:
@@ -50,7 +51,7 @@ class ArraysSink:
         Raises DataError for a store of another version, and then nothing is deleted.
         """
         tables.names(self.folder)  # refuses another version
-        waiting = [record for record in self._records[self._stored :] if record.step <= step]
+        waiting = {record.step: record for record in (*self._kept, *self._records[self._stored :])}
         stored: list[StepRecord] = []
         with writes(self.folder):
             for aside in self.folder.glob(".step-*") if self.folder.is_dir() else ():
@@ -66,8 +67,8 @@ class ArraysSink:
         last = stored[-1].step if stored else 0
         if len(stored) >= self.records_per_part:
             stored = []
-        self._records = stored + [record for record in waiting if record.step > last]
-        self._stored = len(stored)
+        self._records = stored + [waiting[number] for number in sorted(waiting) if last < number <= step]
+        self._stored, self._kept = len(stored), []
         self._flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,14 +76,14 @@ class ArraysSink:
         try:
             self._flush()
         except OutputError:
-            rest = self._parts(self._records[self._stored :])
+            rest = self._parts([*self._kept, *self._records[self._stored :]])
             return {"unwritten": [base64.b64encode(tables.encode(part)).decode() for part in rest]}
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take those records back: `rewind` writes the ones that are not on the disk yet."""
         for part in state.get("unwritten", []):
-            self._records += tables.decode(base64.b64decode(part), self.folder)
+            self._kept += tables.decode(base64.b64decode(part), self.folder)
 
     def close(self) -> None:
         """Write what is left. Raises OutputError."""

@@ -25,11 +25,10 @@ def tag(name: str) -> str:
 
     Names of no known group go to ``other/``.
     """
-    group = _GROUP.get(name) or next(
-        (g for prefix, g in _GROUP.items() if prefix[-1] in "_/" and name.startswith(prefix)), None
-    )
-    if group is None and name.startswith("eval/"):
+    if name.startswith("eval/"):
         return name
+    prefixes = (prefix for prefix in _GROUP if prefix[-1] in "_/" and name.startswith(prefix))
+    group = _GROUP.get(name) or _GROUP.get(next(prefixes, ""))
     return f"{group or 'other'}/{name}"
 
 

@@ -12,6 +12,7 @@ from mmoe.monitoring.record import StepRecord
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
 METRICS, UNDONE = "metrics.jsonl", "metrics-undone.jsonl"
+KEPT = "its records are kept in the checkpoint and written when the run goes on"
 _BATCH = 1000  # lines that are moved at once
 
 
@@ -52,7 +53,10 @@ class JsonlSink:
             self._move(begin, late)
         self._file.pending = [line for line in self._file.pending if self._step(line) <= step]
         kept, self._kept = self._kept, []
-        self._file.write(*kept[kept.index(last) + 1 if (last := self._file.last) in kept else 0 :])
+        if not self._file.pending and kept:  # a new process: the file may have them by now, the first ones at least
+            last = self._file.last
+            self._file.pending = kept[kept.index(last) + 1 :] if last in kept else kept
+        self._file.write()
 
     def state_dict(self) -> dict[str, Any]:
         """Give the lines that the disk refused."""

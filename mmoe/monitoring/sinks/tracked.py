@@ -26,9 +26,7 @@ class TrackedRun:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise DataError(
-                f"{path} names no run of a tracker ({error}); delete it to begin a new one there"
-            ) from error
+            raise DataError(f"{path} names no run of a tracker ({error}); delete it to begin another there") from error
 
     @classmethod
     def new(cls, path: Path) -> "TrackedRun":
