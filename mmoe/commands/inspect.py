@@ -19,7 +19,7 @@ def inspect(
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to plan")] = 20,
     replicas: Annotated[int, typer.Option(min=1, help="data replicas to deal to")] = 1,
 ) -> None:
-    """Plan a run's first steps without decoding: shares, packing efficiency, everything cut or dropped, balance of work."""
+    """Plan a run's first steps without decoding: shares, packing efficiency, what is lost, balance of work."""
     from mmoe.planning.data import inspect as plan
 
     show_inspection(plan(config_at(config, overrides), steps, replicas), replicas, console)
