@@ -41,8 +41,8 @@ class MetricsCallback(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Build the sinks on the first rank, and purge what they hold of steps after that of the run."""
-        self._config = trainer.run.config.monitoring
-        if not trainer.run.ranks.first:  # the others take part in digests alone
+        self._config, self._first = trainer.run.config.monitoring, trainer.run.ranks.first
+        if not self._first:  # the others take part in digests alone
             return
         self._flops = ModelFlops(trainer.run)
         context = SinkContext(trainer.run.folder, trainer.run.config.model_dump(mode="json"))
@@ -60,7 +60,7 @@ class MetricsCallback(Callback):
         """Count the step in, and make a record where one is due."""
         config = self._config
         digest = state_digest(trainer) if result.step in config.digest_steps else None
-        if not self._sinks:
+        if not self._first:
             return
         self._count(result)
         last = result.step == trainer.stop_at or trainer.interrupted

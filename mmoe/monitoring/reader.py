@@ -4,6 +4,7 @@ import json
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,8 @@ class RunReader:
             file.seek(max(size - _TAIL, 0))
             *_, end, rest = [b"", b"", *file.read().split(b"\n")]
         for text in (rest, end):
-            try:
-                return json.loads(text)
-            except ValueError:
-                pass
+            with suppress(*_DAMAGE):
+                return _record(text)
         found = deque(self._records(), maxlen=1)  # of a very long line, or to tell where the damage is
         if not found:
             raise self._nothing()
@@ -93,14 +92,22 @@ class RunReader:
         return DataError(f"{self.path} does not exist: {self.folder} has no step to report; train it first")
 
 
+_DAMAGE = (ValueError, TypeError, KeyError)
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    record = json.loads(line)
+    record["step"] + 0  # what every record has
+    return record
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read a file of records line by line; the last one may be cut off. Raises DataError for another that is none."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                record = json.loads(line)
-                record["step"] + 0  # what every record has
-            except (ValueError, TypeError, KeyError) as error:
+                record = _record(line)
+            except _DAMAGE as error:
                 if not line.endswith(b"\n"):
                     return
                 what = "not JSON" if isinstance(error, ValueError) else "not the record of a step"

@@ -19,9 +19,9 @@ class RoutingWindow:
         self.sum: RoutingStatistics | None = None
 
     def add(self, statistics: RoutingStatistics | None) -> None:
-        """Add the statistics of a step; None adds nothing."""
+        """Add the statistics of a step, on whose device the sum is kept; None adds nothing."""
         if statistics is not None:
-            self.sum = statistics if self.sum is None else self.sum + statistics
+            self.sum = statistics if self.sum is None else _beside(self.sum, statistics) + statistics
 
     def merge(self, other: "RoutingWindow") -> None:
         """Add all that another window holds."""
@@ -73,6 +73,14 @@ class RoutingWindow:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.sum = RoutingStatistics(**{name: _unpack(packed) for name, packed in state.items()}) if state else None
+
+
+def _beside(held: RoutingStatistics, other: RoutingStatistics) -> RoutingStatistics:
+    """Give what is held on the device of the other: a sum that was loaded comes from a file."""
+    device = other.load_NMSE.device
+    if held.load_NMSE.device == device:
+        return held
+    return RoutingStatistics(*(getattr(held, f.name).to(device) for f in fields(held)))
 
 
 def _pack(tensor: Tensor) -> dict[str, Any]:
