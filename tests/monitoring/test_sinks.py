@@ -235,7 +235,7 @@ def test_a_config_names_sinks_by_kind_and_is_told_of_one_that_is_none_and_of_two
 
     board = config({"kind": "jsonl"}, {"kind": "wandb", "project": "p"}).sinks[1]
     assert board.project == "p" and board.label == "wandb"
-    with pytest.raises(ConfigError, match="tensorbord is not a kind of sink.*tensorboard"):
+    with pytest.raises(ConfigError, match="tensorbord' is not a kind of sink; did you mean tensorboard"):
         config({"kind": "tensorbord"})
     with pytest.raises(ConfigError, match="two are named jsonl"):
         config({"kind": "jsonl"}, {"kind": "jsonl"})
