@@ -53,7 +53,7 @@ class JsonlSink:
             self._move(begin, late)
         self._file.pending = [line for line in self._file.pending if self._step(line) <= step]
         kept, self._kept = self._kept, []
-        if not self._file.pending and kept:  # a new process: the file may have them by now, the first ones at least
+        if kept:  # the file may have them by now, the first ones at least
             last = self._file.last
             self._file.pending = kept[kept.index(last) + 1 :] if last in kept else kept
         self._file.write()
