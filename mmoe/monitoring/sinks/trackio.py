@@ -77,6 +77,6 @@ class TrackioSink:
 
     def _finish(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._trackio.finish()  # not the run's own, which trackio would finish again at exit
             self._run = None
             self._tracked.save(self._last)
