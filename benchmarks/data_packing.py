@@ -171,8 +171,8 @@ def documents(planner: Planner) -> int:
     return sum((planner._after or planner._state).drawn)
 
 
-def fill(root: Path, length: int) -> dict[str, float]:
-    """Fill over 40 windows, and the documents that were cut although they fit."""
+def efficiency(root: Path, length: int) -> dict[str, float]:
+    """Packing efficiency over 40 windows, and the documents that were cut although they fit."""
     planner, _ = build(root, length)
     sequences = []
     while planner.state["window"] < 40:
@@ -186,7 +186,7 @@ def fill(root: Path, length: int) -> dict[str, float]:
     positions = sum(s.counts.positions for s in sequences)
     served = np.array(planner.state["served"], float)
     return {
-        "fill": positions / (len(sequences) * length),
+        "packing_efficiency": positions / (len(sequences) * length),
         "cut_though_fitting": wrong,
         "share_error": float(np.abs(served / served.sum() - list(SHARES.values())).max()),
     }
@@ -277,8 +277,8 @@ def main() -> None:
         root = Path(folder)
         small, large = root / "small", root / "large"
         write_mixture(small, text=(32, 5000), image_text=(32, 5000), clips=(32, 100))
-        fills = {length: fill(small, length) for length in (4096, 8192)}
-        packing, dealt = packer(), imbalance(small)
+        packing = {length: efficiency(small, length) for length in (4096, 8192)}
+        packed, dealt = packer(), imbalance(small)
         speed = min((plan_speed(small) for _ in range(3)), key=lambda found: found["ms_per_1000_documents"])
         write_mixture(large, text=(1000, 7000), image_text=(900, 3300), clips=(100, 300))
         first = started_apart(large, None)
@@ -298,17 +298,17 @@ def main() -> None:
         }
         restored = started_apart(large, state)
     figures = {
-        "fill": fills,
-        "packer": packing,
+        "packing": packing,
+        "packer": packed,
         "plan": speed,
         "imbalance_64": dealt,
         "start": first | {"documents": int(rows.sum()), "shards": 2000},
         "restore": restored,
     }
     targets = {
-        **{f"fill at {n}": target(found["fill"], 0.995) for n, found in fills.items()},
-        **{f"cut though fitting at {n}": target(f["cut_though_fitting"], 0, at_most=True) for n, f in fills.items()},
-        **{f"packer {k}: documents/s": target(v["documents_per_second"], 400_000) for k, v in packing.items()},
+        **{f"packing efficiency at {n}": target(f["packing_efficiency"], 0.995) for n, f in packing.items()},
+        **{f"cut though fitting at {n}": target(f["cut_though_fitting"], 0, at_most=True) for n, f in packing.items()},
+        **{f"packer {k}: documents/s": target(v["documents_per_second"], 400_000) for k, v in packed.items()},
         **{
             f"packer {k}: time of 400k / 100k": target(v["time_ratio_400k_100k"], 5.0, at_most=True)
             for k, v in packing.items()

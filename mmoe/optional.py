@@ -63,6 +63,7 @@ BACKENDS = {
     "webdataset": Backend("reading shards as others do", "webdataset", "webdataset", "-e '.[dev]'"),
     "tensorboard": Backend("scalar logs", "tensorboard", "tensorboard", "-e '.[trackers]'"),
     "wandb": Backend("scalar logs", "wandb", "wandb", "-e '.[trackers]'"),
+    "trackio": Backend("scalar logs", "trackio", "trackio", "-e '.[trackers]'"),
     "transformers": Backend("EnCodec, DAC, Mimi; parity tests", "transformers", "transformers", "-e '.[codecs]'"),
     "s3fs": Backend("shards on S3", "s3fs", "s3fs", "-e '.[remote]'"),
     "moto": Backend("a local S3 to measure and test with", "moto", "moto", "-e '.[dev]'"),

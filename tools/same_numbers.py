@@ -52,7 +52,7 @@ class Side:
         command = [sys.executable, *(launch if processes > 1 else []), "-m", "mmoe", "train", str(config)]
         command += [*self._places(config, recipe, texts), f"training.run={run}", f"parallel.ep={processes}"]
         command += ["training.micro_batch_sequences=null", "monitoring.log_every_steps=1"]
-        command += [f"monitoring.digest_steps={sorted({1, (steps + 1) // 2, steps})}", "monitoring.tensorboard=false"]
+        command += [f"monitoring.digest_steps={sorted({1, (steps + 1) // 2, steps})}"]
         command += ["--stop-after", str(steps)]
         # One thread a process: with more, sums may be cut differently from run to run.
         environment = os.environ | {"PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1"}

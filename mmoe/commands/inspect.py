@@ -19,14 +19,14 @@ def inspect(
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to plan")] = 20,
     replicas: Annotated[int, typer.Option(min=1, help="data replicas to deal to")] = 1,
 ) -> None:
-    """Plan a run's first steps without decoding: shares, fill, everything cut or dropped, balance of work."""
+    """Plan a run's first steps without decoding: shares, packing efficiency, what is lost, balance of work."""
     from mmoe.planning.data import inspect as plan
 
     show_inspection(plan(config_at(config, overrides), steps, replicas), replicas, console)
 
 
 def show_inspection(found: "Inspection", replicas: int, console: Console) -> None:
-    """Print a line a source, then the fill, the balance of work and what was lost."""
+    """Print a line a source, then the packing efficiency, the balance of work and what was lost."""
     table = Table("source", "share", "planned", "document parts", "positions", "epochs", title_justify="left")
     for column in range(1, 6):
         table.columns[column].justify = "right"
@@ -40,7 +40,8 @@ def show_inspection(found: "Inspection", replicas: int, console: Console) -> Non
             f"{source.epochs:.2f}",
         )
     console.print(table)
-    console.print(f"fill {found.fill:.4f} of {found.sequences:,} sequences of {found.length:,} positions")
+    efficiency, sequences = found.packing_efficiency, found.sequences
+    console.print(f"packing efficiency {efficiency:.4f} of {sequences:,} sequences of {found.length:,} positions")
     if found.imbalance is not None:
         console.print(f"attention work of the busiest of {replicas} replicas: {found.imbalance:.3f} times the mean")
     lost = found.lost

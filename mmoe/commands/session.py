@@ -17,8 +17,8 @@ from mmoe.config.load import dump
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.prepared import sizes
 from mmoe.errors import ConfigError
-from mmoe.monitoring.metrics import MetricsWriter
-from mmoe.monitoring.summary import METRICS
+from mmoe.monitoring.metrics import MetricsCallback
+from mmoe.monitoring.sinks.jsonl import METRICS
 from mmoe.optional import status
 from mmoe.parallel.mesh import check_one_process
 from mmoe.recipe.config import RunConfig
@@ -78,7 +78,7 @@ def _train(
     if fresh:
         first_alone(lambda: start_over(run.folder))
     chosen = [callback.build() for callback in config.training.callbacks]
-    trainer = Trainer(run, [MetricsWriter(memory), ProgressBar(console), *chosen], stop_after)
+    trainer = Trainer(run, [*chosen, MetricsCallback(memory), ProgressBar(console)], stop_after)
     _introduce(run, console)
     step = from_step if from_step is not None else trainer.checkpoints.latest_step()
     if step is not None:

@@ -53,14 +53,24 @@ class ParameterCounts:
 
 def attention_forward(config: ModelConfig, documents: Iterable[int]) -> int:
     """Of all layers, over causal documents of so many positions each."""
-    return 2 * sum(length**2 for length in documents) * config.heads * config.head_width * config.layers
+    return _attention(config, sum(length**2 for length in documents))
 
 
 def model_flops(config: ModelConfig, inputs: ModelInputs, documents: list[int]) -> int:
     """Forward and backward of documents of so many positions: 6 N a token and attention (Chowdhery et al. 2022,
     appendix B, with causal documents in place of a full window)."""
     multiplied = ParameterCounts.of(config, inputs).multiplied
-    return 3 * (2 * multiplied * sum(documents) + attention_forward(config, documents))
+    return training_flops(config, multiplied, sum(documents), sum(length**2 for length in documents))
+
+
+def training_flops(config: ModelConfig, multiplied: int, positions: int, squares: int) -> int:
+    """Count as `model_flops` by what is known of a step: its positions without padding, and the sum of the squared
+    lengths of its documents; a position is `multiplied` with so many parameters (`ParameterCounts`)."""
+    return 3 * (2 * multiplied * positions + _attention(config, squares))
+
+
+def _attention(config: ModelConfig, squares: int) -> int:
+    return 2 * squares * config.heads * config.head_width * config.layers
 
 
 @dataclass(frozen=True)

@@ -1,153 +1,202 @@
-"""What each logged step leaves behind: one JSON line in `metrics.jsonl`, and the same scalars for TensorBoard."""
+"""The record of each logged step, made from the steps' results and given to the sinks."""
 
-import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from mmoe.files import writes
+from mmoe.errors import OutputError
 from mmoe.hashing import blake2b
-from mmoe.models.moe.routing import RoutingWindow, by_expert, router_gradients
-from mmoe.monitoring.lines import LineFile
-from mmoe.optional import needs, status
+from mmoe.models.moe.routing import RoutingWindow
+from mmoe.monitoring.mfu import ModelFlops
+from mmoe.monitoring.record import StepRecord
+from mmoe.monitoring.sinks import Sink
+from mmoe.optional import status
+from mmoe.recipe.monitoring import SINKS, MonitoringConfig, SinkConfig, SinkContext
 from mmoe.runtime.peak_memory import PeakMemory
-from mmoe.training.callback import Callback
+from mmoe.training.callback import Callback, EvaluationResult
 from mmoe.training.loop import Trainer
 from mmoe.training.state import TrainState
 from mmoe.training.step import StepResult
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
-IN_METRICS = "metrics.jsonl beside it has every record"
+class MetricsCallback(Callback):
+    """Makes a record every `log_every_steps` steps, where tables or a digest are due, after an evaluation, and last.
 
-
-class MetricsWriter(Callback):
-    """Writes a record every `log_every_steps` steps, at the last step, and where a digest is asked for.
-
-    Loss terms and gradient norms are those of the step; rates and routing statistics are over the steps since the
-    last record.
+    Loss terms, gradient norms and the stand of the data are those of the step. `positions`, `tokens` (without
+    padding), `wall_seconds` and the choices of experts count from the begin of the run. All others are over the steps
+    since the last record, tables over those since the last ones.
     """
 
     name = "metrics"
 
     def __init__(self, memory: PeakMemory) -> None:
         self.memory = memory
-        self.wall_seconds = 0.0  # of all sessions
-        self._pending: list[str] = []  # records that the disk would not take
+        self._sinks: dict[str, Sink] = {}  # of the first rank, once it has begun
+        self._kept: dict[str, Any] = {}  # the sinks' states, until they are built
+        self._set_state({})
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open metrics.jsonl and TensorBoard on the first rank."""
-        self._trainer = trainer
-        config = trainer.run.config.monitoring
-        self._every, self._digests = config.log_every_steps, set(config.digest_steps)
-        first = trainer.run.ranks.first  # the others take part in digests alone
-        self._file = LineFile(trainer.run.folder / "metrics.jsonl", self._pending) if first else None
-        self._board_folder = trainer.run.folder / "tensorboard"
-        with writes(self._board_folder):
-            self._board = _board(self._board_folder, config.tensorboard) if first else None
-        self._since = self._began = time.perf_counter()
-        self._before = self.wall_seconds
-        self._clear()
+        """Build the sinks on the first rank, and purge what they hold of steps after that of the run."""
+        self._trainer, self._config, self._first = trainer, trainer.run.config.monitoring, trainer.run.ranks.first
+        if not self._first:  # the others take part in digests alone
+            return
+        self._flops = ModelFlops(trainer.run)
+        context = SinkContext(trainer.run.folder, trainer.run.config.model_dump(mode="json"))
+        for config in sinks_of(self._config):
+            self._sinks[config.label] = config.build(context)
+        self._rewind(trainer.state.step)
+        self._at = time.perf_counter()
 
     def on_step(self, result: StepResult) -> None:
-        """Count the step in, and write a record where one is due."""
-        trainer = self._trainer
-        self._steps += 1
-        self._positions += result.positions
-        self._useful += result.useful_positions
-        self._routing.merge(result.routing)
-        digest = result.step in self._digests
-        if digest or result.step % self._every == 0 or result.step == trainer.stop_at or trainer.interrupted:
-            self._write(trainer, result, digest)
+        """Count the step in, and make a record where one is due."""
+        trainer, config = self._trainer, self._config
+        digest = state_digest(trainer.state) if result.step in config.digest_steps else None
+        if not self._first:
+            return
+        self._count(result)
+        last = result.step == trainer.stop_at or trainer.interrupted
+        tables = last or result.step % config.tables_every_steps == 0
+        if digest or tables or self._evaluated or result.step % config.log_every_steps == 0:
+            record = self._record(trainer, result, tables)
+            if digest:
+                record.notes["digest"] = digest
+            self._each(lambda sink: sink.write(record))
+
+    def on_evaluation(self, result: EvaluationResult) -> None:
+        """Keep the figures for the record of their step, which those who measure are told of first."""
+        self._evaluated |= {f"eval/{name}": value for name, value in result.scalars.items()}
 
     def close(self) -> None:
-        """Close what was opened."""
-        if self._file:
-            self._file.close()
-        if self._board:
-            with writes(self._board_folder, IN_METRICS):
-                self._board.close()
+        """Close the sinks. Raises OutputError for the first that could not write all it had."""
+        try:
+            self._each(lambda sink: sink.close())
+        finally:
+            self._sinks = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the time spent so far and the lines that could not be written yet."""
-        return {"wall_seconds": self.wall_seconds, "unwritten": list(self._pending)}
+        """Give counts and sums since the last record, and what the sinks could not write."""
+        return {
+            "step": self._step,
+            "totals": dict(self._totals),
+            "window": dict(self._window),
+            "routing": self._routing.state_dict(),
+            "tables": self._tables.state_dict(),
+            "sinks": {name: sink.state_dict() for name, sink in self._sinks.items()} or self._kept,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.wall_seconds = state.get("wall_seconds", 0.0)
-        self._pending = list(state.get("unwritten", []))
+        """Take back what `state_dict` gave; sinks that are open purge what came after it."""
+        self._set_state(state)
+        if self._sinks:
+            self._rewind(self._step)
 
-    def _write(self, trainer: Trainer, result: StepResult, digest: bool) -> None:
+    def _set_state(self, state: dict[str, Any]) -> None:
+        self._step = state.get("step", 0)
+        self._evaluated: dict[str, float] = {}
+        self._totals = defaultdict[str, float](int, state.get("totals", {}))
+        self._window = defaultdict[str, float](int, state.get("window", {}))
+        self._routing, self._tables = RoutingWindow(), RoutingWindow()
+        self._routing.load_state_dict(state.get("routing", {}))
+        self._tables.load_state_dict(state.get("tables", {}))
+        self._kept = state.get("sinks", {})
+        self._at = time.perf_counter()
+
+    def _rewind(self, step: int) -> None:
+        for name, sink in self._sinks.items():
+            sink.load_state_dict(self._kept.get(name, {}))
+            sink.rewind(step)
+        self._kept = {}
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        """Have every sink do it, also after one that the disk refused. Raises the first OutputError."""
+        refused: OutputError | None = None
+        for sink in self._sinks.values():
+            try:
+                act(sink)
+            except OutputError as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
+
+    def _count(self, result: StepResult) -> None:
         now = time.perf_counter()
-        self.wall_seconds = self._before + now - self._began
-        seconds = now - self._since
-        record: dict[str, Any] = {
-            "step": result.step,
-            "session": trainer.state.session,
-            "positions": result.step * result.positions,
-            "useful_positions": self._useful,
+        seconds, self._at, self._step = now - self._at, now, result.step
+        positions, tokens = result.positions, result.useful_positions
+        flops, waited = self._flops.of(result.data.counts), result.data_wait_seconds
+        _add(self._totals, positions=positions, tokens=tokens, wall_seconds=seconds)
+        _add(self._window, positions=positions, tokens=tokens, seconds=seconds, waited=waited, flops=flops, steps=1)
+        self._routing.merge(result.routing)
+
+    def _record(self, trainer: Trainer, result: StepResult, tables: bool) -> StepRecord:
+        window, totals = self._window, self._totals
+        chosen, dropped = self._routing.choices()
+        if chosen:
+            _add(totals, expert_choices=chosen, expert_choices_dropped=dropped)
+        scalars = {
             "loss": float(result.losses.total),
             **{f"loss_{name}": float(value) for name, value in result.losses.terms.items()},
             **result.losses.details(trainer.run.sources.names),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
-            "fill": self._useful / self._positions,
-            "tokens_per_second": self._positions / seconds,
-            "seconds": seconds / self._steps,
-            "wall_seconds": self.wall_seconds,
-            **self._routing.record(trainer.run.sources.names),
-            **router_gradients(result.router_gradients),
-            **_stream(trainer, result),
+            **totals,
+            "packing_efficiency": window["tokens"] / window["positions"],
+            "tokens_per_second": window["tokens"] / window["seconds"],
+            "positions_per_second": window["positions"] / window["seconds"],
+            "seconds_per_step": window["seconds"] / window["steps"],
+            "data_wait_seconds": window["waited"] / window["steps"],
+            **self._flops.scalars(window["flops"], window["seconds"], _processes()),
+            **self._routing.scalars(),
+            **self._evaluated,
+            **_data(trainer, result),
             "peak_memory_bytes": self.memory.sample(),
         }
-        if digest:
-            record["digest"] = state_digest(trainer.state)
-        self._since = now
-        self._clear()
-        if self._file:
-            self._file.write(json.dumps(record))
-        if self._board:
-            with writes(self._board_folder, IN_METRICS):
-                for key, value in record.items():
-                    if isinstance(value, int | float):
-                        self._board.add_scalar(key, value, result.step)
-                for key, value in by_expert(record):
-                    self._board.add_scalar(key, value, result.step)
-
-    def _clear(self) -> None:
-        self._steps = self._positions = self._useful = 0
-        self._routing = RoutingWindow()
+        self._tables.merge(self._routing)
+        held = {}
+        if tables:
+            held = self._tables.tables()
+            if result.router_gradients is not None:
+                held["router_grad_norm"] = result.router_gradients.float().cpu().numpy()
+            self._tables = RoutingWindow()
+        self._window, self._routing, self._evaluated = defaultdict(int), RoutingWindow(), {}
+        stage = trainer.state.stream.mixture.stage(int(totals["positions"]) - result.positions).name
+        return StepRecord(result.step, trainer.state.session, scalars, held, {"stage": stage})
 
 
-def _board(folder: Path, wanted: bool | None) -> "SummaryWriter | None":
-    """TensorBoard's writer where it is `wanted`; None: where the package is installed."""
-    if wanted is False or (wanted is None and not status("tensorboard").available):
-        return None
-    with needs("monitoring.tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(folder)
+def sinks_of(config: MonitoringConfig) -> tuple[SinkConfig, ...]:
+    """Say which sinks a run has: those configured, else jsonl, arrays, and tensorboard where it is installed."""
+    if config.sinks is not None:
+        return config.sinks
+    kinds = ["jsonl", "arrays", *(["tensorboard"] if status("tensorboard").available else [])]
+    return tuple(SINKS.find(kind)(kind=kind) for kind in kinds)
 
 
-def _stream(trainer: Trainer, result: StepResult) -> dict[str, Any]:
-    """Where the data stands: the stage, what the mixture planned and gave by source, and all that was lost so far.
+def _add(sums: dict[str, float], **amounts: float) -> None:
+    for name, amount in amounts.items():
+        sums[name] += amount
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _data(trainer: Trainer, result: StepResult) -> dict[str, float]:
+    """Where the data stands: what the mixture planned and gave by source, and all that was lost so far.
 
     Planned and served positions are those of the packing windows before the present one; `storage` counts what the
     first data replica has asked of remote stores in this session, retries among it.
     """
-    stream, plan = trainer.state.stream, result.data.plan
-    served, owed = plan["served"], plan["owed"]
+    names, plan, stream = trainer.run.sources.names, result.data.plan, trainer.state.stream
     return {
-        "stage": stream.mixture.stage((result.step - 1) * result.positions).name,
-        "planned_positions": {n: s + o for n, s, o in zip(trainer.run.sources.names, served, owed)},
-        "served_positions": dict(zip(trainer.run.sources.names, served)),
-        "lost": result.data.lost,
-        "quarantined": dict(+stream.quarantine.lost),
-        "storage": {name: count for name, count in stream.reads.items() if count},
+        **{f"planned_positions/{n}": s + o for n, s, o in zip(names, plan["served"], plan["owed"])},
+        **{f"served_positions/{n}": s for n, s in zip(names, plan["served"])},
+        **{f"lost/{reason.replace(' / ', '/', 1)}": count for reason, count in result.data.lost.items()},
+        **{f"quarantined/{name}": count for name, count in (+stream.quarantine.lost).items()},
+        **{f"storage/{name}": count for name, count in stream.reads.items() if count},
     }
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,8 @@ from mmoe.config.load import load
 from mmoe.errors import ConfigError, DataError
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, capacities
-from mmoe.monitoring.summary import METRICS, RunRecords
+from mmoe.monitoring.reader import RunReader
+from mmoe.monitoring.tables import FOLDER
 from mmoe.precision.config import PrecisionConfig
 from mmoe.recipe.config import RunConfig
 
@@ -77,47 +77,45 @@ def read_advice(folder: str | Path, share: float = LAST) -> CapacityAdvice:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}/config.yaml does not exist: {folder} is not a run; train it first")
     config = load(RunConfig, folder / "config.yaml")
-    steps = RunRecords.read(folder).steps
-    return advise(steps, config.model, config.data.sequence_length, config.precision, share, str(folder))
+    return advise(RunReader(folder), config.model, config.data.sequence_length, config.precision, share)
 
 
 def advise(
-    steps: list[dict[str, Any]],
-    model: ModelConfig,
-    sequence_length: int,
-    precision: PrecisionConfig,
-    share: float,
-    folder: str,
+    reader: RunReader, model: ModelConfig, sequence_length: int, precision: PrecisionConfig, share: float
 ) -> CapacityAdvice:
-    """What the records of the last `share` (0 to 1) of a run's steps say; `folder` names the run in errors.
+    """What the records of the last `share` (0 to 1) of a run's steps say.
 
     Raises ConfigError for a model without experts, DataError where no record counts what would be dropped.
     """
-    moe = model.moe
+    moe, folder = model.moe, reader.folder
     if moe is None:
         raise ConfigError(f"{folder}: model.moe is null, so there are no experts whose capacity could be chosen")
-    begin = steps[-1]["step"] - steps[-1]["step"] * share
-    chosen = [step for step in steps if step["step"] > begin]
-    for step in chosen:
-        if "would_drop" not in step:
+    last = reader.last()["step"]
+    begin = int(last - last * share)
+    for factors in reader.tables("capacity_factors", begin):
+        if any(tuple(found) != CAPACITY_FACTORS for found in factors.values):
             raise DataError(
-                f"{folder}/{METRICS}: step {step['step']} has no would_drop: it was written before that was recorded; "
-                "train the run again, or choose a later part of it with --last"
+                f"{folder}/{FOLDER}: the records of steps {factors.steps[0]} to {factors.steps[-1]} have other "
+                "capacity_factors than this version counts; choose a later part of the run with --last"
             )
-        if tuple(step["capacity_factors"]) != CAPACITY_FACTORS:
-            raise DataError(
-                f"{folder}/{METRICS}: step {step['step']} has other capacity_factors than this version counts; "
-                "choose a later part of the run with --last"
-            )
-    layers = list(chosen[0]["would_drop"])
+    steps, drops, choices = np.zeros(0, np.int64), np.int64(0), np.int64(0)
+    for would_drop, chosen in zip(reader.tables("would_drop", begin), reader.tables("expert_load", begin)):
+        steps = np.concatenate([steps, would_drop.steps])
+        drops = drops + would_drop.values.sum(0)
+        choices = choices + chosen.values.sum((0, 2, 3, 4))
+    if not len(steps):
+        raise DataError(
+            f"{folder}/{FOLDER} has no would_drop after step {begin} of {last}; choose a larger part of the run with "
+            "--last, or train it again with the sinks jsonl and arrays"
+        )
     width = 2 * model.d_model + 4 * moe.hidden
     rows = capacities(sequence_length, moe.top_k, moe.experts).numpy()
     return CapacityAdvice(
         factors=CAPACITY_FACTORS,
-        drops=np.array([np.sum([step["would_drop"][layer] for step in chosen], axis=0) for layer in layers]),
-        choices=np.array([sum(sum(step["expert_load"][layer]) for step in chosen) for layer in layers]),
+        drops=np.asarray(drops),
+        choices=np.asarray(choices),
         rows=rows,
         bytes=rows * moe.experts * width * BYTES[precision.compute],
-        first=chosen[0]["step"],
-        last=chosen[-1]["step"],
+        first=int(steps[0]),
+        last=int(steps[-1]),
     )

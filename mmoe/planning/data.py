@@ -35,7 +35,7 @@ class Inspection:
     sources: list[PlannedSource]
     sequences: int
     length: int  # of a sequence, in positions
-    fill: float
+    packing_efficiency: float  # share of the positions that hold something
     imbalance: float | None  # attention work of the busiest replica over the mean; None of one replica
     lost: dict[str, int]  # what was cut or dropped up to the end of the last window, by reason
 
@@ -79,5 +79,5 @@ def inspect(config: RunConfig, steps: int, replicas: int) -> Inspection:
     if replicas > 1:
         work = [c[deal(c, group, micro, replicas)].sum(1) for c in costs]
         imbalance = float(np.mean([w.max() / w.mean() for w in work]))
-    fill = positions / (len(sequences) * length)
-    return Inspection(shares, len(sequences), length, fill, imbalance, dict(sorted(planner.lost.items())))
+    efficiency = positions / (len(sequences) * length)
+    return Inspection(shares, len(sequences), length, efficiency, imbalance, dict(sorted(planner.lost.items())))

@@ -28,7 +28,7 @@ class TrainingConfig(Config):
     budget_positions: Annotated[int, Nature.EXTENDABLE] = Field(gt=0, le=1 << 60)  # steps = budget // GB_tok
     evaluate_at_end: Annotated[bool, Nature.OPERATIONAL] = True
     start_from: StartConfig | None = None  # null: random weights
-    # Told of every step, in this order, behind what records and shows the run.
+    # Told of every step in this order, before what records and shows it.
     callbacks: Annotated[ChosenCallbacks, Nature.OPERATIONAL] = ()
 
     @property

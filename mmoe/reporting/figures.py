@@ -1,11 +1,13 @@
 """The figures of a run's report, each a function from records to a plotly figure."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mmoe.monitoring.tables import Chunk
 from mmoe.planning.capacity import LIMIT, CapacityAdvice
 
 INK, MUTED, GRID = "#1b2430", "#5f6b7a", "#e6eaf0"
@@ -26,7 +28,8 @@ TERMS = {
     "loss_router_z": "router z",
 }
 
-Steps = list[dict[str, Any]]
+POINTS = 2000  # of a curve that are drawn
+BINS = 256  # of steps, in figures by expert: half as many at least where there are more records
 
 
 def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
@@ -48,59 +51,73 @@ def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
     return figure
 
 
-def curves(steps: Steps, names: dict[str, str], columns: int) -> go.Figure:
-    """One small plot for each key of `names` that was recorded, over steps."""
-    present = {key: title for key, title in names.items() if any(key in step for step in steps)}
-    columns = min(columns, len(present))
-    rows = -(-len(present) // columns)
+def curves(columns: dict[str, np.ndarray], names: dict[str, str], width: int) -> go.Figure:
+    """One small plot for each key of `names` that was recorded, over steps; `width` of them beside each other."""
+    present = {key: title for key, title in names.items() if not np.isnan(columns[key]).all()}
+    width = min(width, len(present))
+    rows = -(-len(present) // width)
     figure = make_subplots(
-        rows, columns, subplot_titles=list(present.values()), vertical_spacing=0.26 / rows, horizontal_spacing=0.07
+        rows, width, subplot_titles=list(present.values()), vertical_spacing=0.26 / rows, horizontal_spacing=0.07
     )
     for number, key in enumerate(present):
-        points = [(step["step"], step[key]) for step in steps if key in step]
-        x, y = zip(*points)
+        drawn = np.flatnonzero(~np.isnan(columns[key]))
+        drawn = drawn[:: -(-len(drawn) // POINTS)]
+        x, y = columns["step"][drawn].tolist(), columns[key][drawn].tolist()
         line = go.Scatter(x=x, y=y, mode="lines", line={"color": MODEL, "width": 1.8}, name=present[key])
-        figure.add_trace(line, number // columns + 1, number % columns + 1)
+        figure.add_trace(line, number // width + 1, number % width + 1)
     return style(figure, 60 + 210 * rows, showlegend=False)
 
 
-def expert_load(steps: Steps) -> go.Figure | None:
-    """Load of each expert over its even share, by layer of experts, over steps; None without experts."""
-    return _over_even(steps, "expert_load")
+def over_even(chunks: Iterable[Chunk]) -> go.Figure | None:
+    """A table by layer [N, ..., E] over its even share: of each expert over the mean of its layer, over steps.
 
-
-def router_gradients(steps: Steps) -> go.Figure | None:
-    """Gradient norm of each expert's router weights over the mean of its layer, as `expert_load`."""
-    return _over_even(steps, "router_grad_norm")
-
-
-def _over_even(steps: Steps, key: str) -> go.Figure | None:
-    """A figure by expert over its mean over the experts, by layer of experts, over the steps that have it."""
-    steps = [step for step in steps if step.get(key)]
+    Axes between layers and experts are summed, and so are neighboring records where there are many. None without any.
+    """
+    steps, values_RNE = _binned(chunks)
     if not steps:
         return None
-    layers = list(steps[0][key])
-    titles = [f"expert layer {layer}" for layer in layers]
-    figure = make_subplots(1, len(layers), subplot_titles=titles, horizontal_spacing=0.06)
-    for column, layer in enumerate(layers, start=1):
-        values = np.array([step[key][layer] for step in steps], dtype=float)
+    layers, experts = values_RNE.shape[1:]
+    titles = [f"expert layer {layer}" for layer in range(layers)]
+    figure = make_subplots(1, layers, subplot_titles=titles, horizontal_spacing=min(0.06, 0.5 / layers))
+    for layer in range(layers):
+        values = values_RNE[:, layer]
         total = values.sum(1, keepdims=True)
-        share = np.divide(values, total, out=np.zeros_like(values), where=total > 0) * values.shape[1]
+        share = np.divide(values, total, out=np.zeros_like(values), where=total > 0) * experts
         heat = go.Heatmap(
-            x=[step["step"] for step in steps],
-            y=[f"{expert}" for expert in range(values.shape[1])],
+            x=steps,
+            y=[f"{expert}" for expert in range(experts)],
             z=share.T.round(3),
             zmin=0,
             zmax=2,
             colorscale=LOAD_SCALE,
             colorbar={"title": "x even", "thickness": 12, "outlinewidth": 0},
-            showscale=column == len(layers),
+            showscale=layer == layers - 1,
             hovertemplate="step %{x}, expert %{y}: %{z:.2f} x even<extra></extra>",
         )
-        figure.add_trace(heat, 1, column)
-        figure.update_xaxes(title="step", row=1, col=column)
+        figure.add_trace(heat, 1, layer + 1)
+        figure.update_xaxes(title="step", row=1, col=layer + 1)
     figure.update_yaxes(title="expert", row=1, col=1)
     return style(figure, 320)
+
+
+def _binned(chunks: Iterable[Chunk]) -> tuple[list[int], np.ndarray]:
+    """Sums of as many neighboring records as leave at most `BINS`: the last step of each bin, and [bins, N, E] f64."""
+    steps: list[int] = []
+    bins: list[np.ndarray] = []
+    width = filled = 1  # records of a bin, and of the last one
+    for chunk in chunks:
+        records, layers, *_, experts = chunk.values.shape
+        for step, value in zip(chunk.steps.tolist(), chunk.values.reshape(records, layers, -1, experts).sum(2)):
+            if bins and filled < width:
+                steps[-1], bins[-1], filled = step, bins[-1] + value, filled + 1
+                continue
+            if len(bins) == BINS:
+                steps, width = steps[1::2], 2 * width
+                bins = [one + other for one, other in zip(bins[::2], bins[1::2])]
+            steps.append(step)
+            bins.append(value.astype(float))
+            filled = 1
+    return steps, np.array(bins)
 
 
 def would_drop(advice: CapacityAdvice) -> go.Figure:

@@ -21,8 +21,10 @@ _plot = partial(plot, responsive=True, displayModeBar=False)
 TRAINING = {
     "lr": "learning rate",
     "grad_norm": "gradient norm before clipping",
-    "fill": "packing fill",
-    "tokens_per_second": "positions per second",
+    "packing_efficiency": "packing efficiency",
+    "tokens_per_second": "tokens per second, without padding",
+    "data_wait_seconds": "seconds a step waits for data",
+    "mfu": "model FLOPs utilization",
 }
 
 
@@ -79,25 +81,28 @@ def key_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         cards.append(("dropped by experts", f"{summary['drop_rate']:.3%}", "of their choices"))
     exact = {True: "bit for bit", False: "differs", None: "not checked"}[summary["resume_exact"]]
     cards.append(("resume", exact, "a repeated step against its first run"))
-    cards.append(("speed", f"{summary['tokens_per_second']:,.0f}", "positions per second"))
+    cards.append(("speed", f"{summary['tokens_per_second']:,.0f}", "tokens per second, without padding"))
+    if summary["mfu"] is not None:
+        cards.append(("MFU", f"{summary['mfu']:.1%}", f"of {summary['mfu_peak_flops'] / 1e12:,.0f} TFLOP/s a device"))
     cards.append(("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB", "PSS of the process tree"))
     cards.append(("training time", f"{summary['wall_seconds']:,.0f} s", f"{summary['steps']:,} steps"))
     return cards
 
 
 def _training(records: RunRecords) -> Section | None:
-    steps = records.steps
+    columns = records.reader.columns(*figures.TERMS, *TRAINING)
     return "Training", (
         parts.heading("Loss terms")
         + parts.note("Each before its weight; sums over items divided by the planned counts of the step.")
-        + _plot(figures.curves(steps, figures.TERMS, 3))
+        + _plot(figures.curves(columns, figures.TERMS, 3))
         + parts.heading("Optimisation and throughput")
-        + _plot(figures.curves(steps, TRAINING, 2))
+        + _plot(figures.curves(columns, TRAINING, 2))
     )
 
 
 def _experts(run: Run, records: RunRecords) -> Section | None:
-    load, gradients = figures.expert_load(records.steps), figures.router_gradients(records.steps)
+    reader = records.reader
+    load, gradients = (figures.over_even(reader.tables(name)) for name in ("expert_load", "router_grad_norm"))
     if load is None:
         return None
     note = "Choices of each expert over an even share, before any drop, counted between two records."
@@ -105,10 +110,9 @@ def _experts(run: Run, records: RunRecords) -> Section | None:
     if gradients is not None:
         note = "Norm of the gradient of each expert's router weights over the mean of its layer, before clipping."
         shown += [parts.heading("Router gradients"), parts.note(note), _plot(gradients)]
-    if "would_drop" in records.steps[-1]:
-        last = [step for step in records.steps if "would_drop" in step]
+    if "would_drop" in reader.table_names():
         model, length, precision = run.config.model, run.config.data.sequence_length, run.config.precision
-        advice = advise(last, model, length, precision, LAST, str(run.folder))
+        advice = advise(reader, model, length, precision, LAST)
         note = (
             f"What a capacity for each sequence would have dropped of the choices of steps {advice.first} to "
             f"{advice.last}; tools/capacity_advisor.py tells what each factor costs."
@@ -199,17 +203,20 @@ def _evaluations(records: RunRecords) -> Section | None:
 
 
 def _data(run: Run, records: RunRecords) -> Section | None:
-    last = records.steps[-1]
-    lost, planned, served = (last.get(key, {}) for key in ("lost", "planned_positions", "served_positions"))
+    last = records.reader.last()
+    lost, planned, served, bad = (
+        {key.partition("/")[2]: value for key, value in last.items() if key.startswith(f"{kind}/")}
+        for kind in ("lost", "planned_positions", "served_positions", "quarantined")
+    )
     rows = []
     for name, manifest in run.sources.manifests.items():
         counts = [manifest.splits[s].samples if s in manifest.splits else 0 for s in ("train", "heldout")]
-        mine = {key.partition(" / ")[2]: n for key, n in lost.items() if key.partition(" / ")[0] == name}
+        mine = {key.removeprefix(f"{name}/"): n for key, n in lost.items() if key.startswith(f"{name}/")}
         refused = ", ".join(f"{n} {reason}" for reason, n in (manifest.quarantined | manifest.removed).items())
         shares = [f"{of[name] / max(sum(of.values()), 1):.2%}" if name in of else "-" for of in (planned, served)]
         lines = [f"{n} {r}" for r, n in mine.items()]
-        if bad := last.get("quarantined", {}).get(name):
-            lines.append(f"{bad} could not be decoded")
+        if name in bad:
+            lines.append(f"{bad[name]} could not be decoded")
         rows.append([name, manifest.kind, *counts, *shares, ", ".join(lines), refused])
     heads = ["source", "kind", "training", "held out", "planned share", "served", "cut, dropped or lost", "refused"]
     return "Data", parts.table(heads, rows)

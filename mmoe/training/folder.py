@@ -15,6 +15,8 @@ FILES = (
     r"config\.yaml",
     r"changes\.jsonl",
     r"metrics\.jsonl",
+    r"metrics-undone\.jsonl",
+    r"tracked-[\w.-]+\.json",
     r"quarantine\.jsonl",
     r"errors\.jsonl",
     r"hang-report[\w-]*\.(txt|partial)",
@@ -27,6 +29,8 @@ FILES = (
 FOLDERS = {
     "checkpoints": r"step-\d+(\.partial|\.replaced|\.left)*|latest(\.partial)?",
     "tensorboard": r"events\.out\.tfevents\..*",
+    "tables": r"\.?step-\d+\.parquet(\.[0-9a-f]{32})?",
+    "wandb": r"(offline-)?run-.*|settings|debug.*\.log",
     "logs": r"rank-\d+\.log",
 }
 DELETED = "checkpoints.deleted"  # being deleted, in one step no longer the run's
@@ -73,7 +77,7 @@ def start_over(folder: Path) -> None:
         for path in folder.iterdir():
             if path.is_dir():
                 for child in path.iterdir():
-                    child.unlink()
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
                 with suppress(OSError):  # another rank has just written to its log
                     path.rmdir()
             elif path.name != "lock":
@@ -106,7 +110,7 @@ def _is_run(folder: Path) -> bool:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return names <= {"logs", "tensorboard"}
+        return names <= {"logs", "tensorboard", "tables"}
     except (yaml.YAMLError, ValueError, RecursionError):
         return True  # cut off by a crash
     return config is None or (isinstance(config, dict) and {"model", "training"} <= config.keys())

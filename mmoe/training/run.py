@@ -37,6 +37,12 @@ def open_sources(config: RunConfig) -> tuple[Sources, Tokenizers]:
     return sources, tokenizers
 
 
+def model_inputs(tokenizers: Tokenizers) -> ModelInputs:
+    """Say what a model is given by these tokenizers."""
+    dims = tokenizers.value_dims | {Modality.ACTION: tokenizers.dims[Modality.ACTION].size}
+    return ModelInputs.of(tokenizers.vocabulary.size, dims, tokenizers.config.action)
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether the folder is that of a run: it holds the run's config, or checkpoints, which have a copy of it."""
     return any((Path(folder) / name).exists() for name in (CONFIG, "checkpoints"))
@@ -106,8 +112,7 @@ class Run:
         if config.parallel.threads:
             torch.set_num_threads(config.parallel.threads)
         sources, tokenizers = open_sources(config)
-        dims = tokenizers.value_dims | {Modality.ACTION: tokenizers.dims[Modality.ACTION].size}
-        inputs = ModelInputs.of(tokenizers.vocabulary.size, dims, tokenizers.config.action)
+        inputs = model_inputs(tokenizers)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         resolved = ResolvedRun.of(config, dist.get_world_size() if dist.is_initialized() else None)
         model, ranks = build(resolved, inputs, len(sources.names), config.training.seed, device)

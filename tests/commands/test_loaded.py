@@ -42,10 +42,10 @@ def test_a_training_process_loads_no_reader_even_where_it_has_prepared_its_sourc
     said = python("-c", TRAIN, str(tmp_path / "poem.yaml"))
     assert "preparing source poem there" in said and (tmp_path / "run" / "report.html").is_file()
     (modules,) = re.findall("^LOADED (.*)$", said, re.MULTILINE)
-    assert "mmoe.training.trainer" in modules and not unwanted(modules)
+    assert "mmoe.training.loop" in modules and not unwanted(modules)
 
 
-@pytest.mark.parametrize("module", ["mmoe.training.trainer", "mmoe.training.run", "mmoe.commands.session"])
+@pytest.mark.parametrize("module", ["mmoe.training.loop", "mmoe.training.run", "mmoe.commands.session"])
 def test_importing_the_training_loads_no_reader(module):
     modules = python("-c", f"import sys, {module}; print(*sys.modules)")
     assert module in modules and not unwanted(modules)

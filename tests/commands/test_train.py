@@ -14,6 +14,7 @@ from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.commands import session
 from mmoe.config.load import dump, load
 from mmoe.errors import CheckpointError, ConfigError, DataError, OutputError
+from mmoe.monitoring.sinks.tensorboard import TensorboardConfig
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.manifest import SourceManifest
 from mmoe.training.loop import Trainer
@@ -238,7 +239,7 @@ def test_a_record_that_a_kill_tore_is_cut_off_when_the_run_goes_on(run):
 def test_tensorboard_in_the_way_of_a_file_is_one_sentence(run):
     configuration, place = run
     (place / "tensorboard").touch()
-    with_board = configuration.monitoring.model_copy(update={"tensorboard": True})
+    with_board = configuration.monitoring.model_copy(update={"sinks": (TensorboardConfig(),)})
     with_board = configuration.model_copy(update={"monitoring": with_board})
     (place / "config.yaml").write_text(dump(with_board))
     with pytest.raises(OutputError, match="tensorboard cannot be written"):

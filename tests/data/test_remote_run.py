@@ -59,7 +59,7 @@ def config(root: str, folder, **data) -> str:
             "evaluate_at_end": False,
         },
         "checkpoint": {"every_steps": 2},
-        "monitoring": {"log_every_steps": 1, "tensorboard": False},
+        "monitoring": {"log_every_steps": 1, "tables_every_steps": 1, "sinks": [{"kind": "jsonl"}, {"kind": "arrays"}]},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return str(folder / "config.yaml")

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from mmoe.config.load import validate
 from mmoe.data.load.stream import StepData
-from mmoe.monitoring.metrics import MetricsWriter
+from mmoe.monitoring.metrics import MetricsCallback
+from mmoe.monitoring.reader import RunReader
 from mmoe.parallel.broadcast import shared_steps
 from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.recipe.config import RunConfig
@@ -48,7 +49,7 @@ def train(configuration: RunConfig, stop_at: int) -> list[dict]:
     """The records of the run so far, after training (or going on) to step `stop_at`."""
     run = Run.build(configuration)
     run.folder.mkdir(exist_ok=True)
-    trainer = Trainer(run, [MetricsWriter(PeakMemory())], stop_at)
+    trainer = Trainer(run, [MetricsCallback(PeakMemory())], stop_at)
     if trainer.checkpoints.latest_step() is not None:
         trainer.resume()
     trainer.train()
@@ -73,8 +74,14 @@ def test_five_steps_of_a_run_are_those_of_one_process_also_over_a_change_of_layo
     records = train(tree(folder, tmp_path / "many"), 5)  # one process goes on
     np.testing.assert_allclose(figures(records), figures(expected), rtol=1e-10)
     for ours, theirs in zip(records, expected, strict=True):
-        for name in ("expert_load", "expert_drops", "expert_load_by_source", "contrastive_pairs", "useful_positions"):
+        for name in ("contrastive_pairs", "positions", "tokens", "expert_choices", "expert_choices_dropped"):
             assert ours[name] == theirs[name]
+    for name in ("expert_load", "expert_drops", "would_drop"):
+        ours, theirs = (
+            np.concatenate([chunk.values for chunk in RunReader(tmp_path / run).tables(name)])
+            for run in ("many", "one")
+        )
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_process_goes_on_as_two(two, folder, tmp_path):

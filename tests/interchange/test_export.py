@@ -55,7 +55,7 @@ def config(root, run, *, moe=None, **model) -> RunConfig:
             "budget_positions": 512,
             "evaluate_at_end": False,
         },
-        "monitoring": {"tensorboard": False},
+        "monitoring": {"sinks": [{"kind": "jsonl"}, {"kind": "arrays"}]},
     }
     return validate(RunConfig, tree, "test")
 

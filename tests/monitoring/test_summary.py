@@ -8,7 +8,8 @@ import os
 import pytest
 
 from mmoe.errors import DataError, OutputError
-from mmoe.monitoring.summary import RunRecords, drop_rate, resume_exact, summarise, write_summary
+from mmoe.monitoring.reader import RunReader
+from mmoe.monitoring.summary import RunRecords, resume_exact, summarise, write_summary
 
 
 def line(step: int, session: int = 0, **changes) -> dict:
@@ -16,11 +17,9 @@ def line(step: int, session: int = 0, **changes) -> dict:
         "step": step,
         "session": session,
         "positions": 100 * step,
-        "useful_positions": 950,
+        "tokens": 95 * step,
         "loss": 1.0 / step,
         "grad_norm": 0.5,
-        "fill": 0.95,
-        "tokens_per_second": 200.0,
         "wall_seconds": 2.0 * step,
         "peak_memory_bytes": 10**9 + step,
     } | changes
@@ -63,69 +62,46 @@ def test_it_holds_every_figure_and_is_what_is_written(tmp_path):
     assert {summary["retrieval"][key] for key in ("r1", "r1_low", "r5", "pool")} == {0.3, 0.2, 0.7, 64}
     assert summary["val_ce"]["text"] == 1.0 and summary["unigram_ce"]["text"] == 2.0
     assert summary["drop_rate"] is None and summary["resume_exact"] is None
-    assert summary["tokens_per_second"] == pytest.approx(200.0)
+    assert summary["tokens_per_second"] == pytest.approx(1900 / 40)
+    assert summary["positions_per_second"] == pytest.approx(50)
+    assert summary["mfu"] is None
     assert summary["peak_memory_bytes"] == 10**9 + 20
     assert summary["wall_seconds"] == 40.0
     assert not any("on_x" in key for key in summary)
 
 
-def test_what_was_not_measured_is_null():
-    summary = summarise(RunRecords([line(1)], {}))
+def test_what_was_not_measured_is_null(tmp_path):
+    write(tmp_path, [line(1)])
+    summary = summarise(RunRecords.read(tmp_path))
     assert summary["action_mse"] is None and summary["val_ce"] is None
     assert summary["retrieval"] == {"r1": None, "r1_low": None, "r5": None, "pool": None}
 
 
-def test_efficiency_and_speed_weigh_by_what_passed_between_two_records():
-    """900 of 1000 positions in 10 s, then 100 of 100 in 1 s."""
-    records = [
-        line(10, useful_positions=900, fill=0.9, tokens_per_second=100.0),
-        line(11, useful_positions=100, fill=1.0, tokens_per_second=100.0),
-    ]
-    assert summarise(RunRecords(records, {}))["packing_efficiency"] == pytest.approx(1000 / 1100)
-    records[1]["tokens_per_second"] = 10.0
-    assert summarise(RunRecords(records, {}))["tokens_per_second"] == pytest.approx(1100 / 20)
-
-
-def test_a_step_that_was_done_again_counts_once_as_it_was_done_last():
-    records = RunRecords([line(10), line(20, loss=5.0), line(30), line(20, 1, loss=4.0)], {})
-    assert [(step["step"], step["loss"]) for step in records.steps][1] == (20, 4.0)
-    assert len(records.steps) == 3
-
-
-def test_drops_are_a_share_of_all_choices():
-    steps = [
-        line(1, expert_load={"0": [10, 30], "1": [20, 20]}, expert_drops={"0": [0, 2], "1": [0, 0]}),
-        line(2, expert_load={"0": [10, 10], "1": [0, 0]}, expert_drops={"0": [0, 0], "1": [0, 0]}),
-    ]
-    assert drop_rate(steps) == pytest.approx(2 / 100)
-    assert drop_rate([line(1)]) is None
+def test_drops_are_a_share_of_all_choices_and_mfu_is_beside_its_peak(tmp_path):
+    write(tmp_path, [line(1, expert_choices=100, expert_choices_dropped=2, mfu=0.4, mfu_peak_flops=1e12)])
+    summary = summarise(RunRecords.read(tmp_path))
+    assert summary["drop_rate"] == 0.02 and (summary["mfu"], summary["mfu_peak_flops"]) == (0.4, 1e12)
 
 
 @pytest.mark.parametrize(
-    ("again", "exact"),
+    ("undone", "exact"),
     [
         ([], None),
-        ([line(20, 1)], None),  # equal, but nothing says that the weights are
-        ([line(20, 1, digest="a")], True),
-        ([line(20, 1, digest="b")], False),
-        ([line(20, 1, digest="a", loss=math.nextafter(0.05, 1))], False),
-        ([line(20, 1, digest="a", grad_norm=0.6)], False),
-        ([line(20, 1, digest="a"), line(10, 1, loss=0.2)], False),
-        ([line(20, 1, digest="a"), line(30, 1, digest="c"), line(30, 2, digest="d")], False),
-        ([line(30, 1, digest="c")], None),
+        ([line(20)], None),  # equal, but nothing says that the weights are
+        ([line(20, digest="a")], True),
+        ([line(20, digest="b")], False),
+        ([line(20, digest="a", loss=math.nextafter(0.05, 1))], False),
+        ([line(20, digest="a", grad_norm=0.6)], False),
+        ([line(20, digest="a"), line(10, loss=0.2)], False),
+        ([line(20, digest="a"), line(30, digest="c"), line(30, digest="d")], False),
+        ([line(30, digest="c")], None),
+        ([{"step": 20, "eval/ce": 1.0}, line(20, digest="a")], True),  # a record without a loss
     ],
 )
-def test_a_resume_is_exact_when_steps_done_twice_are_the_same_to_the_bit(again, exact):
-    first = [line(10), line(20, digest="a")]
-    assert resume_exact([*first, *again]) is exact
-
-
-def test_a_last_line_that_was_cut_off_is_left_out_and_another_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n" + '{"step": 2, "lo')
-    assert len(RunRecords.read(tmp_path).lines) == 1
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "lo\n' + json.dumps(line(1)) + "\n")
-    with pytest.raises(DataError, match="line 1 is not JSON"):
-        RunRecords.read(tmp_path)
+def test_a_resume_is_exact_when_steps_done_twice_are_the_same_to_the_bit(tmp_path, undone, exact):
+    write(tmp_path, [line(10), line(20, 1, digest="a")])
+    (tmp_path / "metrics-undone.jsonl").write_text("".join(json.dumps(item) + "\n" for item in undone))
+    assert resume_exact(RunReader(tmp_path)) is exact
 
 
 def test_a_folder_without_steps_says_so(tmp_path):

@@ -15,32 +15,50 @@ from mmoe.data.index.shards import read_member
 from mmoe.data.load.media import load_image
 from mmoe.evaluation.evaluate import evaluate
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
+from mmoe.monitoring.reader import RunReader
+from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.summary import RunRecords, summarise
+from mmoe.monitoring.tables import Chunk
 from mmoe.reporting import figures
 from mmoe.reporting.page import page, parts
 from mmoe.reporting.pictures import SlicePictures, data_uri, read_slice, slice_card
 from mmoe.reporting.report import render, write_report
 from mmoe.schema.sample import Camera, Modality
 from tests.monitoring.test_summary import line
+from tests.monitoring.written import write_records
+
+TERMS = {
+    "loss_ce": 2.0,
+    "loss_contrastive": 1.0,
+    "loss_action": 0.5,
+    "loss_router_z": 0.1,
+    "loss_balance_sequence": 1.0,
+}
+LOAD, GRADIENTS = [[1, 2, 3], [4, 4, 4]], [[0.1, 0.1, 0.4], [0.0, 0.0, 0.0]]
 
 
-def metrics(step: int) -> dict:
-    terms = {"loss_ce": 2.0, "loss_contrastive": 1.0, "loss_action": 0.5, "loss_router_z": 0.1}
-    terms["loss_balance_sequence"] = 1.0
-    experts = {
-        "expert_load": {"0": [1, 2, 3], "1": [4, 4, 4]},
-        "expert_drops": {"0": [0, 0, 0], "1": [0, 0, 0]},
-        "router_grad_norm": {"0": [0.1, 0.1, 0.4], "1": [0.0, 0.0, 0.0]},
-        "capacity_factors": list(CAPACITY_FACTORS),
-        "would_drop": {"0": [3, 1, *[0] * 19], "1": [6, *[0] * 20]},
+def metrics(step: int, **tables) -> StepRecord:
+    """A record of two layers of three experts, one modality and one source."""
+    scalars = {name: value for name, value in line(step, lr=1e-3).items() if name not in ("step", "session")}
+    experts = {"expert_choices": 18 * step, "expert_choices_dropped": 0, "lost/clip/cut at a slice": 3}
+    held = {
+        "expert_load": np.array(LOAD)[:, None, None],
+        "router_grad_norm": np.array(GRADIENTS, np.float32),
+        "capacity_factors": np.array(CAPACITY_FACTORS),
+        "would_drop": np.array([[3, 1, *[0] * 19], [6, *[0] * 20]]),
     }
-    return line(step, lr=1e-3, lost={"clip / cut at a slice": 3}, **terms, **experts)
+    return StepRecord(step, 0, scalars | TERMS | experts, held | tables, {"stage": "main"})
+
+
+def write(folder, *records: StepRecord) -> RunRecords:
+    write_records(folder, *records)
+    return RunRecords.read(folder)
 
 
 @pytest.fixture(scope="module")
 def reported(build_run):
     run = build_run(names=("audio", "clip"), model__moe={"experts": 3, "top_k": 2, "hidden": 16})
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(metrics(step)) + "\n" for step in (10, 20, 30)))
+    write(run.folder, *map(metrics, (10, 20, 30)))
     evaluate(run)
     evaluate(run, shuffle=Modality.VISION)
     evaluate(run, blank=Modality.AUDIO)
@@ -79,9 +97,9 @@ def test_the_summary_stands_beside_it(reported):
     assert summary["drop_rate"] == 0.0
 
 
-def test_a_run_that_was_not_evaluated_yet_has_a_page_too(reported):
+def test_a_run_that_was_not_evaluated_yet_has_a_page_too(reported, tmp_path):
     run, _ = reported
-    html = render(run, RunRecords([line(1, lr=1e-3)], {}))
+    html = render(run, write(tmp_path / "dense", StepRecord(1, 0, metrics(1).scalars)))
     assert "<h2>Training</h2>" in html and "<h2>Actions</h2>" not in html and "<h2>Expert load</h2>" not in html
 
 
@@ -132,25 +150,37 @@ def test_pictures_in_the_page_open_again(size, kind):
         np.testing.assert_array_equal(np.asarray(image), picture)
 
 
-def test_load_is_shown_over_an_even_share(reported):
-    figure = figures.expert_load([metrics(10)])
-    np.testing.assert_allclose(np.array(figure.data[0].z)[:, 0], [0.5, 1.0, 1.5])
-    np.testing.assert_allclose(np.array(figure.data[1].z)[:, 0], [1.0, 1.0, 1.0])
+def test_load_is_shown_over_an_even_share_and_gradients_over_the_mean_of_their_layer(reported):
+    reader = RunReader(reported[0].folder)
+    load = figures.over_even(reader.tables("expert_load"))
+    assert load.data[0].x == (10, 20, 30)
+    np.testing.assert_allclose(np.array(load.data[0].z)[:, 0], [0.5, 1.0, 1.5])
+    np.testing.assert_allclose(np.array(load.data[1].z)[:, 0], [1.0, 1.0, 1.0])
+    gradients = figures.over_even(reader.tables("router_grad_norm"))
+    np.testing.assert_allclose(np.array(gradients.data[0].z)[:, 0], [0.5, 0.5, 2.0], atol=1e-3)
+    np.testing.assert_allclose(np.array(gradients.data[1].z)[:, 0], [0.0, 0.0, 0.0])
+    assert figures.over_even(reader.tables("nothing")) is None
 
 
-def test_router_gradients_are_shown_over_the_mean_of_their_layer():
-    figure = figures.router_gradients([metrics(10)])
-    np.testing.assert_allclose(np.array(figure.data[0].z)[:, 0], [0.5, 0.5, 2.0])
-    np.testing.assert_allclose(np.array(figure.data[1].z)[:, 0], [0.0, 0.0, 0.0])
-    assert figures.router_gradients([line(1)]) is None
+@pytest.mark.parametrize("records", [1, figures.BINS, figures.BINS + 1, 5 * figures.BINS + 3])
+def test_a_long_run_is_drawn_as_sums_of_neighboring_records_of_which_none_is_left_out(records):
+    values = np.random.default_rng(0).integers(0, 9, (records, 2, 3, 4))
+    chunks = [Chunk(np.arange(n, min(n + 7, records)), values[n : n + 7]) for n in range(0, records, 7)]
+    steps, bins = figures._binned(chunks)
+    assert len(steps) == len(bins) <= figures.BINS and steps[-1] == records - 1
+    np.testing.assert_array_equal(bins.sum(0), values.sum((0, 2)))
+    edges = [0, *(step + 1 for step in steps)]
+    for begin, end, found in zip(edges, edges[1:], bins):
+        np.testing.assert_array_equal(found, values[begin:end].sum((0, 2)))
 
 
-def test_a_run_from_before_a_figure_was_recorded_has_the_others(reported):
-    run, _ = reported
-    old = {key: value for key, value in metrics(1).items() if key not in ("router_grad_norm", "would_drop")}
-    html = render(run, RunRecords([old], {}))
-    assert "<h2>Expert load</h2>" in html and "Router gradients" not in html and "capacity_advisor" not in html
-    assert "tools/capacity_advisor.py" in render(run, RunRecords([old, metrics(2)], {}))
+def test_long_curves_are_thinned():
+    steps = np.arange(5 * figures.POINTS)
+    figure = figures.curves(
+        {"step": steps, "loss": steps / 2, "mfu": np.full(len(steps), np.nan)}, {"loss": "l", "mfu": "m"}, 2
+    )
+    (drawn,) = figure.data
+    assert len(drawn.x) <= figures.POINTS and list(drawn.y[:2]) == [x / 2 for x in drawn.x[:2]]
 
 
 def test_bars_are_the_figures_of_the_evaluations(reported):

@@ -5,7 +5,7 @@ import sys
 from mmoe.config.load import dump, load
 from mmoe.recipe.config import RunConfig
 from tests.conftest import REPOSITORY
-from tests.planning.test_capacity import falling, record
+from tests.planning.test_capacity import falling, record, write
 
 
 def call(*arguments) -> subprocess.CompletedProcess:
@@ -15,8 +15,7 @@ def call(*arguments) -> subprocess.CompletedProcess:
 
 def test_it_tells_the_smallest_factors_and_ends_with_a_result(tmp_path):
     (tmp_path / "config.yaml").write_text(dump(load(RunConfig, REPOSITORY / "configs" / "demo.yaml")))
-    lines = [record(10, [40_000] * 21, [40_000] * 21), record(20, falling(3), falling(5))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(tmp_path, record(10, [40_000] * 21, [40_000] * 21), record(20, falling(3), falling(5)))
     done = call(tmp_path, "--last", 0.5)
     assert done.returncode == 0, done.stderr
     assert "layer 1: 1.25" in done.stdout and "every layer: 1.25" in done.stdout and "10.000%" in done.stdout

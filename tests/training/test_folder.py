@@ -14,6 +14,8 @@ def run_in(folder: Path) -> Path:
     """A folder with every name that a run writes."""
     files = [
         "metrics.jsonl",
+        "metrics-undone.jsonl",
+        "tracked-wandb.json",
         "quarantine.jsonl",
         "errors.jsonl",
         "lock",
@@ -26,6 +28,8 @@ def run_in(folder: Path) -> Path:
     files += ["checkpoints/step-00000010/state.json", "checkpoints/step-00000020.left/__0_0.distcp"]
     files += ["checkpoints/step-00000030.partial/.metadata", "checkpoints/latest", "logs/rank-00001.log"]
     files += ["tensorboard/events.out.tfevents.1.host.2.0", "checkpoints.deleted/step-00000005/state.json"]
+    files += ["tables/step-000000010.parquet", f"tables/.step-000000010.parquet.{'0a' * 16}"]
+    files += ["wandb/offline-run-20260101_101112-0a1b2c3d/files/config.yaml"]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -78,7 +82,15 @@ def test_a_folder_of_runs_is_refused_by_naming_them(tmp_path):
     assert "holds other runs (first, second)" in refused(tmp_path / "runs")
 
 
-STRAYS = ["notes.txt", "src/", "checkpoints/best.pt", "tensorboard/mine.txt", "logs/app.log", "evaluation.txt"]
+STRAYS = [
+    "notes.txt",
+    "src/",
+    "checkpoints/best.pt",
+    "tensorboard/mine.txt",
+    "tables/mine.parquet",
+    "logs/app.log",
+    "evaluation.txt",
+]
 
 
 @pytest.mark.parametrize("stray", STRAYS)

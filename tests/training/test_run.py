@@ -33,7 +33,7 @@ TREE = {
         "global_batch_positions": 256,
         "budget_positions": 512,
     },
-    "monitoring": {"tensorboard": False},
+    "monitoring": {"sinks": [{"kind": "jsonl"}, {"kind": "arrays"}]},
 }
 
 

@@ -1,6 +1,5 @@
 """The loop on small packed multimodal batches: exact resume, accumulation, and the sentences of a run."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,7 +13,8 @@ from mmoe.commands import session
 from mmoe.commands.console import Console
 from mmoe.config.load import dump, load, validate
 from mmoe.errors import CheckpointError, ConfigError, DivergenceError
-from mmoe.monitoring.metrics import MetricsWriter, state_digest
+from mmoe.monitoring.metrics import MetricsCallback, state_digest
+from mmoe.monitoring.reader import read_lines
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.schema.batch import Values
@@ -62,7 +62,7 @@ def config(folder, run, **changes) -> RunConfig:
             "evaluate_at_end": False,
         },
         "checkpoint": {"every_steps": 3},
-        "monitoring": {"log_every_steps": 1, "tensorboard": False},
+        "monitoring": {"log_every_steps": 1, "tables_every_steps": 1, "sinks": [{"kind": "jsonl"}, {"kind": "arrays"}]},
     }
     for key, value in changes.items():
         node = tree
@@ -127,15 +127,18 @@ def test_the_bias_follows_the_loads_of_a_whole_step_and_no_optimizer_holds_it(fo
 def test_resuming_from_an_older_checkpoint_replays_the_same_steps(folder, tmp_path):
     configuration = config(folder, tmp_path / "run", monitoring__digest_steps=[5])
     with PeakMemory() as memory:
-        trainer(configuration, MetricsWriter(memory), stop_at=5).train()
-        again = trainer(configuration, MetricsWriter(memory))
+        trainer(configuration, MetricsCallback(memory), stop_at=5).train()
+        again = trainer(configuration, MetricsCallback(memory))
         again.resume(step=3)
         again.train()
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    first = {r["step"]: r for r in records if r["session"] == 0}
-    second = {r["step"]: r for r in records if r["session"] == 1}
-    for step in (4, 5):
-        assert first[step]["loss"] == second[step]["loss"] and first[step]["grad_norm"] == second[step]["grad_norm"]
+    first = {record["step"]: record for record in read_lines(tmp_path / "run" / "metrics-undone.jsonl")}
+    records = list(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert [(r["step"], r["session"]) for r in records] == [(n, int(n > 3)) for n in range(1, 9)]
+    second = {record["step"]: record for record in records[3:5]}
+    assert list(first) == [4, 5]
+    for step in first:
+        for name in ("loss", "grad_norm", "positions", "tokens", "expert_choices", "packing_efficiency"):
+            assert first[step][name] == second[step][name], name
     assert first[5]["digest"] == second[5]["digest"]
 
 

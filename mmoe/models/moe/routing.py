@@ -1,14 +1,15 @@
-"""What the routers did over the steps since the last record, as figures for `metrics.jsonl`."""
+"""What the routers did over some steps, as tables by layer and as a few scalars."""
 
-from collections.abc import Iterator
+import base64
+import zlib
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
-from mmoe.schema.sample import Modality
-
-BY_EXPERT = ("expert_load", "expert_importance", "router_grad_norm")  # drawn by TensorBoard, a curve for each expert
 
 
 class RoutingWindow:
@@ -18,57 +19,76 @@ class RoutingWindow:
         self.sum: RoutingStatistics | None = None
 
     def add(self, statistics: RoutingStatistics | None) -> None:
-        """Add the statistics of a step; None adds nothing."""
+        """Add the statistics of a step, on whose device the sum is kept; None adds nothing."""
         if statistics is not None:
-            self.sum = statistics if self.sum is None else self.sum + statistics
+            self.sum = statistics if self.sum is None else _beside(self.sum, statistics) + statistics
 
     def merge(self, other: "RoutingWindow") -> None:
         """Add all that another window holds."""
         self.add(other.sum)
 
-    def record(self, sources: list[str]) -> dict[str, Any]:
-        """JSON-able figures by MoE layer, counted from 0 among them; `sources` are the names by number.
+    def tables(self) -> dict[str, np.ndarray]:
+        """Make tables by MoE layer (N, counted from 0 among them), modality, source and expert; of no step, none.
 
-        Loads and drops are counts of choices, loads before any drop: `expert_load` by expert, and
-        `expert_load_by_source` by source, modality and expert (where there are any), `expert_drops` alike.
-        `would_drop` counts what each of the `capacity_factors` would drop. The others are means over tokens.
+        `expert_load` and `expert_drops` [N, M, S, E] i64 count choices, loads before any drop. `would_drop` [N, C] i64
+        counts what each of the `capacity_factors` [C] would drop. `expert_importance`, `router_logit_mean` and
+        `router_logit_variance` [N, E] f32 are means over tokens.
         """
         if self.sum is None:
             return {}
         total = self.sum
-        load, drops = total.load_NMSE.sum((1, 2)), total.drops_NMSE.sum((1, 2))
+        means = {
+            "expert_importance": total.importance_NE / total.tokens_N[:, None],
+            "router_logit_mean": total.logit_mean_NE,
+            "router_logit_variance": total.logit_variance_NE,
+        }
         return {
-            "expert_load": dict(enumerate(load.tolist())),
-            "expert_drops": dict(enumerate(drops.tolist())),
-            "expert_load_by_source": _by_source(total.load_NMSE, sources),
-            "expert_drops_by_source": _by_source(total.drops_NMSE, sources),
-            "expert_importance": dict(enumerate((total.importance_NE / total.tokens_N[:, None]).tolist())),
-            "capacity_factors": CAPACITY_FACTORS,
-            "would_drop": dict(enumerate(total.would_drop_NC.tolist())),
-            "router_logit_mean": dict(enumerate(total.logit_mean_NE.tolist())),
-            "router_logit_variance": dict(enumerate(total.logit_variance_NE.tolist())),
-            "router_entropy": (total.entropy_N / total.tokens_N).tolist(),
-            "load_max_over_mean": (load.amax(1) / load.double().mean(1)).tolist(),
-            "drop_rate": float(drops.sum() / load.sum()),
+            "expert_load": total.load_NMSE.cpu().numpy(),
+            "expert_drops": total.drops_NMSE.cpu().numpy(),
+            "would_drop": total.would_drop_NC.cpu().numpy(),
+            "capacity_factors": np.array(CAPACITY_FACTORS),
+            **{name: mean.float().cpu().numpy() for name, mean in means.items()},
         }
 
+    def scalars(self) -> dict[str, float]:
+        """Sum up: the share of choices that was dropped, the worst layer's balance, and the mean entropy in nats."""
+        if self.sum is None:
+            return {}
+        total = self.sum
+        load_NE = total.load_NMSE.sum((1, 2)).double()
+        return {
+            "drop_rate": float(total.drops_NMSE.sum() / total.load_NMSE.sum()),
+            "load_max_over_mean": float((load_NE.amax(1) / load_NE.mean(1)).amax()),
+            "router_entropy": float((total.entropy_N / total.tokens_N).mean()),
+        }
 
-def router_gradients(norms_NE: Tensor | None) -> dict[str, Any]:
-    """`router_grad_norm`: by MoE layer, the gradient norm of each expert's router weights, before clipping."""
-    return {} if norms_NE is None else {"router_grad_norm": dict(enumerate(norms_NE.tolist()))}
+    def choices(self) -> tuple[int, int]:
+        """Count all choices of experts, and those that were dropped."""
+        return (0, 0) if self.sum is None else (int(self.sum.load_NMSE.sum()), int(self.sum.drops_NMSE.sum()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the sums as JSON."""
+        return {} if self.sum is None else {f.name: _pack(getattr(self.sum, f.name)) for f in fields(self.sum)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.sum = RoutingStatistics(**{name: _unpack(packed) for name, packed in state.items()}) if state else None
 
 
-def by_expert(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """("router_grad_norm/layer0/expert3", value) of every figure of a record that is by layer and expert."""
-    for key in BY_EXPERT:
-        for layer, values in record.get(key, {}).items():
-            yield from ((f"{key}/layer{layer}/expert{expert}", value) for expert, value in enumerate(values))
+def _beside(held: RoutingStatistics, other: RoutingStatistics) -> RoutingStatistics:
+    """Give what is held on the device of the other: a sum that was loaded comes from a file."""
+    device = other.load_NMSE.device
+    if held.load_NMSE.device == device:
+        return held
+    return RoutingStatistics(*(getattr(held, f.name).to(device) for f in fields(held)))
 
 
-def _by_source(table_NMSE: Tensor, sources: list[str]) -> dict[int, dict[str, dict[str, list[int]]]]:
-    """{layer: {source: {modality: [E]}}} without the cells that are zero for every expert."""
-    found: dict[int, dict[str, dict[str, list[int]]]] = {layer: {} for layer in range(len(table_NMSE))}
-    for layer, kind, source in table_NMSE.any(-1).nonzero().tolist():
-        cells = found[layer].setdefault(sources[source], {})
-        cells[Modality(kind).name.lower()] = table_NMSE[layer, kind, source].tolist()
-    return found
+def _pack(tensor: Tensor) -> dict[str, Any]:
+    array = tensor.cpu().numpy()
+    content = base64.b64encode(zlib.compress(array.tobytes())).decode()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "zlib": content}
+
+
+def _unpack(packed: dict[str, Any]) -> Tensor:
+    content = bytearray(zlib.decompress(base64.b64decode(packed["zlib"])))
+    return torch.from_numpy(np.frombuffer(content, packed["dtype"]).reshape(packed["shape"]))

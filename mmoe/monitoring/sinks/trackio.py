@@ -1,0 +1,82 @@
+"""trackio: every curve, in a database on this machine or in a Space."""
+
+from types import ModuleType
+from typing import Any, Literal
+
+from mmoe.errors import BackendError
+from mmoe.monitoring.record import StepRecord
+from mmoe.monitoring.sinks.boards import curves
+from mmoe.monitoring.sinks.tracked import TrackedRun
+from mmoe.optional import require
+from mmoe.recipe.monitoring import SinkConfig, SinkContext
+
+
+class TrackioConfig(SinkConfig):
+    """Writes scalars, and curves by layer and expert, for trackio, on this machine unless `space_id` names a Space."""
+
+    kind: Literal["trackio"] = "trackio"
+    project: str
+    group: str | None = None  # null: the name of the run's folder
+    space_id: str | None = None
+
+    def build(self, context: SinkContext) -> "TrackioSink":
+        """Build the sink. Raises BackendError where trackio is not installed."""
+        return TrackioSink(require("trackio", "monitoring.sinks"), self, context)
+
+
+class TrackioSink:
+    """Logs by step. trackio cannot take back steps, so a run that was undone goes on as a new one of the same group.
+
+    The name there, the folder's with an id, is kept in `tracked-trackio.json`.
+    """
+
+    def __init__(self, trackio: ModuleType, config: TrackioConfig, context: SinkContext) -> None:
+        self._trackio, self._config, self._context = trackio, config, context
+        self._path = context.folder / f"tracked-{config.label}.json"
+        self._run: Any = None
+        self._last = 0
+
+    def write(self, record: StepRecord) -> None:
+        """Log the record's points at its step."""
+        self._run.log(dict(curves(record)), step=record.step)
+        self._last = record.step
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: in the same run where it holds nothing later."""
+        self._finish()
+        self._last = step
+        found = TrackedRun.read(self._path)
+        self._tracked = found if found and step and found.ends_by(step) else TrackedRun.new(self._path)
+        config, name = self._config, self._context.folder.name
+        try:
+            self._run = self._trackio.init(
+                project=config.project,
+                name=f"{name}-{self._tracked.id}",
+                group=config.group or name,
+                space_id=config.space_id,
+                config=self._context.config,
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        except (ValueError, OSError) as error:
+            raise BackendError(f"monitoring.sinks: trackio does not start ({error}); mend that sink's keys") from error
+        self._tracked.save(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep nothing: trackio writes to its own database."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing back."""
+
+    def close(self) -> None:
+        """Finish the session of the run."""
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._run is not None:
+            self._trackio.finish()  # not the run's own, which trackio would finish again at exit
+            self._run = None
+            self._tracked.save(self._last)
