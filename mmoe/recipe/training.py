@@ -23,7 +23,6 @@ class TrainingConfig(Config):
     )  # null: all of a replica's share of the global batch
     global_batch_positions: int = Field(gt=0, le=1 << 40)  # GB_tok
     budget_positions: int = Field(gt=0, le=1 << 60)  # steps = budget // GB_tok
-    evaluate_at_end: bool = True
     start_from: StartConfig | None = None  # null: random weights
 
     @property

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmoe.training.trainer import StepResult, Trainer
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What was measured on held-out data after `step`, by the names that sinks write as ``eval/<name>``."""
+
+    step: int
+    scalars: dict[str, float]
 
 
 class Callback:
@@ -18,6 +27,9 @@ class Callback:
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """After every optimizer step, before a checkpoint of that step is written."""
+
+    def on_evaluation(self, trainer: Trainer, result: EvaluationResult) -> None:
+        """After every evaluation within training, on all ranks."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of this session, its checkpoint written."""
