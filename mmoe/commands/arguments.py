@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from mmoe.recipe.config import RunConfig
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
+Measured = Annotated[
+    list[str] | None,
+    typer.Argument(help="moved data or another layout, e.g. data.sources.drive.shards=/new/place parallel.ep=2"),
+]
 Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
 
 

@@ -1,33 +1,61 @@
-"""`mmoe evaluate`: a run on its held-out recordings, as a table."""
+"""`mmoe evaluate`: a run on its held-out recordings, as a table; on one process, or on all that torchrun starts."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from mmoe.commands.arguments import Addresses
+from mmoe.commands.arguments import Measured
 from mmoe.commands.console import Console, console
+from mmoe.commands.progress import evaluation_progress
 from mmoe.errors import MmoeError
 
 if TYPE_CHECKING:
+    from mmoe.evaluation.inference import Progress
     from mmoe.schema.sample import Modality
+    from mmoe.training.run import Run
 
 
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN")],
-    overrides: Addresses = None,
+    overrides: Measured = None,
     shards: Annotated[str | None, typer.Option(help="another prepared source instead of the run's own")] = None,
     blank: Annotated[str | None, typer.Option(help="modality whose payload is zeroed: vision, audio, ...")] = None,
     shuffle: Annotated[str | None, typer.Option(help="modality taken from another held-out recording")] = None,
 ) -> None:
-    """Measure a run on its held-out recordings."""
+    """Measure a run on its held-out recordings; under torchrun, spread over the processes."""
     from mmoe.evaluation.evaluate import evaluate as measure
-    from mmoe.training.run import Run
+    from mmoe.runtime.launch import processes, same_config
+    from mmoe.training.run import Run, read_config
 
     blanked, shuffled = _modality(blank), _modality(shuffle)
-    run = Run.load(folder, overrides=overrides or ())
-    show(measure(run, shards=shards, blank=blanked, shuffle=shuffled), console)
+    asked = {"RUN": str(folder), "overrides": overrides or [], "shards": shards, "blank": blank, "shuffle": shuffle}
+    with processes(read_config(folder).parallel.timeout_seconds, folder):
+        same_config(json.dumps(asked))
+        run = Run.load(folder, overrides=overrides or ())
+        with watched_progress(run, console) as progress:
+            result = measure(run, shards=shards, blank=blanked, shuffle=shuffled, progress=progress)
+        if result is not None:
+            show(result, console)
+
+
+@contextmanager
+def watched_progress(run: "Run", console: Console) -> Iterator["Progress"]:
+    """Show how far an evaluation is, on the first rank, and stop it where its ranks do not go on together."""
+    from mmoe.runtime.watch import Watch
+
+    voice = console if run.ranks.first else Console(quiet=True)
+    with Watch(run.config.parallel.timeout_seconds, run.folder) as watch, evaluation_progress(voice) as draw:
+
+        def progress(what: str, done: int, of: int) -> None:
+            watch.beat(done, f"evaluation: {what}")
+            draw(what, done, of)
+
+        yield progress
 
 
 def _modality(name: str | None) -> "Modality | None":

@@ -1,10 +1,12 @@
-"""The progress bar of a training session."""
+"""The progress bars of a training session and of an evaluation."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmoe.commands.console import Console
+from mmoe.commands.console import Console, printable
 from mmoe.training.callback import Callback, EvaluationResult
 from mmoe.training.loop import Trainer
 from mmoe.training.step import StepResult
@@ -65,3 +67,27 @@ class ProgressBar(Callback):
             self._bar.stop()
         if self._trainer.interrupted and self._trainer.saved == self._trainer.state.step:
             self.console.print(f"interrupted: saved at step {self._trainer.saved}; the same command resumes")
+
+
+@contextmanager
+def evaluation_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show how many batches of each measure are done: a bar on a terminal, in a log file four lines a measure."""
+    if not console.is_terminal:
+        yield lambda what, done, of: _line(console, what, done, of)
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def draw(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(printable(what), total=of)
+            bar.update(tasks[what], completed=done)
+
+        yield draw
+
+
+def _line(console: Console, what: str, done: int, of: int) -> None:
+    # rounds of several batches may step over a quarter: it is said by the first that is behind it
+    if done == of or 4 * done // of > 4 * (done - 1) // of:
+        console.print(f"{what}: {done} of {of} batches", highlight=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmoe.addresses import is_missing
 from mmoe.commands.console import Console
-from mmoe.commands.evaluate import show
+from mmoe.commands.evaluate import show, watched_progress
 from mmoe.commands.prepare import prepare_missing
 from mmoe.commands.progress import ProgressBar
 from mmoe.config.load import dump
@@ -25,6 +25,7 @@ from mmoe.recipe.config import RunConfig
 from mmoe.runtime.agreement import Ranks
 from mmoe.runtime.launch import first_alone, processes, same_config
 from mmoe.runtime.peak_memory import PeakMemory
+from mmoe.training.callback import Callback
 from mmoe.training.changes import History, record_changes
 from mmoe.training.folder import check_start_over, start_over
 from mmoe.training.lock import run_lock
@@ -45,22 +46,21 @@ def train(
     """Train to the end of the budget (or `stop_after` steps), then evaluate and report once the run is complete.
 
     `adjustments` (`--set`, ``key=value``) change the rate of a run that has steps already, and are recorded. Under
-    torchrun every process calls this. The first one evaluates, alone, from the last checkpoint.
+    torchrun every process calls this, and all of them evaluate the model as it is spread.
     """
     _check_options(fresh, from_step, adjustments)
     config = adjust(config, adjustments)
     folder = Path(config.training.run)
-    with PeakMemory() as memory:
-        with processes(config.parallel.timeout_seconds, folder) as world:
-            check_one_process(config.parallel)
-            same_config(dump(config))
-            if fresh:
-                first_alone(lambda: check_start_over(folder))  # before anything is prepared
-            with run_lock(folder):
-                voice = console if Ranks().rank == 0 else Console(quiet=True)
-                run, complete = _train(config, voice, memory, fresh, stop_after, from_step, adjustments)
-        if complete and run.ranks.first and config.training.evaluate_at_end:
-            _evaluate(run if world == 1 else Run.load(folder), console)
+    with PeakMemory() as memory, processes(config.parallel.timeout_seconds, folder):
+        check_one_process(config.parallel)
+        same_config(dump(config))
+        if fresh:
+            first_alone(lambda: check_start_over(folder))  # before anything is prepared
+        with run_lock(folder):
+            voice = console if Ranks().rank == 0 else Console(quiet=True)
+            run, complete = _train(config, voice, memory, fresh, stop_after, from_step, adjustments)
+        if complete and config.evaluation.at_end:
+            _evaluate(run, voice)
 
 
 def _train(
@@ -77,8 +77,12 @@ def _train(
     run = Run.build(config)
     if fresh:
         first_alone(lambda: start_over(run.folder))
-    chosen = [callback.build() for callback in config.training.callbacks]
-    trainer = Trainer(run, [*chosen, MetricsCallback(memory), ProgressBar(console)], stop_after)
+    callbacks: list[Callback] = [callback.build() for callback in config.training.callbacks]
+    if config.evaluation.every_steps is not None:
+        from mmoe.evaluation.callback import Evaluation
+
+        callbacks.append(Evaluation(config.evaluation))
+    trainer = Trainer(run, [*callbacks, MetricsCallback(memory), ProgressBar(console)], stop_after)
     _introduce(run, console)
     step = from_step if from_step is not None else trainer.checkpoints.latest_step()
     if step is not None:
@@ -136,7 +140,14 @@ def _prepare(config: RunConfig) -> None:
 def _evaluate(run: Run, console: Console) -> None:
     from mmoe.evaluation.evaluate import evaluate
 
-    show(evaluate(run), console)
+    with watched_progress(run, console) as progress:
+        result = evaluate(run, progress=progress)
+    if result is not None:
+        show(result, console)
+    first_alone(lambda: _report(run, console))
+
+
+def _report(run: Run, console: Console) -> None:
     if lack := status("plotly").reason:
         console.print(f"no report was written: {lack}", soft_wrap=True, highlight=False)
         return

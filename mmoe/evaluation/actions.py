@@ -3,19 +3,23 @@
 Shape suffixes: M chunks, H steps of a chunk, A action dimensions (the union over sources).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
 from mmoe.data.load.tables import load_array
 from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import Storage
+from mmoe.evaluation.inference import Inference
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
+from mmoe.training.run import Run
 
 Key = tuple[int, int, int, int]  # source, shard, row, and number of the chunk in its row
 
@@ -98,6 +102,48 @@ def chunk_starts(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
     documents = batch.document.flatten().cpu().numpy()[starts]
     parts = [batch.documents[at // length][number] for at, number in zip(starts.tolist(), documents.tolist())]
     return starts, np.array(parts, np.int64).reshape(-1, 4)
+
+
+def predict_actions(
+    model: Inference, hidden: Tensor, batch: PackedBatch, starts: np.ndarray, parts: np.ndarray
+) -> np.ndarray:
+    """Predict the chunks [m, H, A] in normalised units, at the `action` tokens `starts` [m] of the parts [m, 4].
+
+    A discrete action is the likeliest bin of each element.
+    """
+    states = hidden.flatten(0, 1)
+    if not model.run.tokenizers.discrete_actions:
+        return model.model.actions(states[batch.action_index]).double().cpu().numpy()
+    bins = model.run.tokenizers.vocabulary.ranges["action"]
+
+    def likeliest(start: int, stop: int) -> np.ndarray:
+        return model.logits(states[start:stop])[:, bins.start : bins.stop].argmax(1).cpu().numpy()
+
+    return _from_bins(model.run, starts, parts, likeliest)[0]
+
+
+def logged_actions(run: Run, batch: PackedBatch, starts: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Give target and mask [m, H, A] of the chunks of a batch, in normalised units; of a discrete one, its bins."""
+    if not run.tokenizers.discrete_actions:
+        return batch.action_target.double().cpu().numpy(), batch.action_mask.cpu().numpy()
+    bins, labels = run.tokenizers.vocabulary.ranges["action"], batch.labels.flatten().cpu().numpy()
+    return _from_bins(run, starts, parts, lambda start, stop: labels[start:stop] - bins.start)
+
+
+def _from_bins(
+    run: Run, starts: np.ndarray, parts: np.ndarray, bins: Callable[[int, int], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """[m, H, A] values of discrete chunks, and which of them there are: those whose bin is not negative."""
+    dims, chunk = run.tokenizers.dims[Modality.ACTION], run.tokenizers.config.action.chunk
+    values = np.zeros((len(starts), chunk, dims.size))
+    there = np.zeros(values.shape, bool)
+    for number, (start, part) in enumerate(zip(starts.tolist(), parts.tolist())):
+        name = run.sources.names[part[0]]
+        tokenizer, columns = run.tokenizers.actions[name], dims.columns[name]
+        ids = bins(start, start + tokenizer.tokens).reshape(chunk, tokenizer.dims)
+        values[number][:, columns] = tokenizer.normalise(tokenizer.decode(np.maximum(ids, 0)))
+        there[number][:, columns] = ids >= 0
+    return values, there
 
 
 def align(parts: np.ndarray, values: np.ndarray, chunks: Chunks) -> np.ndarray:

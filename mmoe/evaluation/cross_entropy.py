@@ -1,55 +1,52 @@
 """Held-out cross-entropy beside the unigram entropy of the very same tokens."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
+KINDS = len(Modality)
 
-def unigram_entropy(tokens: np.ndarray) -> float:
-    """Entropy in nats of the empirical distribution of `tokens` [n], n >= 1.
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of tokens of which `counts` [ids] says how often each occurs, at least one of them.
 
     It is the cross-entropy of the best predictor that knows only how often each of these tokens occurs.
     """
-    counts = np.unique(tokens, return_counts=True)[1]
-    p = counts / counts.sum()
+    p = counts[counts > 0] / counts.sum()
     return float((p * np.log(1 / p)).sum())
 
 
-@dataclass
 class TokenScores:
-    """The log-probability of every held-out label, with its source and the modality of the target."""
+    """Sums over held-out labels: `nll` [sources, modalities] in nats, by the modality of the target, and how often
+    each id is the target, `counts` [sources, ids]."""
 
-    vocabulary: Vocabulary
-    sources: list[str]
-    _labels: list[np.ndarray] = field(default_factory=list)
-    _sources: list[np.ndarray] = field(default_factory=list)
-    _nll: list[np.ndarray] = field(default_factory=list)
+    def __init__(self, vocabulary: Vocabulary, sources: list[str]) -> None:
+        self.sources = sources
+        self._kinds = vocabulary.modality_of(np.arange(vocabulary.size)).astype(np.int64)
+        self.nll = np.zeros((len(sources), KINDS))
+        self.counts = np.zeros((len(sources), vocabulary.size), np.int64)
 
     def add(self, batch: PackedBatch, log_probabilities: Tensor, index: Tensor) -> None:
-        """`log_probabilities` [N] of the labels at the flat positions `index` [N]."""
-        self._labels.append(batch.labels.flatten()[index].cpu().numpy())
-        self._sources.append(batch.source.flatten()[index].cpu().numpy())
-        self._nll.append(-log_probabilities.to(torch.float64).cpu().numpy())
+        """Add the `log_probabilities` [N] of the labels at the flat positions `index` [N]."""
+        label, source = (x.flatten()[index].cpu().numpy().astype(np.int64) for x in (batch.labels, batch.source))
+        nll = -log_probabilities.double().cpu().numpy()
+        self.nll += np.bincount(source * KINDS + self._kinds[label], nll, self.nll.size).reshape(self.nll.shape)
+        np.add.at(self.counts, (source, label), 1)
+
+    def sum_over(self, total: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Replace what was counted here by the `total` over the ranks."""
+        self.nll, self.counts = total(self.nll), total(self.counts)
 
     def report(self) -> dict[str, Any]:
         """`val_ce`, `unigram_ce` (nats) and `labels` by modality of the target, and `ce_by_source` likewise."""
-        labels, source, nll = (
-            np.concatenate(parts) if parts else np.zeros(0) for parts in (self._labels, self._sources, self._nll)
-        )
-        labels = labels.astype(np.int64)
-        kinds = self.vocabulary.modality_of(labels)
-        overall = _by_modality(labels, kinds, nll)
-        by_source = {
-            name: _by_modality(labels[source == number], kinds[source == number], nll[source == number])
-            for number, name in enumerate(self.sources)
-        }
+        overall = self._by_modality(self.nll.sum(0), self.counts.sum(0))
+        by_source = {name: self._by_modality(*sums) for name, *sums in zip(self.sources, self.nll, self.counts)}
         return {
             "val_ce": {kind: entry["ce"] for kind, entry in overall.items()},
             "unigram_ce": {kind: entry["unigram"] for kind, entry in overall.items()},
@@ -57,14 +54,14 @@ class TokenScores:
             "ce_by_source": {name: entries for name, entries in by_source.items() if entries},
         }
 
-
-def _by_modality(labels: np.ndarray, kinds: np.ndarray, nll: np.ndarray) -> dict[str, dict[str, Any]]:
-    table = {}
-    for kind in np.unique(kinds):
-        mine = kinds == kind
-        table[Modality(int(kind)).name.lower()] = {
-            "ce": float(nll[mine].mean()),
-            "unigram": unigram_entropy(labels[mine]),
-            "labels": int(mine.sum()),
-        }
-    return table
+    def _by_modality(self, nll: np.ndarray, counts: np.ndarray) -> dict[str, dict[str, Any]]:
+        table = {}
+        for kind in np.unique(self._kinds[counts > 0]).tolist():
+            mine = counts[self._kinds == kind]
+            labels = int(mine.sum())
+            table[Modality(kind).name.lower()] = {
+                "ce": float(nll[kind]) / labels,
+                "unigram": unigram_entropy(mine),
+                "labels": labels,
+            }
+        return table

@@ -3,12 +3,11 @@
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from mmoe.addresses import check_address
 from mmoe.data.config import DataConfig
@@ -16,30 +15,37 @@ from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
-from mmoe.evaluation.actions import align, chunk_starts, error_tables, read_chunks
+from mmoe.evaluation.ablation import Ablation
+from mmoe.evaluation.actions import align, chunk_starts, error_tables, predict_actions, read_chunks
 from mmoe.evaluation.baselines import Baselines, read_features
 from mmoe.evaluation.cross_entropy import TokenScores
 from mmoe.evaluation.examples import examples
 from mmoe.evaluation.features import FeatureRows
-from mmoe.evaluation.inference import inference, label_log_probabilities
+from mmoe.evaluation.inference import Progress, inference
 from mmoe.evaluation.ranking import rank_candidates
-from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings
+from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings, report_retrieval
 from mmoe.files import write_atomically, writes
-from mmoe.models.decoder import MultimodalModel
-from mmoe.schema.batch import PackedBatch
+from mmoe.runtime.launch import first_alone
 from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
 
 def evaluate(
-    run: Run, *, shards: str | None = None, blank: Modality | None = None, shuffle: Modality | None = None
-) -> dict[str, Any]:
+    run: Run,
+    *,
+    shards: str | None = None,
+    blank: Modality | None = None,
+    shuffle: Modality | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
     """Measure `run` on its held-out split, or on that of the prepared folder `shards`; returns what it writes.
 
-    `blank` zeroes a modality, `shuffle` takes it from another held-out recording. Writes ``evaluation.json`` into
-    the run's folder, ``evaluation-blank-vision.json`` and the like under an ablation, and
-    ``evaluation-on-<folder>...json`` for other shards. Errors of actions are in normalised units, CE in nats.
+    The model is measured as it is spread: with a process group all ranks call this, and rank 0 alone writes and returns
+    the result; the others return None once it has. `blank` zeroes a modality, `shuffle` takes it from another held-out
+    recording. Writes ``evaluation.json`` into the run's folder, ``evaluation-blank-vision.json`` and the like under an
+    ablation, and ``evaluation-on-<folder>...json`` for other shards. Errors of actions are in normalised units, CE in
+    nats. `progress` is told of every round of batches.
     Raises ConfigError for choices that exclude each other, DataError where nothing is held out.
     """
     if blank is not None and shuffle is not None:
@@ -47,9 +53,7 @@ def evaluate(
     started = time.perf_counter()
     view = run if shards is None else _other_shards(run, shards)
     not_evaluated = {
-        name: "no held-out samples"
-        for name, manifest in view.sources.manifests.items()
-        if "heldout" not in manifest.splits or not manifest.splits["heldout"].samples
+        name: "no held-out samples" for name, manifest in view.sources.manifests.items() if not manifest.holds_out
     }
     donors = None
     if blank is not None:
@@ -61,46 +65,74 @@ def evaluate(
     if not only:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_evaluated.items())
         raise DataError(f"{run.folder}: nothing can be evaluated ({reasons}); prepare a source with a held-out split")
-    taken = donors.ablation if donors else None
+    found = _Measured.of(view, only, donors.ablation if donors else None, progress)
+    result: dict[str, Any] = {}
 
-    tokens = TokenScores(view.tokenizers.vocabulary, view.sources.names)
-    pairs = PairEmbeddings(view.sources.names)
-    parts, predictions = [], []
-    documents: set[tuple[int, int, int]] = set()
-    # The baselines are those of the whole data, whatever the model may see of it.
-    features = FeatureRows() if taken is None or taken.modality is Modality.VISION else None
-    with inference(view) as model:
-        for batch in view.heldout(isolated=False, only=only, stand_in=taken):
-            hidden = model(batch).hidden
-            tokens.add(batch, *label_log_probabilities(model, hidden, batch, run.config.losses.ce.chunk))
-            starts, of = chunk_starts(batch)
-            if len(starts):
-                parts.append(of)
-                predictions.append(predict_actions(view, model, hidden, batch, starts, of))
-                if features is not None:
-                    features.add(batch)
-            documents.update(document[:3] for sequence in batch.documents for document in sequence)
-        for name, most in _enough_pairs(view.sources, only).items():
-            for batch in view.heldout(isolated=True, only=[name], stand_in=taken, most_documents=most):
-                pairs.add(batch, *model.contrast(model(batch).hidden, batch.pairs, batch.modality))
-        ranking = rank_candidates(view, model, only, taken)
+    def conclude() -> None:  # fits baselines, so it may take long
+        result.update(
+            {
+                "run": str(run.folder),
+                "shards": shards,
+                "ablation": donors.record() if donors else None,
+                "samples": _counted(view.sources, found.documents),
+                "not_evaluated": not_evaluated,
+                **found.tokens.report(),
+                **_actions(run, view, found.actions, found.features),
+                "retrieval": report_retrieval(found.pairs, view.sources.names, run.config.training.seed),
+                "ranking": found.ranking,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        path = run.folder / file_name(shards, blank, shuffle)
+        with writes(path):
+            write_atomically(path, json.dumps(result, indent=1))
 
-    result: dict[str, Any] = {
-        "run": str(run.folder),
-        "shards": shards,
-        "ablation": donors.record() if donors else None,
-        "samples": _counted(view.sources, documents),
-        "not_evaluated": not_evaluated,
-        **tokens.report(),
-        **_actions(run, view, parts, predictions, features),
-        "retrieval": pairs.report(run.config.training.seed),
-        "ranking": ranking,
-    }
-    result["seconds"] = time.perf_counter() - started
-    path = run.folder / file_name(shards, blank, shuffle)
-    with writes(path):
-        write_atomically(path, json.dumps(result, indent=1))
-    return result
+    first_alone(conclude)
+    return result if run.ranks.first else None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the model said, brought together; on ranks other than the first, lists are empty.
+
+    `actions` has by batch the document parts [m, 4] of its chunks and the predictions [m, H, A]. `features` are those
+    of every chunk, where rank 0 has seen all batches with all their vectors; None where they must be read.
+    """
+
+    documents: set[tuple[int, int, int]]
+    tokens: TokenScores
+    actions: list[tuple[np.ndarray, np.ndarray]]
+    features: FeatureRows | None
+    pairs: list[PairEmbeddings]
+    ranking: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, run: Run, only: list[str], taken: Ablation | None, progress: Progress | None) -> "_Measured":
+        """Run the model over everything that is held out of the sources `only`; all ranks together."""
+        tokens = TokenScores(run.tokenizers.vocabulary, run.sources.names)
+        actions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        pairs: dict[tuple[int, int], PairEmbeddings] = {}
+        # The baselines are those of the whole data, whatever the model may see of it.
+        sees_all = run.ranks.first and run.ranks.speaks and run.ranks.replicas == 1
+        features = FeatureRows() if sees_all and (taken is None or taken.modality is Modality.VISION) else None
+        with inference(run, progress) as model:
+            heldout = run.heldout(isolated=False, only=only, stand_in=taken)
+            for number, batch, hidden in model.outputs(heldout, "tokens and actions"):
+                tokens.add(batch, *model.label_log_probabilities(hidden, batch))
+                starts, parts = chunk_starts(batch)
+                if len(starts):
+                    actions[number] = parts, predict_actions(model, hidden, batch, starts, parts)
+                    if features is not None:
+                        features.add(batch)
+            tokens.sum_over(model.total)
+            for at, (name, most) in enumerate(_enough_pairs(run.sources, only).items()):
+                isolated = run.heldout(isolated=True, only=[name], stand_in=taken, most_documents=most)
+                for number, batch, hidden in model.outputs(isolated, f"retrieval, {name}"):
+                    sides = run.model.contrast(hidden, batch.pairs, batch.modality)
+                    pairs[at, number] = PairEmbeddings.from_batch(batch, *sides)
+            ranking = rank_candidates(model, only, taken)
+            gathered = model.in_order(actions), features, model.in_order(pairs)
+            return cls(heldout.documents, tokens, *gathered, ranking)
 
 
 def file_name(shards: str | None = None, blank: Modality | None = None, shuffle: Modality | None = None) -> str:
@@ -111,40 +143,18 @@ def file_name(shards: str | None = None, blank: Modality | None = None, shuffle:
     return f"{name}.json"
 
 
-def predict_actions(
-    run: Run, model: MultimodalModel, hidden: Tensor, batch: PackedBatch, starts: np.ndarray, parts: np.ndarray
-) -> np.ndarray:
-    """The model's chunks [m, H, A] in normalised units, at the `action` tokens `starts` [m] of the parts [m, 4].
-
-    A discrete action is the likeliest bin of each element.
-    """
-    states = hidden.flatten(0, 1)
-    if not run.tokenizers.discrete_actions:
-        return model.actions(states[batch.action_index]).double().cpu().numpy()
-    dims, chunk = run.tokenizers.dims[Modality.ACTION], run.tokenizers.config.action.chunk
-    bins = run.tokenizers.vocabulary.ranges["action"]
-    predicted = np.zeros((len(starts), chunk, dims.size))
-    for number, (start, part) in enumerate(zip(starts.tolist(), parts.tolist())):
-        name = run.sources.names[part[0]]
-        tokenizer = run.tokenizers.actions[name]
-        logits = model.logits(states[start : start + tokenizer.tokens])[:, bins.start : bins.stop]
-        rows = tokenizer.decode(logits.argmax(1).cpu().numpy().reshape(chunk, tokenizer.dims))
-        predicted[number][:, dims.columns[name]] = tokenizer.normalise(rows)
-    return predicted
-
-
 def _actions(
     run: Run,
     view: Run,
-    parts: list[np.ndarray],
-    predictions: list[np.ndarray],
+    measured: list[tuple[np.ndarray, np.ndarray]],
     features: FeatureRows | None,
 ) -> dict[str, Any]:
     """`action_mse`, `action_mse_baselines` and the tables behind them; null where the sources log no actions."""
-    if not parts:
+    if not measured:
         return {"action_mse": None, "action_mse_baselines": None, "actions": {}, "examples": {}}
     chunks = read_chunks(view.sources, view.tokenizers, "heldout")
-    predicted = align(np.concatenate(parts), np.concatenate(predictions), chunks)
+    parts, predictions = (np.concatenate(column) for column in zip(*measured))
+    predicted = align(parts, predictions, chunks)
     seen = np.flatnonzero(~np.isnan(predicted).any((1, 2)))
     chunks, predicted = chunks.take(seen), predicted[seen]
     baselines = Baselines.of(run)

@@ -8,7 +8,7 @@ of its source (its own and a seeded choice of others where there are more than `
 - ``pmi``: ``sum`` minus ln p(text, end) without the sound, which does not prefer frequent texts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import numpy as np
 
 from mmoe.data.load.decode import Decoder, StandIn
 from mmoe.data.load.document import Document, DocumentBuilder
+from mmoe.data.load.heldout import dealt
 from mmoe.data.load.stream import make_collator
+from mmoe.data.plan.measure import measure_index
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.bounds import wilson_low
-from mmoe.evaluation.inference import label_log_probabilities
-from mmoe.models.decoder import MultimodalModel
+from mmoe.evaluation.inference import Inference
+from mmoe.schema.batch import PackedBatch
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
@@ -30,34 +32,50 @@ SCORES = ("sum", "mean", "pmi")
 
 
 @dataclass(frozen=True)
+class _Candidate:
+    """A text to be scored: by itself, or after the sound or picture of the row `ref`. `length` and `patches` are those
+    of its document, known before anything is decoded."""
+
+    ref: DocumentRef
+    ids: np.ndarray
+    alone: bool
+    length: int
+    patches: int
+
+
+@dataclass(frozen=True)
 class _Question:
-    """A row and the numbers of the texts it is asked about, its own first."""
+    """A row and the numbers of the texts it is asked about, its own first; without its text its document has `length`
+    positions."""
 
     ref: DocumentRef
     candidates: np.ndarray
+    length: int
+    patches: int
+
+    def ask(self, texts: list[np.ndarray]) -> list[_Candidate]:
+        """List the row's document with each of its candidates."""
+        asked = [texts[number] for number in self.candidates]
+        return [_Candidate(self.ref, ids, False, self.length + len(ids), self.patches) for ids in asked]
 
 
-def rank_candidates(
-    run: Run, model: MultimodalModel, only: list[str], stand_in: StandIn | None = None
-) -> dict[str, dict[str, Any]]:
+def rank_candidates(model: Inference, only: list[str], stand_in: StandIn | None = None) -> dict[str, dict[str, Any]]:
     """By source: number of `rows`, `chance`, and `accuracy` with its 95 % Wilson bound `low` for each score.
 
     A source without such rows, or with one text only, is not in the answer. Rows that do not fit a sequence with
-    every candidate are left out and counted.
+    every candidate are left out and counted. All ranks ask; the figures are rank 0's, elsewhere each source's are
+    empty.
     """
-    decoder = Decoder(
-        run.sources.files("heldout"), run.tokenizers, run.config.data.video_backend, stand_in, frozenset()
-    )
+    run = model.run
+    files, backend = run.sources.files("heldout"), run.config.data.video_backend
+    decoder = Decoder(files, run.tokenizers, backend, stand_in, storage=run.sources.storage)
     reports = {}
     for number, name in enumerate(run.sources.names):
         if name not in only:
             continue
-        refs, own, texts, too_long = _rows(decoder, number, run.config.data.sequence_length)
-        if len(texts) < 2:
-            continue
-        rng = np.random.default_rng((run.config.training.seed, number))
-        questions = [_question(ref, mine, len(texts), rng) for ref, mine in zip(refs, own)]
-        reports[name] = _rank(run, model, decoder, questions, texts, too_long)
+        questions, texts, left_out = _questions(run, decoder, number)
+        if len(texts) > 1:
+            reports[name] = _rank(model, decoder, questions, texts, left_out)
     return reports
 
 
@@ -74,14 +92,16 @@ def accuracies(scores: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     }
 
 
-def _rows(decoder: Decoder, source: int, room: int) -> tuple[list[DocumentRef], list[int], list[np.ndarray], int]:
-    """The rows that can be asked, the number of each one's own text, the distinct texts (token ids), and how many
-    rows have a text that fits no sequence of `room` positions."""
-    start = decoder.tokenizers.vocabulary.ranges["text"].start
-    refs, own, too_long = [], [], 0
+def _questions(run: Run, decoder: Decoder, source: int) -> tuple[list[_Question], list[np.ndarray], int]:
+    """The rows that can be asked, the distinct texts (token ids) of their source, and how many rows do not fit a
+    sequence with all they would be asked about."""
+    start, room = decoder.tokenizers.vocabulary.ranges["text"].start, run.config.data.sequence_length
+    rows: list[tuple[DocumentRef, int, int, int]] = []  # with the number of its text, and what the rest of it takes
+    too_long = 0
     numbers: dict[tuple[int, ...], int] = {}  # of the distinct texts
     for shard in range(len(decoder.sources[source].tars)):
         index = decoder.index(source, shard)
+        sizes = measure_index(index, decoder.tokenizers, decoder.sources[source].name)
         for row in range(len(index)):
             kinds, slices = index.row_segments(row)["modality"], index.row_segments(row)["slice"]
             text = (kinds == Modality.TEXT).sum()
@@ -92,95 +112,117 @@ def _rows(decoder: Decoder, source: int, room: int) -> tuple[list[DocumentRef], 
             if len(ids) + 2 > room:
                 too_long += 1
                 continue
-            refs.append(DocumentRef(source, shard, row, 0, 0, 1, False, True))
-            own.append(numbers.setdefault(tuple(ids.tolist()), len(numbers)))
-    return refs, own, [start + np.array(ids, np.int64) for ids in numbers], too_long
+            number = numbers.setdefault(tuple(ids.tolist()), len(numbers))
+            ref = DocumentRef(source, shard, row, 0, 0, 1, False, True)
+            rows.append((ref, number, int(sizes.length[row]) - len(ids), int(sizes.patches[row])))
+    texts = [start + np.array(ids, np.int64) for ids in numbers]
+    questions = []
+    rng = np.random.default_rng((run.config.training.seed, source))
+    for ref, own, rest, patches in rows if len(texts) > 1 else ():
+        candidates = _candidates(own, len(texts), rng)
+        if rest + max(len(texts[number]) for number in candidates) > room:
+            too_long += 1
+            continue
+        questions.append(_Question(ref, candidates, rest, patches))
+    return questions, texts, too_long
 
 
-def _question(ref: DocumentRef, own: int, texts: int, rng: np.random.Generator) -> _Question:
+def _candidates(own: int, texts: int, rng: np.random.Generator) -> np.ndarray:
     others = np.delete(np.arange(texts), own)
     if texts > MOST_CANDIDATES:
         others = rng.choice(others, MOST_CANDIDATES - 1, replace=False)
-    return _Question(ref, np.r_[own, others])
+    return np.r_[own, others]
 
 
 def _rank(
-    run: Run,
-    model: MultimodalModel,
-    decoder: Decoder,
-    questions: list[_Question],
-    texts: list[np.ndarray],
-    left_out: int,
+    model: Inference, decoder: Decoder, questions: list[_Question], texts: list[np.ndarray], left_out: int
 ) -> dict[str, Any]:
-    room = run.config.data.sequence_length
-    kept: list[_Question] = []
-
-    def documents() -> Iterator[tuple[DocumentRef, Document]]:
-        nonlocal left_out
-        for ids in texts:
-            yield questions[0].ref, _alone(decoder, ids)
-        for question in questions:
-            asked = [decoder(question.ref, text_ids=texts[number])[0] for number in question.candidates]
-            if max(map(len, asked)) > room:
-                left_out += 1
-                continue
-            kept.append(question)
-            yield from ((question.ref, document) for document in asked)
-
-    totals, counts = score_texts(run, model, documents())
+    report = {"texts": len(texts), "left_out": left_out}
+    if not questions:
+        return report | {"rows": 0}
+    alone = [_Candidate(questions[0].ref, ids, True, len(ids) + 2, 0) for ids in texts]
+    asked = [candidate for question in questions for candidate in question.ask(texts)]
+    name = decoder.sources[questions[0].ref.source].name
+    found = score_texts(model, decoder, [*alone, *asked], f"ranking, {name}")
+    if found is None:
+        return {}
+    totals, counts = found
     prior, at = totals[: len(texts)], len(texts)
     scores: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
-    for question in kept:
+    for question in questions:
         here = slice(at, at + len(question.candidates))
         scores["sum"].append(totals[here])
         scores["mean"].append(totals[here] / counts[here])
         scores["pmi"].append(totals[here] - prior[question.candidates])
         at = here.stop
-    report = {"texts": len(texts), "left_out": left_out}
-    return report | accuracies(scores) if kept else report | {"rows": 0}
+    return report | accuracies(scores)
 
 
 def score_texts(
-    run: Run, model: MultimodalModel, documents: Iterable[tuple[DocumentRef, Document]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each document ln p of its text and the closing token (summed), and how many tokens these are."""
-    data = run.config.data
-    collate = make_collator(data, run.tokenizers, run.config.losses.label_weights())
-    vocabulary = run.tokenizers.vocabulary
-    totals, counts = [], []
-    for sequences in _micro_batches(
-        documents, data.sequence_length, data.patch_budget, run.config.training.heldout_sequences
-    ):
-        batch = collate(sequences, groups=list(range(len(sequences)))).to(run.device)
-        chunk = run.config.losses.ce.chunk
-        scores, index = label_log_probabilities(model, model(batch).hidden, batch, chunk)
+    model: Inference, decoder: Decoder, candidates: list[_Candidate], what: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """For each candidate ln p of its text and the closing token (summed), and how many tokens these are; on rank 0,
+    None elsewhere."""
+    vocabulary = model.run.tokenizers.vocabulary
+    parts = {}
+    for number, batch, hidden in model.outputs(_Batches(model.run, decoder, candidates), what):
+        log_p, index = model.label_log_probabilities(hidden, batch)
         labels = batch.labels.flatten()[index].cpu().numpy()
         asked = (vocabulary.modality_of(labels) == Modality.TEXT) | (labels == Structure.EOS)
         flat, length = index.cpu().numpy()[asked], batch.shape[1]
-        first = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+        first = np.cumsum([0, *map(len, batch.documents)])
         document = first[flat // length] + batch.document.flatten().cpu().numpy()[flat]
-        totals.append(np.bincount(document, scores.double().cpu().numpy()[asked], first[-1]))
-        counts.append(np.bincount(document, minlength=first[-1]))
-    return np.concatenate([*totals, np.zeros(0)]), np.concatenate([*counts, np.zeros(0, np.int64)])
+        totals = np.bincount(document, log_p.double().cpu().numpy()[asked], first[-1])
+        parts[number] = totals, np.bincount(document, minlength=first[-1])
+    scored = model.in_order(parts)
+    if not model.ranks.first:
+        return None
+    totals, counts = (np.concatenate(column) for column in zip(*scored))
+    return totals, counts
+
+
+class _Batches:
+    """The documents of candidates in order, packed before they are decoded, in batches that replicas share."""
+
+    def __init__(self, run: Run, decoder: Decoder, candidates: list[_Candidate]) -> None:
+        self.decoder, self.size = decoder, run.config.training.heldout_sequences
+        self._collate = make_collator(run.config.data, run.tokenizers, run.config.losses.label_weights())
+        data = run.config.data
+        self.batches = list(_micro_batches(candidates, data.sequence_length, data.patch_budget, self.size))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def share(self, replica: int, replicas: int) -> Iterator[PackedBatch]:
+        """Decode the batches of a replica."""
+        nothing: list[_Candidate] = []
+        for batch in dealt(self.batches, self.size, nothing, replica, replicas):
+            sequences: list[list[tuple[DocumentRef, list[Document] | int]]] = [
+                [(candidate.ref, [self._document(candidate)]) for candidate in sequence] for sequence in batch
+            ]
+            yield self._collate(sequences, groups=list(range(len(batch))))
+
+    def _document(self, candidate: _Candidate) -> Document:
+        if candidate.alone:
+            return _alone(self.decoder, candidate.ids)
+        return self.decoder(candidate.ref, text_ids=candidate.ids)[0]
 
 
 def _micro_batches(
-    documents: Iterable[tuple[DocumentRef, Document]], length: int, patches: int, sequences: int
-) -> Iterator[list[list[tuple[DocumentRef, list[Document] | int]]]]:
-    """Documents in order, as many to a sequence as fit, `sequences` sequences at a time."""
-    batch: list[list[tuple[DocumentRef, list[Document] | int]]] = [[]]
+    candidates: list[_Candidate], length: int, patches: int, sequences: int
+) -> Iterator[list[list[_Candidate]]]:
+    """Candidates in order, as many to a sequence as fit, `sequences` sequences at a time."""
+    batch: list[list[_Candidate]] = [[]]
     room, patch_room = length, patches
-    for ref, document in documents:
-        size = len(document)
-        need = len(document.values[Modality.VISION][1]) if Modality.VISION in document.values else 0
-        if size > room or need > patch_room:
+    for candidate in candidates:
+        if candidate.length > room or candidate.patches > patch_room:
             if len(batch) == sequences:
                 yield batch
                 batch = []
             batch.append([])
             room, patch_room = length, patches
-        batch[-1].append((ref, [document]))
-        room, patch_room = room - size, patch_room - need
+        batch[-1].append(candidate)
+        room, patch_room = room - candidate.length, patch_room - candidate.patches
     if batch[0]:
         yield batch
 

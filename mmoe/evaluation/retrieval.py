@@ -1,6 +1,6 @@
 """Retrieval between the two sides of isolated pairs, in pools of fixed size."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,49 +15,53 @@ POOL, POOLS = 64, 10
 TOP = (1, 5)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PairEmbeddings:
-    """Embeddings of both sides of every held-out pair."""
+    """Embeddings of the two sides of P held-out pairs: `text`, `other` [P, E]; `text_hash` [P] names each caption,
+    `kind` [P] is the modality of the side that is not text, `source` [P] the number of the source."""
 
-    sources: list[str]
-    _text: list[np.ndarray] = field(default_factory=list)
-    _other: list[np.ndarray] = field(default_factory=list)
-    _hash: list[np.ndarray] = field(default_factory=list)
-    _kind: list[np.ndarray] = field(default_factory=list)  # modality of the side that is not text
-    _source: list[np.ndarray] = field(default_factory=list)
+    text: np.ndarray
+    other: np.ndarray
+    text_hash: np.ndarray
+    kind: np.ndarray
+    source: np.ndarray
 
-    def add(self, batch: PackedBatch, left: Tensor, right: Tensor) -> None:
-        """`left`, `right` [P, E]: the embeddings of the two sides of `batch.pairs`, L2-normalised."""
+    @classmethod
+    def from_batch(cls, batch: PackedBatch, left: Tensor, right: Tensor) -> "PairEmbeddings":
+        """Take `left`, `right` [P, E]: the embeddings of the two sides of `batch.pairs`, L2-normalised."""
         text_left = (batch.pairs.modality[:, 0] == Modality.TEXT)[:, None]
         kinds = torch.where(text_left[:, 0], batch.pairs.modality[:, 1], batch.pairs.modality[:, 0])
-        self._text.append(torch.where(text_left, left, right).double().cpu().numpy())
-        self._other.append(torch.where(text_left, right, left).double().cpu().numpy())
-        self._hash.append(batch.pairs.text_hash.cpu().numpy())
-        self._kind.append(kinds.cpu().numpy())
-        self._source.append(batch.source.flatten()[batch.pairs.span[:, 0, 0]].cpu().numpy())
+        return cls(
+            torch.where(text_left, left, right).double().cpu().numpy(),
+            torch.where(text_left, right, left).double().cpu().numpy(),
+            batch.pairs.text_hash.cpu().numpy(),
+            kinds.cpu().numpy(),
+            batch.source.flatten()[batch.pairs.span[:, 0, 0]].cpu().numpy(),
+        )
 
-    def report(self, seed: int) -> dict[str, Any]:
-        """`by` "<source>/<kind>-text", and at the top the entry with most captions (pictures before sounds).
 
-        Where no source has `POOL` different captions, the top has null figures and the `reason`.
-        """
-        by: dict[str, dict[str, Any]] = {}
-        if self._text:
-            text, other, hashes, kinds, sources = (
-                np.concatenate(parts) for parts in (self._text, self._other, self._hash, self._kind, self._source)
-            )
-            for kind, source in sorted({(int(k), int(s)) for k, s in zip(kinds, sources)}):
-                mine = (kinds == kind) & (sources == source)
-                name = f"{self.sources[source]}/{Modality(kind).name.lower()}-text"
-                by[name] = recall(text[mine], other[mine], hashes[mine], seed)
-        full = [name for name, entry in by.items() if entry["r1"] is not None]
-        chosen = max(full, key=lambda name: (name.endswith("vision-text"), by[name]["captions"]), default=None)
-        if chosen is not None:
-            top = {"of": chosen, **{key: by[chosen][key] for key in ("r1", "r1_low", "r5", "pool", "chance")}}
-        else:
-            reason = f"no source has {POOL} held-out pairs with different captions" if by else "no held-out pairs"
-            top = {"of": None, "r1": None, "r1_low": None, "r5": None, "pool": POOL, "reason": reason}
-        return {**top, "by": by}
+def report_retrieval(parts: list[PairEmbeddings], sources: list[str], seed: int) -> dict[str, Any]:
+    """Give `by` "<source>/<kind>-text", and at the top the entry with most captions (pictures before sounds).
+
+    Where no source has `POOL` different captions, the top has null figures and the `reason`.
+    """
+    by: dict[str, dict[str, Any]] = {}
+    if parts:
+        text, other, hashes, kinds, numbers = (
+            np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(PairEmbeddings)
+        )
+        for kind, source in sorted({(int(k), int(s)) for k, s in zip(kinds, numbers)}):
+            mine = (kinds == kind) & (numbers == source)
+            name = f"{sources[source]}/{Modality(kind).name.lower()}-text"
+            by[name] = recall(text[mine], other[mine], hashes[mine], seed)
+    full = [name for name, entry in by.items() if entry["r1"] is not None]
+    chosen = max(full, key=lambda name: (name.endswith("vision-text"), by[name]["captions"]), default=None)
+    if chosen is not None:
+        top = {"of": chosen, **{key: by[chosen][key] for key in ("r1", "r1_low", "r5", "pool", "chance")}}
+    else:
+        reason = f"no source has {POOL} held-out pairs with different captions" if by else "no held-out pairs"
+        top = {"of": None, "r1": None, "r1_low": None, "r5": None, "pool": POOL, "reason": reason}
+    return {**top, "by": by}
 
 
 def recall(text: np.ndarray, other: np.ndarray, hashes: np.ndarray, seed: int) -> dict[str, Any]:

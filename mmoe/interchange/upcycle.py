@@ -52,7 +52,7 @@ def _upcycle(run: Run, moe: MoEConfig, origin: StartConfig) -> Upcycled:
     checkpoints = CheckpointManager(run.folder / "checkpoints", run.config.checkpoint)
     if checkpoints.latest_step() is not None:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
-    batches = [batch for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
+    batches = [batch.to(run.device) for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
     take_weights(run, origin.model_copy(update={"noise": 0.0}))  # refuses what does not fit
     copies, dense = loss(run.model, batches), _dense_loss(run, moe.hidden, origin, batches)
     start(run, origin)

@@ -1,4 +1,4 @@
-"""One rank of each data replica decodes, its peers receive: the steps of a stream, handed on batch by batch."""
+"""One rank of each data replica decodes, its peers receive: batches, and the steps of a stream, one by one."""
 
 import io
 import pickle
@@ -20,26 +20,35 @@ ALIGNMENT = 16  # bytes, of every tensor in a message
 def shared_steps(stream: Stream, mesh: Mesh, micro_batches: int, device: torch.device) -> Iterator[StepData]:
     """The steps of this replica's stream on each of its ranks, the batches on `device`.
 
-    The first of the ranks reads `stream`; on the others it is left alone. The vectors of continuous modalities, nearly
-    all of a batch's bytes, go to the ranks of the first pipeline stage only. Every rank takes all batches of a step.
+    The first of the ranks reads `stream`; on the others it is left alone. Every rank takes all batches of a step.
     """
-    sends = dist.get_rank(mesh.peers) == 0
-    steps = stream.steps() if sends else None
+    steps = stream.steps() if decodes(mesh) else None
     while True:
         data = next(steps) if steps else None
         header = _send((data.counts, data.plan, data.lost) if data else None, mesh.peers, device)
-        batches = data.batches if data else iter(())
+        yield StepData(shared_batches(data.batches if data else iter(()), mesh, micro_batches, device), *header)
 
-        def micro(batches: Iterator[PackedBatch] = batches) -> Iterator[PackedBatch]:
-            for _ in range(micro_batches):
-                batch = next(batches) if sends else None
-                layout = _send(replace(batch, values={}) if batch else None, mesh.peers, device)
-                if mesh.rank("pp") == 0:
-                    values = _send(batch.values if batch else None, mesh.group("sequence"), device)
-                    layout = replace(layout, values=values)
-                yield layout
 
-        yield StepData(micro(), *header)
+def shared_batches(
+    batches: Iterator[PackedBatch], mesh: Mesh, number: int, device: torch.device
+) -> Iterator[PackedBatch]:
+    """The next `number` of the `batches` that the first rank of this replica reads, on each of its ranks, on `device`.
+
+    The vectors of continuous modalities, nearly all of a batch's bytes, go to the ranks of the first pipeline stage
+    only. The others give an iterator that is left alone.
+    """
+    for _ in range(number):
+        batch = next(batches) if decodes(mesh) else None
+        layout = _send(replace(batch, values={}) if batch else None, mesh.peers, device)
+        if mesh.rank("pp") == 0:
+            values = _send(batch.values if batch else None, mesh.group("sequence"), device)
+            layout = replace(layout, values=values)
+        yield layout
+
+
+def decodes(mesh: Mesh) -> bool:
+    """Whether this rank decodes the batches of its replica."""
+    return dist.get_rank(mesh.peers) == 0
 
 
 def _send(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:

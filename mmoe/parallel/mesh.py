@@ -25,6 +25,7 @@ from mmoe.parallel.config import ParallelConfig
 
 DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 WEIGHTS = ("pp", "dp_replicate", "fsdp", "tp")
+DEGREES = (*DENSE, "ep")
 SPARSE = ("pp", "dp_replicate", "expert_shard", "ep")
 
 
@@ -42,7 +43,7 @@ class Degrees:
     @classmethod
     def of(cls, config: ParallelConfig, world: int) -> "Degrees":
         """Those of `world` processes; raises ConfigError, with the arithmetic, where they do not multiply to it."""
-        degrees = {axis: getattr(config, axis) for axis in (*DENSE, "ep")}
+        degrees = {axis: getattr(config, axis) for axis in DEGREES}
         given = {axis: degree for axis, degree in degrees.items() if axis not in ("dp_shard", "ep")}
         product, formula = 1, []
         for axis, degree in given.items():

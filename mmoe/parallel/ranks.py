@@ -21,7 +21,7 @@ from mmoe.losses.total import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.statistics import RoutingStatistics, router_gradient_norms
 from mmoe.optim.adamw import gradient_norm
-from mmoe.parallel.broadcast import shared_steps
+from mmoe.parallel.broadcast import decodes, shared_batches, shared_steps
 from mmoe.parallel.collectives import add_up, gather, gather_constant
 from mmoe.parallel.gradients import sum_over_tensor_ranks, total_norms
 from mmoe.parallel.mesh import Mesh
@@ -34,12 +34,23 @@ from mmoe.parallel.tensor import VocabularyHead
 from mmoe.schema.batch import PackedBatch
 
 
+class SharedBatches(Protocol):
+    """Batches that data replicas share, as many and as large for each of them."""
+
+    def __len__(self) -> int:
+        """Count those that hold something."""
+
+    def share(self, replica: int, replicas: int) -> Iterator[PackedBatch]:
+        """Give those of a replica: the batches ``replica``, ``replica + replicas``, ..., the last one perhaps empty."""
+
+
 class Ranks(Protocol):
-    """What a step asks of the ranks."""
+    """What a step, and a measure, asks of the ranks."""
 
     replica: int
     replicas: int
     first: bool  # whether this rank writes the run's files
+    speaks: bool  # whether it is the one of its replica that tells what was measured: it has the heads
     pipeline: Pipeline | None  # what takes the place of `forward` and of a loop over micro-batches
 
     def tables(self) -> list[Table]:
@@ -51,8 +62,17 @@ class Ranks(Protocol):
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
         """The steps of this rank's replica, each of so many micro-batches."""
 
+    def batches(self, batches: SharedBatches) -> Iterator[PackedBatch]:
+        """This replica's share of the batches, the same on all of its ranks; each replica has as many."""
+
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
         """The output of the whole batch."""
+
+    def hidden(self, model: MultimodalModel, batch: PackedBatch) -> Tensor | None:
+        """Hidden states [B, L, D] of the whole batch, for no gradient; None on ranks that the heads are not on."""
+
+    def logits(self, model: MultimodalModel, hidden_nD: Tensor) -> Tensor:
+        """Scores [n, V] of all ids, for no gradient; the ranks that share the vocabulary ask together."""
 
     def part(self, model: MultimodalModel) -> Part:
         """What this rank works out of the losses of its batches."""
@@ -76,7 +96,7 @@ class Ranks(Protocol):
 class OneProcess:
     """Runs the steps of a run that has one process."""
 
-    replica, replicas, first = 0, 1, True
+    replica, replicas, first, speaks = 0, 1, True, True
     pipeline: Pipeline | None = None
 
     def tables(self) -> list[Table]:
@@ -91,9 +111,21 @@ class OneProcess:
         """Give the steps of the stream as they are."""
         return stream.steps()
 
+    def batches(self, batches: SharedBatches) -> Iterator[PackedBatch]:
+        """Give all of the batches."""
+        return batches.share(0, 1)
+
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
         """Run the model on the whole batch."""
         return model(batch)
+
+    def hidden(self, model: MultimodalModel, batch: PackedBatch) -> Tensor | None:
+        """Run the model on the whole batch."""
+        return model(batch).hidden
+
+    def logits(self, model: MultimodalModel, hidden_nD: Tensor) -> Tensor:
+        """Give the model's own scores."""
+        return model.logits(hidden_nD)
 
     def part(self, model: MultimodalModel) -> Part:
         """Say that all of the losses are worked out here."""
@@ -129,6 +161,7 @@ class ManyRanks:
         self.mesh, self.setting, self.sources, self.device, self.pipeline = mesh, setting, sources, device, pipeline
         self.replica, self.replicas = mesh.replica, mesh.replicas
         self.first = dist.get_rank() == 0
+        self.speaks = mesh.rank("sequence") == 0 and mesh.rank("pp") == mesh.degrees.pp - 1
         self.contrast_axis = self._contrast_axis()
 
     def tables(self) -> list[Table]:
@@ -154,6 +187,22 @@ class ManyRanks:
         layout = sharding.layout(batch, model.decoder.config, self.setting.precision.parameter_dtype)
         output = model(sharding.local(batch), layout)
         return replace(output, hidden=sharding.whole(output.hidden))
+
+    def batches(self, batches: SharedBatches) -> Iterator[PackedBatch]:
+        """Give the batches that one rank of each replica decodes and shares with its peers."""
+        mine = batches.share(self.replica, self.replicas) if decodes(self.mesh) else iter(())
+        return shared_batches(mine, self.mesh, -(-len(batches) // self.replicas), self.device)
+
+    def hidden(self, model: MultimodalModel, batch: PackedBatch) -> Tensor | None:
+        """Run the model on the batch, through the pipeline where there is one."""
+        return self.pipeline.hidden(batch) if self.pipeline else self.forward(model, batch).hidden
+
+    def logits(self, model: MultimodalModel, hidden_nD: Tensor) -> Tensor:
+        """Gather the scores of the ids that each rank of tp has."""
+        if self.mesh.degrees.tp == 1:
+            return model.logits(hidden_nD)
+        head = VocabularyHead(model, self.mesh.axis("tp"))
+        return head.whole(head.logits(hidden_nD))
 
     def part(self, model: MultimodalModel) -> Part:
         """Say what of the losses is worked out here, by the axes of the mesh."""

@@ -164,6 +164,13 @@ class VocabularyHead:
         """[n, V / tp]: of the ids of this rank."""
         return F.linear(hidden_nD, local(self.model.unembedding_weight))
 
+    def whole(self, logits_nV: Tensor) -> Tensor:
+        """[n, V / tp] of each rank -> [n, V] on all of them, without a gradient."""
+        size = self.model.unembedding_weight.shape[0]
+        most = -(-size // self.mesh.size())  # ids of a rank; the last ones may have fewer
+        parts = gather_constant(F.pad(logits_nV, (0, most - logits_nV.shape[1])), self.mesh.get_group())
+        return parts.transpose(0, 1).flatten(1)[:, :size]
+
     def criterion(self, logits_nV: Tensor, labels_n: Tensor) -> Tensor:
         """[n] nats."""
         own = labels_n - first_id(self.model.unembedding_weight.shape[0], self.mesh)

@@ -13,6 +13,7 @@ from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.config import OptimConfig
 from mmoe.parallel.config import ParallelConfig
 from mmoe.precision.config import PrecisionConfig
+from mmoe.recipe.evaluation import EvaluationConfig
 from mmoe.recipe.monitoring import MonitoringConfig
 from mmoe.recipe.training import TrainingConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
@@ -31,6 +32,7 @@ class RunConfig(Config):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
     def batch(self) -> BatchArithmetic:

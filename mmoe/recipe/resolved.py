@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 from mmoe.data.plan.deal import Reach
+from mmoe.errors import ConfigError
 from mmoe.optim.schedule import Schedule
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.config import ParallelConfig
+from mmoe.parallel.mesh import DEGREES, Degrees
 from mmoe.parallel.parallelize import check_layout
 from mmoe.parallel.pipeline import check_stages
 from mmoe.parallel.sequence import check_length
 from mmoe.parallel.setting import RankSetting
 from mmoe.recipe.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,30 @@ class ResolvedRun(RankSetting):
             contrastive_group=config.contrastive_group,
             schedule=config.optim.build_schedule(batch),
         )
+
+    @classmethod
+    def to_measure(cls, config: RunConfig, world: int | None = None) -> ResolvedRun:
+        """As `of`, for a model that is not trained: the replicas need not share the run's global batch.
+
+        The batch is that of one replica. Raises ConfigError where the degrees or the model cannot be spread so.
+        """
+        alone = cls.of(config)
+        if world is None:
+            return alone
+        degrees, parallel = Degrees.of(config.parallel, world), config.parallel
+        check_layout(config.model, degrees)
+        check_length(config.data.sequence_length, degrees.cp, degrees.tp)
+        check_stages(config.model.layers, parallel.stages_per_rank, degrees.pp, micro_batches=degrees.pp)
+        return replace(alone, degrees=degrees)
+
+
+def layout_to_measure(config: RunConfig, world: int) -> ParallelConfig:
+    """Give the layout that `world` processes measure a trained run in: its own where that fits their number, else plain
+    data parallelism, which is said."""
+    try:
+        ResolvedRun.to_measure(config, world)
+    except ConfigError as error:
+        logger.info(f"{world} processes measure by data parallelism, since the run's own layout does not fit: {error}")
+        of_layout = {*DEGREES, "schedule", "stages_per_rank"}
+        return ParallelConfig(**config.parallel.model_dump(exclude=of_layout))
+    return config.parallel

@@ -26,7 +26,6 @@ class TrainingConfig(Config):
     micro_batch_sequences: Annotated[int | None, Nature.LAYOUT] = Field(default=None, gt=0, le=1 << 20)
     global_batch_positions: int = Field(gt=0, le=1 << 40)  # GB_tok
     budget_positions: Annotated[int, Nature.EXTENDABLE] = Field(gt=0, le=1 << 60)  # steps = budget // GB_tok
-    evaluate_at_end: Annotated[bool, Nature.OPERATIONAL] = True
     start_from: StartConfig | None = None  # null: random weights
     # Told of every step in this order, before what records and shows it.
     callbacks: Annotated[ChosenCallbacks, Nature.OPERATIONAL] = ()

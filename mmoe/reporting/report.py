@@ -3,16 +3,18 @@
 from functools import partial
 from typing import Any
 
+import torch
 from markupsafe import Markup
 
 from mmoe.config.load import dump
 from mmoe.files import write_atomically, writes
+from mmoe.models.decoder import MultimodalModel
 from mmoe.monitoring.summary import RunRecords, summarise, write_summary
 from mmoe.planning.capacity import LAST, advise
 from mmoe.reporting import figures
 from mmoe.reporting.page import Section, page, parts, plot
 from mmoe.reporting.pictures import read_slice, slice_card
-from mmoe.training.run import Run
+from mmoe.training.run import Run, model_inputs
 
 REPORT = "report.html"
 
@@ -227,6 +229,8 @@ def _config(run: Run) -> Section | None:
 
 
 def _lead(run: Run, summary: dict[str, Any]) -> str:
-    parameters = sum(p.numel() for p in run.model.parameters())
+    with torch.device("meta"):  # what is here of the model may be a part of it
+        model = MultimodalModel(run.config.model, model_inputs(run.tokenizers))
+    parameters = sum(p.numel() for p in model.parameters())
     sources = ", ".join(run.sources.names)
     return f"{parameters:,} parameters, {summary['positions']:,} positions of {sources}"

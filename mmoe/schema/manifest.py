@@ -103,6 +103,11 @@ class SourceManifest(Config):
     quarantined: dict[str, int]  # reason -> samples refused
     removed: dict[str, int] = Field(default_factory=dict)  # reason -> readable samples left out: filters, duplicates
 
+    @property
+    def holds_out(self) -> bool:
+        """Say whether some of the source's samples are held out."""
+        return "heldout" in self.splits and self.splits["heldout"].samples > 0
+
     @field_validator("splits")
     @classmethod
     def _known(cls, splits: dict[str, SplitEntry]) -> dict[str, SplitEntry]:

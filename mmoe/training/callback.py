@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Figures on held-out data after `step`, by name, the same on every rank."""
+    """Figures on held-out data after `step`, by the names that sinks write as ``eval/<name>``; equal on every rank."""
 
     step: int
     scalars: dict[str, float]

@@ -1,6 +1,6 @@
 """The parts of a run, built from its config or loaded from its folder; train, evaluate and generate share them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.config.base import change_addresses
 from mmoe.config.load import absolute, dump, flatten, load, override
-from mmoe.data.load.stream import heldout_batches
+from mmoe.data.load.heldout import HeldoutBatches
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError
 from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.build import build
+from mmoe.parallel.mesh import DEGREES, check_one_process
 from mmoe.parallel.ranks import Ranks
 from mmoe.recipe.config import RunConfig
-from mmoe.recipe.resolved import ResolvedRun
-from mmoe.schema.batch import PackedBatch
+from mmoe.recipe.resolved import ResolvedRun, layout_to_measure
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.training.fingerprint import check_unchanged, fingerprint
@@ -68,21 +68,34 @@ def read_config(folder: str | Path) -> RunConfig:
     return config.model_copy(update={"training": config.training.model_copy(update={"run": str(folder)})})
 
 
-def readdress(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Give the config of a trained run with other addresses, for data that has been moved.
+def rearrange(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Give the config of a trained run with other addresses, for data that has been moved, and a layout to measure in.
 
-    Raises ConfigError for an override of anything else, since the weights were trained with the rest.
+    Degrees that `overrides` name are taken as they are; else a process group gets a layout that fits it. Unless
+    `overrides` say otherwise weights are gathered anew for every pass (ZeRO-3): none is kept for a backward pass.
+    Raises ConfigError for an override of anything else, since the weights were trained with the rest, and for degrees
+    that one process cannot have.
     """
     changed = override(config, overrides)
     before, now = (
         flatten(change_addresses(each, lambda _: "an address").model_dump(mode="json")) for each in (config, changed)
     )
-    if others := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+    keys = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    if others := sorted(key for key in keys if not key.startswith("parallel.")):
         raise ConfigError(
             f"{', '.join(others)} cannot be changed of a run that is trained; only addresses can, such as "
-            "data.sources.NAME.shards=FOLDER"
+            "data.sources.NAME.shards=FOLDER, and the layout, such as parallel.ep=2"
         )
-    return changed
+    named = {item.partition("=")[0] for item in overrides}
+    chosen = bool(named & {f"parallel.{axis}" for axis in DEGREES})
+    if not dist.is_initialized():
+        if chosen:
+            check_one_process(changed.parallel)
+        return changed
+    parallel = changed.parallel if chosen else layout_to_measure(changed, dist.get_world_size())
+    if "parallel.zero" not in named:
+        parallel = parallel.model_copy(update={"zero": 3})
+    return changed.model_copy(update={"parallel": parallel})
 
 
 def saved_fingerprint(state: dict[str, Any]) -> Any:
@@ -104,30 +117,33 @@ class Run:
     ranks: Ranks
 
     @classmethod
-    def build(cls, config: RunConfig) -> "Run":
+    def build(
+        cls, config: RunConfig, resolve: Callable[[RunConfig, int | None], ResolvedRun] = ResolvedRun.of
+    ) -> "Run":
         """Open the sources, which must be prepared, and initialise the model.
 
-        With a process group every rank calls this, and each gets its part of the model.
+        With a process group every rank calls this, and each gets its part of the model. `resolve` derives what follows
+        from the number of processes.
         """
         if config.parallel.threads:
             torch.set_num_threads(config.parallel.threads)
         sources, tokenizers = open_sources(config)
-        inputs = model_inputs(tokenizers)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        resolved = ResolvedRun.of(config, dist.get_world_size() if dist.is_initialized() else None)
-        model, ranks = build(resolved, inputs, len(sources.names), config.training.seed, device)
+        resolved = resolve(config, dist.get_world_size() if dist.is_initialized() else None)
+        model, ranks = build(resolved, model_inputs(tokenizers), len(sources.names), config.training.seed, device)
         # Its config holds from any folder; until it is read again, messages name places as the caller did.
         folder = Path(config.training.run)
         return cls(absolute(config), resolved, folder, sources, tokenizers, model, device, ranks)
 
     @classmethod
     def load(cls, folder: str | Path, step: int | None = None, overrides: Sequence[str] = ()) -> "Run":
-        """The run in `folder` with the weights of its latest checkpoint, or of the one after `step`.
+        """The run in `folder` with the weights of its latest checkpoint, or of the one after `step`, to be measured.
 
-        `overrides` may give other addresses, e.g. ``data.sources.drive.shards=/new/place``.
+        `overrides` may give other addresses, e.g. ``data.sources.drive.shards=/new/place``. With a process group every
+        rank calls this, and each gets its part of the model in the layout that `overrides` name, or one that fits.
         """
-        folder, config = Path(folder), readdress(read_config(folder), overrides)
-        run = cls.build(config)
+        folder, config = Path(folder), rearrange(read_config(folder), overrides)
+        run = cls.build(config, ResolvedRun.to_measure)
         manager = CheckpointManager(folder / "checkpoints", config.checkpoint)
         state: dict[str, Any] = {"model": run.model.state_dict(), "trainer": {}}
         manager.load(state, step)
@@ -143,9 +159,9 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, text)
 
-    def heldout(self, *, isolated: bool, **choices: Any) -> Iterator[PackedBatch]:
-        """Held-out batches on the run's device; see `heldout_batches` for the choices."""
-        batches = heldout_batches(
+    def heldout(self, *, isolated: bool, **choices: Any) -> HeldoutBatches:
+        """Plan the held-out batches, which are on the CPU; see `HeldoutBatches` for the choices."""
+        return HeldoutBatches(
             self.config.data,
             self.sources,
             self.tokenizers,
@@ -155,4 +171,3 @@ class Run:
             isolated=isolated,
             **choices,
         )
-        return (batch.to(self.device) for batch in batches)

@@ -56,9 +56,9 @@ def config(root: str, folder, **data) -> str:
             "micro_batch_sequences": 2,
             "global_batch_positions": 320,
             "budget_positions": 320 * 4,
-            "evaluate_at_end": False,
         },
         "checkpoint": {"every_steps": 2},
+        "evaluation": {"at_end": False},
         "monitoring": {"log_every_steps": 1, "tables_every_steps": 1, "sinks": [{"kind": "jsonl"}, {"kind": "arrays"}]},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))

@@ -10,8 +10,8 @@ import torch
 
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.load.decode import Decoder
+from mmoe.data.load.heldout import HeldoutBatches
 from mmoe.data.load.quarantine import FEW
-from mmoe.data.load.stream import heldout_batches
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
@@ -108,9 +108,7 @@ def test_a_batch_that_cannot_be_dealt_is_refused(folders):
 
 def test_heldout_batches_hold_every_held_out_document(folders):
     config, sources, tokenizers = setup(folders)
-    found = heldout_batches(
-        config, sources, tokenizers, seed=0, micro_sequences=2, label_weights=WEIGHTS, isolated=True
-    )
+    found = HeldoutBatches(config, sources, tokenizers, seed=0, micro_sequences=2, label_weights=WEIGHTS, isolated=True)
     origins = {d[:3] for batch in found for documents in batch.documents for d in documents}
     assert len(origins) == 8 * len(MAKERS)
 
@@ -213,4 +211,4 @@ def test_held_out_samples_that_cannot_be_decoded_are_an_error(damaged):
     config, sources, tokenizers = setup(root, names=("text", "audio"))
     with pytest.raises(DataError, match="its checksum differs"):
         choices = {"seed": 0, "micro_sequences": 1, "label_weights": WEIGHTS, "isolated": False, "split": "train"}
-        list(heldout_batches(config, sources, tokenizers, **choices))
+        list(HeldoutBatches(config, sources, tokenizers, **choices))

@@ -53,8 +53,8 @@ def config(root, run, *, moe=None, **model) -> RunConfig:
             "micro_batch_sequences": 2,
             "global_batch_positions": 256,
             "budget_positions": 512,
-            "evaluate_at_end": False,
         },
+        "evaluation": {"at_end": False},
         "monitoring": {"sinks": [{"kind": "jsonl"}, {"kind": "arrays"}]},
     }
     return validate(RunConfig, tree, "test")

@@ -103,7 +103,7 @@ def test_a_run_keeps_addresses_that_hold_from_any_folder(home):
 
 def test_the_same_relative_config_resumes_from_the_folder_it_began_in(home, monkeypatch):
     monkeypatch.chdir(home)
-    assert "has its 2 steps already" in " ".join(mmoe("train", "poem.yaml", "training.evaluate_at_end=true").split())
+    assert "has its 2 steps already" in " ".join(mmoe("train", "poem.yaml", "evaluation.at_end=true").split())
     (home / "runs/poem" / CONFIG).write_text(yaml.safe_dump(TREE))  # as earlier versions wrote it
     assert "has its 2 steps already" in " ".join(mmoe("train", "poem.yaml").split())
 

@@ -59,9 +59,9 @@ def config(folder, run, **changes) -> RunConfig:
             "micro_batch_sequences": 2,
             "global_batch_positions": 640,
             "budget_positions": 640 * 8,
-            "evaluate_at_end": False,
         },
         "checkpoint": {"every_steps": 3},
+        "evaluation": {"at_end": False},
         "monitoring": {"log_every_steps": 1, "tables_every_steps": 1, "sinks": [{"kind": "jsonl"}, {"kind": "arrays"}]},
     }
     for key, value in changes.items():

@@ -11,13 +11,13 @@ import numpy as np
 
 from mmoe.data.config import DataConfig
 from mmoe.data.load.collate import Collator
-from mmoe.data.load.decode import Decoder, StandIn
+from mmoe.data.load.decode import Decoder
 from mmoe.data.load.document import Document
 from mmoe.data.load.loader import batches
 from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
-from mmoe.data.load.workers import Activity, Place, WorkerError
+from mmoe.data.load.workers import Activity, Place
 from mmoe.data.plan.deal import check_dealing, deal
-from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan, plan_once
+from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan
 from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import StorageError
 from mmoe.errors import DataError, MmoeError
@@ -194,7 +194,7 @@ class Stream:
                 for first in range(0, len(mine), self.micro_sequences):
                     yield [step[i] for i in mine[first : first + self.micro_sequences]]
 
-        arriving = self._taken(_load(self.dataset, plans(), self.config, self.activity, self._condemn))
+        arriving = self._taken(load_batches(self.dataset, plans(), self.config, self.activity, self._condemn))
         micro_batches = self.sequences // (self.replicas * self.micro_sequences)
         while True:
             # The first micro-batch is fetched before the counts are read: fetching is what makes the plan advance.
@@ -238,46 +238,10 @@ def make_collator(
     )
 
 
-def heldout_batches(
-    config: DataConfig,
-    sources: Sources,
-    tokenizers: Tokenizers,
-    *,
-    seed: int,
-    micro_sequences: int,
-    label_weights: np.ndarray,
-    isolated: bool,
-    split: str = "heldout",
-    only: list[str] | None = None,
-    stand_in: StandIn | None = None,
-    skip: frozenset[Modality] = frozenset(),
-    most_documents: int | None = None,
-) -> Iterator[PackedBatch]:
-    """Every document of a split once; `isolated` packs every pair as two documents, else none.
-
-    `most_documents`: of a source that has more, a seeded choice of so many. A sample that cannot be decoded raises:
-    a measure of fewer samples would be another measure.
-    """
-    limits = config.limits(seed, 1.0 if isolated else 0.0)
-    sequences = plan_once(sources.planned(split, limits, tokenizers, only), limits, most_documents)
-    decoder = Decoder(sources.files(split), tokenizers, config.video_backend, stand_in, skip, sources.storage)
-    activity = Activity(config.workers)
-    collator = make_collator(config, tokenizers, label_weights, skip)
-    collator.check_room(micro_sequences, config.workers, config.prefetch)
-    dataset = SequenceDataset(decoder, collator, 1, activity, config.bounds, strict=True)
-    plans = [sequences[i : i + micro_sequences] for i in range(0, len(sequences), micro_sequences)]
-
-    def condemn(place: Place, how: str) -> None:
-        raise WorkerError(
-            f"{ENDED_WORKER} ({how}): {dataset.name(place)}; prepare the source again, or leave the sample out"
-        )
-
-    yield from _load(dataset, plans, config, activity, condemn)
-
-
-def _load(
+def load_batches(
     dataset: SequenceDataset, plans: Any, config: DataConfig, activity: Activity, condemn: Callable[[Place, str], None]
 ) -> Iterator[PackedBatch]:
+    """Decode `plans` ahead, by as many workers as the config says; `condemn` as for `mmoe.data.load.loader.batches`."""
     return batches(
         dataset,
         plans,
