@@ -2,14 +2,17 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
 from mmoe.commands import session
 from mmoe.commands.console import Console
 from mmoe.errors import ConfigError, DivergenceError, OutputError
-from mmoe.monitoring.metrics import state_digest
+from mmoe.monitoring.metrics import MetricsCallback, state_digest
+from mmoe.monitoring.reader import RunReader
 from mmoe.recipe.callbacks import CALLBACKS, CallbackConfig
+from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback, EvaluationResult
 from mmoe.training.decision import Decision
 from tests.training import test_trainer
@@ -160,6 +163,38 @@ def test_figures_of_one_callback_are_told_to_all(folder, tmp_path):
     log = Log()
     trainer(config(folder, tmp_path / "run"), Measures(), log, stop_at=1).train()
     assert (1, "on_evaluation {'ce': 2.0}") in log.calls
+
+
+def test_figures_of_an_evaluation_are_in_the_record_of_its_step(folder, tmp_path):
+    class Measures(Callback):
+        name = "measures"
+
+        def on_start(self, trainer):
+            self.trainer = trainer
+
+        def on_step(self, result):
+            if result.step == 3:
+                self.trainer.tell_evaluation(EvaluationResult(3, {"ce_text": 2.5}))
+
+    tree = config(folder, tmp_path / "run", monitoring__log_every_steps=2, monitoring__tables_every_steps=5)
+    with PeakMemory() as memory:
+        trainer(tree, Measures(), MetricsCallback(memory), stop_at=5).train()
+    columns = RunReader(tmp_path / "run").columns("eval/ce_text", "positions")
+    assert columns["step"].tolist() == [2, 3, 4, 5]
+    np.testing.assert_array_equal(columns["eval/ce_text"], [np.nan, 2.5, np.nan, np.nan])
+    assert columns["positions"].tolist() == [640 * step for step in columns["step"]]
+
+
+def test_a_roll_back_takes_its_records_back_and_counts_go_on_from_the_checkpoint(folder, tmp_path):
+    with PeakMemory() as memory:
+        trainer(config(folder, tmp_path / "run"), Wishes(Decision.ROLL_BACK, step=5), MetricsCallback(memory)).train()
+        trainer(config(folder, tmp_path / "whole"), MetricsCallback(memory)).train()
+    found, expected = (RunReader(tmp_path / name) for name in ("run", "whole"))
+    assert found.undone("loss")["step"].tolist() == [4]
+    for name, column in expected.columns("step", "loss", "grad_norm", "positions", "tokens").items():
+        np.testing.assert_array_equal(found.columns(name)[name], column)
+    for ours, theirs in zip(found.tables("expert_load"), expected.tables("expert_load"), strict=True):
+        np.testing.assert_array_equal(ours.values, theirs.values)
 
 
 @CALLBACKS.register("stop_after_positions")
