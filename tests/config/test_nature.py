@@ -73,9 +73,12 @@ KEYS = {
         "tokenizers.text": "path",
         "tokenizers.audio": "path",
         "parallel": "timeout_seconds",
-        "training": "run evaluate_at_end",
+        "training": "run callbacks",
         "checkpoint": "every_steps keep",
-        "monitoring": "log_every_steps tensorboard digest_steps",
+        "monitoring": "log_every_steps tables_every_steps digest_steps peak_flops",
+        "monitoring.sinks.jsonl": "kind name",
+        "monitoring.sinks.arrays": "kind name records_per_part flush_seconds",
+        "evaluation": "every_steps at_end batches",
     },
 }
 

@@ -70,18 +70,18 @@ STAGES = {
 @pytest.mark.parametrize("changes", [{}, {"data__stages": STAGES}], ids=["epochs", "stages"])
 def test_a_finished_run_that_is_extended_twice_equals_one_that_was_so_long_from_the_start(folder, tmp_path, changes):
     """Over the end of an epoch of some source, and over a stage's border, from inside a window of the plan."""
-    whole = configured(folder, tmp_path / "whole", 13, **changes)
+    whole = configured(folder, tmp_path / "whole", 15, **changes)
     train(whole)
-    for steps in (4, 9, 13):
+    for steps in (4, 9, 15):
         said = train(configured(folder, tmp_path / "cut", steps, **changes))
-    assert "training.budget_positions (5760 -> 8320)" in said and "resumed" in said
+    assert "training.budget_positions (5760 -> 9600)" in said and "resumed" in said
     assert "the rate at" not in said and "the shares of" not in said  # nothing that is done follows the length
-    assert end(whole) == end(configured(folder, tmp_path / "cut", 13, **changes))
+    assert end(whole) == end(configured(folder, tmp_path / "cut", 15, **changes))
     plan = end(whole)[1]["plan"]
     assert max(plan["drawn"]) > 24  # rows of every source
     assert recorded(tmp_path / "cut") == [
         (4, "training.budget_positions", STEP * 4, STEP * 9),
-        (9, "training.budget_positions", STEP * 9, STEP * 13),
+        (9, "training.budget_positions", STEP * 9, STEP * 15),
     ]
 
 
