@@ -11,7 +11,6 @@ from rich.table import Table
 
 from mmoe.commands.arguments import Measured
 from mmoe.commands.console import Console, console
-from mmoe.commands.progress import evaluation_progress
 from mmoe.errors import MmoeError
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def evaluate(
 @contextmanager
 def watched_progress(run: "Run", console: Console) -> Iterator["Progress"]:
     """Show how far an evaluation is, on the first rank, and stop it where its ranks do not go on together."""
+    from mmoe.commands.progress import evaluation_progress
     from mmoe.runtime.watch import Watch
 
     voice = console if run.ranks.first else Console(quiet=True)
