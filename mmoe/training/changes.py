@@ -65,11 +65,9 @@ class History:
     def at(self, step: int) -> RunConfig:
         """Give the config that was in force when `step` steps were done: later changes are undone."""
         tree = self.config.model_dump(mode="json")
-        for change in reversed(self.changes):
+        for change in reversed(self.later(step)):
             node, name = _holder(tree, change.key)
-            # One that is not in force was never made: the session ended before it wrote the config.
-            if change.step > step and node.get(name) == change.after:
-                node[name] = change.before
+            node[name] = change.before
         return validate(RunConfig, tree, str(self.folder / CHANGES))
 
     def changed(self, step: int, now: RunConfig) -> list[Change]:
