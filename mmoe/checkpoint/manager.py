@@ -20,8 +20,9 @@ between ranks, but every training step seeds itself.
 Nothing in a checkpoint is run: see `mmoe.checkpoint.metadata` on the pickle in which torch keeps `.metadata`.
 """
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from mmoe.checkpoint.tensors import fill
 from mmoe.checkpoint.writer import check_room, write
 from mmoe.errors import CheckpointError
 from mmoe.runtime.agreement import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -70,9 +73,10 @@ class CheckpointManager:
         ranks = checkpoint_ranks()
         return self._write(ranks.every(lambda: Snapshot.take(step, state, texts or {})), ranks)
 
-    def load(self, state: dict[str, Any], step: int | None = None) -> int:
+    def load(self, state: dict[str, Any], step: int | None = None, accept: Callable[[int], None] | None = None) -> int:
         """Fill `state` from the checkpoint of `step` (None: the newest that is whole); returns its step.
 
+        `accept` is told of the step that was found, before anything is filled, on all ranks; what it raises is raised.
         Damaged ones that are passed over are said on stderr. The keys of `state` choose the sections to read. A
         tensor of `state` is filled in place and must have the name, shape and dtype of the saved one; all ranks
         together hold all names of a section. A section without tensors on any rank takes whatever was saved, on
@@ -80,6 +84,8 @@ class CheckpointManager:
         """
         ranks = checkpoint_ranks()
         path, manifest = find_whole(self.folder, step, ranks)
+        if accept is not None:
+            accept(manifest.step)
         with read_errors(path):
             document = ranks.first(lambda: read_document(path))
             fill(path, manifest, document, state, ranks)
@@ -117,8 +123,18 @@ class CheckpointManager:
                 if ranks.rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-            ranks.first(lambda: retire(self.folder, self.config.keep, snapshot.step))
+        ranks.first(lambda: self._retire(snapshot.step))
         return path_of(self.folder, snapshot.step)
+
+    def _retire(self, saved: int) -> None:
+        """Delete what is not kept. Where that fails the new one is whole all the same, and the next save tries."""
+        try:
+            retire(self.folder, self.config.keep, saved)
+        except OSError as error:
+            logger.warning(
+                f"{error.filename or self.folder}: an old checkpoint cannot be deleted ({error.strerror}); more than "
+                f"checkpoint.keep={self.config.keep} stay until it can be"
+            )
 
     def _prepare(self, partial: Path, needed: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

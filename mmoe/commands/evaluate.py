@@ -27,13 +27,15 @@ def evaluate(
     shuffle: Annotated[str | None, typer.Option(help="modality taken from another held-out recording")] = None,
 ) -> None:
     """Measure a run on its held-out recordings; under torchrun, spread over the processes."""
+    from mmoe.config.load import override
     from mmoe.evaluation.evaluate import evaluate as measure
     from mmoe.runtime.launch import processes, same_config
-    from mmoe.training.run import Run, read_config
+    from mmoe.training.run import UNWATCHED, Run, read_config
 
     blanked, shuffled = _modality(blank), _modality(shuffle)
     asked = {"RUN": str(folder), "overrides": overrides or [], "shards": shards, "blank": blank, "shuffle": shuffle}
-    with processes(read_config(folder).parallel.timeout_seconds, folder):
+    config = override(read_config(folder, UNWATCHED), overrides or ())
+    with processes(config.parallel.timeout_seconds, folder):
         same_config(json.dumps(asked))
         run = Run.load(folder, overrides=overrides or ())
         with watched_progress(run, console) as progress:

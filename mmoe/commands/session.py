@@ -4,6 +4,7 @@ A training process loads no reader, no preparation and no reporting: what is mis
 own, and what evaluates and draws is imported once the training has ended. That stays in this process: it has the model.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from mmoe.optional import status
 from mmoe.parallel.mesh import check_one_process
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.agreement import Ranks
-from mmoe.runtime.launch import first_alone, processes, same_config
+from mmoe.runtime.launch import first_alone, processes, same_config, strongest
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback
 from mmoe.training.changes import History, record_changes
@@ -53,7 +54,8 @@ def train(
     folder = Path(config.training.run)
     with PeakMemory() as memory, processes(config.parallel.timeout_seconds, folder):
         check_one_process(config.parallel)
-        same_config(dump(config))
+        options = {"fresh": fresh, "stop_after": stop_after, "from_step": from_step, "set": list(adjustments)}
+        same_config(f"{dump(config)}options: {json.dumps(options)}\n")
         if fresh:
             first_alone(lambda: check_start_over(folder))  # before anything is prepared
         with run_lock(folder):
@@ -82,11 +84,11 @@ def _train(
         from mmoe.evaluation.callback import Evaluation
 
         callbacks.append(Evaluation(config.evaluation))
-    trainer = Trainer(run, [*callbacks, MetricsCallback(memory), ProgressBar(console)], stop_after)
+    metrics = MetricsCallback(memory)
+    trainer = Trainer(run, [*callbacks, metrics, ProgressBar(console)], stop_after)
     _introduce(run, console)
-    step = from_step if from_step is not None else trainer.checkpoints.latest_step()
-    if step is not None:
-        _resume(run, trainer, step, from_step, adjustments, console)
+    if from_step is not None or trainer.checkpoints.latest_step() is not None:
+        _resume(run, trainer, from_step, adjustments, console)
     elif adjustments:
         raise ConfigError(
             f"--set changes a run that has steps, and {run.folder} has no checkpoint; give {', '.join(adjustments)} "
@@ -99,21 +101,20 @@ def _train(
     elif (run.folder / METRICS).is_file():
         console.print(f"{run.folder} holds no checkpoint: the run begins at step 0", soft_wrap=True)
     first_alone(run.save_config)
-    if trainer.state.step >= trainer.stop_at:
-        console.print(
-            f"{run.folder} has its {trainer.state.step} steps already; a larger training.budget_positions extends it, "
-            "--fresh starts over",
-            soft_wrap=True,
-        )
-    else:
+    if trainer.state.step < trainer.stop_at:
         trainer.train()
+        return run, trainer.state.step == trainer.last_step
+    instead = "a larger training.budget_positions extends it, --fresh starts over"
+    if trainer.stop_at < trainer.last_step:
+        instead = f"--stop-after {trainer.stop_at} leaves none to do; a later one goes on"
+    console.print(f"{run.folder} has its {trainer.state.step} steps already; {instead}", soft_wrap=True)
+    if strongest(metrics.unwritten)[0]:
+        trainer.write_rest()
     return run, trainer.state.step == trainer.last_step
 
 
-def _resume(
-    run: Run, trainer: Trainer, step: int, from_step: int | None, adjustments: Sequence[str], console: Console
-) -> None:
-    """Go on from `from_step`, or from the newest checkpoint, which is that of `step`; what changes is recorded."""
+def _resume(run: Run, trainer: Trainer, from_step: int | None, adjustments: Sequence[str], console: Console) -> None:
+    """Go on from `from_step`, or from the newest whole checkpoint; what changes is said, and recorded."""
     if not run.folder.joinpath("checkpoints").is_dir():
         trainer.resume(from_step)  # says what there is not
 
@@ -122,9 +123,12 @@ def _resume(
         return Mixture(config.data.stages, found, config.training.budget_positions)
 
     history = History.read(run.folder)
-    for sentence in check_resume(history, run.config, step, mixture, adjustments):
-        console.print(sentence, soft_wrap=True)
-    trainer.resume(from_step)
+
+    def check(step: int) -> None:
+        for sentence in check_resume(history, run.config, step, mixture, adjustments):
+            console.print(sentence, soft_wrap=True)
+
+    trainer.resume(from_step, check)
     first_alone(lambda: record_changes(history, trainer.state.step, run.config))
     console.print(f"resumed {run.folder} at step {trainer.state.step}")
 
@@ -140,10 +144,13 @@ def _prepare(config: RunConfig) -> None:
 def _evaluate(run: Run, console: Console) -> None:
     from mmoe.evaluation.evaluate import evaluate
 
-    with watched_progress(run, console) as progress:
-        result = evaluate(run, progress=progress)
-    if result is not None:
-        show(result, console)
+    if any(manifest.holds_out for manifest in run.sources.manifests.values()):
+        with watched_progress(run, console) as progress:
+            result = evaluate(run, progress=progress)
+        if result is not None:
+            show(result, console)
+    else:
+        console.print("nothing is evaluated: no source has held-out samples (prepare.heldout_share)", soft_wrap=True)
     first_alone(lambda: _report(run, console))
 
 

@@ -13,7 +13,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/demo.yaml, or a run's folder to resume")],
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
-    stop_after: Annotated[int | None, typer.Option(help="end this session after that many steps in all")] = None,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="end this session after that many steps in all")] = None,
     adjustments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="change the rate of a run on its way, recorded; repeatable"),

@@ -74,7 +74,12 @@ class Registry(Generic[K]):
                 f"registered by the package that has it (entry point {self.group}), or by importing its module first"
             )
         module, _, name = where.value.partition(":")
-        found = getattr(importlib.import_module(module), name)
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.what} {kind} is {where.value}, which cannot be imported ({error}); reinstall its package"
+            ) from error
         if not (isinstance(found, type) and issubclass(found, self.base)):
             raise ConfigError(f"{where.value}, {self.what} {kind}, is no {self.base.__name__}; mend that package")
         return found
@@ -94,6 +99,10 @@ class Registry(Generic[K]):
             raise ValueError(str(error)) from None
         try:
             return kind.model_validate_json(json.dumps(value), context=info.context)
+        except TypeError as error:
+            raise ValueError(
+                f"it holds what JSON cannot ({error}); give plain numbers, texts, lists and mappings"
+            ) from None
         except ValidationError as error:
             raise ValueError("; ".join(sentences(kind, value, error))) from None
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.data.load.heldout import HeldoutBatches
+from mmoe.errors import ConfigError
 from mmoe.evaluation.actions import chunk_starts, logged_actions, predict_actions
 from mmoe.evaluation.cross_entropy import TokenScores
 from mmoe.evaluation.inference import Progress, inference
@@ -28,24 +29,26 @@ class Evaluation(Callback):
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
-        self._heldout: HeldoutBatches | None = None  # planned once
 
     def on_start(self, trainer: Trainer) -> None:
-        """Keep the trainer, whose model is measured."""
+        """Keep the trainer, whose model is measured. Raises ConfigError where nothing is held out."""
         self._trainer = trainer
+        manifests = trainer.run.sources.manifests
+        only = [name for name, manifest in manifests.items() if manifest.holds_out]
+        if not only:
+            raise ConfigError(
+                f"evaluation.every_steps is {self.config.every_steps}, but no source holds anything out "
+                f"({', '.join(manifests)}); set it to null, or prepare a source with prepare.heldout_share"
+            )
+        self._heldout = trainer.run.heldout(isolated=False, only=only, most_batches=self.config.batches)
 
     def on_step(self, result: StepResult) -> None:
         """Measure after every `every_steps`-th step."""
         if self.config.every_steps is None or result.step % self.config.every_steps:
             return
-        trainer, run = self._trainer, self._trainer.run
-        if self._heldout is None:
-            only = [name for name, manifest in run.sources.manifests.items() if manifest.holds_out]
-            self._heldout = run.heldout(isolated=False, only=only, most_batches=self.config.batches) if only else None
-        if self._heldout is None:
-            return
+        trainer = self._trainer
         with _random_state_kept():
-            scalars = measure(run, self._heldout, lambda *_: trainer.beat("evaluation"))
+            scalars = measure(trainer.run, self._heldout, lambda *_: trainer.beat("evaluation"))
         trainer.tell_evaluation(EvaluationResult(result.step, scalars))
 
 

@@ -1,6 +1,7 @@
 """`mmoe evaluate`: what a run can do on recordings it has never seen, and what is left of that without sight."""
 
 import json
+import logging
 import math
 import time
 from dataclasses import dataclass, replace
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from mmoe.addresses import check_address
+from mmoe.config.load import flatten
 from mmoe.data.config import DataConfig
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
 from mmoe.evaluation.ablation import Ablation
-from mmoe.evaluation.actions import align, chunk_starts, error_tables, predict_actions, read_chunks
+from mmoe.evaluation.actions import align, chunk_starts, error_tables, places, predict_actions, read_chunks
 from mmoe.evaluation.baselines import Baselines, read_features
 from mmoe.evaluation.cross_entropy import TokenScores
 from mmoe.evaluation.examples import examples
@@ -29,6 +31,8 @@ from mmoe.runtime.launch import first_alone
 from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -64,7 +68,10 @@ def evaluate(
     only = [name for name in view.sources.names if name not in not_evaluated]
     if not only:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_evaluated.items())
-        raise DataError(f"{run.folder}: nothing can be evaluated ({reasons}); prepare a source with a held-out split")
+        raise DataError(
+            f"{run.folder}: nothing can be evaluated ({reasons}); prepare a source with a held-out split "
+            "(prepare.heldout_share)"
+        )
     found = _Measured.of(view, only, donors.ablation if donors else None, progress)
     result: dict[str, Any] = {}
 
@@ -86,6 +93,8 @@ def evaluate(
         path = run.folder / file_name(shards, blank, shuffle)
         with writes(path):
             write_atomically(path, json.dumps(result, indent=1))
+        if broken := sorted(key for key, value in flatten(result).items() if _broken(value)):
+            logger.warning(f"{path}: {', '.join(broken[:5])} is not finite: the weights of {run.folder} are broken")
 
     first_alone(conclude)
     return result if run.ranks.first else None
@@ -135,6 +144,10 @@ class _Measured:
             return cls(heldout.documents, tokens, *gathered, ranking)
 
 
+def _broken(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def file_name(shards: str | None = None, blank: Modality | None = None, shuffle: Modality | None = None) -> str:
     """Where `evaluate` writes, in the run's folder."""
     name = "evaluation" if shards is None else f"evaluation-on-{Path(shards).name}"
@@ -155,7 +168,7 @@ def _actions(
     chunks = read_chunks(view.sources, view.tokenizers, "heldout")
     parts, predictions = (np.concatenate(column) for column in zip(*measured))
     predicted = align(parts, predictions, chunks)
-    seen = np.flatnonzero(~np.isnan(predicted).any((1, 2)))
+    seen = np.unique(places(parts, chunks))  # not by NaN: what a broken model predicts counts, too
     chunks, predicted = chunks.take(seen), predicted[seen]
     baselines = Baselines.of(run)
     if features is None:

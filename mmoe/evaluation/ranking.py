@@ -28,6 +28,7 @@ from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
 
 MOST_CANDIDATES = 64
+MOST_ROWS = 1000  # of a source: their seeded choice bounds what an evaluation takes
 SCORES = ("sum", "mean", "pmi")
 
 
@@ -63,8 +64,8 @@ def rank_candidates(model: Inference, only: list[str], stand_in: StandIn | None 
     """By source: number of `rows`, `chance`, and `accuracy` with its 95 % Wilson bound `low` for each score.
 
     A source without such rows, or with one text only, is not in the answer. Rows that do not fit a sequence with
-    every candidate are left out and counted. All ranks ask; the figures are rank 0's, elsewhere each source's are
-    empty.
+    every candidate are left out and counted; of more than `MOST_ROWS` a seeded choice is asked about. All ranks ask;
+    the figures are rank 0's, elsewhere each source's are empty.
     """
     run = model.run
     files, backend = run.sources.files("heldout"), run.config.data.video_backend
@@ -118,6 +119,8 @@ def _questions(run: Run, decoder: Decoder, source: int) -> tuple[list[_Question]
     texts = [start + np.array(ids, np.int64) for ids in numbers]
     questions = []
     rng = np.random.default_rng((run.config.training.seed, source))
+    if len(rows) > MOST_ROWS:
+        rows = [rows[number] for number in np.sort(rng.choice(len(rows), MOST_ROWS, replace=False)).tolist()]
     for ref, own, rest, patches in rows if len(texts) > 1 else ():
         candidates = _candidates(own, len(texts), rng)
         if rest + max(len(texts[number]) for number in candidates) > room:

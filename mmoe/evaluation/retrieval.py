@@ -86,12 +86,12 @@ def recall(text: np.ndarray, other: np.ndarray, hashes: np.ndarray, seed: int) -
 def hits(text: np.ndarray, other: np.ndarray) -> np.ndarray:
     """[directions, TOP, n]: whether query i finds its partner among the first 1 and 5 of the n candidates.
 
-    A candidate that ties with the partner counts as before it, so equal embeddings find nothing.
+    A candidate that ties with the partner counts as before it, so equal embeddings find nothing, nor does NaN.
     """
     scores = text @ other.T
     found = []
     for table in (scores, scores.T):
-        before = (table >= table.diagonal()[:, None]).sum(1) - 1
+        before = (~(table < table.diagonal()[:, None])).sum(1) - 1
         found.append([before < top for top in TOP])
     return np.array(found)
 

@@ -19,7 +19,7 @@ from mmoe.recipe.training import StartConfig
 from mmoe.runtime.agreement import Ranks
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.fingerprint import check_unchanged, fingerprint
-from mmoe.training.run import Run, is_run, open_sources, read_config, saved_fingerprint
+from mmoe.training.run import UNWATCHED, Run, is_run, open_sources, read_config, saved_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def take_weights(run: Run, config: StartConfig) -> list[str]:
 def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:
     """The weights by our names, their token tables with the ids of `run`, and the model they are of."""
     if is_run(config.weights):
-        folder, other = Path(config.weights), read_config(config.weights)
+        folder, other = Path(config.weights), read_config(config.weights, UNWATCHED)
         sources, tokenizers = open_sources(other)
         _check_tokenizer(tokenizers.text, run, config.weights)
         if tokenizers.vocabulary != run.tokenizers.vocabulary:

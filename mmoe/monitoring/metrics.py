@@ -28,8 +28,9 @@ class MetricsCallback(Callback):
     """Makes a record every `log_every_steps` steps, where tables or a digest are due, after an evaluation, and last.
 
     Loss terms, gradient norms and the stand of the data are those of the step. `positions`, `tokens` (without
-    padding), `wall_seconds` and the choices of experts count from the begin of the run. All others are over the steps
-    since the last record, tables over those since the last ones.
+    padding), `wall_seconds` and the choices of experts count from the begin of the run, without what it undid. All
+    others are over the steps since the last record, tables over those since the last ones. Rates are of the steps
+    alone; evaluations, checkpoints and records between them are in `wall_seconds`.
     """
 
     name = "metrics"
@@ -74,7 +75,7 @@ class MetricsCallback(Callback):
     def close(self) -> None:
         """Close the sinks. Raises OutputError for the first that could not write all it had."""
         try:
-            self._each(lambda sink: sink.close())
+            self._each(lambda sink: sink.close(), Exception)
         finally:
             self._sinks = {}
 
@@ -86,7 +87,7 @@ class MetricsCallback(Callback):
             "window": dict(self._window),
             "routing": self._routing.state_dict(),
             "tables": self._tables.state_dict(),
-            "sinks": {name: sink.state_dict() for name, sink in self._sinks.items()} or self._kept,
+            "sinks": {**self._kept, **{name: sink.state_dict() for name, sink in self._sinks.items()}},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -106,29 +107,34 @@ class MetricsCallback(Callback):
         self._kept = state.get("sinks", {})
         self._at = time.perf_counter()
 
+    @property
+    def unwritten(self) -> bool:
+        """Whether the checkpoint kept records that a disk had refused, and no session has written yet."""
+        return any(any(state.values()) for state in self._kept.values())
+
     def _rewind(self, step: int) -> None:
         for name, sink in self._sinks.items():
-            sink.load_state_dict(self._kept.get(name, {}))
-            sink.rewind(step)
-        self._kept = {}
+            sink.load_state_dict(self._kept.pop(name, {}))  # those of sinks that this session lacks are kept on
+        self._each(lambda sink: sink.rewind(step))
 
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        """Have every sink do it, also after one that the disk refused. Raises the first OutputError."""
-        refused: OutputError | None = None
+    def _each(self, act: Callable[[Sink], None], kept: type[Exception] = OutputError) -> None:
+        """Have every sink do it, also after one that raised what is `kept`, of which the first is raised at the end."""
+        refused: Exception | None = None
         for sink in self._sinks.values():
             try:
                 act(sink)
-            except OutputError as error:
+            except kept as error:
                 refused = refused or error
         if refused is not None:
             raise refused
 
     def _count(self, result: StepResult) -> None:
         now = time.perf_counter()
-        seconds, self._at, self._step = now - self._at, now, result.step
+        wall, self._at, self._step = now - self._at, now, result.step
         positions, tokens = result.positions, result.useful_positions
         flops, waited = self._flops.of(result.data.counts), result.data_wait_seconds
-        _add(self._totals, positions=positions, tokens=tokens, wall_seconds=seconds)
+        seconds = result.seconds
+        _add(self._totals, positions=positions, tokens=tokens, wall_seconds=wall)
         _add(self._window, positions=positions, tokens=tokens, seconds=seconds, waited=waited, flops=flops, steps=1)
         self._routing.merge(result.routing)
 

@@ -1,5 +1,7 @@
 """How much of a device's peak a run's model needs: MFU (Chowdhery et al. 2022, appendix B)."""
 
+import re
+
 import torch
 
 from mmoe.models.flops import ParameterCounts, training_flops
@@ -32,7 +34,7 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 def device_peak(name: str, compute: str) -> float | None:
     """Look up the peak of a device by its name, in the precision `compute`; None where it is not known."""
     for part, bfloat16, float32 in _PEAKS:
-        if part in name:
+        if re.search(rf"\b{part}\b", name) and "Laptop" not in name:
             return {"bfloat16": bfloat16, "float32": float32}.get(compute)
     return None
 
@@ -46,7 +48,7 @@ class ModelFlops:
         self.peak = config.monitoring.peak_flops or device_peak(name, config.precision.compute)
         self._model = config.model
         inputs = model_inputs(run.tokenizers)
-        self._multiplied = ParameterCounts.of(config.model, inputs).multiplied if self.peak else 0
+        self._multiplied = ParameterCounts.of(config.model, inputs).multiplied
 
     def of(self, counts: Counts) -> int:
         """Count the operations of a step over all devices, by the lengths of its documents."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmoe.errors import DataError
 from mmoe.files import write_atomically, writes
-from mmoe.monitoring.reader import RunReader
+from mmoe.monitoring.reader import RunReader, read_lines
 
 SUMMARY = "summary.json"
 
@@ -60,7 +60,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
 def summarise(records: RunRecords) -> dict[str, Any]:
     """Sum up a run: rates over all its steps, losses at its end. Raises DataError where nothing was trained."""
     reader, plain = records.reader, records.plain
-    columns, last = reader.columns("peak_memory_bytes"), reader.last()
+    columns, last = reader.columns("peak_memory_bytes", "mfu", "positions", "positions_per_second"), reader.last()
     chosen, dropped = last.get("expert_choices", 0), last.get("expert_choices_dropped", 0)
     summary = {
         "steps": last["step"],
@@ -75,7 +75,7 @@ def summarise(records: RunRecords) -> dict[str, Any]:
         "resume_exact": resume_exact(reader),
         "tokens_per_second": last["tokens"] / last["wall_seconds"],
         "positions_per_second": last["positions"] / last["wall_seconds"],
-        "mfu": last.get("mfu"),
+        "mfu": _mean_mfu(columns),
         "mfu_peak_flops": last.get("mfu_peak_flops"),
         "peak_memory_bytes": int(np.nanmax(columns["peak_memory_bytes"])),
         "wall_seconds": last["wall_seconds"],
@@ -88,13 +88,24 @@ def summarise(records: RunRecords) -> dict[str, Any]:
     return summary
 
 
+def _mean_mfu(columns: dict[str, np.ndarray]) -> float | None:
+    """Give the mean over the time of all steps; None where the peak is not known."""
+    seconds = np.diff(columns["positions"], prepend=0) / columns["positions_per_second"]
+    known = ~np.isnan(columns["mfu"])
+    return float(np.average(columns["mfu"][known], weights=seconds[known])) if known.any() else None
+
+
 def resume_exact(reader: RunReader) -> bool | None:
     """Whether steps that were done twice, undone by a resume and done again, came out bit for bit the same.
 
     False when any loss, gradient norm or digest (of weights and optimizer states) differs. True needs a digest
-    that was recorded both times; None when no step was done twice, or none of those has such a digest.
+    that was recorded both times; None when no step was done twice, or none of those has such a digest. Steps after a
+    change on record (`changes.jsonl`) are left out: they were done otherwise on purpose.
     """
     undone = reader.undone("loss", "grad_norm")
+    path = reader.folder / "changes.jsonl"
+    changed = min((line["step"] for line in read_lines(path)), default=np.inf) if path.is_file() else np.inf
+    undone = {name: column[undone["step"] <= changed] for name, column in undone.items()}
     if not len(undone["step"]):
         return None
     done = reader.columns("loss", "grad_norm")
@@ -110,7 +121,7 @@ def resume_exact(reader: RunReader) -> bool | None:
     digests: dict[int, str] = {}
     proven = False
     for step, digest in reader.notes("digest"):
-        if step in digests:
+        if step in digests and step <= changed:
             if digests[step] != digest:
                 return False
             proven = True

@@ -22,6 +22,8 @@ class SinkContext:
 class SinkConfig(KindConfig):
     """Configures a sink, which every `StepRecord` of a run is given to; the base of each kind's config."""
 
+    owns_files: ClassVar[bool] = False  # of one name in the run's folder: a run has one of the kind at most
+
     def build(self, context: SinkContext) -> Any:
         """Build the sink, a `mmoe.monitoring.sinks.Sink`; on the first rank alone. Raises OutputError, BackendError."""
         raise NotImplementedError
@@ -40,9 +42,18 @@ SINKS = Registry(
     },
 )
 
+
+def _one_writer(sinks: tuple[SinkConfig, ...]) -> tuple[SinkConfig, ...]:
+    kinds = [sink.kind for sink in sinks if sink.owns_files]
+    if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        raise ValueError(f"two sinks of kind {twice[0]} would write to the same files; keep one of them")
+    return sinks
+
+
 Sinks = Annotated[
     tuple[Annotated[SerializeAsAny[SinkConfig], BeforeValidator(SINKS)], ...],
     AfterValidator(distinct),
+    AfterValidator(_one_writer),
 ]
 
 

@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Figures on held-out data after `step`, by the names that sinks write as ``eval/<name>``; equal on every rank."""
+    """Figures on held-out data after `step`, by the names that sinks write as ``eval/<name>``.
+
+    Equal on every rank, but for times.
+    """
 
     step: int
     scalars: dict[str, float]
@@ -34,8 +37,8 @@ class Callback:
     """Watches a run: every hook does nothing, and subclasses override those they need.
 
     Every rank has the same callbacks and calls their hooks in the same order, so a hook may use collectives. An error
-    that a hook raises ends the run on every rank, except OutputError (a file that cannot be written): it ends the run
-    after the next step, saved.
+    that a hook raises ends the run on every rank. OutputError (a file that cannot be written) ends it saved: after the
+    step under way, or the next one.
     """
 
     name = "callback"  # tells it from the others of a run, in checkpoints too
@@ -127,8 +130,17 @@ class Callbacks:
                 self.unwritten = self.unwritten or error
 
     def wish(self, hook: Callable[[Callback], Decision]) -> Decision:
-        """Give the strongest wish of this process; every callback is asked."""
-        return max((Decision(hook(callback)) for callback in self._all), default=Decision.GO)
+        """Give the strongest wish of this process; every callback is asked, and one that cannot write wishes GO."""
+        wishes = [Decision.GO]
+
+        def ask(callback: Callback) -> None:
+            wish = hook(callback)
+            if not isinstance(wish, Decision):
+                raise TypeError(f"callback {callback.name} wishes {wish!r} of a step; return Decision.GO or another")
+            wishes.append(wish)
+
+        self.tell(ask)
+        return max(wishes)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state of each by its name."""
@@ -140,8 +152,12 @@ class Callbacks:
             callback.load_state_dict(states.get(callback.name, {}))
 
     def roll_back(self, step: int, states: dict[str, Any]) -> None:
-        """Tell each that the run went back to `step`, with the state it had then."""
-        self.tell(lambda callback: callback.on_roll_back(step, states.get(callback.name, {})))
+        """Tell each that the run went back to `step`, with the state it had then.
+
+        What one cannot write ends the run at once: a resume undoes the same again, a further step would be doubled.
+        """
+        for callback in self._all:
+            callback.on_roll_back(step, states.get(callback.name, {}))
 
 
 def _failures(acts: Sequence[tuple[Callback, Callable[[], None]]]) -> Iterator[tuple[Callback, Exception]]:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import methodcaller
@@ -14,6 +14,7 @@ from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.config.load import dump
 from mmoe.data.load.stream import StepData
 from mmoe.errors import CheckpointError, DivergenceError
+from mmoe.runtime.agreement import Ranks
 from mmoe.runtime.watch import Watch
 from mmoe.training.callback import Callback, Callbacks, EvaluationResult
 from mmoe.training.decision import Decision, agree
@@ -30,7 +31,7 @@ class Trainer:
         config = run.config
         self.run, self.state, self.callbacks = run, TrainState.from_run(run), Callbacks(callbacks)
         self.batch, self.last_step = run.resolved.batch, run.resolved.batch.iterations
-        self.stop_at = min(stop_at or self.last_step, self.last_step)
+        self.stop_at = self.last_step if stop_at is None else min(stop_at, self.last_step)
         self.setting = StepSetting.of(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
         self.saved = 0  # the step of the last checkpoint
@@ -60,8 +61,13 @@ class Trainer:
                         self.save()
             if state.step != self.saved:
                 self.save()
-        if self.callbacks.unwritten is not None:
-            raise self.callbacks.unwritten
+        self._raise_unwritten()
+
+    def write_rest(self) -> None:
+        """Let callbacks write what a checkpoint kept for them, where no step is left. Raises OutputError."""
+        with self.callbacks.session(self):
+            pass
+        self._raise_unwritten()
 
     def beat(self, phase: str) -> None:
         """Tell the watcher of hangs that this rank goes on, and what it does now (a callback that takes long does)."""
@@ -83,14 +89,13 @@ class Trainer:
         self.saved = self.state.step
         self.callbacks.tell(methodcaller("on_checkpoint", path))
 
-    def resume(self, step: int | None = None) -> None:
+    def resume(self, step: int | None = None, check: Callable[[int], None] | None = None) -> None:
         """Continue from the newest whole checkpoint, or from the one after `step`; newer ones are set aside.
 
-        Raises CheckpointError where none is whole, or where the data is not that of the checkpoint.
+        `check` is told of the step that was found, before anything is loaded, and may refuse it. Raises CheckpointError
+        where none is whole, or where the data is not that of the checkpoint.
         """
-        session, callbacks = self._load(step)
-        self.state.session = session + 1
-        self.callbacks.load_state_dict(callbacks)
+        self.state.session = 1 + self._load(step, check, self.callbacks.load_state_dict)
 
     def _steps(self) -> Iterator[StepData]:
         return self.run.ranks.steps(self.state.stream, self.batch.accumulation)
@@ -124,17 +129,19 @@ class Trainer:
                 f"{self.run.folder}: step {dropped} is to be rolled back and there is no checkpoint yet; set a smaller "
                 "checkpoint.every_steps"
             )
-        _, callbacks = self._load(None)
-        self.callbacks.roll_back(self.state.step, callbacks)
+        self._load(None, None, lambda states: self.callbacks.roll_back(self.state.step, states))
 
-    def _load(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """Take the state of a checkpoint; gives the session that wrote it, and the states of callbacks."""
+    def _load(
+        self, step: int | None, check: Callable[[int], None] | None, tell: Callable[[dict[str, Any]], None]
+    ) -> int:
+        """Take the state of a checkpoint, and `tell` the callbacks theirs; gives the session that wrote it."""
         sections = self._sections()
-        found = self.checkpoints.load(sections, step)
+        found = self.checkpoints.load(sections, step, check)
         self.state.check_data(sections, self.run)
         try:
             self.state.load_state_dict(sections)
-            told = sections["trainer"]["session"], sections["callbacks"]
+            session = sections["trainer"]["session"]
+            tell(sections["callbacks"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(
                 f"{self.checkpoints.folder}: the state of step {found} is not that of a training ({error!r}); resume "
@@ -142,7 +149,16 @@ class Trainer:
             ) from error
         self.checkpoints.go_back(found)
         self.saved = self.state.step
-        return told
+        return session
+
+    def _raise_unwritten(self) -> None:
+        """Every rank leaves where one could not write."""
+
+        def check() -> None:
+            if self.callbacks.unwritten is not None:
+                raise self.callbacks.unwritten
+
+        Ranks().every(check)
 
     def _sections(self) -> dict[str, Any]:
         return self.state.state_dict() | {"callbacks": self.callbacks.state_dict()}

@@ -48,9 +48,14 @@ def is_run(folder: str | Path) -> bool:
     return any((Path(folder) / name).exists() for name in (CONFIG, "checkpoints"))
 
 
-def read_config(folder: str | Path) -> RunConfig:
+UNWATCHED = ("training.callbacks=[]", "monitoring.sinks=null")  # of what only a training needs, and its packages
+
+
+def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the config of the run in `folder`, which may have been moved since it was written.
 
+    `UNWATCHED` as `overrides` leaves out callbacks and sinks, whose packages may not be installed where a run is only
+    measured.
     Raises ConfigError, with the way to a copy of the config where the file is damaged or missing.
     """
     folder = Path(folder)
@@ -58,7 +63,7 @@ def read_config(folder: str | Path) -> RunConfig:
     if (missing := not path.is_file()) and not (folder / "checkpoints").is_dir():
         raise ConfigError(f"{path} does not exist: {folder} is not a run; train it first")
     try:
-        config = load(RunConfig, path)
+        config = load(RunConfig, path, overrides)
     except ConfigError as error:
         copy = CheckpointManager(folder / "checkpoints", CheckpointConfig()).text(CONFIG)
         if copy is None or (not missing and path.read_bytes() == copy[1].encode()):
@@ -142,7 +147,7 @@ class Run:
         `overrides` may give other addresses, e.g. ``data.sources.drive.shards=/new/place``. With a process group every
         rank calls this, and each gets its part of the model in the layout that `overrides` name, or one that fits.
         """
-        folder, config = Path(folder), rearrange(read_config(folder), overrides)
+        folder, config = Path(folder), rearrange(read_config(folder, UNWATCHED), overrides)
         run = cls.build(config, ResolvedRun.to_measure)
         manager = CheckpointManager(folder / "checkpoints", config.checkpoint)
         state: dict[str, Any] = {"model": run.model.state_dict(), "trainer": {}}

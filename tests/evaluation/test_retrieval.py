@@ -34,6 +34,12 @@ def test_a_collapsed_model_finds_nothing():
     assert (entry["r1"], entry["r5"], entry["r1_low"]) == (0.0, 0.0, 0.0)
 
 
+def test_a_broken_model_finds_nothing():
+    broken = np.full((100, 8), np.nan)
+    entry = recall(broken, broken, np.arange(100), seed=0)
+    assert entry["r1"] == entry["r5"] == entry["r1_low"] == 0.0
+
+
 def test_rank_is_the_number_of_candidates_that_are_not_worse():
     text, other = np.eye(8), np.eye(8)
     other[0] = other[1]  # query 0 ties with candidate 1 on nothing, and loses its partner to it

@@ -25,6 +25,10 @@ from tests.training.test_trainer import config
         ("NVIDIA GB200", "bfloat16", 2500e12),
         ("NVIDIA H200", "float64", None),
         ("NVIDIA GeForce GTX 1080", "bfloat16", None),
+        ("NVIDIA L40", "bfloat16", None),
+        ("NVIDIA RTX A1000", "bfloat16", None),
+        ("NVIDIA A10G", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("", "bfloat16", None),
     ],
 )

@@ -1,6 +1,8 @@
 """What callbacks are told, what they may decide, and that they are closed whatever ends a run."""
 
+import errno
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 from mmoe.commands import session
 from mmoe.commands.console import Console
 from mmoe.errors import ConfigError, DivergenceError, OutputError
+from mmoe.monitoring.lines import LineFile
 from mmoe.monitoring.metrics import MetricsCallback, state_digest
 from mmoe.monitoring.reader import RunReader
+from mmoe.monitoring.sinks.jsonl import JsonlSink
 from mmoe.recipe.callbacks import CALLBACKS, CallbackConfig
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback, EvaluationResult
@@ -71,6 +75,25 @@ def test_what_cannot_be_written_ends_the_run_after_the_next_step_saved(folder, t
         run.train()
     assert run.state.step == 2 and run.checkpoints.latest_step() == 2
     assert [what for _, what in log.calls].count("on_step GO") == 2  # told of the step that another could not write
+
+
+@pytest.mark.parametrize("hook", ["before_step", "before_update"])
+def test_what_cannot_be_written_before_an_update_ends_the_run_saved_too(folder, tmp_path, hook):
+    run = trainer(config(folder, tmp_path / "run"), Raises(hook, OutputError("the disk is full")))
+    with pytest.raises(OutputError, match="the disk is full"):
+        run.train()
+    assert run.state.step == 1 and run.checkpoints.latest_step() == 1
+
+
+def test_a_hook_that_forgets_to_return_its_wish_is_named(folder, tmp_path):
+    class Forgets(Callback):
+        name = "forgets"
+
+        def before_step(self, data):
+            pass
+
+    with pytest.raises(TypeError, match="callback forgets wishes None of a step; return Decision.GO"):
+        trainer(config(folder, tmp_path / "run"), Forgets()).train()
 
 
 @pytest.mark.parametrize("hook", ["before_step", "before_update"])
@@ -195,6 +218,54 @@ def test_a_roll_back_takes_its_records_back_and_counts_go_on_from_the_checkpoint
         np.testing.assert_array_equal(found.columns(name)[name], column)
     for ours, theirs in zip(found.tables("expert_load"), expected.tables("expert_load"), strict=True):
         np.testing.assert_array_equal(ours.values, theirs.values)
+
+
+def test_a_sink_that_cannot_take_its_records_back_ends_the_run_before_any_is_doubled(folder, tmp_path, monkeypatch):
+    move = JsonlSink._move
+
+    def full(self, *given):
+        monkeypatch.setattr(JsonlSink, "_move", move)
+        raise OutputError("the disk is full")
+
+    with PeakMemory() as memory:
+        rolls = Wishes(Decision.ROLL_BACK, step=6)
+        run = trainer(config(folder, tmp_path / "run"), rolls, MetricsCallback(memory))
+        monkeypatch.setattr(JsonlSink, "_move", full)
+        with pytest.raises(OutputError, match="the disk is full"):
+            run.train()
+        resumed = trainer(config(folder, tmp_path / "run"), MetricsCallback(memory))
+        resumed.resume()
+        resumed.train()
+    reader = RunReader(tmp_path / "run")
+    assert reader.columns()["step"].tolist() == list(range(1, 9)) and reader.undone()["step"].tolist() == [4, 5]
+    assert [step for chunk in reader.tables("expert_load") for step in chunk.steps.tolist()] == list(range(1, 9))
+
+
+def test_what_the_disk_refused_at_the_last_step_is_written_by_the_same_command(folder, tmp_path, monkeypatch):
+    options = {"fresh": False, "stop_after": None, "from_step": None}
+    tree = config(folder, tmp_path / "run", training__budget_positions=640 * 4)
+    flush = LineFile._flush
+
+    def refuse(self):
+        if any('"step": 4' in line for line in self.pending):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LineFile, "_flush", refuse)
+        with pytest.raises(OutputError, match="give the same command again|kept in the checkpoint"):
+            session.train(tree, Console(quiet=True), **options)
+    assert RunReader(tmp_path / "run").columns()["step"].tolist() == [1, 2, 3]
+    session.train(tree, Console(quiet=True), **options)
+    assert RunReader(tmp_path / "run").columns()["step"].tolist() == [1, 2, 3, 4]
+
+
+def test_a_session_that_ends_before_it_begins_says_so(folder, tmp_path):
+    tree = config(folder, tmp_path / "run")
+    for stop_after in (2, 1):
+        console = Console(record=True, file=open(os.devnull, "w"), width=400)
+        session.train(tree, console, fresh=False, stop_after=stop_after, from_step=None)
+    assert "has its 2 steps already; --stop-after 1 leaves none to do" in console.export_text()
 
 
 @CALLBACKS.register("stop_after_positions")

@@ -4,7 +4,7 @@ import base64
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
 class ArraysConfig(SinkConfig):
     """Writes tables to `tables/` in the run's folder, which reports are drawn from."""
+
+    owns_files: ClassVar[bool] = True
 
     kind: Literal["arrays"] = "arrays"
     records_per_part: int = Field(default=64, gt=0)

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from mmoe.errors import DataError
+from mmoe.errors import DataError, OutputError
 from mmoe.monitoring.lines import LineFile
 from mmoe.monitoring.record import StepRecord
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
@@ -18,6 +19,8 @@ _BATCH = 1000  # lines that are moved at once
 
 class JsonlConfig(SinkConfig):
     """Writes scalars and notes to `metrics.jsonl` in the run's folder, which reports are drawn from."""
+
+    owns_files: ClassVar[bool] = True
 
     kind: Literal["jsonl"] = "jsonl"
 
@@ -31,9 +34,7 @@ class JsonlSink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = LineFile(
-            folder / METRICS, "its records are kept in the checkpoint and written when the run goes on"
-        )
+        self._file = LineFile(folder / METRICS, KEPT)
         self._kept: list[str] = []  # what the disk had refused before the checkpoint, and may have taken after it
 
     def write(self, record: StepRecord) -> None:
@@ -59,7 +60,10 @@ class JsonlSink:
         self._file.write()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the lines that the disk refused."""
+        """Write what is pending, durably, and give the lines that the disk refuses."""
+        with suppress(OutputError):
+            self._file.write()
+            self._file.sync()
         return {"unwritten": [*self._kept, *self._file.pending]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -67,8 +71,11 @@ class JsonlSink:
         self._kept = list(state.get("unwritten", []))
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what is pending, and close the file. Raises OutputError."""
+        try:
+            self._file.write()
+        finally:
+            self._file.close()
 
     def _move(self, begin: int | None, late: Iterable[str]) -> None:
         """Copy, then cut off. No two lines are equal, so a copy that was cut short goes on after its last line."""

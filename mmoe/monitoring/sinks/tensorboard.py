@@ -1,7 +1,7 @@
 """TensorBoard: every curve in `tensorboard/` of the run's folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mmoe.files import writes
 from mmoe.monitoring.record import StepRecord
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class TensorboardConfig(SinkConfig):
     """Writes scalars, and curves by layer and expert, for TensorBoard."""
+
+    owns_files: ClassVar[bool] = True
 
     kind: Literal["tensorboard"] = "tensorboard"
 

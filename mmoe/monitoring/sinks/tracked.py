@@ -2,11 +2,25 @@
 
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmoe.errors import DataError
+from mmoe.errors import DataError, OutputError
 from mmoe.files import write_atomically, writes
+
+
+@contextmanager
+def tracker_errors(label: str) -> Iterator[None]:
+    """Turn what a tracker raises, whatever it is, into an OutputError: the run ends saved, and names the sink."""
+    try:
+        yield
+    except Exception as error:
+        raise OutputError(
+            f"monitoring.sinks: {label} failed ({type(error).__name__}: {error}); mend it, or leave that sink out, and "
+            "give the same command again"
+        ) from error
 
 
 @dataclass

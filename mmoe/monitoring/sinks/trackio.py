@@ -6,7 +6,7 @@ from typing import Any, Literal
 from mmoe.errors import BackendError
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks.boards import curves
-from mmoe.monitoring.sinks.tracked import TrackedRun
+from mmoe.monitoring.sinks.tracked import TrackedRun, tracker_errors
 from mmoe.optional import require
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
@@ -38,7 +38,8 @@ class TrackioSink:
 
     def write(self, record: StepRecord) -> None:
         """Log the record's points at its step."""
-        self._run.log(dict(curves(record)), step=record.step)
+        with tracker_errors(self._config.label):
+            self._run.log(dict(curves(record)), step=record.step)
         self._last = record.step
 
     def rewind(self, step: int) -> None:
@@ -77,6 +78,7 @@ class TrackioSink:
 
     def _finish(self) -> None:
         if self._run is not None:
-            self._trackio.finish()  # not the run's own, which trackio would finish again at exit
             self._run = None
+            with tracker_errors(self._config.label):
+                self._trackio.finish()  # not the run's own, which trackio would finish again at exit
             self._tracked.save(self._last)

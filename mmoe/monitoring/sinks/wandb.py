@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mmoe.errors import BackendError
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks.boards import curves
-from mmoe.monitoring.sinks.tracked import TrackedRun
+from mmoe.monitoring.sinks.tracked import TrackedRun, tracker_errors
 from mmoe.optional import require
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
@@ -44,7 +44,9 @@ class WandbSink:
 
     def write(self, record: StepRecord) -> None:
         """Log the record's points and notes at its step."""
-        self._run.log({**dict(curves(record)), **{f"notes/{k}": v for k, v in record.notes.items()}}, step=record.step)
+        notes = {f"notes/{name}": note for name, note in record.notes.items()}
+        with tracker_errors(self._config.label):
+            self._run.log(dict(curves(record)) | notes, step=record.step)
         self._last = record.step
 
     def rewind(self, step: int) -> None:
@@ -103,6 +105,7 @@ class WandbSink:
 
     def _finish(self) -> None:
         if self._run is not None:
-            self._run.finish()
-            self._run = None
+            run, self._run = self._run, None
+            with tracker_errors(self._config.label):
+                run.finish()
             self._tracked.save(self._last)
