@@ -67,21 +67,25 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"data__stages": STAGES}], ids=["epochs", "stages"])
-def test_a_finished_run_that_is_extended_twice_equals_one_that_was_so_long_from_the_start(folder, tmp_path, changes):
+FEW = {"all": {"weights": {"text": 1.0, "image": 1.0}}}
+
+
+@pytest.mark.parametrize("stages", [FEW, STAGES], ids=["epochs", "stages"])
+def test_a_finished_run_that_is_extended_twice_equals_one_that_was_so_long_from_the_start(folder, tmp_path, stages):
     """Over the end of an epoch of some source, and over a stage's border, from inside a window of the plan."""
-    whole = configured(folder, tmp_path / "whole", 15, **changes)
+    changes = {"data__stages": stages}
+    whole = configured(folder, tmp_path / "whole", 13, **changes)
     train(whole)
-    for steps in (4, 9, 15):
+    for steps in (4, 9, 13):
         said = train(configured(folder, tmp_path / "cut", steps, **changes))
-    assert "training.budget_positions (5760 -> 9600)" in said and "resumed" in said
+    assert "training.budget_positions (5760 -> 8320)" in said and "resumed" in said
     assert "the rate at" not in said and "the shares of" not in said  # nothing that is done follows the length
-    assert end(whole) == end(configured(folder, tmp_path / "cut", 15, **changes))
+    assert end(whole) == end(configured(folder, tmp_path / "cut", 13, **changes))
     plan = end(whole)[1]["plan"]
     assert max(plan["drawn"]) > 24  # rows of every source
     assert recorded(tmp_path / "cut") == [
         (4, "training.budget_positions", STEP * 4, STEP * 9),
-        (9, "training.budget_positions", STEP * 9, STEP * 15),
+        (9, "training.budget_positions", STEP * 9, STEP * 13),
     ]
 
 
@@ -195,8 +199,8 @@ def test_a_source_that_would_be_seen_more_often_than_it_may_is_refused_and_the_r
     assert len(check(before, run(40, 2.0), 20)) == 1  # the share it had
     assert len(check(before, run(19, 1.0), 18)) == 2
     once = Change(20, "training.budget_positions", STEP * 20, STEP * 40)
-    with pytest.raises(ConfigError, match="of 80 steps would see source text"):  # by what each length had used
-        check(run(40, 1.5), run(80, 1.5), 40, changes=[once])
+    with pytest.raises(ConfigError, match="of 80 steps would see source text 2 times"):  # 1, 1/2 and 1/2
+        check(run(40, 1.0), run(80, 1.0), 40, changes=[once])
 
 
 # The rate of a run on its way.
@@ -315,6 +319,13 @@ def test_the_command_line_takes_several_settings(monkeypatch):
     monkeypatch.setattr(session, "train", lambda *_, **options: given.update(options))
     result = CliRunner().invoke(app, ["train", "configs/demo.yaml", "--set", "optim.lr.peak=1e-3", "--set", "b=2"])
     assert result.exit_code == 0 and given["adjustments"] == ["optim.lr.peak=1e-3", "b=2"]
+
+
+def test_a_rate_that_is_set_twice_before_a_step_is_said_beside_the_one_that_was_used():
+    first, second = (configured(Path("/d"), "/run", 9, optim__lr__peak=peak) for peak in (1e-3, 2e-3))
+    once = Change(3, "optim.lr.peak", 3e-3, 1e-3)
+    said = check(first, second, 3, "optim.lr.peak=2e-3", changes=[once])
+    assert said[1] == "the rate at step 3 was 0.003 and goes on with 0.002"
 
 
 def test_what_is_set_must_be_the_rate_of_a_run_on_its_way(folder, tmp_path):
