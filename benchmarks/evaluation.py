@@ -6,8 +6,8 @@ A dense model of 124 M parameters (width 768, 16 layers; 0.5 GB in float32) with
 Every number of processes loads the same checkpoint, spread by FSDP2, and measures it whole; each process has one
 thread. Memory is the peak resident size of a process over what it was once the modules were loaded: weights, what is
 gathered of them, and activations. glibc is told to give freed memory back (MALLOC_MMAP_THRESHOLD_): else it keeps what
-every layer was gathered into, and the peak says nothing of what a rank needs. Prints a table and a last line
-RESULT {json}.
+every layer was gathered into, and the peak says nothing of what a rank needs. Prints a table and a last line RESULT
+{json}.
 """
 
 import json
