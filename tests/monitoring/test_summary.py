@@ -77,10 +77,13 @@ def test_what_was_not_measured_is_null(tmp_path):
     assert summary["retrieval"] == {"r1": None, "r1_low": None, "r5": None, "pool": None}
 
 
-def test_drops_are_a_share_of_all_choices_and_mfu_is_beside_its_peak(tmp_path):
-    write(tmp_path, [line(1, expert_choices=100, expert_choices_dropped=2, mfu=0.4, mfu_peak_flops=1e12)])
+def test_drops_are_a_share_of_all_choices_and_mfu_is_that_of_all_the_time_beside_its_peak(tmp_path):
+    slow = line(1, mfu=0.4, mfu_peak_flops=1e12, positions_per_second=50)  # two seconds, then one
+    fast = line(2, mfu=0.1, mfu_peak_flops=1e12, positions_per_second=100)
+    write(tmp_path, [slow, fast | {"expert_choices": 100, "expert_choices_dropped": 2}])
     summary = summarise(RunRecords.read(tmp_path))
-    assert summary["drop_rate"] == 0.02 and (summary["mfu"], summary["mfu_peak_flops"]) == (0.4, 1e12)
+    assert summary["drop_rate"] == 0.02
+    assert (summary["mfu"], summary["mfu_peak_flops"]) == (pytest.approx(0.3), 1e12)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,14 @@ def test_a_resume_is_exact_when_steps_done_twice_are_the_same_to_the_bit(tmp_pat
     write(tmp_path, [line(10), line(20, 1, digest="a")])
     (tmp_path / "metrics-undone.jsonl").write_text("".join(json.dumps(item) + "\n" for item in undone))
     assert resume_exact(RunReader(tmp_path)) is exact
+
+
+def test_steps_after_a_change_on_record_are_no_repeat_of_those_before_it(tmp_path):
+    write(tmp_path, [line(10), line(20, 1, digest="b")])
+    (tmp_path / "metrics-undone.jsonl").write_text(json.dumps(line(20, digest="a")) + "\n")
+    assert resume_exact(RunReader(tmp_path)) is False
+    (tmp_path / "changes.jsonl").write_text(json.dumps({"step": 10, "key": "optim.lr.peak"}) + "\n")
+    assert resume_exact(RunReader(tmp_path)) is None
 
 
 def test_a_folder_without_steps_says_so(tmp_path):

@@ -89,7 +89,7 @@ def test_the_sums_of_tables_lose_nothing_whatever_their_cadence_and_over_a_resum
             trainer(tree, Kill(), MetricsCallback(memory), stop_at=STEPS).train()
         again = trainer(tree, MetricsCallback(memory), stop_at=STEPS)
         again.resume()
-        assert again.step == 2
+        assert again.state.step == 2
         again.train()
     reader = RunReader(tmp_path / "run")
     assert [chunk.steps.tolist() for chunk in reader.tables("expert_load")] == [[3]]
@@ -113,11 +113,14 @@ def test_recomputation_changes_nothing(folder, tmp_path, reference):
 
 def test_evaluation_in_between_changes_nothing(folder, tmp_path, reference):
     class Evaluate(Callback):
+        def on_start(self, trainer):
+            self.run = trainer.run
+
         def on_step(self, result):
-            trainer.run.model.eval()
+            self.run.model.eval()
             with torch.no_grad():
-                for batch in trainer.run.heldout(isolated=False):
-                    assert trainer.run.model(batch).routing is None
+                for batch in self.run.heldout(isolated=False):
+                    assert self.run.model(batch).routing is None
 
     changes, expected = reference
     check(records(folder, tmp_path / "run", Evaluate(), **changes), expected)
