@@ -257,14 +257,17 @@ def test_going_back_before_a_change_undoes_it_and_asks_where_the_config_still_ha
     assert recorded(run) == [(4, "optim.lr.peak", 3e-3, 1e-3)] and rates(run)[5] == 0.001
 
 
-def test_where_damage_takes_the_run_back_before_a_change_it_is_recorded_from_there(folder, tmp_path):
+def test_where_damage_takes_the_run_back_before_a_change_it_is_asked_for_and_recorded_from_there(folder, tmp_path):
     run = tmp_path / "run"
     original = configured(folder, run, 9, checkpoint={"every_steps": 2, "keep": 9})
     train(original, stop_after=4)
     train(original, stop_after=6, adjustments=["optim.lr.peak=1e-3"])
     for step in (4, 6):
         (run / f"checkpoints/step-0000000{step}/state.json").write_text("")
-    train(read_config(run), stop_after=3)
+    with pytest.raises(ConfigError, match="going back to step 2 undoes: --set optim.lr.peak=0.001 changes it from here"):
+        train(read_config(run), stop_after=3)
+    assert recorded(run) == [(4, "optim.lr.peak", 3e-3, 1e-3)]
+    train(read_config(run), stop_after=3, adjustments=["optim.lr.peak=1e-3"])
     assert recorded(run) == [(2, "optim.lr.peak", 3e-3, 1e-3)] and rates(run)[3] == 0.001
 
 
