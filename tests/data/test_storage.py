@@ -329,7 +329,7 @@ def test_faults_that_stay_end_in_a_sentence_in_time(server, scheme, fault, said)
     began = time.monotonic()
     with pytest.raises(StorageError, match=rf"shard.tar could not be read in 3 attempts .*{said}.*data.storage.attem"):
         far.read_range(address(server, scheme), 0, 4000, "k.jpg")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30  # not for ever: a busy machine takes longer than the attempts do
     # On a busy machine an attempt may run out of time before its request arrives.
     assert 1 <= server.gets <= 3 and far.stats.take()["retries"] == 2
 

@@ -264,7 +264,9 @@ def test_where_damage_takes_the_run_back_before_a_change_it_is_asked_for_and_rec
     train(original, stop_after=6, adjustments=["optim.lr.peak=1e-3"])
     for step in (4, 6):
         (run / f"checkpoints/step-0000000{step}/state.json").write_text("")
-    with pytest.raises(ConfigError, match="going back to step 2 undoes: --set optim.lr.peak=0.001 changes it from here"):
+    with pytest.raises(
+        ConfigError, match="going back to step 2 undoes: --set optim.lr.peak=0.001 changes it from here"
+    ):
         train(read_config(run), stop_after=3)
     assert recorded(run) == [(4, "optim.lr.peak", 3e-3, 1e-3)]
     train(read_config(run), stop_after=3, adjustments=["optim.lr.peak=1e-3"])
