@@ -73,7 +73,7 @@ def test_no_preparation_outlives_the_training_that_waits_for_it(tmp_path, how):
         time.sleep(0.1)
     begun = psutil.Process(waiting.pid).children(recursive=True)
     os.killpg(waiting.pid, how) if how is signal.SIGINT else waiting.kill()  # Ctrl-C goes to all of a terminal
-    assert waiting.wait(60) != 0
+    assert waiting.wait(150) != 0
     deadline = time.monotonic() + 60
     while any(map(lives, begun)) and time.monotonic() < deadline:
         time.sleep(0.1)
