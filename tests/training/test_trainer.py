@@ -281,3 +281,15 @@ def test_blinding_a_caption_leaves_its_hidden_states_alone(folder, tmp_path):
     for span in batch.pairs.span[:, 1]:
         assert torch.equal(before[span[0] : span[1]], after[span[0] : span[1]])
     assert not torch.equal(before, after)
+
+
+def test_what_is_decoded_does_not_depend_on_the_precision_of_who_asks(folder, tmp_path):
+    """An evaluation asks from within bfloat16: codes of sound came out otherwise where no worker decodes."""
+    run = Run.build(config(folder, tmp_path / "run"))
+    expected = list(run.heldout(isolated=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(run.heldout(isolated=False))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.token_ids, theirs.token_ids)
+        for kind, values in theirs.values.items():
+            assert torch.equal(ours.values[kind].values, values.values)

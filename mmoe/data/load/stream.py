@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmoe.data.config import DataConfig
 from mmoe.data.load.collate import Collator
@@ -60,7 +61,8 @@ class SequenceDataset:
         self.activity.say("reading")
         refs = (ref for sequence in sequences for ref in sequence.documents)
         self.decoder.prefetch(ref for ref in refs if _place(ref) not in self.known_bad)
-        with bounded_by(self.bounds):
+        # Whoever asks may be about to run the model in bfloat16: codes of sound must not depend on that.
+        with bounded_by(self.bounds), torch.autocast("cpu", enabled=False):
             decoded = [
                 [
                     (ref, self._documents(ref, length, lost))
