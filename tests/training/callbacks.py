@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from mmoe.training.callback import Callback
+from mmoe.training.callback import Callback, EvaluationResult
 from mmoe.training.decision import Decision
 
 HOOKS = ("on_start", "before_step", "before_update", "on_step", "on_checkpoint", "on_error", "close")
@@ -73,6 +73,22 @@ def failing(hook, rank=None) -> list[Callback]:
     """Callbacks of which one raises in `hook`; for `on_error` another gives the cause."""
     found = [Raises(hook, RuntimeError("meant"), rank)]
     return found if hook != "on_error" else [*found, Raises("on_step", ValueError("meant"), rank)]
+
+
+class Measures(Callback):
+    """Tells figures after a step."""
+
+    name = "measures"
+
+    def __init__(self, step, scalars):
+        self.figures = EvaluationResult(step, scalars)
+
+    def on_start(self, trainer):
+        self.trainer = trainer
+
+    def on_step(self, result):
+        if result.step == self.figures.step:
+            self.trainer.tell_evaluation(self.figures)
 
 
 class Wishes(Callback):

@@ -17,10 +17,10 @@ from mmoe.monitoring.reader import RunReader
 from mmoe.monitoring.sinks.jsonl import JsonlSink
 from mmoe.recipe.callbacks import CALLBACKS, CallbackConfig
 from mmoe.runtime.peak_memory import PeakMemory
-from mmoe.training.callback import Callback, EvaluationResult
+from mmoe.training.callback import Callback
 from mmoe.training.decision import Decision
 from tests.training import test_trainer
-from tests.training.callbacks import HOOKS, Log, Raises, Wishes, failing
+from tests.training.callbacks import HOOKS, Log, Measures, Raises, Wishes, failing
 from tests.training.test_trainer import config, trainer
 
 folder = test_trainer.folder
@@ -174,34 +174,15 @@ def test_a_step_whose_gradients_are_not_finite_can_be_skipped(folder, tmp_path):
 
 
 def test_figures_of_one_callback_are_told_to_all(folder, tmp_path):
-    class Measures(Callback):
-        name = "measures"
-
-        def on_start(self, trainer):
-            self.trainer = trainer
-
-        def on_step(self, result):
-            self.trainer.tell_evaluation(EvaluationResult(result.step, {"ce": 2.0}))
-
     log = Log()
-    trainer(config(folder, tmp_path / "run"), Measures(), log, stop_at=1).train()
+    trainer(config(folder, tmp_path / "run"), Measures(1, {"ce": 2.0}), log, stop_at=1).train()
     assert (1, "on_evaluation {'ce': 2.0}") in log.calls
 
 
 def test_figures_of_an_evaluation_are_in_the_record_of_its_step(folder, tmp_path):
-    class Measures(Callback):
-        name = "measures"
-
-        def on_start(self, trainer):
-            self.trainer = trainer
-
-        def on_step(self, result):
-            if result.step == 3:
-                self.trainer.tell_evaluation(EvaluationResult(3, {"ce_text": 2.5}))
-
     tree = config(folder, tmp_path / "run", monitoring__log_every_steps=2, monitoring__tables_every_steps=5)
     with PeakMemory() as memory:
-        trainer(tree, Measures(), MetricsCallback(memory), stop_at=5).train()
+        trainer(tree, Measures(3, {"ce_text": 2.5}), MetricsCallback(memory), stop_at=5).train()
     columns = RunReader(tmp_path / "run").columns("eval/ce_text", "positions")
     assert columns["step"].tolist() == [2, 3, 4, 5]
     np.testing.assert_array_equal(columns["eval/ce_text"], [np.nan, 2.5, np.nan, np.nan])

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmoe.errors import DataError, OutputError
 from mmoe.files import write_atomically, writes
+from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
 
 @contextmanager
@@ -58,3 +60,31 @@ class TrackedRun:
         self.last = last
         with writes(self.path):
             write_atomically(self.path, json.dumps({"id": self.id, "last": last}))
+
+
+class TrackerSink:
+    """Holds what the sinks of all trackers have in common: the run there, and no state of their own.
+
+    A tracker writes to its own files or database, so that a checkpoint keeps nothing for it.
+    """
+
+    def __init__(self, config: SinkConfig, context: SinkContext) -> None:
+        self._context = context
+        self._path = context.folder / f"tracked-{config.label}.json"
+        self._run: Any = None  # as the tracker's package gives it, while it is open
+        self._last = 0  # step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing back."""
+
+    def close(self) -> None:
+        """Finish the session of the run. Raises OutputError."""
+        self._finish()
+
+    def _finish(self) -> None:
+        """Close the run there, where it is open, and note its last step."""
+        raise NotImplementedError

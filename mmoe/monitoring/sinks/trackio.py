@@ -1,12 +1,12 @@
 """trackio: every curve, in a database on this machine or in a Space."""
 
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 from mmoe.errors import BackendError
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks.boards import curves
-from mmoe.monitoring.sinks.tracked import TrackedRun, tracker_errors
+from mmoe.monitoring.sinks.tracked import TrackedRun, TrackerSink, tracker_errors
 from mmoe.optional import require
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
@@ -24,17 +24,15 @@ class TrackioConfig(SinkConfig):
         return TrackioSink(require("trackio", "monitoring.sinks"), self, context)
 
 
-class TrackioSink:
+class TrackioSink(TrackerSink):
     """Logs by step. trackio cannot take back steps, so a run that was undone goes on as a new one of the same group.
 
     The name there, the folder's with an id, is kept in `tracked-trackio.json`.
     """
 
     def __init__(self, trackio: ModuleType, config: TrackioConfig, context: SinkContext) -> None:
-        self._trackio, self._config, self._context = trackio, config, context
-        self._path = context.folder / f"tracked-{config.label}.json"
-        self._run: Any = None
-        self._last = 0
+        super().__init__(config, context)
+        self._trackio, self._config = trackio, config
 
     def write(self, record: StepRecord) -> None:
         """Log the record's points at its step."""
@@ -64,17 +62,6 @@ class TrackioSink:
         except (ValueError, OSError) as error:
             raise BackendError(f"monitoring.sinks: trackio does not start ({error}); mend that sink's keys") from error
         self._tracked.save(None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep nothing: trackio writes to its own database."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing back."""
-
-    def close(self) -> None:
-        """Finish the session of the run."""
-        self._finish()
 
     def _finish(self) -> None:
         if self._run is not None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mmoe.errors import BackendError
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks.boards import curves
-from mmoe.monitoring.sinks.tracked import TrackedRun, tracker_errors
+from mmoe.monitoring.sinks.tracked import TrackedRun, TrackerSink, tracker_errors
 from mmoe.optional import require
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
@@ -29,7 +29,7 @@ class WandbConfig(SinkConfig):
         return WandbSink(require("wandb", "monitoring.sinks"), self, context)
 
 
-class WandbSink:
+class WandbSink(TrackerSink):
     """Logs by step. A rewind truncates the run there (`resume_from`).
 
     Where that cannot be done (offline, or a server without it) the run goes on as a new one of the same group, and
@@ -37,10 +37,8 @@ class WandbSink:
     """
 
     def __init__(self, wandb: ModuleType, config: WandbConfig, context: SinkContext) -> None:
-        self._wandb, self._config, self._context = wandb, config, context
-        self._path = context.folder / f"tracked-{config.label}.json"
-        self._run: Any = None
-        self._last = 0
+        super().__init__(config, context)
+        self._wandb, self._config = wandb, config
 
     def write(self, record: StepRecord) -> None:
         """Log the record's points and notes at its step."""
@@ -61,17 +59,6 @@ class WandbSink:
         else:
             new = TrackedRun.new(self._path)
             self._start(new, id=new.id)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep nothing: wandb writes to its own files."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing back."""
-
-    def close(self) -> None:
-        """Finish the session of the run."""
-        self._finish()
 
     def _truncated(self, tracked: TrackedRun, step: int) -> bool:
         try:
