@@ -84,12 +84,13 @@ class Side:
         batch, patches = self.resolved.batch, config.tokenizers.vision.max_patches
         self.documents = Documents.of(config.data, patches, batch.micro_batch_sequences, DOCUMENTS)
         self.setting = StepSetting.of(self.resolved, self.assumed.vocabulary, device, ranks)
-        self.counts = self.documents.counts(batch.sequences, self.assumed)
+        counts = self.documents.counts(batch.sequences, self.assumed)
+        self.denominators = self.setting.terms.denominators(counts, batch.sequences)
         self.batch = self.documents.batch(self.assumed)
 
     def gradients(self) -> None:
         batches = [self.batch] * self.setting.micro_batches
-        step_gradients(self.model, batches, self.counts, self.setting, seed=0)
+        step_gradients(self.model, batches, self.denominators, self.setting, seed=0)
 
     def step(self) -> float:
         """Seconds."""

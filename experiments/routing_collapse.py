@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmoe.commands.console import Console
-from mmoe.losses.total import LossConfig, PlannedCounts, compute
+from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import BalanceConfig, StepLoads, update_choice_bias
@@ -29,6 +29,7 @@ from mmoe.optim.adamw import AdamWConfig, ClipConfig, build_adamw, clip_gradient
 from mmoe.reporting.figures import ABLATED, INK, MODEL, MUTED, style
 from mmoe.result import print_result
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
+from mmoe.schema.counts import COLUMNS, LABELS, Counts
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
@@ -157,12 +158,15 @@ def train(setting: Setting, seed: int) -> Trace:
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
     sequences = MICRO_BATCHES * SEQUENCES
-    counts = PlannedCounts(labels=sequences * (LENGTH - 1), action_elements=0, pairs=0, sequences=sequences)
+    columns = np.zeros(COLUMNS, np.int64)
+    columns[LABELS][Modality.TEXT] = sequences * (LENGTH - 1)
+    terms = setting.losses.build()
+    denominators = terms.denominators(Counts(columns), sequences)
     for _ in range(STEPS):
         loads, ce = StepLoads(), 0.0
         for _ in range(MICRO_BATCHES):
             batch = text.batch()
-            report = compute(model, model(batch), batch, counts, setting.losses, VOCABULARY, loads)
+            report = terms.compute(model, model(batch), batch, denominators, VOCABULARY, loads)
             report.objective.backward()
             ce += float(report.terms["ce"])
         norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -41,7 +41,6 @@ from mmoe.commands.console import Console, show_record
 from mmoe.commands.prepare import prepare_and_show
 from mmoe.config.load import load, merge, validate
 from mmoe.errors import ConfigError, MmoeError
-from mmoe.losses.total import PlannedCounts
 from mmoe.preparation.ready import ensure_prepared
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun
@@ -313,8 +312,8 @@ def take_step(layout: Layout, folder: Path) -> Outcome:
     run = replace(Run.build(config), folder=folder / layout.name)
     trainer = Trainer(run, [])
     data = next(run.ranks.steps(trainer.state.stream, trainer.batch.accumulation))
-    counts = PlannedCounts.of(data.counts, config.losses, sequences=trainer.batch.sequences)
-    step = step_gradients(run.model.train(), data.batches, counts, trainer.setting, config.training.seed)
+    denominators = trainer.setting.terms.denominators(data.counts, trainer.batch.sequences)
+    step = step_gradients(run.model.train(), data.batches, denominators, trainer.setting, config.training.seed)
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     path = folder / "gradients.pt"
     if layout.processes == 1:

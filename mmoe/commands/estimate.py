@@ -41,7 +41,8 @@ def estimate(
 def _introduce(plan: "Plan", console: Console) -> None:
     from mmoe.models.flops import ParameterCounts
 
-    counts = ParameterCounts.of(plan.run.model, plan.assumed.inputs)
+    inputs = plan.assumed.inputs
+    counts = ParameterCounts.of(plan.run.model, inputs, plan.run.heads(inputs))
     console.print(plan.degrees.table())
     console.print(plan.run.batch.table())
     console.print(f"assumed: {plan.assumed.sentence()}; {plan.documents.sentence()}", soft_wrap=True)

@@ -92,7 +92,8 @@ class Registry(Generic[K]):
         if isinstance(value, self.base):
             return value
         if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-            raise ValueError(f"give a mapping that says which {self.what} it is, e.g. {{kind: {self.kinds()[0]}}}")
+            example = next(iter(self.kinds()), "NAME")
+            raise ValueError(f"give a mapping that says which {self.what} it is, e.g. {{kind: {example}}}")
         try:
             kind = self.find(value["kind"])
         except ConfigError as error:

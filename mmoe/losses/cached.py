@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from mmoe.losses.contrastive import Gather, InfoNCE, info_nce
+from mmoe.losses.info_nce import Gather, InfoNCE, info_nce
 from mmoe.schema.batch import Pairs
 
 

@@ -1,75 +1,84 @@
-"""Symmetric InfoNCE between the two sides of contrastive pairs.
+"""InfoNCE between the two sides of contrastive pairs, as a term of the objective."""
 
-Shape suffixes: P pairs of this rank, C pairs of all ranks that share its contrastive groups, E embedding width.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
 
-from mmoe.precision.widen import widen
-from mmoe.schema.batch import Pairs
-
-Gather = Callable[[Tensor], tuple[Tensor, int]]
-"""Rows [P, ...] of this rank -> those of all ranks [C, ...], and where its own begin among them.
-
-All ranks call it equally often, also with P = 0. The gradient of its rows is the sum over the ranks of the gradients
-of what it returned to them (all-gather forward, reduce-scatter backward).
-"""
+from mmoe.config.base import Config
+from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
+from mmoe.losses.info_nce import info_nce
+from mmoe.losses.part import Part
+from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
+from mmoe.schema.counts import Counts
+from mmoe.schema.sample import Modality
 
 
-@dataclass(frozen=True)
-class InfoNCE:
-    """`items_P`: loss of each pair, with gradient; exactly zero for a pair without a negative.
+class ContrastiveConfig(Config):
+    """Configures InfoNCE between the two sides of contrastive pairs."""
 
-    Detached: `correct_P2` bool, whether the partner scores strictly above every negative, seen from either
-    side; `negatives_P` i64, how many negatives a pair has; `masked_P` i64, with how many others of its group it was
-    not compared because their captions are the same.
+    weight: float = Field(default=0.1, ge=0)
+    tau: float = Field(default=0.07, gt=0)
+    group_sequences: int | None = Field(default=None, gt=0)  # sequences that share negatives; null: the global batch
+
+    def build(self) -> LossTerm:
+        """Build the term ``contrastive``."""
+        return ContrastiveTerm(self)
+
+
+class ContrastiveTerm(LossTerm):
+    """The InfoNCE loss of every pair; by modality it is that of the side that is not text.
+
+    Its events are the ``pairs``, those ``compared`` (they have a negative), the ``correct`` among them (mean of both
+    directions), and ``same_text``: ordered pairs of pairs that were not compared.
     """
 
-    items_P: Tensor
-    correct_P2: Tensor
-    negatives_P: Tensor
-    masked_P: Tensor
+    event_names = ("pairs", "compared", "correct", "same_text")
 
-    @property
-    def masked(self) -> Tensor:
-        """i64: ordered pairs of pairs that were not compared because their captions are the same."""
-        return self.masked_P.sum()
+    def __init__(self, config: ContrastiveConfig) -> None:
+        super().__init__("contrastive", config.weight)
+        self.tau, self.couples = config.tau, config.weight > 0
 
+    def denominator(self, counts: Counts, sequences: int) -> float:
+        """Count the pairs."""
+        return counts.pairs
 
-def info_nce(left_PE: Tensor, right_PE: Tensor, pairs: Pairs, tau: float, gather: Gather | None = None) -> InfoNCE:
-    """InfoNCE (van den Oord et al. 2018), symmetric as in CLIP (Radford et al. 2021), of cosines over `tau`.
+    def embed(self, context: LossContext) -> Embedded:
+        """Keep the two sides of this process's pairs."""
+        pairs = context.part.own_pairs(context.batch.pairs)
+        return Embedded(*context.model.contrast(context.hidden_BLD, pairs, context.batch.modality), pairs)
 
-    The negatives of a pair are the other pairs of its contrastive group whose caption differs (`Pairs.group`,
-    `Pairs.text_hash`), those of other ranks where `gather` brings them. A pair's loss is the mean of both directions:
-    its left side among all right ones, its right side among all left ones. Each rank has the items of its own pairs,
-    so their sum over ranks is that of one process, and so are the summed gradients.
-    """
-    group, text, first = pairs.group, pairs.text_hash, 0
-    with torch.autocast(left_PE.device.type, enabled=False):
-        left, right = F.normalize(widen(left_PE), dim=1), F.normalize(widen(right_PE), dim=1)
-        if gather is None:
-            forward_PC = left @ right.T / tau
-            backward_PC = forward_PC.T
-        else:
-            fields_C2, first = gather(torch.stack([group, text], dim=1))
-            sides_C2E, _ = gather(torch.stack([left, right], dim=1))
-            forward_PC = left @ sides_C2E[:, 1].T / tau
-            backward_PC = right @ sides_C2E[:, 0].T / tau
-            group, text = fields_C2.unbind(1)
-    partner = torch.arange(first, first + len(left), device=left.device)
-    itself = partner[:, None] == torch.arange(len(group), device=left.device)
-    grouped = pairs.group[:, None] == group
-    same_text = pairs.text_hash[:, None] == text
-    negative = grouped & ~same_text
-    directions = [scores.masked_fill(~(negative | itself), -torch.inf) for scores in (forward_PC, backward_PC)]
-    losses = (F.cross_entropy(scores, partner, reduction="none") for scores in directions)
-    items = sum(losses, start=left.new_zeros(())) / 2
-    with torch.no_grad():
-        beaten = [scores < scores.gather(1, partner[:, None]) for scores in directions]
-        correct_P2 = torch.stack([(below | itself).all(1) for below in beaten], dim=1)
-        return InfoNCE(items, correct_P2, negative.sum(1), (grouped & same_text & ~itself).sum(1))
+    def prepass(self, embedded: Sequence[Embedded], part: Part) -> list[CachedInfoNCE]:
+        """Work out the losses of all micro-batches' pairs and their gradients by embedding."""
+        return cache(embedded, self.tau, part.gather_pairs)
+
+    def compute(self, context: LossContext) -> TermSums | None:
+        """Sum up the losses of this process's pairs."""
+        batch = context.batch
+        pairs = context.part.own_pairs(batch.pairs)
+        # By the plan, not by what is here: every rank must use the heads that any rank uses, be it on nothing.
+        if not context.planned and not len(pairs.group):
+            return None
+        left, right = context.model.contrast(context.hidden_BLD, pairs, batch.modality)
+        gather = context.part.gather_pairs
+        nce = context.cached(left, right) if context.cached else info_nce(left, right, pairs, self.tau, gather)
+        compared = nce.negatives_P > 0
+        first, second = pairs.modality.unbind(1)
+        other_side = torch.where(first == Modality.TEXT, second, first)
+        events = {
+            "pairs": torch.full_like(nce.masked, len(compared)),
+            "compared": compared.sum(),
+            "correct": (nce.correct_P2 & compared[:, None]).double().sum() / 2,
+            "same_text": nce.masked,
+        }
+        items = Items(nce.items_P, torch.ones_like(nce.items_P), pairs.span[:, 0, 0], other_side)
+        return TermSums(nce.items_P.sum(), items, events)
+
+    def figures(self, events: Mapping[str, float]) -> dict[str, float]:
+        """Give the accuracy among those compared, and how many pairs there were and could not be compared."""
+        accuracy = {"accuracy": events["correct"] / events["compared"]} if events["compared"] else {}
+        return accuracy | {
+            "pairs": events["pairs"],
+            "without_negative": events["pairs"] - events["compared"],
+            "same_text": events["same_text"],
+        }

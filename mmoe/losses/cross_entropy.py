@@ -5,17 +5,74 @@ Shape suffixes: B sequences, L positions, N labelled positions, D model width, V
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmoe.config.base import Config
+from mmoe.config.nature import Nature
 from mmoe.losses.part import WHOLE, Part, share
+from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
 from mmoe.precision.widen import widen
 from mmoe.schema.batch import IGNORE
+from mmoe.schema.counts import Counts
+from mmoe.schema.sample import KINDS, Modality
+from mmoe.tokenizers.vocabulary import Vocabulary
 
 Head = Callable[[Tensor], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class CrossEntropyConfig(Config):
+    """Weight of a label by the modality of its target; discrete actions are ACTION labels."""
+
+    text: float = Field(default=1.0, ge=0)
+    audio: float = Field(default=1.0, ge=0)
+    action: float = Field(default=1.0, ge=0)
+    structure: float = Field(default=1.0, ge=0)
+    # Labelled positions whose logits exist at the same time.
+    chunk: Annotated[int, Nature.LAYOUT] = Field(default=1024, gt=0)
+
+    def label_weights(self) -> np.ndarray:
+        """[modalities] f32: the `loss_weight` of a label by the modality of its target."""
+        weights = np.zeros(KINDS, np.float32)
+        for kind in (Modality.TEXT, Modality.AUDIO, Modality.ACTION, Modality.STRUCTURE):
+            weights[kind] = getattr(self, kind.name.lower())
+        return weights
+
+    def build(self) -> LossTerm:
+        """Build the term ``ce``."""
+        return CrossEntropyTerm(self)
+
+
+class CrossEntropyTerm(LossTerm):
+    """The cross-entropy of every label in nats; its denominator is the sum of the labels' loss weights."""
+
+    def __init__(self, config: CrossEntropyConfig) -> None:
+        super().__init__("ce")
+        self.chunk, self._weights = config.chunk, config.label_weights().astype(np.float64)
+
+    def denominator(self, counts: Counts, sequences: int) -> float:
+        """Add up the loss weights of the labels."""
+        return float(counts.labels @ self._weights)
+
+    def compute(self, context: LossContext) -> TermSums:
+        """Sum up the weighted cross-entropy of this process's labels."""
+        batch, part = context.batch, context.part
+        head = part.head or context.model.logits
+        ce = cross_entropy(head, context.hidden_BLD, batch.labels, batch.loss_weight, self.chunk, part)
+        kinds = target_modality(batch.labels.flatten()[ce.index_N], context.vocabulary)
+        items = Items(ce.items_N, torch.ones_like(ce.items_N), ce.index_N, kinds)
+        return TermSums(ce.total, items, reports=part.reports_labels)
+
+
+def target_modality(labels: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Modality (u8) of the tokens to be predicted: `Vocabulary.modality_of` where the labels are."""
+    return torch.from_numpy(vocabulary.modality_of(labels.cpu().numpy())).to(labels.device)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmoe.losses.contrastive import Gather
+from mmoe.losses.info_nce import Gather
 from mmoe.precision.widen import widen
 from mmoe.schema.batch import Pairs
 

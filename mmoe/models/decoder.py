@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, L positions, D model width, V ids, n chosen positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -75,9 +76,9 @@ class ModelConfig(Config):
         """Give the width of a head: `head_dim`, or what d_model has for each head."""
         return self.head_dim or self.d_model // self.heads
 
-    def build(self, inputs: ModelInputs, seed: int) -> "MultimodalModel":
-        """The model with its initial weights, float32 on the CPU."""
-        model = MultimodalModel(self, inputs)
+    def build(self, inputs: ModelInputs, seed: int, heads: Mapping[str, nn.Module] | None = None) -> "MultimodalModel":
+        """The model with its initial weights, float32 on the CPU; `heads` as `MultimodalModel` takes them."""
+        model = MultimodalModel(self, inputs, heads)
         initialise(model, seed, self.init_std, self.layers)
         return model
 
@@ -203,7 +204,8 @@ def gather_routing(routed: list[LayerRouting]) -> tuple[Auxiliary | None, Routin
 class MultimodalModel(nn.Module):
     """PackedBatch -> hidden states; the heads are called on those of them that a loss or a user wants."""
 
-    def __init__(self, config: ModelConfig, inputs: ModelInputs) -> None:
+    def __init__(self, config: ModelConfig, inputs: ModelInputs, heads: Mapping[str, nn.Module] | None = None) -> None:
+        """`heads` are further modules that read hidden states, by name: those of loss terms that have one."""
         super().__init__()
         size = config.d_model
         self.embeddings = Embeddings(inputs, size)
@@ -211,6 +213,7 @@ class MultimodalModel(nn.Module):
         self.unembedding = None if config.tie_embeddings else nn.Linear(size, inputs.vocabulary_size, bias=False)
         self.action = ActionHead(size, inputs.action_chunk, inputs.action_dim) if inputs.action_dim else None
         self.contrastive = ContrastHead(size, config.contrast_dim)
+        self.heads = nn.ModuleDict(dict(heads or {}))
 
     def forward(self, batch: PackedBatch, layout: Layout | None = None) -> ModelOutput:
         """Without a `layout` the batch is whole; with one, the batch holds the positions that the layout is of."""

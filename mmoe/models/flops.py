@@ -9,10 +9,11 @@ router losses are left out: under 1 % of a large model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
@@ -34,10 +35,12 @@ class ParameterCounts:
     others: int
 
     @classmethod
-    def of(cls, config: ModelConfig, inputs: ModelInputs) -> ParameterCounts:
-        """Count the parameters of a model of `config`, which is built without memory."""
+    def of(
+        cls, config: ModelConfig, inputs: ModelInputs, heads: Mapping[str, nn.Module] | None = None
+    ) -> ParameterCounts:
+        """Count the parameters of a model of `config` with `heads`, which is built without memory."""
         with torch.device("meta"):
-            model = MultimodalModel(config, inputs)
+            model = MultimodalModel(config, inputs, heads)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         table = sizes["embeddings.token.weight"]
         experts = sum(size for name, size in sizes.items() if ".experts." in name)

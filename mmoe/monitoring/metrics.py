@@ -146,7 +146,7 @@ class MetricsCallback(Callback):
         scalars = {
             "loss": float(result.losses.total),
             **{f"loss_{name}": float(value) for name, value in result.losses.terms.items()},
-            **result.losses.details(trainer.run.sources.names),
+            **trainer.setting.terms.figures(result.losses, trainer.run.sources.names),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             **totals,

@@ -24,7 +24,7 @@ def build(
     """Initialise the model, whole in one process, or this rank's part of it where there is a process group."""
     _check_memory(setting, inputs, device)
     if not dist.is_initialized():
-        model = setting.model.build(inputs, seed)
+        model = setting.model.build(inputs, seed, setting.heads(inputs))
         recompute_and_compile(model, setting.parallel)
         return model.to(device=device, dtype=setting.precision.parameter_dtype), OneProcess()
     return spread(setting, inputs, sources, seed, Mesh(setting.degrees, device.type), device)

@@ -5,6 +5,7 @@ early and late layers (Narayanan et al. 2021, section 2.2). The embeddings go wi
 all heads with the last one; a token table that is also the unembedding is on both.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -30,8 +31,16 @@ class StageModel(MultimodalModel):
     ``layers[s]`` are the layers of stage s of the whole model, ``here`` the stages of this rank.
     """
 
-    def __init__(self, config: ModelConfig, inputs: ModelInputs, stages: int, ranks: int, rank: int) -> None:
-        super().__init__(config, inputs)
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: ModelInputs,
+        stages: int,
+        ranks: int,
+        rank: int,
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__(config, inputs, heads)
         self.costs = costs(self)
         self.layers = deal_layers(self.costs, stages)
         self.here = range(rank, stages, ranks)
@@ -44,6 +53,7 @@ class StageModel(MultimodalModel):
             self.decoder.norm = nn.Identity()
             self.unembedding = self.action = None
             self.register_module("contrastive", None)
+            self.heads = nn.ModuleDict()
         if self.here[0] > 0:
             self._keep_table()
 
@@ -149,9 +159,10 @@ def on_meta(setting: RankSetting, inputs: ModelInputs, pp_rank: int) -> Multimod
     degrees = setting.degrees
     check_vocabulary(inputs.vocabulary_size, degrees.tp, degrees.fsdp)
     with torch.device("meta"):
+        heads = setting.heads(inputs)
         if degrees.pp == 1:
-            model = MultimodalModel(setting.model, inputs)
+            model = MultimodalModel(setting.model, inputs, heads)
         else:
             stages = degrees.pp * setting.parallel.stages_per_rank
-            model = StageModel(setting.model, inputs, stages, degrees.pp, pp_rank)
+            model = StageModel(setting.model, inputs, stages, degrees.pp, pp_rank, heads)
     return model.to(setting.precision.parameter_dtype)

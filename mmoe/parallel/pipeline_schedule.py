@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from mmoe.losses.total import LossReport
+from mmoe.losses.report import LossReport
 from mmoe.models.decoder import ModelOutput, RouterLosses
 from mmoe.models.layout import Layout
-from mmoe.models.moe.balance import BalanceConfig, StepLoads
+from mmoe.models.moe.balance import BalanceConfig, StepLoads, router_losses
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.collectives import add_up
 from mmoe.parallel.gradients import local
@@ -73,8 +73,7 @@ class Pipeline:
         here = {stage: [routed.index(n) for n in model.layers[stage] if n in routed] for stage in model.here}
         self.rows = [row for rows in here.values() for row in rows]  # of this rank's routers among all
         self._shares = {stage: len(rows) / max(len(routed), 1) for stage, rows in here.items()}
-        levels = [f"balance_{level}" for level, weight in setting.losses.balance if weight]
-        self._names = (*levels, "router_z") if routed else ()
+        self._names = router_losses(setting.losses.balance) if routed else ()
         self._step: _Step | None = None
         self._form: tuple[int, tuple[int, int]] | None = None  # micro-batches and shape that the schedule is for
         self._schedule: Schedule | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmoe.data.load.stream import StepData, Stream
 from mmoe.data.plan.deal import Reach
 from mmoe.losses.part import WHOLE, Part
-from mmoe.losses.total import LossReport
+from mmoe.losses.report import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.statistics import RoutingStatistics, router_gradient_norms
 from mmoe.optim.adamw import gradient_norm
@@ -255,7 +255,7 @@ class ManyRanks:
 
     def sum_report(self, report: LossReport) -> LossReport:
         """Add up the reports of all ranks."""
-        return sum_report(report, self.sources, self.device)
+        return sum_report(report, self.setting.loss_terms, self.sources, self.device)
 
     def sum_routing(self, routing: RoutingStatistics | None) -> RoutingStatistics | None:
         """Add up the statistics of all ranks; None for a dense model."""

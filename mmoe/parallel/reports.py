@@ -7,42 +7,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe.losses.total import LossReport
+from mmoe.losses.report import LossReport
+from mmoe.losses.total import LossTerms
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
 from mmoe.schema.sample import Modality
 
-TERMS = ("ce", "contrastive", "action", "balance_sequence", "balance_micro_batch", "balance_global_batch", "router_z")
-ITEMS = ("ce", "contrastive", "action")
-EVENTS = ("pairs", "compared", "correct", "same_text")
 
-
-def sum_report(report: LossReport, sources: int, device: torch.device) -> LossReport:
+def sum_report(report: LossReport, terms: LossTerms, sources: int, device: torch.device) -> LossReport:
     """The report of all ranks; a rank may lack terms and sources that others have."""
-    shape = (sources, len(Modality), 2)
-    parts: list[Tensor] = [report.total.reshape(1)]
-    for values, names in ((report.terms, TERMS), (report.events, EVENTS)):
-        parts += [torch.tensor([name in values for name in names])]
-        parts += [values[name].reshape(1) if name in values else torch.zeros(1) for name in names]
-    for name in ITEMS:
-        table = torch.zeros(shape, dtype=torch.float64, device=device)
-        if name in report.items:
-            table[: len(report.items[name])] = report.items[name]
-        parts += [torch.tensor([name in report.items]), table.flatten()]
-    flat = torch.cat([part.to(device, torch.float64) for part in parts])
+    values = [report.total.reshape(1)]
+    for found, shapes in _tables(report, terms, sources):
+        for name, shape in shapes.items():
+            table = torch.zeros(shape, dtype=torch.float64, device=device)
+            if name in found:
+                _beginning(table, found[name]).copy_(found[name])
+            values += [torch.tensor([name in found]), table.flatten()]
+    flat = torch.cat([value.to(device, torch.float64) for value in values])
     dist.all_reduce(flat)
-    rest = iter(flat.split([1, len(TERMS), *[1] * len(TERMS), len(EVENTS), *[1] * len(EVENTS), *[1, prod(shape)] * 3]))
-    total = next(rest).squeeze()
-    found: list[dict[str, Tensor]] = []
-    for names in (TERMS, EVENTS):
-        present = next(rest).tolist()
-        sums = [next(rest).squeeze() for _ in names]
-        found.append({name: value for name, there, value in zip(names, present, sums, strict=True) if there})
-    items = {}
-    for name in ITEMS:
-        present, table = next(rest), next(rest)
-        if present.item():
-            items[name] = table.view(shape)
-    return LossReport(report.objective, total, found[0], items, found[1])
+    total, rest = flat[0], flat[1:]
+    summed: list[dict[str, Tensor]] = []
+    for _, shapes in _tables(report, terms, sources):
+        summed.append({})
+        for name, shape in shapes.items():
+            present, table, rest = rest.tensor_split([1, 1 + prod(shape)])
+            if present.item():
+                summed[-1][name] = table.view(shape)
+    return LossReport(report.objective, total, *summed)
+
+
+def report_size(terms: LossTerms, sources: int) -> int:
+    """Count the numbers that `sum_report` adds up."""
+    shapes = [shape for _, each in _tables(LossReport.zero(), terms, sources) for shape in each.values()]
+    return 1 + sum(1 + prod(shape) for shape in shapes)
+
+
+def _tables(
+    report: LossReport, terms: LossTerms, sources: int
+) -> list[tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]]:
+    """The report's tables by term, each with the shapes that all ranks give them."""
+    return [
+        (report.terms, {term.name: () for term in terms}),
+        (report.items, {term.name: (sources, len(Modality), 2) for term in terms if term.itemised}),
+        (report.events, {term.name: (len(term.event_names),) for term in terms if term.event_names}),
+    ]
+
+
+def _beginning(table: Tensor, part: Tensor) -> Tensor:
+    """As many sources of the table as the part has; all of what is not by source."""
+    return table[: len(part)] if part.ndim else table
 
 
 def sum_routing(

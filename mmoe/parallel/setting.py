@@ -1,10 +1,15 @@
 """What the ranks of a run read of its config, and what follows from it for their number."""
 
 from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
 
 from mmoe.data.plan.deal import Reach
-from mmoe.losses.total import LossConfig
+from mmoe.losses.config import LossConfig
+from mmoe.losses.total import LossTerms
 from mmoe.models.decoder import ModelConfig
+from mmoe.models.embeddings import ModelInputs
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.mesh import Degrees
@@ -25,6 +30,15 @@ class RankSetting:
     degrees: Degrees
     batch: BatchArithmetic
     reach: Reach
+
+    @cached_property
+    def loss_terms(self) -> LossTerms:
+        """Build the terms of the loss, the same on every rank."""
+        return self.losses.build()
+
+    def heads(self, inputs: ModelInputs) -> dict[str, nn.Module]:
+        """Build the modules of the loss terms that have one, by name."""
+        return self.loss_terms.heads(inputs, self.model.d_model)
 
     @property
     def embeds_first(self) -> bool:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmoe.data.plan.deal import Reach
+from mmoe.models.moe.balance import router_losses
 from mmoe.models.moe.dispatch import CapacityDispatcher, rounded_up
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
 from mmoe.parallel.pipeline import TIED, StageModel
-from mmoe.parallel.reports import EVENTS, ITEMS, TERMS
+from mmoe.parallel.reports import report_size
 from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication_traffic import Traffic, name_of, ranks_of
 from mmoe.planning.memory_shards import Place, by_unit, shards
@@ -185,7 +186,7 @@ class Communication:
         """Hidden states and, with experts, the router losses: to the next stage, and their gradients back."""
         setting = self.setting
         hidden = self._positions // self.degrees.sequence_ranks * setting.model.d_model
-        levels = sum(1 for _, weight in setting.losses.balance if weight) + 1
+        levels = len(router_losses(setting.losses.balance))
         stages = self.degrees.pp * setting.parallel.stages_per_rank
         for stage in self.here:
             for size in (hidden, *([levels] if setting.model.moe is not None and back else [])):
@@ -228,8 +229,7 @@ class Communication:
         experts = moe.experts if moe is not None else 0
         self._add("all", "all_reduce", (1 + layers * experts) * WIDE)
         kinds = len(Modality)
-        report = 1 + 2 * len(TERMS) + 2 * len(EVENTS) + len(ITEMS) * (1 + sources * kinds * 2)
-        self._add("all", "all_reduce", report * WIDE)
+        self._add("all", "all_reduce", report_size(self.setting.loss_terms, sources) * WIDE)
         if layers:
             table = 2 * kinds * sources * experts + len(CAPACITY_FACTORS) + 2 + 3 * experts
             self._add("all", "all_reduce", layers * table * WIDE)

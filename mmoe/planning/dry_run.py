@@ -85,7 +85,7 @@ def _step(
     optimizer = build_optimizer(model, optim.adamw, optim.muon)
     with DryMode():
         batch = documents.batch(assumed)
-    counts = documents.counts(run.batch.sequences, assumed)
+    denominators = run.loss_terms.denominators(documents.counts(run.batch.sequences, assumed), run.batch.sequences)
     accumulation = run.batch.accumulation
     # The first and the last micro-batch differ from the others with ZeRO-1, and in a pipeline each backward pass knows
     # whether another one follows (`Passes`).
@@ -100,7 +100,7 @@ def _step(
         ranks = DryRanks(mesh, run, assumed.sources, model, passes)
         setting = replace(StepSetting.of(run, assumed.vocabulary, DEVICE, ranks), micro_batches=micro_batches)
         model.train()
-        step_gradients(model, [batch] * micro_batches, counts, setting, seed=0)
+        step_gradients(model, [batch] * micro_batches, denominators, setting, seed=0)
         passes.mark()
     memory = _by_kind(tracker.get_tracker_snapshot("peak")[DEVICE])
     kept = 1

@@ -8,9 +8,9 @@ import torch
 from mmoe.data.config import DataConfig
 from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import ConfigError
-from mmoe.losses.total import PlannedCounts
 from mmoe.models.embeddings import ModelInputs
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
+from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, COST, LABELS, PAIRS, PATCHES, POSITIONS, Counts
 from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.vision import VisionTokenizer
@@ -94,11 +94,15 @@ class Documents:
             f"{self.patches} patches, 3 vectors and {self.labels // self.count:,} labels each"
         )
 
-    def counts(self, steps_sequences: int, assumed: Assumed) -> PlannedCounts:
-        """Of a step of so many sequences."""
+    def counts(self, steps_sequences: int, assumed: Assumed) -> Counts:
+        """Count what a step of so many sequences holds."""
         inputs, documents = assumed.inputs, steps_sequences * self.count
-        elements = documents * inputs.action_chunk * inputs.action_dim
-        return PlannedCounts(float(steps_sequences * self.labels), elements, documents, steps_sequences)
+        columns = np.zeros(COLUMNS, np.int64)
+        columns[[POSITIONS, PATCHES, PAIRS]] = steps_sequences * self.length, documents * self.patches, documents
+        columns[ACTION_ELEMENTS] = documents * inputs.action_chunk * inputs.action_dim
+        columns[COST] = documents * self.size**2
+        columns[LABELS][Modality.TEXT] = steps_sequences * self.labels
+        return Counts(columns)
 
     def batch(self, assumed: Assumed) -> PackedBatch:
         """Make the batch of these documents."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmoe.losses.total import LossReport
+from mmoe.losses.report import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import StepLoads
 from mmoe.models.moe.statistics import RoutingStatistics

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.config.base import Config
 from mmoe.data.config import DataConfig
-from mmoe.losses.total import LossConfig
+from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.config import OptimConfig

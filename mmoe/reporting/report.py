@@ -230,7 +230,8 @@ def _config(run: Run) -> Section | None:
 
 def _lead(run: Run, summary: dict[str, Any]) -> str:
     with torch.device("meta"):  # what is here of the model may be a part of it
-        model = MultimodalModel(run.config.model, model_inputs(run.tokenizers))
+        inputs = model_inputs(run.tokenizers)
+        model = MultimodalModel(run.config.model, inputs, run.resolved.heads(inputs))
     parameters = sum(p.numel() for p in model.parameters())
     sources = ", ".join(run.sources.names)
     return f"{parameters:,} parameters, {summary['positions']:,} positions of {sources}"

@@ -1,14 +1,16 @@
 """The gradients of one optimizer step: its micro-batches forward and backward, alone or with the other ranks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
-from mmoe.losses.total import LossConfig, LossReport, PlannedCounts, compute
+from mmoe.losses.report import LossReport
+from mmoe.losses.term import LossContext, LossTerm
+from mmoe.losses.total import LossTerms
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import StepLoads
 from mmoe.models.moe.statistics import RoutingStatistics
@@ -39,18 +41,18 @@ class StepGradients:
 class StepSetting:
     """What the steps of a run have in common; `micro_batches` of each rank make a step."""
 
-    losses: LossConfig
+    terms: LossTerms
     precision: PrecisionConfig
     vocabulary: Vocabulary
     device: torch.device
     ranks: Ranks
     micro_batches: int
-    cached: bool  # contrastive groups are wider than what is embedded at the same time
+    cached: bool  # contrastive groups are wider than what is embedded at the same time: the step has a first pass
 
     @classmethod
     def of(cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
         """Derive the setting of a run's steps from what is resolved of it."""
-        return cls(run.losses, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.embeds_first)
+        return cls(run.loss_terms, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.embeds_first)
 
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes and losses."""
@@ -58,22 +60,28 @@ class StepSetting:
 
 
 def step_gradients(
-    model: MultimodalModel, batches: Iterable[PackedBatch], counts: PlannedCounts, setting: StepSetting, seed: int
+    model: MultimodalModel,
+    batches: Iterable[PackedBatch],
+    denominators: Mapping[str, float],
+    setting: StepSetting,
+    seed: int,
 ) -> StepGradients:
     """Accumulate the gradients of `batches` (of this replica) in the parameters, summed over the ranks.
 
-    `seed` is of all that the step draws, on every rank: gating noise, which differs by token (`mmoe.models.moe.noise`).
+    `denominators` are what the plan counted of each loss term in the step (`LossTerms.denominators`). `seed` is of all
+    that the step draws, on every rank: gating noise, which differs by token (`mmoe.models.moe.noise`).
     """
     torch.manual_seed(seed)
     ranks = setting.ranks
-    cached: Sequence[CachedInfoNCE | None] = [None] * setting.micro_batches
-    if setting.cached and counts.pairs:
+    cached: Sequence[dict[str, Any]] = [{}] * setting.micro_batches
+    if setting.cached and (coupled := setting.terms.coupled(denominators)):
         batches = list(batches)
-        cached = _contrast(model, batches, setting)
+        cached = _prepass(model, batches, coupled, setting)
 
     def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: StepLoads) -> LossReport:
-        config, vocabulary, part = setting.losses, setting.vocabulary, ranks.part(model)
-        return compute(model, output, batch, counts, config, vocabulary, loads, part, cached[number])
+        part = ranks.part(model)
+        before = cached[number] if cached else {}
+        return setting.terms.compute(model, output, batch, denominators, setting.vocabulary, loads, part, before)
 
     if ranks.pipeline is None:
         report, routing, loads = _one_by_one(model, batches, losses, setting)
@@ -102,13 +110,16 @@ def _one_by_one(
     return report, routing, loads
 
 
-def _contrast(model: MultimodalModel, batches: list[PackedBatch], setting: StepSetting) -> list[CachedInfoNCE]:
-    """The first pass of two: the contrastive losses of all micro-batches and their gradients by embedding.
+def _prepass(
+    model: MultimodalModel, batches: list[PackedBatch], terms: list[LossTerm], setting: StepSetting
+) -> list[dict[str, Any]]:
+    """The first pass of two: what each of the terms finds in the second, by micro-batch and name.
 
     Of a pipeline, the ranks of the last stage have them; the list of the others is empty.
     """
-    ranks, embedded = setting.ranks, []
-    part = ranks.part(model)
+    ranks, part = setting.ranks, setting.ranks.part(model)
+    embedded: dict[str, list[Any]] = {term.name: [] for term in terms}
+    hidden: Tensor | None = None
     for batch in batches:
         batch = batch.to(setting.device)
         with torch.no_grad():
@@ -118,6 +129,10 @@ def _contrast(model: MultimodalModel, batches: list[PackedBatch], setting: StepS
                 with setting.autocast():
                     hidden = ranks.forward(model, batch).hidden
             if hidden is not None:
-                pairs = part.own_pairs(batch.pairs)
-                embedded.append(Embedded(*model.contrast(hidden, pairs, batch.modality), pairs))
-    return cache(embedded, setting.losses.contrastive.tau, part.gather_pairs) if embedded else []
+                context = LossContext(model, hidden, batch, setting.vocabulary, 0.0, part, {})
+                for term in terms:
+                    embedded[term.name].append(term.embed(context))
+    if hidden is None:
+        return []
+    found = {term.name: term.prepass(embedded[term.name], part) for term in terms}
+    return [{name: each[number] for name, each in found.items()} for number in range(len(batches))]

@@ -9,7 +9,7 @@ import torch
 
 from mmoe.data.load.stream import StepData
 from mmoe.errors import DivergenceError
-from mmoe.losses.total import LossReport, PlannedCounts
+from mmoe.losses.report import LossReport
 from mmoe.models.moe.balance import update_choice_bias
 from mmoe.models.moe.routing import RoutingWindow
 from mmoe.optim.adamw import clip_gradients
@@ -59,9 +59,9 @@ def train_step(
     started = time.perf_counter()
     model, config, batch = state.model, run.config, run.resolved.batch
     model.train()
-    counts = PlannedCounts.of(data.counts, config.losses, sequences=batch.sequences)
+    denominators = setting.terms.denominators(data.counts, batch.sequences)
     batches = _Timed(data.batches)
-    gradients = step_gradients(model, batches, counts, setting, _step_seed(config.training.seed, state.step))
+    gradients = step_gradients(model, batches, denominators, setting, _step_seed(config.training.seed, state.step))
     routing = RoutingWindow()
     routing.add(gradients.routing)
     decision = decide(gradients)

@@ -1,6 +1,7 @@
 """One optimizer step on random packed multimodal documents, in any layout: what the layouts are compared by."""
 
 import functools
+import importlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from mmoe.config.load import validate
 from mmoe.data.plan.deal import Reach, deal
-from mmoe.losses.total import LossConfig, PlannedCounts
+from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import update_choice_bias
@@ -51,11 +52,13 @@ LOSSES: dict[str, Any] = {"contrastive": {"weight": 0.3}, "action": {"weight": 0
 class Case:
     """A step of `sequences`, `micro` of them a micro-batch; keys of `model` and `losses` replace those above.
 
-    The table of token vectors has `spare_ids` more rows than there are ids. Of the sequences named in `poor`, one is
-    of ``text`` alone, has one ``short`` text or holds ``nothing``.
+    `extension` is a module that registers what the case names by kind. The table of token vectors has `spare_ids` more
+    rows than there are ids. Of the sequences named in `poor`, one is of ``text`` alone, has one ``short`` text or holds
+    ``nothing``.
     """
 
     compute: str = "float64"
+    extension: str = ""
     micro: int = 1
     sequences: int = 4
     spare_ids: int = 0
@@ -71,6 +74,8 @@ class Case:
 
 def setting_of(case: Case, world: int) -> RankSetting:
     """What the ranks of a step read; a single process has no degrees."""
+    if case.extension:
+        importlib.import_module(case.extension)
     losses = validate(LossConfig, {**LOSSES, **case.losses}, "case")
     changed = case.model.get("moe", {})
     moe = None if changed is None else {**MODEL["moe"], **changed}
@@ -92,8 +97,8 @@ def group_of(case: Case, losses: LossConfig) -> int:
 
 def batches_of(
     case: Case, losses: LossConfig, replica: int, replicas: int, seed: int = 3
-) -> tuple[list[PackedBatch], PlannedCounts]:
-    """The micro-batches of a replica, and the counts of the whole step."""
+) -> tuple[list[PackedBatch], dict[str, float]]:
+    """The micro-batches of a replica, and the denominators of the whole step."""
     sequences = random_sequences(seed, case.sequences, 4)
     for number, kind in case.poor.items():
         rng = np.random.default_rng(number)
@@ -106,7 +111,7 @@ def batches_of(
     columns = np.zeros(COLUMNS, np.int64)
     columns[LABELS] = labels
     columns[[ACTION_ELEMENTS, PAIRS]] = int(whole.action_mask.sum()), len(whole.pairs.group)
-    counts = PlannedCounts.of(Counts(columns), losses, case.sequences)
+    denominators = losses.build().denominators(Counts(columns), case.sequences)
     costs, group = np.arange(case.sequences), group_of(case, losses)
     mine = deal(costs, group, case.micro, replicas)[replica].tolist()
     batches = []
@@ -117,7 +122,7 @@ def batches_of(
         number = torch.tensor(chosen)[start // length]
         pairs = replace(batch.pairs, text_hash=number * length + start % length, group=number // group)
         batches.append(replace(batch, pairs=pairs))
-    return batches, counts
+    return batches, denominators
 
 
 @functools.cache
@@ -143,13 +148,15 @@ class Worker:
             check_stages(run.model.layers, run.parallel.stages_per_rank, run.degrees.pp, run.batch.accumulation)
             model, ranks = spread(run, case.inputs, 3, 7, mesh_of(run.degrees), device)
         else:
-            model = run.model.build(case.inputs, 7).to(run.precision.parameter_dtype)
+            model = run.model.build(case.inputs, 7, run.heads(case.inputs)).to(run.precision.parameter_dtype)
         return cls(case, StepSetting.of(run, VOCABULARY, device, ranks), model.train())
 
     def gradients(self, seed: int = 3) -> StepGradients:
         ranks = self.setting.ranks
-        batches, counts = batches_of(self.case, self.setting.losses, ranks.replica, ranks.replicas, seed)
-        return step_gradients(self.model, batches, counts, self.setting, seed=11)
+        batches, denominators = batches_of(
+            self.case, setting_of(self.case, 1).losses, ranks.replica, ranks.replicas, seed
+        )
+        return step_gradients(self.model, batches, denominators, self.setting, seed=11)
 
     @property
     def routers(self) -> list[int]:
@@ -183,7 +190,7 @@ def run_step(case: Case, world: int) -> dict[str, Any]:
         "loss": float(step.report.total),
         "norm": float(step.norm),
         "terms": {name: float(value) for name, value in step.report.terms.items()},
-        "events": {name: float(value) for name, value in step.report.events.items()},
+        "events": {name: value.numpy() for name, value in step.report.events.items()},
         "items": {name: value.numpy() for name, value in step.report.items.items()},
         "routing": {} if routing is None else {f.name: getattr(routing, f.name).numpy() for f in fields(routing)},
         "loads": worker.of_all_stages(loads),

@@ -76,7 +76,7 @@ def check_step(pool: Pool, parallel: dict[str, Any], compute: str, capacity_fact
     expected = check(pool, case, micro=2)
     assert expected["terms"].keys() == {"ce", "contrastive", "action", "balance_sequence", "router_z"}
     assert (expected["routing"]["drops_NMSE"].sum() > 0) == (capacity_factor is not None)
-    assert expected["events"]["compared"] > 0
+    assert expected["events"]["contrastive"][1] > 0  # compared
 
 
 @in_every_mode(TWO, quick=3)

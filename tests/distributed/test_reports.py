@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from mmoe.data.load.quarantine import FEW, Quarantine
 from mmoe.errors import DataError
-from mmoe.losses.total import LossReport
+from mmoe.losses.config import LossConfig
+from mmoe.losses.report import LossReport
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
 from mmoe.parallel.collectives import add_up
 from mmoe.parallel.reports import sum_report, sum_routing
@@ -30,15 +31,15 @@ def reported() -> LossReport:
     events: dict[str, torch.Tensor] = {}
     if rank == 1:
         terms["contrastive"] = one * 5
-        events = {"pairs": torch.tensor(3), "compared": torch.tensor(2)}
-    return sum_report(LossReport(one, one * (rank + 2), terms, items, events), 3, CPU)
+        events = {"contrastive": torch.tensor([3.0, 2.0, 1.5, 0.0], dtype=torch.float64)}
+    return sum_report(LossReport(one, one * (rank + 2), terms, items, events), LossConfig().build(), 3, CPU)
 
 
 def test_terms_and_sources_that_only_one_rank_has(two: Pool) -> None:
     for report in two.run(reported):
         assert float(report.total) == 5.0
         assert {name: float(value) for name, value in report.terms.items()} == {"ce": 3.0, "contrastive": 5.0}
-        assert {name: float(value) for name, value in report.events.items()} == {"pairs": 3.0, "compared": 2.0}
+        assert {name: value.tolist() for name, value in report.events.items()} == {"contrastive": [3.0, 2.0, 1.5, 0.0]}
         assert list(report.items) == ["ce"] and report.items["ce"][:, 0, 0].tolist() == [3.0, 2.0, 0.0]
 
 

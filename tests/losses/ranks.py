@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmoe.losses.contrastive import Gather
+from mmoe.losses.info_nce import Gather
 
 
 class _Exchange(torch.autograd.Function):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
-from mmoe.losses.contrastive import info_nce
+from mmoe.losses.info_nce import info_nce
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.schema.batch import PackedBatch
 from tests.losses.ranks import in_ranks

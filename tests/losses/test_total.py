@@ -9,16 +9,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mmoe.losses.total import (
-    ActionLossConfig,
-    ContrastiveConfig,
-    CrossEntropyConfig,
-    LossConfig,
-    LossReport,
-    PlannedCounts,
-    compute,
-    target_modality,
-)
+from mmoe.losses.action import ActionLossConfig
+from mmoe.losses.config import LossConfig
+from mmoe.losses.contrastive import ContrastiveConfig
+from mmoe.losses.cross_entropy import CrossEntropyConfig, target_modality
+from mmoe.losses.report import LossReport
 from mmoe.models.decoder import Auxiliary, ModelOutput
 from mmoe.models.moe.balance import BalanceConfig, StepLoads
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
@@ -136,17 +131,20 @@ def model() -> Heads:
 
 
 WHOLE = batch_of([0, 1, 2, 3])
-COUNTS = PlannedCounts.of(Planned.of(WHOLE), CONFIG, sequences=B)
+TERMS = CONFIG.build()
+PLANNED = TERMS.denominators(Planned.of(WHOLE), sequences=B)
 
 
 def run(
     model: Heads,
     batch: PackedBatch,
-    counts: PlannedCounts = COUNTS,
+    planned: dict[str, float] | None = None,
     config: LossConfig = CONFIG,
     loads: StepLoads | None = None,
 ) -> LossReport:
-    return compute(model, model(batch), batch, counts, config, VOCABULARY, loads or StepLoads())
+    terms = config.build()
+    planned = terms.denominators(Planned.of(WHOLE), sequences=B) | (planned or {})
+    return terms.compute(model, model(batch), batch, planned, VOCABULARY, loads or StepLoads())
 
 
 def gradients(model: Heads, total: Tensor) -> list[Tensor]:
@@ -180,7 +178,7 @@ def test_any_cut_into_micro_batches_gives_the_same_step(model: Heads, cut: list[
         assert float(report.terms[name]) == pytest.approx(float(value), rel=1e-12)
     for name, table in whole.items.items():
         torch.testing.assert_close(report.items[name], table, rtol=1e-12, atol=1e-12)
-    assert {k: float(v) for k, v in report.events.items()} == {k: float(v) for k, v in whole.events.items()}
+    assert {k: v.tolist() for k, v in report.events.items()} == {k: v.tolist() for k, v in whole.events.items()}
     summed = [sum(parts) for parts in zip(*(gradients(model, part.objective) for part in parts), strict=True)]
     for got, wanted in zip(summed, gradients(model, whole.objective), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
@@ -227,13 +225,13 @@ def test_the_breakdown_is_complete_and_by_the_target(model: Heads) -> None:
 
 
 def test_details_are_flat_numbers_with_source_names(model: Heads) -> None:
-    details = run(model, WHOLE).details(["drive", "books", "speech"])
+    details = TERMS.figures(run(model, WHOLE), ["drive", "books", "speech"])
     assert {"ce_text", "ce_audio", "ce_action", "ce_structure", "ce_from_drive", "ce_from_books"} <= set(details)
     assert {"contrastive_vision", "contrastive_audio", "action_from_speech"} & set(details)
     assert 0 <= details["contrastive_accuracy"] <= 1
     assert details["contrastive_pairs"] == 2 * B
     assert all(isinstance(value, float) for value in details.values())
-    assert LossReport.zero().details([]) == {}
+    assert TERMS.figures(LossReport.zero(), []) == {}
 
 
 def test_a_lost_item_contributes_zero_and_stays_in_the_denominator(model: Heads) -> None:
@@ -255,15 +253,15 @@ def test_a_lost_item_contributes_zero_and_stays_in_the_denominator(model: Heads)
 def test_a_dense_model_has_no_router_terms(model: Heads) -> None:
     output = model(WHOLE)
     output = replace(output, auxiliary=None)
-    report = compute(model, output, WHOLE, COUNTS, CONFIG, VOCABULARY, StepLoads())
+    report = TERMS.compute(model, output, WHOLE, PLANNED, VOCABULARY, StepLoads())
     assert set(report.terms) == {"ce", "contrastive", "action"}
 
 
 def test_items_the_plan_did_not_count_are_refused(model: Heads) -> None:
-    with pytest.raises(ValueError, match="counted no contrastive pairs"):
-        run(model, WHOLE, replace(COUNTS, pairs=0))
-    with pytest.raises(ValueError, match="counted no labels"):
-        run(model, WHOLE, replace(COUNTS, labels=0.0))
+    with pytest.raises(ValueError, match="counted nothing of the loss term contrastive"):
+        run(model, WHOLE, {"contrastive": 0})
+    with pytest.raises(ValueError, match="counted nothing of the loss term ce"):
+        run(model, WHOLE, {"ce": 0.0})
 
 
 def test_label_weights_follow_the_modality_of_the_target() -> None:
@@ -271,7 +269,7 @@ def test_label_weights_follow_the_modality_of_the_target() -> None:
     named = {kind.name: float(weights[kind]) for kind in Modality}
     zero = dict.fromkeys(("VISION", "INERTIAL", "STATE"), 0)
     assert named == {"STRUCTURE": 0.25, "TEXT": 1.0, "AUDIO": 0.5, "ACTION": 2.0} | zero
-    assert COUNTS.labels == pytest.approx(float(WHOLE.loss_weight.double().sum()))
+    assert PLANNED["ce"] == pytest.approx(float(WHOLE.loss_weight.double().sum()))
 
 
 @pytest.mark.parametrize(

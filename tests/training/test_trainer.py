@@ -186,7 +186,7 @@ def test_discrete_actions_train_through_the_vocabulary(folder, tmp_path):
     steps = run.state.stream.steps()
     record = {}
     for _ in range(4):
-        record |= run.train_step(next(steps)).losses.details(run.run.sources.names)
+        record |= run.setting.terms.figures(run.train_step(next(steps)).losses, run.run.sources.names)
     assert record["ce_action"] > 0 and "action_from_clip" not in record
 
 

@@ -38,6 +38,11 @@ class BalanceConfig(Config):
     global_batch: float = Field(default=0.0, ge=0)
 
 
+def router_losses(config: BalanceConfig) -> tuple[str, ...]:
+    """Name the losses of routers that are worked out, in the order in which they are added up."""
+    return (*(f"balance_{level}" for level, weight in config if weight), "router_z")
+
+
 class StepLoads:
     """How often each expert was chosen in the optimizer step so far, before any drop.
 

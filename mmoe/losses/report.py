@@ -1,0 +1,74 @@
+"""What the losses of a micro-batch, or of a step, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mmoe.schema.sample import Modality
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Losses of a micro-batch; reports of the same step, from all processes, add up to the report of the step.
+
+    `objective` is the scalar to differentiate, `total` its detached share of the step's loss: they differ where
+    several processes work out a term together (`Part`). By the name of a term: `terms` are the parts of `total` before
+    their weights, item sums over planned counts, detached; `items` is [sources, modalities, 2] f64, sum and number of
+    the items present, unweighted; `events` [n] f64 counts its `event_names`. A term that a step has nothing of is in
+    none of them.
+    """
+
+    objective: Tensor
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    items: dict[str, Tensor] = field(default_factory=dict)
+    events: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def zero(cls) -> LossReport:
+        """The report of nothing: the start of a sum."""
+        return cls(torch.zeros(()), torch.zeros(()))
+
+    def __add__(self, other: LossReport) -> LossReport:
+        return LossReport(
+            self.objective + other.objective,
+            self.total + other.total,
+            _merge(self.terms, other.terms),
+            _merge(self.items, other.items),
+            _merge(self.events, other.events),
+        )
+
+    def detach(self) -> LossReport:
+        """Give the report without the graph behind its objective."""
+        return replace(self, objective=self.objective.detach())
+
+    def by_modality(self, term: str) -> dict[Modality, float]:
+        """Mean over the items present of a term, where there are any."""
+        means = _means(self.items[term].sum(0)) if term in self.items else {}
+        return {Modality(kind): mean for kind, mean in means.items()}
+
+    def by_source(self, term: str) -> dict[int, float]:
+        """As `by_modality`, by the number of the source."""
+        return _means(self.items[term].sum(1)) if term in self.items else {}
+
+
+def _merge(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    merged = dict(a)
+    for name, value in b.items():
+        merged[name] = _add(merged[name], value) if name in merged else value
+    return merged
+
+
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b; the table with fewer sources counts zero for the rest."""
+    if a.ndim and len(a) != len(b):
+        a, b = (a, b) if len(a) > len(b) else (b, a)
+        b = torch.cat([b, b.new_zeros(len(a) - len(b), *b.shape[1:])])
+    return a + b
+
+
+def _means(table: Tensor) -> dict[int, float]:
+    return {row: total / number for row, (total, number) in enumerate(table.tolist()) if number}

@@ -1,0 +1,21 @@
+"""The routers' losses, which the layers of experts work out, as terms of the objective."""
+
+from mmoe.losses.term import LossContext, LossTerm, TermSums
+from mmoe.schema.counts import Counts
+
+
+class RouterTerm(LossTerm):
+    """Counts one of the routers' losses, a mean over a micro-batch's sequences, by its sequences."""
+
+    itemised = by_modality = False
+
+    def denominator(self, counts: Counts, sequences: int) -> float:
+        """Count the sequences."""
+        return sequences
+
+    def compute(self, context: LossContext) -> TermSums | None:
+        """Weigh the mean by the sequences that it is of; None without experts."""
+        if self.name not in context.router:
+            return None
+        sequences = context.batch.shape[0]
+        return TermSums(context.router[self.name] * sequences, reports=context.part.reports_routing)
