@@ -18,7 +18,8 @@ from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import update_choice_bias
 from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients
 from mmoe.optim.batch import BatchArithmetic
-from mmoe.optim.muon import MuonConfig, build_optimizer
+from mmoe.optim.muon import MuonConfig
+from mmoe.optim.optimizer import build_optimizer
 from mmoe.parallel.build import spread
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.mesh import Degrees, Mesh

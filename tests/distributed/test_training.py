@@ -30,7 +30,7 @@ EXACT = {
     "precision": {"compute": "float64"},
     "model__moe__engine": "loop",
     "model__moe__capacity_factor": 1.0,
-    "optim__muon": None,
+    "optim__matrices": None,
     "losses__contrastive": {"weight": 0.3},
     "training__micro_batch_sequences": 1,
 }
