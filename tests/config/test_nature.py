@@ -67,6 +67,7 @@ KEYS = {
         "training": "micro_batch_sequences",
     },
     Nature.OPERATIONAL: {
+        "": "extensions",
         "data.sources.text": "shards input",
         "data": "workers prefetch error_budget watchdog_seconds",
         "data.storage": "cache_folder cache_bytes attempts timeout_s backoff_s concurrency",
@@ -99,7 +100,7 @@ def full():
 
 def test_every_field_of_a_run_has_a_nature_on_purpose(full):
     expected = {
-        f"{place}.{name}": nature
+        f"{place}.{name}".removeprefix("."): nature
         for nature, places in KEYS.items()
         for place, names in places.items()
         for name in names.split()
