@@ -49,6 +49,20 @@ def test_an_optimizer_holds_after_a_step_what_it_lays_out_and_no_more(config: Op
     assert optimizer.state_dict().keys() == {"weight"}
 
 
+@pytest.mark.parametrize(
+    "config", [AdamWConfig(), AdamWConfig(implementation="foreach"), MuonConfig()], ids=["fused", "foreach", "muon"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_of_what_is_built_in_is_laid_out_as_torch_makes_it(config: OptimizerConfig, dtype) -> None:
+    weight = nn.Parameter(torch.ones(3, 5, dtype=dtype))
+    weight.grad = torch.ones_like(weight)
+    built = config.build({"weight": weight})
+    torch.optim.Muon.step(built) if isinstance(built, torch.optim.Muon) else built.step()
+    theirs = {name: (tensor.shape, tensor.dtype) for name, tensor in built.state[weight].items()}
+    laid_out = {name: tensor.zeros(weight) for name, tensor in config.state_layout((3, 5)).items()}
+    assert theirs == {name: (tensor.shape, tensor.dtype) for name, tensor in laid_out.items()}
+
+
 def test_the_matrices_of_the_blocks_have_the_optimizer_that_a_config_names_for_them() -> None:
     config = chosen(matrices={"kind": "tests.signs", "momentum": 0.5})
     optimizer = build_optimizer(Model(), config.optimizer, config.matrices)
