@@ -27,7 +27,7 @@ from rich.table import Table
 
 from mmoe.commands.console import Console
 from mmoe.config.load import load
-from mmoe.optim.muon import build_optimizer
+from mmoe.optim.optimizer import build_optimizer
 from mmoe.parallel.build import spread
 from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.parallel.ranks import OneProcess, Ranks
@@ -78,7 +78,7 @@ class Side:
             self.mesh = Mesh(self.resolved.degrees)
             self.model, ranks = spread(self.resolved, self.assumed.inputs, 1, 0, self.mesh, device)
         self.model.train()
-        self.optimizer = build_optimizer(self.model, config.optim.adamw, None)
+        self.optimizer = build_optimizer(self.model, config.optim.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4
         batch, patches = self.resolved.batch, config.tokenizers.vision.max_patches

@@ -25,7 +25,7 @@ from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import BalanceConfig, StepLoads, update_choice_bias
 from mmoe.models.moe.layer import MoEConfig
-from mmoe.optim.adamw import AdamWConfig, ClipConfig, build_adamw, clip_gradients, gradient_norm
+from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients, gradient_norm
 from mmoe.reporting.figures import ABLATED, INK, MODEL, MUTED, style
 from mmoe.result import print_result
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
@@ -154,7 +154,7 @@ def train(setting: Setting, seed: int) -> Trace:
     torch.manual_seed(seed)
     text, trace, started = Text(seed), Trace(), time.perf_counter()
     model = collapsed_model(setting, seed, text.batch())
-    optimizer = build_adamw(model, AdamWConfig())
+    optimizer = AdamWConfig().build(dict(model.named_parameters()))
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
     sequences = MICRO_BATCHES * SEQUENCES

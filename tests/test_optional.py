@@ -129,9 +129,9 @@ def test_training_and_preparing_text_load_no_optional_package() -> None:
     )
     code = f"""
 import sys, {modules}
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.tokenizers.audio import AudioConfig
-find_source("text"), AudioConfig()
+SOURCES.find("text"), AudioConfig()
 print(*sorted({set(MEDIA)} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

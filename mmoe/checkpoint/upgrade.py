@@ -3,7 +3,7 @@
 from typing import Any
 
 from mmoe.checkpoint.tree import INTEGER_KEYS
-from mmoe.optim.muon import is_block_matrix
+from mmoe.optim.optimizer import is_block_matrix
 
 
 def from_format_1(document: dict[str, Any]) -> dict[str, Any]:

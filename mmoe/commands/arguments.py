@@ -15,6 +15,11 @@ Measured = Annotated[
 ]
 Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
 
+Extending = Annotated[
+    list[str] | None,
+    typer.Option("--extension", metavar="MODULE", help="module that registers a reader; repeatable"),
+]
+
 
 def config_at(path: Path, overrides: list[str] | None) -> "RunConfig":
     """Read the config in a YAML file, or that of the run whose folder is given; with overrides applied."""

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mmoe.commands.arguments import Extending
 from mmoe.commands.console import console
 
 
@@ -14,12 +15,15 @@ def fit_tokenizer(
     output: Annotated[Path, typer.Argument(metavar="FILE", help="the tokenizer's JSON")],
     options: Annotated[list[str] | None, typer.Argument(help="reader options, e.g. recordings=100")] = None,
     vocabulary_size: Annotated[int, typer.Option(min=257, help="ids, the 256 bytes among them")] = 4096,
+    extensions: Extending = None,
 ) -> None:
     """Train a byte-level BPE on the training texts of a source."""
+    from mmoe.config.extensions import import_extensions
     from mmoe.config.load import parse_overrides
     from mmoe.preparation.prepare import training_texts
     from mmoe.tokenizers.text import TextTokenizer
 
+    import_extensions(extensions or ())
     tokenizer = TextTokenizer.train(training_texts(kind, source, parse_overrides(options or [])), vocabulary_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)

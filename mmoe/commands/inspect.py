@@ -42,8 +42,9 @@ def show_inspection(found: "Inspection", replicas: int, console: Console) -> Non
     console.print(table)
     efficiency, sequences = found.packing_efficiency, found.sequences
     console.print(f"packing efficiency {efficiency:.4f} of {sequences:,} sequences of {found.length:,} positions")
-    if found.imbalance is not None:
-        console.print(f"attention work of the busiest of {replicas} replicas: {found.imbalance:.3f} times the mean")
+    if replicas > 1:
+        for work, ratio in zip(("attention", "vision"), found.balance, strict=True):
+            console.print(f"{work} work of the busiest of {replicas} replicas: {ratio:.3f} times the mean")
     lost = found.lost
     console.print("nothing was cut or dropped" if not lost else "cut or dropped, up to the end of the last window:")
     for reason, number in lost.items():

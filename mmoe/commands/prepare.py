@@ -14,6 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmoe.commands.arguments import Extending
 from mmoe.commands.console import Console, console, show_record
 from mmoe.errors import MmoeError
 from mmoe.runtime.logging import set_up_logging
@@ -44,15 +45,18 @@ def prepare(
     against: Annotated[
         list[str] | None, typer.Option(help="a prepared source whose samples are not to occur again; repeatable")
     ] = None,
+    extensions: Extending = None,
 ) -> None:
     """Raw recordings -> indexed WebDataset shards with held-out recordings.
 
     An interrupted call keeps what it has finished; the same command goes on from there.
     """
+    from mmoe.config.extensions import import_extensions
     from mmoe.config.load import merge, parse_overrides
     from mmoe.data.storage.store import DEFAULT
     from mmoe.tokenizers.text import TextConfig
 
+    import_extensions(extensions or ())
     tokenizer = TextConfig(path=text_tokenizer).build(DEFAULT.read)
     duplicates: dict[str, object] = {"near": True} if dedup else {}
     duplicates |= {"against": against} if against else {}
@@ -98,14 +102,14 @@ def _show_progress(said: str, done: int, total: int | None) -> Iterator[Callable
         yield lambda count: progress.advance(bar, count)
 
 
-def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig") -> None:
-    """Make what a config names and the disk does not hold, in a process that ends with it.
+def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig", extensions: tuple[str, ...] = ()) -> None:
+    """Make what a config names and the disk does not hold, in a process that ends with it and imports `extensions`.
 
     So the one that goes on to train has loaded no reader. Raises what the preparation raised for the user to read.
     """
     context = multiprocessing.get_context("spawn")
     answer, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_prepare_missing, args=(sender, sources, text))
+    process = context.Process(target=_prepare_missing, args=(sender, sources, text, extensions))
     process.start()
     sender.close()
     try:
@@ -125,12 +129,16 @@ def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig") -> N
         raise error
 
 
-def _prepare_missing(sender: Connection, sources: "dict[str, SourceConfig]", text: "TextConfig") -> None:
+def _prepare_missing(
+    sender: Connection, sources: "dict[str, SourceConfig]", text: "TextConfig", extensions: tuple[str, ...]
+) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    from mmoe.config.extensions import import_extensions
     from mmoe.preparation.ready import ensure_prepared
 
     set_up_logging(show_record)
     try:
+        import_extensions(extensions)
         ensure_prepared(sources, text, prepare_and_show)
     except (MmoeError, OSError) as error:
         sender.send(error)

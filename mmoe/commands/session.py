@@ -138,7 +138,7 @@ def _prepare(config: RunConfig) -> None:
     sources, text = config.data.sources, config.tokenizers.text
     named = [*(source.shards for source in sources.values()), *([text.path] if text.path is not None else [])]
     if any(map(is_missing, named)):
-        prepare_missing(sources, text)
+        prepare_missing(sources, text, config.extensions)
 
 
 def _evaluate(run: Run, console: Console) -> None:

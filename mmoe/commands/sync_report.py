@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from mmoe.commands.arguments import Extending
 from mmoe.commands.console import console
 from mmoe.errors import ConfigError
 
@@ -18,8 +19,10 @@ def sync_report(
     options: Annotated[list[str] | None, typer.Argument(help="reader options, with --kind")] = None,
     kind: Annotated[str | None, typer.Option(help="reader of raw recordings, as in prepare")] = None,
     html: Annotated[Path, typer.Option(help="page with the histograms")] = Path("sync-report.html"),
+    extensions: Extending = None,
 ) -> None:
     """Rates, jitter, gaps and offsets of every stream's clock, as a table and an HTML page."""
+    from mmoe.config.extensions import import_extensions
     from mmoe.config.load import parse_overrides
     from mmoe.files import write_atomically, writes
     from mmoe.optional import needs
@@ -28,6 +31,7 @@ def sync_report(
     with needs("drawing the page"):
         from mmoe.reporting.sync_page import render
 
+    import_extensions(extensions or ())
     if kind is None and options:
         raise ConfigError(f"options {' '.join(options)} are for a reader of raw recordings; add --kind, or drop them")
     report = (

@@ -119,7 +119,7 @@ def load(kind: type[C], path: str | Path, overrides: Sequence[str] | None = None
             kind.check_layer(below, above)
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
-    return validate(kind, merge(tree, given), str(path))
+    return validate(kind, merge(tree, given), str(path), Path(path).parent)
 
 
 def override(config: C, overrides: Sequence[str]) -> C:
@@ -128,10 +128,10 @@ def override(config: C, overrides: Sequence[str]) -> C:
     return validate(type(config), merge(config.model_dump(mode="json"), given), "overrides") if given else config
 
 
-def validate(kind: type[C], tree: dict[str, Any], where: str) -> C:
-    """Validate a plain mapping as `kind`; `where` names the file in messages."""
+def validate(kind: type[C], tree: dict[str, Any], where: str, folder: Path | None = None) -> C:
+    """Validate a plain mapping as `kind`; `where` names the file in messages, `folder` has extensions beside it."""
     try:
-        return kind.model_validate_json(json.dumps(tree))
+        return kind.model_validate_json(json.dumps(tree), context={"folder": folder})
     except ValidationError as error:
         lines = [f"{where}: {sentence}" for sentence in sentences(kind, tree, error)]
         more = [f"{where}: {len(lines) - MOST_FAULTS} more faults"] if len(lines) > MOST_FAULTS else []

@@ -1,5 +1,7 @@
 """Parts that a config names by `kind`: built in, registered by a decorator, or offered by an installed package."""
 
+from __future__ import annotations
+
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -11,6 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo
 from mmoe.config.base import Config
 from mmoe.config.load import sentences
 from mmoe.errors import ConfigError, brief, did_you_mean
+from mmoe.optional import needs
 
 
 class KindConfig(Config):
@@ -25,32 +28,32 @@ class KindConfig(Config):
         return self.name or self.kind
 
 
+T = TypeVar("T")
 K = TypeVar("K", bound=KindConfig)
 
 
-class Registry(Generic[K]):
-    """The kinds of one sort of part, each with its config class.
+class Kinds(Generic[T]):
+    """The kinds of one sort of part, each an object of the class `base`.
 
-    `built_in` maps a kind to ``"module:Class"``, which is imported when it is asked for. An installed package offers
-    its own by an entry point of `group` (its name the kind, its value ``module:Class``); what is imported anyway
-    registers by the decorator `register`. A config holds a part as
-    ``Annotated[SerializeAsAny[Base], BeforeValidator(registry)]``.
+    `built_in` maps a kind to ``"module:object"``, which is imported when it is asked for. An installed package offers
+    its own by an entry point of `group` (its name the kind, its value ``module:object``); what is imported anyway, such
+    as the `extensions` of a run, registers by `register`.
     """
 
-    def __init__(self, what: str, group: str, base: type[K], built_in: Mapping[str, str]) -> None:
+    def __init__(self, what: str, group: str, base: type[Any], built_in: Mapping[str, str]) -> None:
         """`what` names one part in messages, e.g. "callback"."""
         self.what, self.group, self.base = what, group, base
         self._built_in = {kind: EntryPoint(kind, where, group) for kind, where in built_in.items()}
-        self._registered: dict[str, type[K]] = {}
+        self._registered: dict[str, T] = {}
 
-    def register(self, kind: str) -> Callable[[type[K]], type[K]]:
-        """Register the config class below as this kind. Raises ConfigError for a kind that there is already."""
+    def register(self, kind: str) -> Callable[[T], T]:
+        """Register what this is called with, or decorates. Raises ConfigError for a kind that there is already."""
 
-        def take(found: type[K]) -> type[K]:
-            if not issubclass(found, self.base):
-                raise ConfigError(f"{found.__name__} cannot be a {self.what}: derive it from {self.base.__name__}")
+        def take(found: T) -> T:
+            if not self._fits(found):
+                raise ConfigError(f"{_name(found)} cannot be a {self.what}: {self._remedy}")
             known = self._registered.get(kind)
-            if kind in self._built_in or (known is not None and _place(known) != _place(found)):
+            if kind in self._built_in or (known is not None and not self._same(known, found)):
                 raise ConfigError(f"there is a {self.what} of kind {kind} already; register it by another name")
             self._registered[kind] = found
             return found
@@ -61,8 +64,8 @@ class Registry(Generic[K]):
         """Name every kind there is, by alphabet."""
         return sorted({*self._built_in, *self._registered, *self._offered()})
 
-    def find(self, kind: str) -> type[K]:
-        """Find the config class of this kind. Raises ConfigError naming the nearest one."""
+    def find(self, kind: str) -> T:
+        """Find what is of this kind. Raises ConfigError naming the nearest one, BackendError for a missing package."""
         if kind in self._registered:
             return self._registered[kind]
         where = self._built_in.get(kind) or self._offered().get(kind)
@@ -71,21 +74,54 @@ class Registry(Generic[K]):
             hint = did_you_mean(kind, known) or "."
             raise ConfigError(
                 f"{brief(kind)} is not a kind of {self.what}{hint} Known are {', '.join(known) or 'none'}; another is "
-                f"registered by the package that has it (entry point {self.group}), or by importing its module first"
+                f"registered by its package (entry point {self.group}), or by a module among the config's extensions"
             )
         module, _, name = where.value.partition(":")
         try:
-            found = getattr(importlib.import_module(module), name)
+            with needs(f"{self.what} {kind}"):
+                found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"{self.what} {kind} is {where.value}, which cannot be imported ({error}); reinstall its package"
             ) from error
-        if not (isinstance(found, type) and issubclass(found, self.base)):
+        if not self._fits(found):
             raise ConfigError(f"{where.value}, {self.what} {kind}, is no {self.base.__name__}; mend that package")
         return found
 
     def _offered(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=self.group)}
+
+    def _fits(self, found: Any) -> bool:
+        return isinstance(found, self.base)
+
+    def _same(self, known: T, found: T) -> bool:
+        """Whether they are one, of a module that was imported twice."""
+        return known == found
+
+    @property
+    def _remedy(self) -> str:
+        return f"give a {self.base.__name__}"
+
+
+class Registry(Kinds[type[K]]):
+    """Kinds with a config class each, which `base` is the base of.
+
+    A config holds a part as ``Annotated[SerializeAsAny[Base], BeforeValidator(registry)]``.
+    """
+
+    def __init__(self, what: str, group: str, base: type[K], built_in: Mapping[str, str]) -> None:
+        """`base` says what `K` is."""
+        super().__init__(what, group, base, built_in)
+
+    def _fits(self, found: Any) -> bool:
+        return isinstance(found, type) and issubclass(found, self.base)
+
+    def _same(self, known: type[K], found: type[K]) -> bool:
+        return (known.__module__, known.__qualname__) == (found.__module__, found.__qualname__)
+
+    @property
+    def _remedy(self) -> str:
+        return f"derive it from {self.base.__name__}"
 
     def __call__(self, value: Any, info: ValidationInfo) -> Any:
         """Validate a mapping with `kind` by the class of that kind, as a pydantic validator."""
@@ -116,5 +152,5 @@ def distinct(parts: tuple[K, ...]) -> tuple[K, ...]:
     return parts
 
 
-def _place(found: type) -> tuple[str, str]:
-    return found.__module__, found.__qualname__
+def _name(found: Any) -> str:
+    return found.__name__ if isinstance(found, type) else f"an object of {type(found).__name__}"

@@ -27,10 +27,11 @@ from mmoe.training.step import StepResult
 class MetricsCallback(Callback):
     """Makes a record every `log_every_steps` steps, where tables or a digest are due, after an evaluation, and last.
 
-    Loss terms, gradient norms and the stand of the data are those of the step. `positions`, `tokens` (without
-    padding), `wall_seconds` and the choices of experts count from the begin of the run, without what it undid. All
-    others are over the steps since the last record, tables over those since the last ones. Rates are of the steps
-    alone; evaluations, checkpoints and records between them are in `wall_seconds`.
+    Loss terms, gradient norms, the stand of the data and the balance of work (that of the replica which has most, over
+    the mean) are those of the step. `positions`, `tokens` (without padding), `wall_seconds` and the choices of experts
+    count from the begin of the run, without what it undid. All others are over the steps since the last record, tables
+    over those since the last ones. Rates are of the steps alone; evaluations, checkpoints and records between them are
+    in `wall_seconds`.
     """
 
     name = "metrics"
@@ -159,6 +160,7 @@ class MetricsCallback(Callback):
             **self._routing.scalars(),
             **self._evaluated,
             **_data(trainer, result),
+            **dict(zip(("attention_balance", "vision_balance"), result.data.balance, strict=True)),
             "peak_memory_bytes": self.memory.sample(),
         }
         self._tables.merge(self._routing)

@@ -1,6 +1,6 @@
 """AdamW (Loshchilov and Hutter 2019), which parameters it decays, and the global-norm clip."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,19 +11,32 @@ from torch.distributed.tensor import DTensor
 from mmoe.compat import foreach_mul_, foreach_norm
 from mmoe.config.base import Config
 from mmoe.config.nature import Nature
+from mmoe.optim.optimizer import OptimizerConfig, StateTensor
 
 SCALAR_EMBEDDINGS = {"camera", "time"}  # modules that embed a camera's number and clip time
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AdamWConfig(Config):
+class AdamWConfig(OptimizerConfig):
     """Configures AdamW."""
 
+    kind: Literal["adamw"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: Annotated[float, Nature.ADJUSTABLE] = Field(default=0.1, ge=0)
     implementation: Literal["fused", "foreach"] = "fused"
+
+    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+        """Build it with two groups: decayed and not."""
+        chosen = {"fused": self.implementation == "fused", "foreach": self.implementation == "foreach"}
+        groups = parameter_groups(parameters, self.weight_decay)
+        return torch.optim.AdamW(groups, 0.0, self.betas, self.eps, **chosen)
+
+    def state_layout(self, shape: tuple[int, ...]) -> dict[str, StateTensor]:
+        """Lay out two moments and the number of steps, which only the fused implementation has beside the parameter."""
+        steps = StateTensor((), torch.float32, on_host=self.implementation != "fused")
+        return {"step": steps, "exp_avg": StateTensor(), "exp_avg_sq": StateTensor()}
 
 
 class ClipConfig(Config):
@@ -34,21 +47,7 @@ class ClipConfig(Config):
     max_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together; null: measured, not clipped
 
 
-def build_adamw(
-    model: nn.Module, config: AdamWConfig, exclude: frozenset[str] | set[str] = frozenset()
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model` not named in `exclude`, in two groups: decayed and not.
-
-    Its rate is zero until a `Schedule` sets each group's ``lr``.
-    """
-    chosen = {"fused": config.implementation == "fused", "foreach": config.implementation == "foreach"}
-    groups = parameter_groups(model, config.weight_decay, exclude)
-    return torch.optim.AdamW(groups, 0.0, config.betas, config.eps, **chosen)
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, exclude: frozenset[str] | set[str] = frozenset()
-) -> list[dict]:
+def parameter_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict]:
     """Groups of (name, parameter); a group without parameters is left out.
 
     Not decayed: norms and biases (every parameter of one dimension or none, and all that is named ``bias``),
@@ -56,10 +55,9 @@ def parameter_groups(
     model is. DTensors, of whatever meshes, stand apart from plain tensors: no operation takes both at once.
     """
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in exclude:
-            kind = (_decays(name, parameter), isinstance(parameter, DTensor))
-            groups.setdefault(kind, []).append((name, parameter))
+    for name, parameter in parameters.items():
+        kind = (_decays(name, parameter), isinstance(parameter, DTensor))
+        groups.setdefault(kind, []).append((name, parameter))
     return [
         {"params": groups[kind], "weight_decay": weight_decay if kind[0] else 0.0}
         for kind in sorted(groups, reverse=True)

@@ -1,12 +1,14 @@
 """How a run optimises: its rate, the shape of the rate, the update, the clip."""
 
+from pydantic import model_validator
 from rich.table import Table
 
 from mmoe.config.base import Config
+from mmoe.config.registry import distinct
 from mmoe.optim.adamw import AdamWConfig, ClipConfig
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.lr import LearningRateConfig
-from mmoe.optim.muon import MuonConfig
+from mmoe.optim.optimizer import ChosenOptimizer
 from mmoe.optim.schedule import Schedule, ScheduleConfig
 
 
@@ -15,9 +17,14 @@ class OptimConfig(Config):
 
     lr: LearningRateConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    adamw: AdamWConfig = AdamWConfig()
-    muon: MuonConfig | None = None  # for the matrices of the blocks; null: AdamW for everything
+    optimizer: ChosenOptimizer = AdamWConfig()
+    matrices: ChosenOptimizer | None = None  # of the matrices of the blocks; null: `optimizer` for everything
     clip: ClipConfig = ClipConfig()
+
+    @model_validator(mode="after")
+    def _two(self) -> "OptimConfig":
+        distinct(tuple(each for each in (self.optimizer, self.matrices) if each is not None))
+        return self
 
     def build_schedule(self, batch: BatchArithmetic) -> Schedule:
         """The rate of every step of a run with this batch."""

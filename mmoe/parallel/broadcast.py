@@ -25,7 +25,7 @@ def shared_steps(stream: Stream, mesh: Mesh, micro_batches: int, device: torch.d
     steps = stream.steps() if decodes(mesh) else None
     while True:
         data = next(steps) if steps else None
-        header = _send((data.counts, data.plan, data.lost) if data else None, mesh.peers, device)
+        header = _send((data.counts, data.plan, data.lost, data.balance) if data else None, mesh.peers, device)
         yield StepData(shared_batches(data.batches if data else iter(()), mesh, micro_batches, device), *header)
 
 

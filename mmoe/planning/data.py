@@ -6,7 +6,7 @@ import numpy as np
 
 from mmoe.data.config import DataConfig
 from mmoe.data.index.shard_index import is_prepared
-from mmoe.data.plan.deal import deal
+from mmoe.data.plan.deal import balance, deal
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.planner import Planner
 from mmoe.data.plan.prepared import Sources, sizes
@@ -36,7 +36,7 @@ class Inspection:
     sequences: int
     length: int  # of a sequence, in positions
     packing_efficiency: float  # share of the positions that hold something
-    imbalance: float | None  # attention work of the busiest replica over the mean; None of one replica
+    balance: tuple[float, float]  # attention and vision work of the busiest replica over the mean
     lost: dict[str, int]  # what was cut or dropped up to the end of the last window, by reason
 
 
@@ -74,10 +74,9 @@ def inspect(config: RunConfig, steps: int, replicas: int) -> Inspection:
         mine = parts[parts["source"] == source.number]
         served, begun = int(mine["length"].sum()), int((mine["part"] == 0).sum())
         shares.append(PlannedSource(source.name, served / positions, target, len(mine), served, begun / source.rows))
-    costs = [np.array([s.counts.cost for s in batch], np.float64) for batch in batches]
-    imbalance = None
-    if replicas > 1:
-        work = [c[deal(c, group, micro, replicas)].sum(1) for c in costs]
-        imbalance = float(np.mean([w.max() / w.mean() for w in work]))
+    works = [np.array([s.counts.work for s in batch]) for batch in batches]
+    balances = [balance(work, deal(work, group, micro, replicas)) for work in works]
+    attention, vision = np.mean(balances, axis=0).tolist()
     efficiency = positions / (len(sequences) * length)
-    return Inspection(shares, len(sequences), length, efficiency, imbalance, dict(sorted(planner.lost.items())))
+    lost = dict(sorted(planner.lost.items()))
+    return Inspection(shares, len(sequences), length, efficiency, (attention, vision), lost)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from mmoe.compat import FakeTensorMode, fake_rank, memory_tracker, pad_shards, shapes_apart, tree_leaves
 from mmoe.models.decoder import MultimodalModel
 from mmoe.optim.config import OptimConfig
-from mmoe.optim.muon import build_optimizer
+from mmoe.optim.optimizer import build_optimizer
 from mmoe.parallel.gradients import local
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import parallelize
@@ -82,7 +82,7 @@ def dry_run(
 def _step(
     run: RankSetting, optim: OptimConfig, mesh: Mesh, model: MultimodalModel, assumed: Assumed, documents: Documents
 ) -> RankCost:
-    optimizer = build_optimizer(model, optim.adamw, optim.muon)
+    optimizer = build_optimizer(model, optim.optimizer, optim.matrices)
     with DryMode():
         batch = documents.batch(assumed)
     denominators = run.loss_terms.denominators(documents.counts(run.batch.sequences, assumed), run.batch.sequences)

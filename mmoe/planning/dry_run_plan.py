@@ -87,7 +87,7 @@ class Plan:
 
     def memory(self, rank: int) -> StateMemory:
         """By the formula."""
-        return StateMemory.of(self.run, self.optim.muon is not None, self._model(rank), self.place(rank))
+        return StateMemory.of(self.run, self.optim, self._model(rank), self.place(rank))
 
     def flops(self, rank: int) -> int:
         """Of a step, by the formula."""

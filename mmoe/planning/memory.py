@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
-from mmoe.optim.muon import is_block_matrix
+from mmoe.optim.config import OptimConfig
+from mmoe.optim.optimizer import owner
 from mmoe.parallel.setting import RankSetting
 from mmoe.planning.memory_shards import Place, shards
-
-STEP = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,18 @@ class StateMemory:
     whole_gradients: int
 
     @classmethod
-    def of(cls, setting: RankSetting, muon: bool, model: nn.Module, place: Place) -> StateMemory:
-        """Of a rank at `place` whose part of the model is `model` (on meta); `muon` updates the matrices of blocks."""
+    def of(cls, setting: RankSetting, optim: OptimConfig, model: nn.Module, place: Place) -> StateMemory:
+        """Of a rank at `place` whose part of the model is `model` (on meta)."""
         found = shards(setting.model, setting.precision, model, setting.degrees, place)
-        width = setting.precision.parameter_dtype.itemsize
+        dtype = setting.precision.parameter_dtype
+        width = dtype.itemsize
         held = sum(shard.held(place) for shard in found)
         states = 0
-        for shard in found:
-            if muon and is_block_matrix(shard.name, len(shard.shape)):
-                states += shard.held(place) * width  # Muon: momentum
-            else:
-                states += 2 * shard.held(place) * width + STEP  # AdamW: two moments, and the number of steps
+        for parameter, shard in zip(model.parameters(), found, strict=True):
+            optimizer = owner(shard.name, parameter.ndim, optim.optimizer, optim.matrices)
+            for tensor in optimizer.state_layout(tuple(parameter.shape)).values():
+                size = shard.held(place) if tensor.shape is None else prod(tensor.shape)
+                states += size * (tensor.dtype or dtype).itemsize
         late = setting.parallel.zero == 1 and setting.batch.accumulation > 1
         whole = sum(shard.gathered for shard in found) if late else 0
         return cls(held, held * width, held * width, states, whole * width)

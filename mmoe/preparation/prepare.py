@@ -51,7 +51,7 @@ from mmoe.preparation.lists import (
 )
 from mmoe.preparation.references import Reference, Sign, find_references, is_signed, load_signatures
 from mmoe.preparation.rows import Row, make_sample
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Item, Source
 from mmoe.preparation.statistics import KNOTS
 from mmoe.preparation.tally import Summary, Tally, summary
@@ -255,7 +255,7 @@ def _round_trip(stats: VectorStats, rows: np.ndarray) -> str:
 
 
 def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config, PrepareConfig]:
-    source, options = find_source(kind), dict(options or {})
+    source, options = SOURCES.find(kind), dict(options or {})
     config = validate(PrepareConfig, options.pop("prepare", {}), f"options of {kind}, under prepare")
     return source, validate(source.config, options, f"options of {kind}"), config
 

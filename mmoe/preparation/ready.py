@@ -13,7 +13,7 @@ from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import ConfigError
 from mmoe.files import said_nearest
 from mmoe.preparation.prepare import prepare, training_texts
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, make: Ca
 
 def _check_input(name: str, source: SourceConfig, key: str, missing: str) -> None:
     """Raises ConfigError where there is nothing to make `missing`, the value of `key`, from."""
-    if find_source(source.kind).generated:
+    if SOURCES.find(source.kind).generated:
         return
     said = f"{key}: {missing} does not exist{said_nearest(missing)}"
     if source.input is None:

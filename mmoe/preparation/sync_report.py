@@ -20,7 +20,7 @@ from mmoe.errors import DataError
 from mmoe.preparation import sync
 from mmoe.preparation.rows import make_sample
 from mmoe.preparation.slices import CLOCKS, Clocks
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Refused
 from mmoe.schema.manifest import SPLITS, SourceManifest
 
@@ -100,7 +100,7 @@ def report_prepared(folder: str | Path, storage: Storage = DEFAULT) -> SyncRepor
 
 def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> SyncReport:
     """Of raw recordings, through their reader. Raises DataError where no log can be read."""
-    source = find_source(kind)
+    source = SOURCES.find(kind)
     reader = validate(source.config, options or {}, f"options of {kind}")
     unreadable: Counter[str] = Counter()
     logs: dict[str, Clocks] = {}

@@ -1,11 +1,13 @@
 """The whole run as one printable tree; each node is declared by the component it configures."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import model_validator
 
 from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.config.base import Config
+from mmoe.config.extensions import Extensions
+from mmoe.config.nature import Nature
 from mmoe.data.config import DataConfig
 from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig
@@ -22,6 +24,8 @@ from mmoe.tokenizers.bundle import TokenizersConfig
 class RunConfig(Config):
     """Holds everything a run is made of: the root of the config tree."""
 
+    # First: modules whose losses, readers, optimizers and the like the keys below may name.
+    extensions: Annotated[Extensions, Nature.OPERATIONAL] = ()
     data: DataConfig
     tokenizers: TokenizersConfig = TokenizersConfig()
     model: ModelConfig

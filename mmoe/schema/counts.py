@@ -52,6 +52,11 @@ class Counts(NamedTuple):
         """Attention work: the sum of squared document lengths."""
         return int(self.columns[COST])
 
+    @property
+    def work(self) -> np.ndarray:
+        """[2] of attention and of the vision encoder: what replicas are to have equally much of."""
+        return self.columns[[COST, PATCHES]]
+
     @staticmethod
     def total(counts: Iterable["Counts"]) -> "Counts":
         """Add up counts; of none, all are zero."""

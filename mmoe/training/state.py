@@ -8,7 +8,7 @@ from typing import Any
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.data.load.stream import Stream
 from mmoe.models.decoder import MultimodalModel
-from mmoe.optim.muon import JointOptimizer, build_optimizer
+from mmoe.optim.optimizer import JointOptimizer, build_optimizer
 from mmoe.optim.schedule import Schedule
 from mmoe.training.fingerprint import Fingerprint, check_unchanged, fingerprint
 from mmoe.training.run import Run, saved_fingerprint
@@ -51,7 +51,7 @@ class TrainState:
         )
         return cls(
             run.model,
-            build_optimizer(run.model, config.optim.adamw, config.optim.muon),
+            build_optimizer(run.model, config.optim.optimizer, config.optim.matrices),
             run.resolved.schedule,
             stream,
             fingerprint(run.sources, run.tokenizers),

@@ -13,7 +13,8 @@ from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.optim.adamw import AdamWConfig
-from mmoe.optim.muon import JointOptimizer, MuonConfig, build_optimizer
+from mmoe.optim.muon import MuonConfig
+from mmoe.optim.optimizer import JointOptimizer, build_optimizer
 
 WITHOUT_GRADIENT = "embeddings.camera.weight"
 

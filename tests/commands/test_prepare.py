@@ -27,11 +27,11 @@ if __name__ == "__main__":
 """
 
 
-def die(sender, sources, text):
+def die(sender, sources, text, extensions):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail(sender, sources, text):
+def fail(sender, sources, text, extensions):
     raise KeyError("a fault of the program")
 
 

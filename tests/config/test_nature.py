@@ -42,8 +42,8 @@ KEYS = {
         "losses.action": "weight",
         "losses.balance": "sequence micro_batch global_batch",
         "losses": "router_z",
-        "optim.adamw": "betas eps implementation",
-        "optim.muon": "momentum",
+        "optim.optimizer": "kind name betas eps implementation",
+        "optim.matrices": "kind name momentum",
         "precision": "compute",
         "training": "seed global_batch_positions",
         "training.start_from": "weights step noise",
@@ -53,8 +53,8 @@ KEYS = {
         "optim.schedule": "kind start minimum decay",
         "optim.schedule.warmup": "steps positions fraction",
         "optim.schedule.cooldown": "steps positions fraction",
-        "optim.adamw": "weight_decay",
-        "optim.muon": "weight_decay",
+        "optim.optimizer": "weight_decay",
+        "optim.matrices": "weight_decay",
         "optim.clip": "max_norm",
     },
     Nature.EXTENDABLE: {"training": "budget_positions", "data.sources.text": "max_epochs"},
@@ -67,6 +67,7 @@ KEYS = {
         "training": "micro_batch_sequences",
     },
     Nature.OPERATIONAL: {
+        "": "extensions",
         "data.sources.text": "shards input",
         "data": "workers prefetch error_budget watchdog_seconds",
         "data.storage": "cache_folder cache_bytes attempts timeout_s backoff_s concurrency",
@@ -99,7 +100,7 @@ def full():
 
 def test_every_field_of_a_run_has_a_nature_on_purpose(full):
     expected = {
-        f"{place}.{name}": nature
+        f"{place}.{name}".removeprefix("."): nature
         for nature, places in KEYS.items()
         for place, names in places.items()
         for name in names.split()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mmoe.data.plan.deal import Reach, check_dealing, deal
+from mmoe.data.plan.deal import Reach, balance, check_dealing, deal
 from mmoe.errors import ConfigError
 
 
@@ -17,11 +17,17 @@ def shapes(draw) -> tuple[int, int, int, int]:
     return micro, replicas, steps, draw(st.sampled_from([n for n in range(1, sequences + 1) if sequences % n == 0]))
 
 
+def mixed(rng: np.random.Generator, sequences: int) -> np.ndarray:
+    """[S, 2] attention work and patches; some sequences are of text alone."""
+    patches = np.where(rng.random(sequences) < rng.random(), rng.integers(1, 100, sequences), 0)
+    return np.stack([rng.integers(0, 1000, sequences), patches], axis=1)
+
+
 @given(shape=shapes(), seed=st.integers(0, 2**32))
 def test_every_sequence_is_dealt_once_and_groups_stay_within_their_reach(shape, seed):
     micro, replicas, accumulation, group = shape
     sequences = micro * replicas * accumulation
-    costs = np.random.default_rng(seed).integers(0, 1000, sequences)
+    costs = mixed(np.random.default_rng(seed), sequences)
     dealt = deal(costs, group, micro, replicas)
     assert dealt.shape == (replicas, micro * accumulation)
     assert sorted(dealt.flatten().tolist()) == list(range(sequences))
@@ -53,14 +59,85 @@ def test_the_reach_is_the_narrowest_that_whole_groups_fill(group, micro, replica
 
 @given(shape=shapes(), seed=st.integers(0, 2**32))
 def test_replicas_differ_by_no_more_than_the_sequences_of_one_round_do(shape, seed):
-    """Where groups are gathered: of a micro-step's sequences by cost, R at a time, the most uneven round."""
+    """Of one kind of work, where groups are gathered: of a micro-step's sequences by cost, R at a time, the most uneven
+    round."""
     micro, replicas, accumulation, group = shape
     assume(Reach.of(group, micro, replicas) is Reach.MICRO_STEP)
     costs = np.random.default_rng(seed).integers(0, 1000, micro * replicas * accumulation)
-    work = costs[deal(costs, group, micro, replicas)].reshape(replicas, accumulation, micro)
+    work = costs[deal(costs[:, None], group, micro, replicas)].reshape(replicas, accumulation, micro)
     for k in range(accumulation):
         sums, rounds = work[:, k].sum(1), np.sort(work[:, k], axis=None).reshape(micro, replicas)
         assert sums.max() - sums.min() <= np.ptp(rounds, axis=1).max()
+
+
+def by_attention(costs: np.ndarray, group: int, micro: int, replicas: int) -> np.ndarray:
+    """Dealing by one cost, written by ranks: of a round the i-th costliest goes to the i-th least loaded."""
+
+    def falling(units):
+        return units[np.argsort(-costs[units].sum(axis=1), kind="stable")]
+
+    reach, spans = Reach.of(group, micro, replicas), np.arange(len(costs))
+    spans = spans.reshape(1, -1, group if reach is Reach.MICRO_BATCH else 1)
+    if reach is Reach.MICRO_STEP:
+        spans = falling(spans.reshape(-1, group)).reshape(-1, micro * replicas, 1)
+    total, rounds = np.zeros(replicas, np.int64), []
+    for units in spans:
+        work = np.zeros(replicas, np.int64)
+        for taken in falling(units).reshape(-1, replicas, spans.shape[2]):
+            dealt = np.empty_like(taken)
+            dealt[np.lexsort((total, work))] = taken
+            rounds.append(dealt)
+            work += costs[dealt].sum(axis=1)
+            total += costs[dealt].sum(axis=1)
+    return np.concatenate(rounds, axis=1)
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**32), large=st.booleans())
+def test_without_patches_or_replicas_attention_alone_decides(shape, seed, large):
+    """Large: as of sequences of 16 million positions, which no rounding may take for equal."""
+    micro, replicas, accumulation, group = shape
+    rng = np.random.default_rng(seed)
+    costs = mixed(rng, micro * replicas * accumulation)
+    if large:
+        costs[:, 0] = 2**48 - rng.integers(0, 4, len(costs))
+    if replicas > 1:
+        costs[:, 1] = 0
+    assert np.array_equal(deal(costs, group, micro, replicas), by_attention(costs[:, 0], group, micro, replicas))
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**32))
+def test_the_balance_is_that_of_the_replica_that_has_most(shape, seed):
+    micro, replicas, accumulation, group = shape
+    costs = mixed(np.random.default_rng(seed), micro * replicas * accumulation)
+    dealt = deal(costs, group, micro, replicas)
+    for kind, found in zip(costs.T, balance(costs, dealt), strict=True):
+        sums = [int(kind[mine].sum()) for mine in dealt]
+        assert found == pytest.approx(max(sums) * replicas / sum(sums) if any(sums) else 1.0)
+        assert 1 - 1e-12 <= found <= replicas + 1e-12
+
+
+@pytest.mark.parametrize("group", [1, 8, 64])
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_both_kinds_of_work_are_evener_than_dealt_in_turn_in_sum_and_at_the_same_time(group, share):
+    """16 replicas of 4 micro-steps of 2 sequences, a share of them with pictures; patches also than by attention."""
+    rng, replicas, micro, steps = np.random.default_rng(0), 16, 2, 4
+    found = {"both": [], "turn": [], "attention": []}
+    for _ in range(20):
+        sequences = replicas * micro * steps
+        patches = np.where(rng.random(sequences) < share, rng.lognormal(5, 0.5, sequences), 0)
+        costs = np.stack([rng.lognormal(10, 0.7, sequences), patches], axis=1).astype(np.int64)
+        ways = {
+            "both": deal(costs, group, micro, replicas),
+            "turn": np.arange(sequences).reshape(-1, replicas).T,
+            "attention": by_attention(costs[:, 0], group, micro, replicas),
+        }
+        for way, dealt in ways.items():
+            work = costs[dealt].reshape(replicas, steps, micro, 2).sum(axis=2)
+            waits = work.max(axis=0).sum(axis=0) / work.mean(axis=0).sum(axis=0)  # each micro-step for its slowest
+            found[way].append(np.concatenate([balance(costs, dealt), waits]))
+    both, turn, attention = (np.mean(found[way], axis=0) for way in found)
+    assert (both < turn).all()
+    assert (both[[1, 3]] < attention[[1, 3]]).all()
 
 
 @pytest.mark.parametrize("group", [1, 16, 64, 512], ids=lambda group: f"group{group}")
@@ -69,13 +146,13 @@ def test_dealing_evens_out_the_work(group):
     rng, dealt, as_they_come = np.random.default_rng(0), [], []
     for _ in range(20):
         costs = rng.lognormal(0, 0.5, 64 * 8)
-        for ratios, work in ((dealt, costs[deal(costs, group, 1, 64)]), (as_they_come, costs.reshape(64, 8))):
+        for ratios, work in ((dealt, costs[deal(costs[:, None], group, 1, 64)]), (as_they_come, costs.reshape(64, 8))):
             ratios.append(work.sum(1).max() / work.sum(1).mean() - 1)
     assert np.mean(dealt) < 0.5 * np.mean(as_they_come)
 
 
 def test_one_replica_works_off_its_groups_the_costliest_first():
-    costs = np.array([1, 1, 9, 0, 3, 3, 5, 0])
+    costs = np.array([[1, 90], [1, 0], [9, 0], [0, 70], [3, 0], [3, 0], [5, 0], [0, 0]])  # whatever its patches
     assert deal(costs, 2, 2, 1).tolist() == [[2, 3, 4, 5, 6, 7, 0, 1]]
     assert deal(costs, 8, 2, 1).tolist() == [[2, 6, 4, 5, 0, 1, 3, 7]]
 

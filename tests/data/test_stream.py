@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -93,6 +94,20 @@ def test_wider_contrastive_groups_are_whole_in_a_micro_step_or_in_a_step(folders
             batches = [b for part in parts for b in part[step][0][first : first + within]]
             found.append({int(g) for b in batches for g in b.pairs.group})
         assert all(len(groups) == 1 for groups in found) and len(set.union(*found)) == 8 // group
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_every_replica_is_told_the_balance_of_what_all_are_given(folders, replicas):
+    parts = [stream(folders, replica=r, replicas=replicas, sequences=8).steps() for r in range(replicas)]
+    found = set()
+    for steps in islice(zip(*parts, strict=True), 6):
+        patches = np.array(
+            [sum(int((b.values[Modality.VISION].index >= 0).sum()) for b in step.batches) for step in steps]
+        )
+        (told,) = {step.balance for step in steps}
+        assert told[0] >= 1 and told[1] == pytest.approx(patches.max() / patches.mean())
+        found.add(told)
+    assert (found == {(1.0, 1.0)}) == (replicas == 1)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mmoe.optim.adamw import AdamWConfig
-from mmoe.optim.muon import JointOptimizer, MuonConfig, build_optimizer
+from mmoe.optim.muon import MuonConfig
+from mmoe.optim.optimizer import JointOptimizer, build_optimizer
 
 
 class Block(nn.Module):

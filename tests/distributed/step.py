@@ -19,7 +19,8 @@ from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.balance import update_choice_bias
 from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients
 from mmoe.optim.batch import BatchArithmetic
-from mmoe.optim.muon import MuonConfig, build_optimizer
+from mmoe.optim.muon import MuonConfig
+from mmoe.optim.optimizer import build_optimizer
 from mmoe.parallel.build import spread
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.mesh import Degrees, Mesh
@@ -45,6 +46,16 @@ MODEL: dict[str, Any] = {
     "moe": {"experts": 4, "top_k": 2, "hidden": 32, "shared_experts": 1, "every": 2, "noise": 0.3},
 }
 LENGTH = 32  # of a sequence, for arithmetic; batches are as long as their documents make them
+# The documents of poor sequences; two kinds joined by + are the sides of a pair.
+POOR = {
+    "text": ["text", "text", "text"],
+    "short": ["text"],
+    "nothing": [],
+    "no pictures": ["audio+text", "audio"],
+    "no sound": ["image+text", "image"],
+    "no actions": ["image+text", "audio+text"],
+    "no pairs": ["image", "audio", "clip"],
+}
 LOSSES: dict[str, Any] = {"contrastive": {"weight": 0.3}, "action": {"weight": 0.7}, "balance": {"sequence": 0.05}}
 
 
@@ -53,8 +64,7 @@ class Case:
     """A step of `sequences`, `micro` of them a micro-batch; keys of `model` and `losses` replace those above.
 
     `extension` is a module that registers what the case names by kind. The table of token vectors has `spare_ids` more
-    rows than there are ids. Of the sequences named in `poor`, one is of ``text`` alone, has one ``short`` text or holds
-    ``nothing``.
+    rows than there are ids. The sequences named in `poor` hold what `POOR` says.
     """
 
     compute: str = "float64"
@@ -102,8 +112,11 @@ def batches_of(
     sequences = random_sequences(seed, case.sequences, 4)
     for number, kind in case.poor.items():
         rng = np.random.default_rng(number)
-        documents = {"text": 3, "short": 1, "nothing": 0}[kind]
-        sequences[number] = [random_document(rng, "text") for _ in range(documents)]
+        sequences[number] = [
+            random_document(rng, side, pair if "+" in document else -1)
+            for pair, document in enumerate(POOR[kind])
+            for side in document.split("+")
+        ]
     longest = max(sum(map(len, sequence)) for sequence in sequences) + 5
     length = -(-longest // 32) * 32
     whole = pack(sequences, length)
@@ -112,7 +125,7 @@ def batches_of(
     columns[LABELS] = labels
     columns[[ACTION_ELEMENTS, PAIRS]] = int(whole.action_mask.sum()), len(whole.pairs.group)
     denominators = losses.build().denominators(Counts(columns), case.sequences)
-    costs, group = np.arange(case.sequences), group_of(case, losses)
+    costs, group = np.arange(case.sequences)[:, None], group_of(case, losses)
     mine = deal(costs, group, case.micro, replicas)[replica].tolist()
     batches = []
     for first in range(0, len(mine), case.micro):

@@ -31,7 +31,7 @@ EXACT = {
     "precision": {"compute": "float64"},
     "model__moe__engine": "loop",
     "model__moe__capacity_factor": 1.0,  # tokens are dropped, so that packing must be that of one process
-    "optim__muon": None,
+    "optim__matrices": None,
     "losses__contrastive": {"weight": 0.3},
     "training__global_batch_positions": 1280,
     "training__budget_positions": 1280 * 6,

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from mmoe.config.load import validate
+from mmoe.optim.config import OptimConfig
+from mmoe.optim.optimizer import build_optimizer
 from tests.distributed.pool import Pool
 from tests.distributed.small import build, full, mesh, optimizer_of, train_step
+from tests.optim import outside  # noqa: F401  # registers the kind tests.signs
 
 
 def give_gradients(model: nn.Module, number: int) -> None:
@@ -38,6 +42,27 @@ def muon_trained() -> float:
 
 def test_muon_under_fsdp_is_muon_in_one_process(two: Pool) -> None:
     assert max(two.run(muon_trained)) <= 1e-6
+
+
+def outside_trained() -> float:
+    plain, sharded = build("one"), build("dp")
+    chosen = validate(
+        OptimConfig,
+        {"lr": {"peak": 1}, "optimizer": {"kind": "tests.signs"}, "matrices": {"kind": "tests.signs", "name": "other"}},
+        "test",
+    )
+    for model in (plain, sharded):
+        optimizer = build_optimizer(model, chosen.optimizer, chosen.matrices)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02
+        for number in range(3):
+            give_gradients(model, number)
+            optimizer.step()
+    return difference(sharded, plain)
+
+
+def test_an_optimizer_from_outside_the_package_holds_sharded_parameters(two: Pool) -> None:
+    assert max(two.run(outside_trained)) <= 1e-6
 
 
 def muon_fed() -> float:

@@ -30,7 +30,7 @@ EXACT = {
     "precision": {"compute": "float64"},
     "model__moe__engine": "loop",
     "model__moe__capacity_factor": 1.0,
-    "optim__muon": None,
+    "optim__matrices": None,
     "losses__contrastive": {"weight": 0.3},
     "training__micro_batch_sequences": 1,
 }
@@ -76,6 +76,10 @@ def test_five_steps_of_a_run_are_those_of_one_process_also_over_a_change_of_layo
     for ours, theirs in zip(records, expected, strict=True):
         for name in ("contrastive_pairs", "positions", "tokens", "expert_choices", "expert_choices_dropped"):
             assert ours[name] == theirs[name]
+    replicas = 2 if layout in ("dp2", "ep2") else 1
+    for name in ("attention_balance", "vision_balance"):
+        assert all(1.0 <= record[name] <= replicas for record in records[:3])
+        assert [record[name] for record in records[3:]] == [1.0, 1.0]
     for name in ("expert_load", "expert_drops", "would_drop"):
         ours, theirs = (
             np.concatenate([chunk.values for chunk in RunReader(tmp_path / run).tables(name)])
@@ -117,16 +121,16 @@ def received(folder: Path) -> list:
             assert dist.get_rank() == 0, "a peer decoded"
             for step in range(2):
                 batches = iter([random_batch(2 * step + i) for i in (0, 1)])
-                yield StepData(batches, Counts(np.full(COLUMNS, step)), {"step": step}, {})
+                yield StepData(batches, Counts(np.full(COLUMNS, step)), {"step": step}, {}, (1.5, 2.0))
 
     steps = shared_steps(Once(), mesh, 2, torch.device("cpu"))
-    return [(data.counts.positions, data.plan, list(data.batches)) for data in islice(steps, 2)]
+    return [((data.counts.positions, data.balance), data.plan, list(data.batches)) for data in islice(steps, 2)]
 
 
 def test_peers_receive_the_batches_that_one_rank_decodes(two, tmp_path):
     for given in two.run(received, tmp_path):
         for step, (counts, plan, batches) in enumerate(given):
-            assert (counts, plan) == (step, {"step": step})
+            assert (counts, plan) == ((step, (1.5, 2.0)), {"step": step})
             for number, batch in enumerate(batches):
                 expected = random_batch(2 * step + number)
                 assert replace(batch, values={}).documents == expected.documents

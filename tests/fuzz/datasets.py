@@ -10,7 +10,7 @@ import numpy as np
 
 from mmoe.errors import DataError
 from mmoe.preparation.rows import make_row
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings import png
 from tests.data.recordings_robot import write_bridge, write_lerobot
@@ -61,7 +61,7 @@ def run(data: bytes, folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(folder / "whole" / kind, work)
     (work / name).write_bytes(content)
-    source = find_source(kind)
+    source = SOURCES.find(kind)
     config = source.config()
     refused: list[str] = []
     items = list(source.items(work, config, lambda key, refusal: refused.append(str(refusal))))

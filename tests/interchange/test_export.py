@@ -47,7 +47,7 @@ def config(root, run, *, moe=None, **model) -> RunConfig:
         "tokenizers": {"text": {"path": f"{root}/text.json", "vocabulary_size": 300}},
         "model": {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 32, "moe": moe, **model},
         "losses": {"contrastive": {"weight": 0.0}},
-        "optim": {"lr": {"peak": 3e-3}, "muon": {}},
+        "optim": {"lr": {"peak": 3e-3}, "matrices": {"kind": "muon"}},
         "training": {
             "run": f"{root}/{run}",
             "micro_batch_sequences": 2,

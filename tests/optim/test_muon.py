@@ -8,8 +8,9 @@ import torch
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.layer import MoEConfig
-from mmoe.optim.adamw import AdamWConfig, build_adamw
-from mmoe.optim.muon import MuonConfig, build_optimizer
+from mmoe.optim.adamw import AdamWConfig
+from mmoe.optim.muon import MuonConfig
+from mmoe.optim.optimizer import build_optimizer
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_an_update_is_orthogonal_and_as_large_as_adamws(model):
 
 def test_without_muon_it_is_adamw(model):
     twin = copy.deepcopy(model)
-    joint, plain = build_optimizer(model, AdamWConfig(), None), build_adamw(twin, AdamWConfig())
+    joint, plain = build_optimizer(model, AdamWConfig()), AdamWConfig().build(dict(twin.named_parameters()))
     for optimizer, owner in ((joint, model), (plain, twin)):
         fill(owner)
         for group in optimizer.param_groups:
@@ -93,7 +94,7 @@ def test_states_that_are_there_from_the_start_are_those_of_torch(model, implemen
     ours = build_optimizer(model, adamw, muon)
     matrices = {name: twin.get_parameter(name) for name in ours.parts["muon"].param_groups[0]["param_names"]}
     plain = [
-        build_adamw(twin, adamw, exclude=set(matrices)),
+        adamw.build({name: p for name, p in twin.named_parameters() if name not in matrices}),
         torch.optim.Muon(
             matrices.values(), momentum=muon.momentum, weight_decay=muon.weight_decay, adjust_lr_fn="match_rms_adamw"
         ),

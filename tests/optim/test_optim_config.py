@@ -16,7 +16,7 @@ def test_yaml_to_schedule_and_its_description(tmp_path) -> None:
     path.write_text(
         "lr: {peak: 6e-4, reference_batch_positions: 262144, scaling_rule: sqrt}\n"
         "schedule: {warmup: {positions: 3000000000}}\n"
-        "adamw: {betas: [0.9, 0.95]}\n"
+        "optimizer: {kind: adamw, betas: [0.9, 0.95]}\n"
     )
     config = load(OptimConfig, path)
     schedule = config.build_schedule(BATCH)

@@ -91,6 +91,7 @@ training: {{run: r, micro_batch_sequences: 2, global_batch_positions: {8 * LENGT
     assert said.count("25.00%") >= 4 and "of 240 sequences of 160 positions" in said
     assert "clip / cut at a slice" in said and "text / cut at a text token" in said
     assert "attention work of the busiest of 4 replicas: 1." in said
+    assert "vision work of the busiest of 4 replicas: 1." in said
     with pytest.raises(ConfigError, match="1280 is not a multiple of 960, .* x 2 training.micro_batch_sequences x 3"):
         inspect(load(RunConfig, tmp_path / "run.yaml"), 1, 3)
 

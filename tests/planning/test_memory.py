@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.optim import outside  # noqa: F401  # registers the kind tests.signs
 from tests.planning.dry_run_small import plan
 
 
@@ -11,7 +12,8 @@ from tests.planning.dry_run_small import plan
         (4, ""),
         (4, "parallel.dp_replicate=2 parallel.ep=2"),
         (4, "parallel.tp=2 parallel.ep=4"),
-        (4, "parallel.tp=4 optim.muon={}"),
+        (4, "parallel.tp=4 optim.matrices.kind=muon"),
+        (4, "parallel.ep=4 optim.optimizer.implementation=foreach optim.matrices.kind=tests.signs"),
         (3, "training.global_batch_positions=1536 model.d_model=48 model.moe.hidden=48"),
         (4, "parallel.pp=2 model.tie_embeddings=true"),
     ],

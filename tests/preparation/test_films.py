@@ -37,7 +37,7 @@ def film_source(monkeypatch):
             segments = [Segment(Modality.VISION, "front.mp4", start=n, stop=n + 1, height=80, width=96) for n in (0, 9)]
             yield Item(key, key, partial(lambda s: s, Sample(key, key, {"front.mp4": data}, segments, Counter())))
 
-    monkeypatch.setitem(sources.SOURCES, "films", lambda: Source("films", "none", 0, Config, items, generated=True))
+    monkeypatch.setitem(sources.SOURCES._registered, "films", Source("films", "none", 0, Config, items, generated=True))
     return films
 
 

@@ -188,7 +188,7 @@ def log_source(monkeypatch):
             yield Item(key, key, partial(lambda s: s, sample))
 
     source = Source("log", "captured", 0, Config, items, {"STATE": ("speed", "gear")}, generated=True)
-    monkeypatch.setitem(sources.SOURCES, "log", lambda: source)
+    monkeypatch.setitem(sources.SOURCES._registered, "log", source)
     return files
 
 
@@ -342,7 +342,7 @@ def test_what_no_reader_foresaw_costs_its_item_and_is_reported_with_its_place(tm
     def items(path, config, refuse):
         return (Item(f"k{n}", f"k{n}", partial(make, n)) for n in numbers)
 
-    monkeypatch.setitem(sources.SOURCES, "log", lambda: Source("log", "none", 0, Config, items, generated=True))
+    monkeypatch.setitem(sources.SOURCES._registered, "log", Source("log", "none", 0, Config, items, generated=True))
     numbers = (0, 1, 2, 4)
     manifest, _ = run("log", "-", tmp_path / "out", prepare={"heldout_share": 0})
     assert manifest.quarantined == {"reader failed": 1}
@@ -359,7 +359,7 @@ def test_a_source_that_cannot_be_listed_is_named_with_what_was_refused_before(tm
         raise KeyError("fps")
         yield
 
-    monkeypatch.setitem(sources.SOURCES, "log", lambda: Source("log", "none", 0, Config, items, generated=True))
+    monkeypatch.setitem(sources.SOURCES._registered, "log", Source("log", "none", 0, Config, items, generated=True))
     said = "cannot be read as a source of kind log .KeyError: 'fps'.*1 for the reason 'odd'"
     with pytest.raises(DataError, match=said):
         run("log", "-", tmp_path / "out")

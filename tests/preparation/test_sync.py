@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mmoe.config.load import validate
 from mmoe.errors import ConfigError, DataError
 from mmoe.preparation import sync
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 
 # Far apart, and so near that readings fall on references and as near on either side.
 instants = st.integers(-(10**12), 10**12) | st.integers(0, 12)
@@ -115,7 +115,7 @@ def test_unix_times_of_a_real_log_survive_as_integers_and_not_as_floats(shared_d
 
 @pytest.mark.parametrize("kind", ["nuscenes", "comma2k19"])
 def test_what_is_not_said_of_the_skew_stays_the_sources_own(kind):
-    config = find_source(kind).config
+    config = SOURCES.find(kind).config
     own = config().skew
     assert validate(config, {"skew": {"policy": "drop"}}, "x").skew == own.model_copy(update={"policy": "drop"})
     assert validate(config, {"skew": {"budget_ns": 5}}, "x").skew == own.model_copy(update={"budget_ns": 5})

@@ -140,7 +140,7 @@ def check(before: RunConfig, now: RunConfig, step: int, *given: str, changes=())
         ({"data__window_documents": 41}, "data.window_documents", "40 -> 41", "data decides what every step"),
         ({"model__d_model": 64}, "model.d_model", "32 -> 64", "model decides which function"),
         ({"losses__router_z": 0.5}, "losses.router_z", "0.001 -> 0.5", "losses decides what is minimized"),
-        ({"optim__muon": None}, "optim.muon", ".*momentum.* -> None", "optim decides what a step does"),
+        ({"optim__matrices": None}, "optim.matrices", ".*momentum.* -> None", "optim decides what a step does"),
         ({"training__seed": 1}, "training.seed", "0 -> 1", "training decides how the run begins"),
         ({"precision__compute": "float64"}, "precision.compute", "float32 -> float64", "precision decides"),
         ({"tokenizers__vision__patch": 4}, "tokenizers.vision.patch", "8 -> 4", "tokenizers decides which ids"),
@@ -210,10 +210,10 @@ def test_a_rate_that_is_set_is_taken_recorded_and_counts_from_then_on(folder, tm
     run = tmp_path / "run"
     original = configured(folder, run, 9)
     train(original, stop_after=3)
-    said = train(original, stop_after=5, adjustments=["optim.lr.peak=1e-3", "optim.adamw.weight_decay=0"])
+    said = train(original, stop_after=5, adjustments=["optim.lr.peak=1e-3", "optim.optimizer.weight_decay=0"])
     assert "optim.lr.peak (0.003 -> 0.001)" in said and "rate at step 3 was 0.003 and goes on with 0.001" in said
     assert rates(run) == {1: 0.0015, 2: 0.003, 3: 0.003, 4: 0.001, 5: 0.001}
-    assert recorded(run) == [(3, "optim.lr.peak", 3e-3, 1e-3), (3, "optim.adamw.weight_decay", 0.1, 0)]
+    assert recorded(run) == [(3, "optim.lr.peak", 3e-3, 1e-3), (3, "optim.optimizer.weight_decay", 0.1, 0)]
     assert read_config(run).optim.lr.peak == 1e-3
     with pytest.raises(ConfigError) as refused:
         train(original)
@@ -226,11 +226,14 @@ def test_a_rate_that_is_set_is_taken_recorded_and_counts_from_then_on(folder, tm
     ):
         assert part in str(refused.value)
     train(read_config(run), stop_after=6)
-    same = ["optim.lr.peak=0.001", "optim.adamw.weight_decay=0.0"]
+    same = ["optim.lr.peak=0.001", "optim.optimizer.weight_decay=0.0"]
     train(original, stop_after=7, adjustments=same)
-    train(configured(folder, run, 9, optim__lr__peak=1e-3, optim__adamw={"weight_decay": 0.0}), stop_after=8)
+    train(
+        configured(folder, run, 9, optim__lr__peak=1e-3, optim__optimizer={"kind": "adamw", "weight_decay": 0.0}),
+        stop_after=8,
+    )
     assert len(recorded(run)) == 2  # nothing new was changed
-    train(original, adjustments=["optim.lr.peak=0.003", "optim.adamw.weight_decay=0.0"])
+    train(original, adjustments=["optim.lr.peak=0.003", "optim.optimizer.weight_decay=0.0"])
     assert rates(run)[8] == 0.001 and rates(run)[9] == 0.003
     assert recorded(run)[2:] == [(8, "optim.lr.peak", 1e-3, 3e-3)]
 
@@ -337,8 +340,8 @@ def test_what_is_set_must_be_the_rate_of_a_run_on_its_way(folder, tmp_path):
     original = configured(folder, tmp_path / "run", 4)
     for setting, why in (
         ("model.layers=4", "model.layers is identity, which no run changes on its way .model decides"),
-        ("optim.adamw.betas=[0.8, 0.9]", "optim.adamw.betas is identity"),
-        ("optim.muon=null", "optim.muon is identity"),
+        ("optim.optimizer.betas=[0.8, 0.9]", "optim.optimizer.betas is identity"),
+        ("optim.matrices=null", "optim.matrices is identity"),
         ("training.budget_positions=6400", "is extendable, which needs no --set"),
         ("checkpoint.keep=9", "is operational, which needs no --set"),
         ("optim.lr.peek=1", "did you mean"),

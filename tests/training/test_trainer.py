@@ -53,7 +53,7 @@ def config(folder, run, **changes) -> RunConfig:
             "moe": {"experts": 4, "top_k": 2, "hidden": 16, "every": 2},
         },
         "losses": {"contrastive": {"group_sequences": 1}},
-        "optim": {"lr": {"peak": 3e-3}, "muon": {}},
+        "optim": {"lr": {"peak": 3e-3}, "matrices": {"kind": "muon"}},
         "training": {
             "run": str(run),
             "micro_batch_sequences": 2,
@@ -113,7 +113,14 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(fold
 
 
 def test_the_bias_follows_the_loads_of_a_whole_step_and_no_optimizer_holds_it(folder, tmp_path):
-    run = trainer(config(folder, tmp_path / "run", model__moe__bias_rate=0.25, optim__adamw={"weight_decay": 0.5}))
+    run = trainer(
+        config(
+            folder,
+            tmp_path / "run",
+            model__moe__bias_rate=0.25,
+            optim__optimizer={"kind": "adamw", "weight_decay": 0.5},
+        )
+    )
     steps, bias = run.state.stream.steps(), torch.zeros(1, 4)
     held = {id(p) for group in run.state.optimizer.param_groups for p in group["params"]}
     assert id(run.run.model.decoder.routers[0].choice_bias) not in held

@@ -17,7 +17,7 @@ from mmoe.data.load.document import Document
 from mmoe.data.load.loader import batches
 from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
 from mmoe.data.load.workers import Activity, Place
-from mmoe.data.plan.deal import check_dealing, deal
+from mmoe.data.plan.deal import balance, check_dealing, deal
 from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan
 from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import StorageError
@@ -34,12 +34,14 @@ from mmoe.tokenizers.bundle import Tokenizers
 @dataclass(frozen=True)
 class StepData:
     """One optimizer step of this replica: its micro-batches, the planned counts of the whole global batch, and where
-    the plan stands after it; `lost` counts the documents cut or dropped so far, by "source / reason"."""
+    the plan stands after it; `lost` counts the documents cut or dropped so far, by "source / reason"; `balance` is that
+    of attention and of vision work over the replicas."""
 
     batches: Iterator[PackedBatch]
     counts: Counts
     plan: dict[str, Any]
     lost: dict[str, int]
+    balance: tuple[float, float]
 
 
 class SequenceDataset:
@@ -130,8 +132,8 @@ class Stream:
     """Endless training steps of one data replica; `restore` continues exactly where a step's state was taken.
 
     A global batch is `sequences` consecutive sequences of the plan, the same for any number of `replicas`; `deal`
-    gives each its own by attention cost, and keeps contrastive groups where their negatives can be reached. `end` is
-    the run's length in positions.
+    gives each its own by attention and vision work, and keeps contrastive groups where their negatives can be reached.
+    `end` is the run's length in positions.
     """
 
     def __init__(
@@ -185,14 +187,17 @@ class Stream:
 
     def steps(self) -> Iterator[StepData]:
         """Plan ahead of the workers, and hand out each step with the state that belongs to its end."""
-        ahead: deque[tuple[Counts, dict[str, Any], dict[str, int]]] = deque()
+        ahead: deque[tuple[Counts, dict[str, Any], dict[str, int], tuple[float, float]]] = deque()
 
         def plans() -> Iterator[list[SequencePlan]]:
             while True:
                 step = [self.planner.next_sequence() for _ in range(self.sequences)]
-                ahead.append((Counts.total(s.counts for s in step), self.planner.state, self.planner.lost))
-                costs = np.array([s.counts.cost for s in step])
-                mine = deal(costs, self.group, self.micro_sequences, self.replicas)[self.replica].tolist()
+                work = np.array([s.counts.work for s in step])
+                dealt = deal(work, self.group, self.micro_sequences, self.replicas)
+                attention, vision = balance(work, dealt).tolist()
+                counts = Counts.total(s.counts for s in step)
+                ahead.append((counts, self.planner.state, self.planner.lost, (attention, vision)))
+                mine = dealt[self.replica].tolist()
                 for first in range(0, len(mine), self.micro_sequences):
                     yield [step[i] for i in mine[first : first + self.micro_sequences]]
 
@@ -201,14 +206,14 @@ class Stream:
         while True:
             # The first micro-batch is fetched before the counts are read: fetching is what makes the plan advance.
             first = next(arriving)
-            counts, plan, lost = ahead.popleft()
+            header = ahead.popleft()
 
             def micro(first: PackedBatch = first) -> Iterator[PackedBatch]:
                 yield first
                 for _ in range(micro_batches - 1):
                     yield next(arriving)
 
-            yield StepData(micro(), counts, plan, lost)
+            yield StepData(micro(), *header)
 
     def _condemn(self, place: Place, how: str) -> None:
         self.dataset.known_bad[place] = f"{ENDED_WORKER} ({how}): {self.dataset.name(place)}"

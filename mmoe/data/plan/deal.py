@@ -1,9 +1,13 @@
 """Dealing the sequences of one global batch to data replicas, so that none waits long for another.
 
-Sequences equal in positions are not equal in attention work. They are dealt in rounds, the costliest first, and in each
-round the costliest goes to the replica with the least work so far (of two rounds: a snake). So what replicas work on at
-the same time costs about the same, and so do their sums. Micro-step k is the k-th micro-batch of every replica; `Reach`
-says how much of this order a contrastive group decides.
+Sequences equal in positions are not equal in work: attention grows with the squares of their documents, the vision
+encoder with their patches, and a replica that has the most of either is waited for. Each kind is measured by what a
+replica has of it on average, and the larger of the two is the cost of a sequence, or of all that a replica has so far:
+the greedy rule of vector scheduling (Chekuri and Khanna 2004), with one kind the longest processing time first (Graham
+1969). Sequences are dealt in rounds of one a replica, the costliest first, and each goes to the replica of the round
+which it leaves at the least cost (of one kind and two rounds: a snake). So what replicas work on at the same time costs
+about the same, and so do their sums. Micro-step k is the k-th micro-batch of every replica; `Reach` says how much of
+this order a contrastive group decides.
 """
 
 from enum import Enum
@@ -48,29 +52,50 @@ def check_dealing(sequences: int, group: int, micro_sequences: int, replicas: in
 
 
 def deal(costs: np.ndarray, group: int, micro_sequences: int, replicas: int) -> np.ndarray:
-    """Which sequences each replica gets, in its order of work: [replicas, S / replicas] indices into `costs` [S].
+    """Which sequences each replica gets, in its order of work: [replicas, S / replicas] indices into `costs`.
 
-    A contrastive group is `group` consecutive sequences. One that fits a micro-batch stays together and in order, one
-    that fits a micro-step stays in it. S must be a multiple of group and of micro_sequences x replicas.
+    `costs` [S, C] are of C kinds of work; one replica alone goes by the first. A contrastive group is `group`
+    consecutive sequences. One that fits a micro-batch stays together and in order, one that fits a micro-step stays in
+    it. S must be a multiple of group and of micro_sequences x replicas.
     """
+    if replicas == 1:
+        costs = costs[:, :1]
+    average = np.maximum(costs.sum(axis=0) / replicas, np.finfo(float).tiny)
     reach = Reach.of(group, micro_sequences, replicas)
     unit = group if reach is Reach.MICRO_BATCH else 1  # sequences that are dealt as one
     spans = np.arange(len(costs)).reshape(1, -1, unit)  # units among which the costliest come first
     if reach is Reach.MICRO_STEP:
-        spans = _costliest_first(spans.reshape(-1, group), costs).reshape(-1, micro_sequences * replicas, 1)
-    total = np.zeros(replicas, costs.dtype)
+        spans = _costliest_first(spans.reshape(-1, group), costs, average)
+        spans = spans.reshape(-1, micro_sequences * replicas, 1)
+    total = np.zeros((replicas, costs.shape[1]), costs.dtype)
     rounds = []
     for units in spans:
-        work = np.zeros(replicas, costs.dtype)  # within this span, where replicas wait for one another
-        for taken in _costliest_first(units, costs).reshape(-1, replicas, unit):
+        work = np.zeros_like(total)  # within this span, where replicas wait for one another
+        for taken in _costliest_first(units, costs, average).reshape(-1, replicas, unit):
             dealt = np.empty_like(taken)
-            dealt[np.lexsort((total, work))] = taken
+            free = np.arange(replicas)
+            before = (total / average).max(axis=1)
+            for sequences in taken:
+                after = ((work[free] + costs[sequences].sum(axis=0)) / average).max(axis=1)
+                chosen = np.lexsort((before[free], after))[0]
+                dealt[free[chosen]] = sequences
+                free = np.delete(free, chosen)
             rounds.append(dealt)
             work += costs[dealt].sum(axis=1)
             total += costs[dealt].sum(axis=1)
     return np.concatenate(rounds, axis=1)
 
 
-def _costliest_first(units: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """Rows of sequences by falling sum of their costs."""
-    return units[np.argsort(-costs[units].sum(axis=1), kind="stable")]
+def balance(costs: np.ndarray, dealt: np.ndarray) -> np.ndarray:
+    """Give the work of the replica that has most of it over the mean, [C] of each kind in `costs` [S, C]; 1 of none.
+
+    `dealt` is what `deal` gives.
+    """
+    work = costs[dealt].sum(axis=1)
+    mean = work.mean(axis=0)
+    return np.where(mean > 0, work.max(axis=0) / np.where(mean > 0, mean, 1), 1.0)
+
+
+def _costliest_first(units: np.ndarray, costs: np.ndarray, average: np.ndarray) -> np.ndarray:
+    """Rows of sequences by falling cost of their sums."""
+    return units[np.argsort(-(costs[units].sum(axis=1) / average).max(axis=1), kind="stable")]

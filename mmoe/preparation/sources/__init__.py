@@ -1,11 +1,6 @@
-"""The kinds of raw recordings that can be prepared, by name."""
+"""The kinds of raw recordings that can be prepared."""
 
-import importlib
-from collections.abc import Callable
-from functools import partial
-
-from mmoe.errors import ConfigError, brief, did_you_mean
-from mmoe.optional import needs
+from mmoe.config.registry import Kinds
 from mmoe.preparation.sources.base import Source
 
 _BUILT_IN = (
@@ -22,19 +17,6 @@ _BUILT_IN = (
     "simulated_drive",
 )
 
-
-def _built_in(kind: str) -> Source:
-    with needs(f"preparing {kind}"):
-        return importlib.import_module(f"{__name__}.{kind}").SOURCE
-
-
-SOURCES: dict[str, Callable[[], Source]] = {kind: partial(_built_in, kind) for kind in _BUILT_IN}
-"""How each source comes: its module is loaded when it is asked for, with the packages that it needs."""
-
-
-def find_source(kind: str) -> Source:
-    """Find the source of this kind. Raises ConfigError naming the nearest one."""
-    if kind not in SOURCES:
-        hint = did_you_mean(kind, SOURCES) or "."
-        raise ConfigError(f"{brief(kind)} is not a kind of source{hint} Known are {', '.join(SOURCES)}")
-    return SOURCES[kind]()
+SOURCES: Kinds[Source] = Kinds(
+    "source", "mmoe.sources", Source, {kind: f"{__name__}.{kind}:SOURCE" for kind in _BUILT_IN}
+)

@@ -9,7 +9,7 @@ from PIL import Image
 from mmoe.errors import DataError
 from mmoe.preparation import slices
 from mmoe.preparation.slices import CLOCKS, Clocks
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.comma2k19 import PERIOD_NS
 from mmoe.preparation.splits import GAP_NS, split
 from mmoe.schema.sample import Camera, Modality
@@ -77,7 +77,7 @@ def test_every_value_is_of_its_time_and_never_of_the_future(tmp_path):
 
 def test_what_train_clips_read_ahead_ends_before_the_held_out_tail(tmp_path):
     write_segment(tmp_path / "d" / "1", seconds=30)
-    source = find_source("comma2k19")
+    source = SOURCES.find("comma2k19")
     items = list(source.items(tmp_path, source.config(lookahead=30), lambda *_: None))
     sides = split(items, 0.3, GAP_NS)
     assert sides.train and sides.gap

@@ -11,7 +11,7 @@ from mmoe.data.load.media import load_image
 from mmoe.data.load.tables import load_array
 from mmoe.errors import DataError
 from mmoe.preparation.slices import CLOCKS, Clocks
-from mmoe.preparation.sources import find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.lerobot import _episode_rows, _numbered
 from mmoe.schema.sample import Camera, Modality
 from tests.data.recordings_robot import LEVEL, write_lerobot
@@ -120,7 +120,7 @@ def test_pictures_inside_parquet_are_taken_as_they_are(tmp_path):
 )
 def test_dimensions_have_the_names_of_the_info(tmp_path, names, expected):
     write_lerobot(tmp_path, [2, 2], names=names, fps=30)
-    source = find_source("lerobot")
+    source = SOURCES.find("lerobot")
     described = source.of(tmp_path, source.config())
     assert described.vector_names == {"STATE": expected, "ACTION": ("x", "y", "grip")}
     assert described.action_period_ns == 33_333_333
@@ -131,7 +131,7 @@ def test_dimensions_have_the_names_of_the_info(tmp_path, names, expected):
 def test_names_that_do_not_fit_the_shape_are_an_error(tmp_path):
     write_lerobot(tmp_path, [2, 2], names=["x", "y"])
     with pytest.raises(DataError, match=r"'observation.state' has shape \[3\] but names \['x', 'y'\]"):
-        find_source("lerobot").of(tmp_path, find_source("lerobot").config())
+        SOURCES.find("lerobot").of(tmp_path, SOURCES.find("lerobot").config())
 
 
 def test_preparation_names_the_dimensions_and_says_that_the_clock_is_synthetic(tmp_path):
@@ -242,7 +242,7 @@ def test_a_damaged_description_is_an_error_that_names_it(tmp_path, change):
     info = json.loads(file.read_text())
     change(info)
     file.write_text(json.dumps(info))
-    source = find_source("lerobot")
+    source = SOURCES.find("lerobot")
     with pytest.raises(DataError, match=str(tmp_path)):
         list(source.items(tmp_path, source.config(), lambda *refusal: None))
         source.of(tmp_path, source.config())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmoe.data.load.tables import load_array
 from mmoe.errors import ConfigError, DataError
-from mmoe.preparation.sources import SOURCES, find_source
+from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Refused
 from mmoe.preparation.sources.donkeycar import PERIOD_NS
 from mmoe.preparation.sources.text import cut
@@ -29,7 +29,7 @@ from tests.data.recordings import (
 
 def read(kind, path, **options):
     """Samples by key and refusals by key, as preparation sees them (items cross a process border)."""
-    source = find_source(kind)
+    source = SOURCES.find(kind)
     refused, samples = {}, {}
     for item in list(source.items(path, source.config(**options), lambda key, refusal: refused.update({key: refusal}))):
         item = pickle.loads(pickle.dumps(item))
@@ -269,8 +269,8 @@ def test_simulated_recordings_are_made_from_their_number(tmp_path):
 
 def test_an_unknown_kind_names_the_nearest():
     with pytest.raises(ConfigError, match="'image_captions' is not a kind of source; did you mean image_caption"):
-        find_source("image_captions")
-    assert all(find_source(kind).kind == kind for kind in SOURCES)
+        SOURCES.find("image_captions")
+    assert all(SOURCES.find(kind).kind == kind for kind in SOURCES.kinds())
 
 
 def test_a_refusal_survives_the_way_from_a_worker():

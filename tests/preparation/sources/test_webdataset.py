@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from mmoe.errors import DataError
-from mmoe.preparation.sources import files, find_source
+from mmoe.preparation.sources import SOURCES, files
 from tests.data.recordings import pictures
 from tests.data.recordings_webdataset import write_tar
 from tests.preparation.sources.test_sources import read, texts
@@ -153,6 +153,6 @@ def test_listing_reads_no_content_and_making_reads_its_ranges_alone(tmp_path, mo
             return count
 
     monkeypatch.setattr(files, "open_regular", lambda path: io.BufferedReader(Counting(path)))
-    source = find_source("webdataset")
+    source = SOURCES.find("webdataset")
     items = list(source.items(tmp_path, source.config(), lambda *refusal: pytest.fail(str(refusal))))
     assert len(items) == 8 and 16 * 512 <= read_bytes < 2 << 20  # of 16 MiB
