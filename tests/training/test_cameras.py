@@ -62,7 +62,7 @@ def decoded(run: Run, source: int):
     decoder = Decoder(run.sources.files("train"), run.tokenizers, "pyav")
     index = decoder.index(source, 0)
     seen = index.row_segments(0)
-    (document,) = decoder(DocumentRef(source, 0, 0, 0, 2, 0, True, False))
+    (document,) = decoder(DocumentRef(source, 0, 0, 0, 0, 2, isolated=False, is_last=True))
     return document, seen[seen["modality"] == Modality.VISION]
 
 

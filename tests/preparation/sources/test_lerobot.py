@@ -100,7 +100,7 @@ def test_cameras_are_those_of_the_rig_that_the_options_name(tmp_path):
     rig = Rig(cameras=("wrist_left", "wrist_right", "top"))
     samples, _ = read("lerobot", tmp_path, rig=rig, cameras={cameras[0]: "top", cameras[1]: "wrist_left"})
     shown = [s for s in by_kind(samples["episode-000001-000000"], Modality.VISION) if s.slice == 0]
-    assert [(s.member, s.camera) for s in shown] == [("top-0.jpg", 2), ("wrist_left-0.jpg", 0)]
+    assert [(s.member, s.camera) for s in shown] == [("top-0.jpeg", 2), ("wrist_left-0.jpeg", 0)]
     with pytest.raises(ConfigError, match="cameras.observation.images.top: 'fornt' is no camera .*did you mean front?"):
         validate(LeRobotConfig, {"cameras": {cameras[0]: "fornt"}}, "test")
     with pytest.raises(ConfigError, match="'front' is no camera of the rig. Name it in rig.cameras, which has top"):
