@@ -29,6 +29,7 @@ from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings, report_retrie
 from mmoe.files import write_atomically, writes
 from mmoe.runtime.launch import first_alone
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.rig import Rig
 from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
@@ -199,8 +200,8 @@ def _other_shards(run: Run, shards: str) -> Run:
     if not names:
         known = ", ".join(f"{name} ({manifest.kind})" for name, manifest in run.sources.manifests.items())
         raise DataError(
-            f"{shards}/source.json: no source of {run.folder} is of kind {manifest.kind} with the same modalities and "
-            f"dimension names, so nothing says how to normalise it; the run knows {known}"
+            f"{shards}/source.json: no source of {run.folder} is of kind {manifest.kind} with the same modalities, "
+            f"cameras and dimension names, so nothing says how to read it; the run knows {known}"
         )
     source = run.config.data.sources[names[0]].model_copy(update={"shards": shards})
     data: DataConfig = run.config.data.model_copy(update={"sources": {names[0]: source}})
@@ -209,10 +210,10 @@ def _other_shards(run: Run, shards: str) -> Run:
     return replace(run, config=run.config.model_copy(update={"data": data}), sources=sources)
 
 
-def _content(manifest: SourceManifest) -> tuple[str, set[str], dict[str, tuple[str, ...]]]:
-    """What two prepared folders must share to be read alike: kind, modalities, and dimension names by modality."""
+def _content(manifest: SourceManifest) -> tuple[str, set[str], Rig, dict[str, tuple[str, ...]]]:
+    """What two prepared folders must share to be read alike: kind, modalities, rig, dimension names by modality."""
     modalities = {group.modality for split in manifest.splits.values() for group in split.groups}
-    return manifest.kind, modalities, {name: stats.names for name, stats in manifest.vectors.items()}
+    return manifest.kind, modalities, manifest.rig, {name: stats.names for name, stats in manifest.vectors.items()}
 
 
 def _enough_pairs(sources: Sources, only: list[str]) -> dict[str, int]:

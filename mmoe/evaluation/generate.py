@@ -83,7 +83,7 @@ class _Prompt:
     text: np.ndarray
 
     def builder(self, run: Run) -> DocumentBuilder:
-        builder = DocumentBuilder(run.tokenizers.config.action.chunk, run.tokenizers.dims[Modality.ACTION].size)
+        builder = DocumentBuilder.from_tokenizers(run.tokenizers)
         builder.structure(Structure.BOS)
         if self.patches is not None:
             builder.image(*self.patches, number=0, pair=NO_PAIR)

@@ -232,8 +232,7 @@ def _micro_batches(
 
 def _alone(decoder: Decoder, ids: np.ndarray) -> Document:
     """The text as a document of its own."""
-    tokenizers = decoder.tokenizers
-    builder = DocumentBuilder(tokenizers.config.action.chunk, tokenizers.dims[Modality.ACTION].size)
+    builder = DocumentBuilder.from_tokenizers(decoder.tokenizers)
     builder.structure(Structure.BOS)
     builder.text(ids, pair=-1)
     builder.structure(Structure.EOS, predicted=True)

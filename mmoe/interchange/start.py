@@ -65,7 +65,7 @@ def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelCon
         if tokenizers.vocabulary != run.tokenizers.vocabulary:
             raise ConfigError(
                 f"training.start_from: the vocabulary of {config.weights} is not that of this run; "
-                "give both the same tokenizers.*"
+                "give both the same tokenizers.*, and sources of the same cameras"
             )
         state: dict[str, Any] = {"model": {}, "trainer": {}}  # whatever was saved
         CheckpointManager(folder / "checkpoints", other.checkpoint).load(state, config.step)

@@ -1,6 +1,6 @@
 """A run's text tokenizer for others: the same text, in the ids of the run's vocabulary.
 
-In the vocabulary the structure tokens come first, so a text id is the tokenizer's own id plus their number. The
+In the vocabulary structure tokens come before text, so a text id is the tokenizer's own id plus their number. The
 exported file has the shifted ids and the structure tokens as special tokens, and puts `bos` in front of a text, as
 documents have it. Ids of sound and actions have no text and no place in it. A text that spells a structure token is
 text there too: whoever wants the token gives its id, or says `split_special_tokens=False`.
@@ -24,7 +24,9 @@ def save_tokenizer(tokenizer: TextTokenizer, vocabulary: Vocabulary, folder: Pat
     tokenizer.save(path)
     content = json.loads(path.read_text(encoding="utf-8"))
     model, offset = content["model"], vocabulary.ranges["text"].start
-    special = {f"<|{token.name.lower()}|>": int(token) for token in (*Structure, *Placeholder)}
+    structure = {token.name.lower(): int(token) for token in (*Structure, *Placeholder)}
+    structure |= {name: vocabulary.further_id(name) for name in vocabulary.further}
+    special = {f"<|{name}|>": id for name, id in structure.items()}
     if clash := special.keys() & model["vocab"].keys():
         raise DataError(f"the text tokenizer has a token {min(clash)}, the name of a structure token; train another")
     model["vocab"] = special | {token: id + offset for token, id in model["vocab"].items()}

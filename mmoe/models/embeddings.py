@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mmoe.errors import ConfigError
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.rig import STANDARD
+from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.vision import COORDINATES
 
@@ -32,9 +33,12 @@ class ModelInputs:
     state_dim: int = 0
     action_chunk: int = 0
     action_dim: int = 0
+    cameras: int = len(STANDARD.cameras)
 
     @classmethod
-    def of(cls, vocabulary_size: int, dims: Mapping[Modality, int], action: ActionConfig) -> "ModelInputs":
+    def of(
+        cls, vocabulary_size: int, dims: Mapping[Modality, int], action: ActionConfig, cameras: int
+    ) -> "ModelInputs":
         """Take the numbers of a vector of each modality in `dims`, 0 where no source has it; those of a patch end with
         its coordinates, and actions that are ids have no vectors."""
         patch = dims[Modality.VISION]
@@ -46,6 +50,7 @@ class ModelInputs:
             state_dim=dims[Modality.STATE],
             action_chunk=action.chunk,
             action_dim=0 if action.mode == "discrete" else dims[Modality.ACTION],
+            cameras=cameras,
         )
 
 
@@ -118,7 +123,7 @@ class Embeddings(nn.Module):
     def __init__(self, inputs: ModelInputs, size: int) -> None:
         super().__init__()
         self.token: TokenTable = nn.Embedding(inputs.vocabulary_size, size)
-        self.camera = nn.Embedding(len(Camera), size)
+        self.camera = nn.Embedding(inputs.cameras, size)
         self.time = TimeEmbedding(size)
         projections: dict[Modality, nn.Module] = {}
         if inputs.patch_dim:

@@ -11,6 +11,7 @@ from mmoe.errors import ConfigError
 from mmoe.models.embeddings import ModelInputs
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
 from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, COST, LABELS, PAIRS, PATCHES, POSITIONS, Counts
+from mmoe.schema.rig import STANDARD
 from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.vision import VisionTokenizer
@@ -39,7 +40,8 @@ class Assumed:
             others = Vocabulary(0, action_bins=bins).size
             vocabulary = Vocabulary((vocabulary_size or VOCABULARY) - others, action_bins=bins)
         dims = {Modality.VISION: VisionTokenizer(tokenizers.vision).vector_dim, **DIMENSIONS}
-        return cls(ModelInputs.of(vocabulary.size, dims, tokenizers.action), vocabulary, sources)
+        inputs = ModelInputs.of(vocabulary.size, dims, tokenizers.action, len(STANDARD.cameras))
+        return cls(inputs, vocabulary, sources)
 
     def sentence(self) -> str:
         """Say the assumed sizes in a sentence."""

@@ -200,6 +200,7 @@ def prepare(
             text_fingerprint=text_tokenizer.fingerprint,
             clock=source.clock,
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
+            rig=source.rig,
             vectors=vector_stats(source, tallies["train"], tallies["heldout"]),
             splits={name: tallies[name].entry(shards[name]) for name in SPLITS},
             quarantined=dict(sorted(refused.counts.items())),

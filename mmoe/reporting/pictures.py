@@ -14,24 +14,23 @@ from mmoe.data.load.video import Backend, is_video
 from mmoe.data.storage.store import Storage
 from mmoe.optional import needs
 from mmoe.reporting.page import parts
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.rig import STANDARD, Rig
+from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
-# As one stands in the rig: the row in front, the row behind.
-RIG = (
-    (Camera.FRONT_LEFT, Camera.FRONT, Camera.FRONT_RIGHT),
-    (Camera.BACK_LEFT, Camera.BACK, Camera.BACK_RIGHT),
-)
+# As one stands in the standard rig: the row in front, the row behind.
+AROUND = ("front_left", "front", "front_right", "back_left", "back", "back_right")
 WIDEST = 480  # pixels of a picture in the page
 _LOSSLESS_PIXELS = 1 << 14
 
 
 @dataclass(frozen=True)
 class SlicePictures:
-    """`pictures` uint8 [H, W, 3] by camera number (-1: no camera) and the slice's `caption`."""
+    """`pictures` uint8 [H, W, 3] by camera number in `rig` (-1: no camera) and the slice's `caption`."""
 
     pictures: dict[int, np.ndarray]
     caption: str
+    rig: Rig = STANDARD
 
 
 def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> SlicePictures:
@@ -50,14 +49,15 @@ def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> Slice
             )
         elif segment["modality"] == Modality.TEXT:
             caption = run.tokenizers.text.decode(index.row_text(row)[segment["start"] : segment["stop"]])
-    return SlicePictures(pictures, caption)
+    return SlicePictures(pictures, caption, run.sources.manifests[source].rig)
 
 
 def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> Markup:
     """HTML of one slice: its pictures as the rig sees them, its caption, and its action as logged and predicted."""
     shown: list[tuple[str, np.ndarray | None]] = [("", picture) for picture in found.pictures.values()]
     if len(found.pictures) > 1:
-        shown = [(camera.name.lower().replace("_", " "), found.pictures.get(camera)) for line in RIG for camera in line]
+        cameras = AROUND if found.rig == STANDARD else found.rig.cameras
+        shown = [(name.replace("_", " "), found.pictures.get(found.rig.number(name))) for name in cameras]
     pictures = [(name, None if picture is None else data_uri(picture)) for name, picture in shown]
     actions = zip(names, zip(*item["true"]), zip(*item["predicted"]))
     kind = "rig" if len(found.pictures) > 1 else "single"

@@ -18,6 +18,7 @@ from mmoe.addresses import join, local_path
 from mmoe.config.base import Config
 from mmoe.errors import DataError, brief
 from mmoe.files import Read, read_file, write_atomically
+from mmoe.schema.rig import STANDARD, Rig
 from mmoe.schema.vectors import VectorStats
 
 MOST = 1 << 50  # of anything that is counted
@@ -98,6 +99,7 @@ class SourceManifest(Config):
     text_fingerprint: str  # of the text tokenizer whose ids stand in the index
     clock: str  # "captured", "synthetic" (times made by a writer) or "none"
     skew_budget_ns: int  # |offset_ns| that captured members may have; 0 without a clock
+    rig: Rig = STANDARD  # whose numbers are the cameras of segments
     vectors: dict[str, VectorStats]  # by modality name: "ACTION", "STATE", "INERTIAL"
     splits: dict[str, SplitEntry]
     quarantined: dict[str, int]  # reason -> samples refused

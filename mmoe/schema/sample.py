@@ -25,7 +25,7 @@ class Modality(IntEnum):
 
 
 class Camera(IntEnum):
-    """The six cameras of a rig; a picture without one (a photograph) has camera -1."""
+    """Numbers the cameras of the standard rig (`mmoe.schema.rig`)."""
 
     FRONT = 0
     FRONT_LEFT = 1
@@ -35,7 +35,7 @@ class Camera(IntEnum):
     BACK_RIGHT = 5
 
 
-NO_CAMERA = -1
+NO_CAMERA = -1  # of a picture that no camera of a rig took, such as a photograph
 NO_SLICE = -1
 NO_PAIR = -1
 KINDS = len(Modality)
@@ -83,6 +83,7 @@ class Segment:
 
     `timestamp_ns` is the slice's reference time (clip time, signed, nanoseconds), `offset_ns` this member's
     own time minus the reference. `slice` numbers the time slices of the sample from 0, -1 outside one.
+    `camera` is a number of the source's rig.
     Segments that share `pair` >= 0 are the two sides of one contrastive pair (pictures or sound, and text).
     """
 

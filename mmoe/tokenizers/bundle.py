@@ -9,6 +9,7 @@ from mmoe.config.base import Config
 from mmoe.errors import ConfigError
 from mmoe.files import Read, read_file
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.rig import Rig
 from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig
@@ -16,7 +17,7 @@ from mmoe.tokenizers.audio_codecs import load_codec
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
 from mmoe.tokenizers.vectors import VectorNormaliser
 from mmoe.tokenizers.vision import VisionConfig, VisionTokenizer
-from mmoe.tokenizers.vocabulary import Vocabulary
+from mmoe.tokenizers.vocabulary import Vocabulary, further_cameras
 
 VECTOR_MODALITIES = (Modality.ACTION, Modality.STATE, Modality.INERTIAL)
 
@@ -50,6 +51,7 @@ class VectorDims:
 class Tokenizers:
     """Pure functions from payloads to ids and vectors; `sources` are numbered in the order of `manifests`.
 
+    `rig` joins the rigs of the sources, and `cameras` maps the camera numbers of each source to those of `rig`.
     Raises ConfigError when a source holds sound and no audio codec is configured.
     """
 
@@ -58,6 +60,8 @@ class Tokenizers:
         self.text: TextTokenizer = config.text.build(read)
         self.vision = VisionTokenizer(config.vision)
         self.audio = load_codec(config.audio, read) if config.audio is not None else None
+        self.rig = Rig.union(manifest.rig for manifest in manifests.values())
+        self.cameras = {name: self.rig.numbers(manifest.rig) for name, manifest in manifests.items()}
         self.dims = {kind: _union(manifests, kind) for kind in VECTOR_MODALITIES}
         self.value_dims = {
             Modality.VISION: self.vision.vector_dim if _holds(manifests, Modality.VISION) else 0,
@@ -89,7 +93,13 @@ class Tokenizers:
             audio_codebooks=self.audio.codebooks if self.audio else 0,
             audio_codebook_size=self.audio.codebook_size if self.audio else 0,
             action_bins=self.config.action.bins if self.discrete_actions else 0,
+            further=further_cameras(self.rig),
         )
+
+    @cached_property
+    def camera_ids(self) -> np.ndarray:
+        """Give the id that announces each camera, by its number in `rig`: i64 [cameras]."""
+        return self.vocabulary.camera_ids(self.rig)
 
     @property
     def discrete_actions(self) -> bool:

@@ -1,11 +1,16 @@
-"""One id space for everything the model predicts or reads: structure, placeholders, text, audio, actions."""
+"""One id space for everything the model predicts or reads: structure, placeholders, text, audio, actions.
+
+Ids of text never move: what structure a run needs besides the tokens below follows the other ranges.
+"""
 
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
-from mmoe.schema.sample import Camera, Modality
+from mmoe.errors import ConfigError
+from mmoe.schema.rig import STANDARD, Rig
+from mmoe.schema.sample import Modality
 
 
 class Structure(IntEnum):
@@ -41,21 +46,34 @@ class Placeholder(IntEnum):
     INERTIAL = len(Structure) + 1
 
 
-CAMERA_TOKEN = np.array([Structure[f"CAM_{camera.name}"] for camera in Camera], dtype=np.int64)
+def further_cameras(rig: Rig) -> tuple[str, ...]:
+    """Name the tokens of the cameras of a run that are not standard, as the vocabulary has them in `further`."""
+    return tuple(_camera_token(name) for name in rig.cameras if name not in STANDARD.cameras)
+
+
+def _camera_token(name: str) -> str:
+    return f"cam_{name}"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Named, adjacent ranges of token ids: ``structure | placeholder | text | audio | action``.
+    """Named, adjacent ranges of token ids: ``structure | placeholder | text | audio | action | further``.
 
     `audio_codebooks` x `audio_codebook_size` ids belong to the audio codec (codebook major) and
-    `action_bins` to discrete actions; 0 leaves the range empty.
+    `action_bins` to discrete actions; 0 leaves the range empty. `further` names structure tokens that only some runs
+    have, first those of cameras (`further_cameras`). Raises ConfigError where a name stands for two tokens.
     """
 
     text_size: int
     audio_codebooks: int = 0
     audio_codebook_size: int = 0
     action_bins: int = 0
+    further: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [*(token.name.lower() for token in (*Structure, *Placeholder)), *self.further]
+        if twice := sorted({name for name in self.further if names.count(name) > 1}):
+            raise ConfigError(f"two structure tokens are named {twice[0]}; give what it stands for another name")
 
     @property
     def ranges(self) -> dict[str, range]:
@@ -66,6 +84,7 @@ class Vocabulary:
             "text": self.text_size,
             "audio": self.audio_codebooks * self.audio_codebook_size,
             "action": self.action_bins,
+            "further": len(self.further),
         }
         ranges, start = {}, 0
         for name, size in sizes.items():
@@ -76,11 +95,21 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Count all ids."""
-        return self.ranges["action"].stop
+        return self.ranges["further"].stop
 
     def audio_ids(self, codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
         """Ids of codec `codes` [n] drawn from codebook number `codebook` [n]."""
         return self.ranges["audio"].start + codebook.astype(np.int64) * self.audio_codebook_size + codes
+
+    def further_id(self, name: str) -> int:
+        """Find the id of the further structure token of this name. Raises ValueError where there is none."""
+        return self.ranges["further"][self.further.index(name)]
+
+    def camera_ids(self, rig: Rig) -> np.ndarray:
+        """Ids of the tokens that announce the cameras of a run, by number in its `rig`: i64 [cameras]."""
+        standard = {name: Structure[_camera_token(name).upper()] for name in STANDARD.cameras}
+        ids = [standard[name] if name in standard else self.further_id(_camera_token(name)) for name in rig.cameras]
+        return np.array(ids, np.int64)
 
     def name(self, token: int) -> str:
         """A readable name of an id, e.g. ``cam_front``, ``text 17``, ``audio 1:205``."""
@@ -88,6 +117,8 @@ class Vocabulary:
             return Structure(token).name.lower()
         if token in self.ranges["placeholder"]:
             return f"<{Placeholder(token).name.lower()}>"
+        if token in self.ranges["further"]:
+            return self.further[token - self.ranges["further"].start]
         for name in ("text", "audio", "action"):
             if token in self.ranges[name]:
                 local = token - self.ranges[name].start
@@ -98,6 +129,7 @@ class Vocabulary:
 
     def modality_of(self, tokens: np.ndarray) -> np.ndarray:
         """Modality (u8) of predicted ids: TEXT, AUDIO, ACTION by range, STRUCTURE for everything else."""
-        edges = [self.ranges[name].start for name in ("text", "audio", "action")]
-        kinds = np.array([Modality.STRUCTURE, Modality.TEXT, Modality.AUDIO, Modality.ACTION], dtype=np.uint8)
+        edges = [self.ranges[name].start for name in ("text", "audio", "action", "further")]
+        inside = (Modality.TEXT, Modality.AUDIO, Modality.ACTION)
+        kinds = np.array([Modality.STRUCTURE, *inside, Modality.STRUCTURE], dtype=np.uint8)
         return kinds[np.searchsorted(edges, tokens, side="right")]

@@ -12,6 +12,7 @@ from mmoe.data.plan.prepared import Sources
 from mmoe.errors import CheckpointError
 from mmoe.hashing import blake2b, canonical_json
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.rig import STANDARD
 from mmoe.tokenizers.bundle import Tokenizers
 
 Fingerprint = dict[str, dict[str, Any]]  # of every source and tokenizer, each as named parts
@@ -42,6 +43,8 @@ def _of_source(manifest: SourceManifest) -> dict[str, Any]:
         "clock": _digest([manifest.clock, manifest.skew_budget_ns]),
         "statistics of vectors": _digest(manifest.model_dump(mode="json")["vectors"]),
     }
+    if manifest.rig != STANDARD:  # so that checkpoints from before there were others say nothing else
+        parts["cameras"] = _digest(manifest.rig.cameras)
     for name, split in manifest.splits.items():
         shards = [(shard.rows, shard.bytes, shard.digest) for shard in split.shards]
         parts[f"{name} samples"] = f"{split.samples} in {len(shards)} shards, {_digest(shards)}"

@@ -40,7 +40,7 @@ def open_sources(config: RunConfig) -> tuple[Sources, Tokenizers]:
 def model_inputs(tokenizers: Tokenizers) -> ModelInputs:
     """Say what a model is given by these tokenizers."""
     dims = tokenizers.value_dims | {Modality.ACTION: tokenizers.dims[Modality.ACTION].size}
-    return ModelInputs.of(tokenizers.vocabulary.size, dims, tokenizers.config.action)
+    return ModelInputs.of(tokenizers.vocabulary.size, dims, tokenizers.config.action, len(tokenizers.rig.cameras))
 
 
 def is_run(folder: str | Path) -> bool:

@@ -107,7 +107,7 @@ def member(**fields):
         (segment(start=3, stop=2), "stops before it starts"),
         (segment(start=-1), "start of a segment"),
         (segment(stop=1 << 60), "stop of a segment"),
-        (segment(camera=6), "camera of a segment"),
+        (segment(camera=127), "camera of a segment lies outside -1 to 126"),
         (segment(member=1), "names a member that its row has not"),
         (segment(member=-1), "names a member that its row has not"),
         (segment(modality=2, height=1 << 30, width=4), "height of a segment"),

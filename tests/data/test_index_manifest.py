@@ -6,6 +6,7 @@ import pytest
 
 from mmoe.errors import DataError
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.rig import STANDARD
 
 SPLIT = {
     "samples": 1,
@@ -42,7 +43,9 @@ def changed(path: str, value: object = None) -> bytes:
 
 def test_the_manifest_that_the_others_are_made_of_is_read(tmp_path):
     (tmp_path / "source.json").write_text(json.dumps(MANIFEST))
-    assert SourceManifest.load(tmp_path).splits["heldout"].samples == 1
+    found = SourceManifest.load(tmp_path)
+    assert found.splits["heldout"].samples == 1
+    assert found.rig == STANDARD  # which it does not name
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,7 @@ def test_the_manifest_that_the_others_are_made_of_is_read(tmp_path):
         (changed("vectors/STATE/std", [1.0]), "vectors.STATE: std has 1 values for 2 dimensions"),
         (changed("vectors/STATE/mean", [0.0, float("inf")]), "vectors.STATE.mean.1: Input should be a finite number"),
         (changed("vectors", []), "vectors: Input should be an object"),
+        (changed("rig", {"cameras": ["top", "top"]}), "rig.cameras: two cameras are named 'top'"),
         (b"", "all of it: Invalid JSON"),
         (b"[]", "all of it: Input should be an object"),
         (b"\xff\xfe{", "all of it: Invalid JSON"),

@@ -203,6 +203,15 @@ def test_the_config_of_text_can_be_exported_and_needs_nothing_beside_the_reposit
     assert all((REPOSITORY / source.input).is_file() for source in text.data.sources.values())
 
 
+def test_further_structure_tokens_are_special_tokens_of_the_exported_file(tmp_path):
+    vocabulary = Vocabulary(256, audio_codebooks=1, audio_codebook_size=8, further=("cam_top",))
+    save_tokenizer(TextTokenizer.bytes(), vocabulary, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.convert_tokens_to_ids("<|cam_top|>") == vocabulary.further_id("cam_top") == vocabulary.size - 1
+    ids = [vocabulary.ranges["text"].start + ord("a"), vocabulary.further_id("cam_top")]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
+
+
 def test_a_tokenizer_that_would_read_a_name_as_its_token_is_not_exported(tmp_path):
     path = tmp_path / "whole.json"
     TextTokenizer.bytes().save(path)

@@ -10,8 +10,9 @@ import torch
 
 from mmoe.models.embeddings import ModelInputs
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
-from mmoe.schema.sample import Camera, Modality
-from mmoe.tokenizers.vocabulary import CAMERA_TOKEN, Placeholder, Structure, Vocabulary
+from mmoe.schema.rig import STANDARD
+from mmoe.schema.sample import Modality
+from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, audio_codebooks=2, audio_codebook_size=8, action_bins=5)
 DIMS = {Modality.VISION: 12, Modality.INERTIAL: 6, Modality.STATE: 5}
@@ -25,6 +26,7 @@ INPUTS = ModelInputs(
     action_chunk=ACTION_SHAPE[0],
     action_dim=ACTION_SHAPE[1],
 )
+CAMERA_IDS = VOCABULARY.camera_ids(STANDARD)
 TEXT, AUDIO = VOCABULARY.ranges["text"], VOCABULARY.ranges["audio"]
 
 
@@ -113,9 +115,9 @@ def random_document(rng: np.random.Generator, kind: str, pair: int = -1, discret
             doc.add(Structure.SLICE_START, slice=number)
             doc.add(Structure.TIMESTAMP, slice=number, offset=int(rng.integers(1, 10**10)))
             origin, start = None, len(doc)
-            for camera in range(rng.integers(1, len(Camera) + 1)):
+            for camera in range(rng.integers(1, len(STANDARD.cameras) + 1)):
                 offset = int(rng.integers(-(10**7), 10**7))
-                doc.add(CAMERA_TOKEN[camera], slice=number, camera=camera, offset=offset)
+                doc.add(CAMERA_IDS[camera], slice=number, camera=camera, offset=offset)
                 origin = doc.after if origin is None else origin
                 doc_origin[0] = doc.after
                 picture(number, origin, camera, offset)

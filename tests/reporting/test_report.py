@@ -23,6 +23,7 @@ from mmoe.reporting import figures
 from mmoe.reporting.page import page, parts
 from mmoe.reporting.pictures import SlicePictures, data_uri, read_slice, slice_card
 from mmoe.reporting.report import render, write_report
+from mmoe.schema.rig import Rig
 from mmoe.schema.sample import Camera, Modality
 from tests.monitoring.test_summary import line
 from tests.monitoring.written import write_records
@@ -135,6 +136,9 @@ def test_captions_are_text_and_missing_cameras_are_said():
     assert "<script>" not in card and "&lt;script&gt;x" in card and "a&lt;b" in card
     assert card.count("absent</figcaption>") == 4 and card.count("<img") == 2
     assert '<td class="logged">0.250</td>' in card and '<td class="predicted">2.000</td>' in card
+    rig = Rig(cameras=("wrist_left", "top", "head"))
+    card = slice_card(item, ["steer", "gas"], SlicePictures({0: picture, 1: picture}, "", rig))
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", card) == ["wrist left", "top", "head: absent"]
     alone = slice_card(item, ["steer", "gas"], SlicePictures({-1: picture}, ""))
     assert 'class="single"' in alone and "absent" not in alone
 

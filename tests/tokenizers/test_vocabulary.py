@@ -1,12 +1,16 @@
 """The vocabulary: one id space cut into ranges."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe.schema.sample import Camera, Modality
-from mmoe.tokenizers.vocabulary import CAMERA_TOKEN, Placeholder, Structure, Vocabulary
+from mmoe.errors import ConfigError
+from mmoe.schema.rig import STANDARD, Rig
+from mmoe.schema.sample import Modality
+from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary, further_cameras
 
 # As the design's "Vocabulary" contract lists them.
 DESIGN = """bos eos pad image_start image_end video_start video_end slice_start slice_end audio_start audio_end
@@ -18,6 +22,7 @@ vocabularies = st.builds(
     audio_codebooks=st.integers(0, 8),
     audio_codebook_size=st.integers(0, 1024),
     action_bins=st.integers(0, 256),
+    further=st.lists(st.sampled_from(["cam_top", "cam_wrist", "radar", "lidar"]), unique=True).map(tuple),
 )
 
 
@@ -45,11 +50,14 @@ def test_modality_agrees_with_the_ranges(vocabulary):
 
 
 def test_every_id_has_a_name_of_its_own():
-    vocabulary = Vocabulary(text_size=5, audio_codebooks=2, audio_codebook_size=3, action_bins=4)
+    vocabulary = Vocabulary(
+        text_size=5, audio_codebooks=2, audio_codebook_size=3, action_bins=4, further=("cam_top", "radar")
+    )
     names = [vocabulary.name(id) for id in range(vocabulary.size)]
     assert len(set(names)) == vocabulary.size
     assert names[Structure.CAM_FRONT] == "cam_front"
     assert names[vocabulary.ranges["audio"].start + 4] == "audio 1:1"
+    assert names[vocabulary.further_id("radar")] == "radar" == names[-1]
     with pytest.raises(ValueError, match="outside the vocabulary"):
         vocabulary.name(vocabulary.size)
 
@@ -61,6 +69,26 @@ def test_audio_ids_fill_their_range(codebooks, size):
     assert vocabulary.audio_ids(codes, codebook).tolist() == list(vocabulary.ranges["audio"])
 
 
+@given(vocabularies)
+def test_further_tokens_move_no_other_id(vocabulary):
+    without = replace(vocabulary, further=())
+    assert [vocabulary.ranges[name] for name in without.ranges if name != "further"] == [
+        ids for name, ids in without.ranges.items() if name != "further"
+    ]
+    ids = np.arange(without.size)
+    assert (vocabulary.modality_of(ids) == without.modality_of(ids)).all()
+    assert [vocabulary.further_id(name) for name in vocabulary.further] == list(vocabulary.ranges["further"])
+
+
 def test_each_camera_has_its_token():
-    for camera in Camera:
-        assert Structure(CAMERA_TOKEN[camera]).name == f"CAM_{camera.name}"
+    rig = Rig(cameras=("wrist", *reversed(STANDARD.cameras), "top"))
+    vocabulary = Vocabulary(text_size=5, action_bins=4, further=(*further_cameras(rig), "radar"))
+    ids = vocabulary.camera_ids(rig)
+    assert [vocabulary.name(id) for id in ids.tolist()] == [f"cam_{name}" for name in rig.cameras]
+    assert vocabulary.camera_ids(STANDARD).tolist() == list(range(Structure.CAM_FRONT, Structure.TIMESTAMP))
+
+
+@pytest.mark.parametrize("further", [("radar", "radar"), ("state",), ("cam_front",), ("inertial",)])
+def test_a_name_stands_for_one_token(further):
+    with pytest.raises(ConfigError, match=f"two structure tokens are named {further[0]}; give"):
+        Vocabulary(text_size=5, further=further)

@@ -8,13 +8,14 @@ import tarfile
 import numpy as np
 
 from mmoe.errors import DataError
-from mmoe.schema.sample import NO_CAMERA, NO_PAIR, NO_SLICE, Camera, Modality
+from mmoe.schema.rig import MOST_CAMERAS
+from mmoe.schema.sample import NO_CAMERA, NO_PAIR, NO_SLICE, Modality
 
 _FURTHEST = 1 << 50  # bytes of a tar
 _LARGEST = {  # of a segment, by field: least and greatest
     "modality": (min(Modality), max(Modality)),
     "slice": (NO_SLICE, 1 << 30),
-    "camera": (NO_CAMERA, max(Camera)),
+    "camera": (NO_CAMERA, MOST_CAMERAS - 1),
     "start": (0, 1 << 40),
     "stop": (0, 1 << 40),
     "height": (0, 1 << 17),

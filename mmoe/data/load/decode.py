@@ -154,7 +154,7 @@ class _Row:
         return self.segments[(numbers >= self.ref.first) & (numbers < self.ref.last)]
 
     def text_part(self) -> list[Document]:
-        builder = self._builder()
+        builder = DocumentBuilder.from_tokenizers(self.tokenizers)
         builder.structure(Structure.BOS)
         builder.text(self.text_start + self.index.row_text(self.ref.row)[self.ref.first : self.ref.last], pair=-1)
         if self.ref.is_last:
@@ -164,7 +164,7 @@ class _Row:
     def document(self, text_ids: np.ndarray | None) -> list[Document]:
         chosen = self._chosen()
         has_slices = bool((self.segments["slice"] >= 0).any())
-        builder, isolated = self._builder(), []
+        builder, isolated = DocumentBuilder.from_tokenizers(self.tokenizers), []
         builder.structure(Structure.BOS)
         if has_slices:
             builder.structure(Structure.VIDEO_START)
@@ -192,7 +192,7 @@ class _Row:
             if kind is Modality.VISION:
                 patches, positions = self._vision(segment, at, chosen)
                 if number >= 0:
-                    builder.frame(patches, positions, int(segment["camera"]), int(segment["offset_ns"]), pair)
+                    builder.frame(patches, positions, self._camera(segment), int(segment["offset_ns"]), pair)
                 else:
                     builder.image(patches, positions, still, pair)
                     still += 1
@@ -208,11 +208,8 @@ class _Row:
         builder.structure(Structure.EOS, predicted=ends_with_text and not has_slices)
         return [builder.finish(), *isolated]
 
-    def _builder(self) -> DocumentBuilder:
-        return DocumentBuilder(self.tokenizers.config.action.chunk, self.tokenizers.dims[Modality.ACTION].size)
-
     def _isolated(self, ids: np.ndarray, pair: int, text_hash: int) -> Document:
-        builder = self._builder()
+        builder = DocumentBuilder.from_tokenizers(self.tokenizers)
         builder.structure(Structure.BOS)
         builder.text(ids, pair, text_hash)
         builder.structure(Structure.EOS, predicted=len(ids) > 0)
@@ -240,6 +237,16 @@ class _Row:
                 pictures = load_image(row._bytes(segment), row._where(segment), least)[None]
             vectors = vision.encode(pictures, rows, columns)
         return vectors, vision.positions(rows, columns, tubelets)
+
+    def _camera(self, segment: np.void) -> int:
+        """The number in the run's rig of a camera, which the segment has by its number in the source's."""
+        numbers, camera = self.tokenizers.cameras[self.source], int(segment["camera"])
+        if camera >= len(numbers) - 1:
+            raise DataError(
+                f"{self._where(segment)} is of camera {camera}, but the rig of {self.source} has "
+                f"{len(numbers) - 1} cameras; prepare the source again"
+            )
+        return int(numbers[camera])
 
     def _audio(self, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
         codec, config = self.tokenizers.audio, self.tokenizers.config.audio

@@ -16,7 +16,8 @@ import numpy as np
 
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
-from mmoe.tokenizers.vocabulary import CAMERA_TOKEN, Placeholder, Structure
+from mmoe.tokenizers.bundle import Tokenizers
+from mmoe.tokenizers.vocabulary import Placeholder, Structure
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class DocumentBuilder:
 
     chunk: int
     action_dims: int
+    camera_ids: np.ndarray  # token of each camera of the run
     # length, modality, slice, camera, offset, predicted (this token is a target of the one before it)
     _runs: list[tuple[int, int, int, int, int, bool]] = field(default_factory=list)
     _ids: list[np.ndarray | list[int]] = field(default_factory=list)
@@ -71,6 +73,11 @@ class DocumentBuilder:
     _next: int = 0  # next free coordinate on all three axes
     _slice_time: int | None = None  # time coordinate that the cameras of the current slice share
     _current_slice: int = NO_SLICE
+
+    @classmethod
+    def from_tokenizers(cls, tokenizers: Tokenizers) -> "DocumentBuilder":
+        """Begin a document with the sizes and the camera tokens of these tokenizers."""
+        return cls(tokenizers.config.action.chunk, tokenizers.dims[Modality.ACTION].size, tokenizers.camera_ids)
 
     def structure(self, token: int, predicted: bool = False, offset_ns: int = 0) -> None:
         """One structure token; `predicted` where the model must learn to emit it (the end of a text or sound)."""
@@ -96,9 +103,9 @@ class DocumentBuilder:
         self.structure(Structure.IMAGE_END)
 
     def frame(self, patches: np.ndarray, positions: np.ndarray, camera: int, offset_ns: int, pair: int) -> None:
-        """One camera of the open slice; cameras share the slice's time coordinate."""
+        """One camera of the open slice, by its number in the run's rig; cameras share the slice's time coordinate."""
         if camera != NO_CAMERA:
-            self._append([CAMERA_TOKEN[camera]], Modality.STRUCTURE, camera=camera, offset_ns=offset_ns)
+            self._append([self.camera_ids[camera]], Modality.STRUCTURE, camera=camera, offset_ns=offset_ns)
         self._vision(patches, positions, camera, offset_ns, pair)
 
     def audio(self, ids: np.ndarray, offset_ns: int, pair: int) -> None:

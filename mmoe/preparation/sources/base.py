@@ -7,6 +7,7 @@ from typing import Any
 
 from mmoe.config.base import Config
 from mmoe.errors import Refused
+from mmoe.schema.rig import STANDARD, Rig
 from mmoe.schema.sample import Sample
 
 # Records an item that is refused before a sample of it can be made: its key, and why.
@@ -48,7 +49,8 @@ class Source:
     """A kind of raw recording. `items` lists cheaply and in a fixed order what `input` holds.
 
     `clock` and `skew_budget_ns` are those of `SourceManifest`; `vector_names` names the dimensions by modality name.
-    A `generated` source reads no input. Where names and period depend on what `input` holds, `describe` reads them.
+    A `generated` source reads no input. `rig` names the cameras, unless the config does by a key `rig`. Where names and
+    period depend on what `input` holds, `describe` reads them.
     """
 
     kind: str
@@ -59,13 +61,15 @@ class Source:
     vector_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     action_period_ns: int = 0
     generated: bool = False
+    rig: Rig = STANDARD
     describe: Callable[[Path, Any], Vectors] | None = None
     notes: tuple[str, ...] = ()
 
     def of(self, input: Path, config: Config) -> "Source":
-        """This source with the vector names and the action period of this input."""
+        """This source with the rig of this config, and the vector names and the action period of this input."""
+        source = replace(self, rig=getattr(config, "rig", self.rig))
         if self.describe is None:
-            return self
+            return source
         vectors = self.describe(input, config)
         period_ns = vectors.action_period_ns
-        return replace(self, vector_names=vectors.names, action_period_ns=period_ns, notes=vectors.notes)
+        return replace(source, vector_names=vectors.names, action_period_ns=period_ns, notes=vectors.notes)

@@ -13,7 +13,7 @@ shall be (1 open, 0 closed). What is cut from an episode is said in `episodes.py
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -22,20 +22,18 @@ from mmoe.data.load.tables import load_npz
 from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
-from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
+from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, windows
 from mmoe.schema.sample import Modality, Sample
 
 PERIOD_NS = 200_000_000
 _LONGEST = 1 << 24  # steps of an episode; more is a slip of the pen, and would be that many clips
 _POSE = ("x", "y", "z", "roll", "pitch", "yaw")
-CameraName = Literal["front", "front_left", "front_right", "back", "back_left", "back_right"]
 
 
 class BridgeConfig(EpisodeConfig):
     """Says how Bridge episodes are read."""
 
-    # The rig camera whose embedding tells each view from the others; null: none.
-    cameras: dict[str, CameraName | None] = Field(
+    cameras: dict[str, str | None] = Field(
         {"0": "front", "1": "front_left", "2": "front_right", "3": "back"}, min_length=1
     )
 
@@ -96,7 +94,7 @@ def _clip(
     for camera in cameras:
         shown = [folder / f"image_{camera}_{row:02d}.jpg" for row in rows]
         pictures = [files.read_bytes(file, "episodes.jsonl") for file in shown]
-        views.append(View(f"image_{camera}", "jpg", pictures, camera_of(config.cameras[str(camera)])))
+        views.append(View(f"image_{camera}", "jpg", pictures, config.rig.number(config.cameras[str(camera)])))
     times_ns = PERIOD_NS * np.arange(steps, dtype=np.int64)
     return clip(key, Episode(name, times_ns, tables, [text] * steps), rows, views, config, str(folder))
 

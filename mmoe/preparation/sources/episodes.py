@@ -16,23 +16,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 from mmoe.data.load.media import image_size
+from mmoe.errors import ConfigError
 from mmoe.preparation.slices import CLOCKS, Choice, Clocks, Stream, build_slices
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.jsonl import encode_text
 from mmoe.preparation.sync import SkewPolicy
-from mmoe.schema.sample import NO_CAMERA, Camera, Modality, Sample, Segment
+from mmoe.schema.rig import STANDARD, Rig
+from mmoe.schema.sample import NO_CAMERA, Modality, Sample, Segment
 
 
 class EpisodeConfig(Config):
-    """How any source of episodes is cut."""
+    """Says how any source of episodes is cut, and which camera of a rig took each of its views."""
 
+    rig: Rig = STANDARD
+    cameras: dict[str, str | None] | None = None  # by view, the camera whose token and embedding it takes; null: none
     slices: int = Field(10, ge=1)  # time slices of a clip
     rows_per_slice: int = Field(1, ge=1)
     lookahead: int = Field(50, ge=0)  # rows after a clip's last slice in its action table
+
+    @model_validator(mode="after")
+    def _in_the_rig(self) -> "EpisodeConfig":
+        for view, name in (self.cameras or {}).items():
+            try:
+                self.rig.number(name)
+            except ConfigError as error:
+                raise ValueError(f"cameras.{view}: {error}") from None
+        return self
 
 
 @dataclass(frozen=True)
@@ -61,11 +74,6 @@ def windows(rows: int, config: EpisodeConfig) -> Iterator[range]:
     chosen = range(0, rows, config.rows_per_slice)
     for first in range(0, len(chosen), config.slices):
         yield chosen[first : first + config.slices]
-
-
-def camera_of(name: str | None) -> int:
-    """Find the number of a rig camera by its name in lower case; none has NO_CAMERA."""
-    return NO_CAMERA if name is None else Camera[name.upper()]
 
 
 def clip(key: str, episode: Episode, rows: range, views: list[View], config: EpisodeConfig, where: str) -> Sample:

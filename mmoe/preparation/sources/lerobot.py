@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ from mmoe.preparation import sync
 from mmoe.preparation.sources import jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source, Vectors
 from mmoe.preparation.sources.encode import encode_jpeg
-from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, camera_of, clip, windows
+from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, windows
 from mmoe.preparation.sources.files import open_regular
 from mmoe.schema.sample import ALIGNMENT_NS, Modality, Sample
 
@@ -41,15 +41,13 @@ _FASTEST = 10_000  # Hz
 _MOST, _LONGEST = 1 << 31, 1 << 24  # episodes, and rows of one; more is damage, and would be that many items
 _ROW = ("timestamp", "frame_index", "index", "task_index")
 
-CameraName = Literal["front", "front_left", "front_right", "back", "back_left", "back_right"]
-
 
 class LeRobotConfig(EpisodeConfig):
-    """Says which features of a LeRobot dataset are read, and how its episodes are cut."""
+    """Says which features of a LeRobot dataset are read, and how its episodes are cut.
 
-    # Which rig camera's embedding each picture feature takes, null for none; features left out are not read, with {}
-    # no pictures. May be left out (null) where there is one at most, which is then read.
-    cameras: dict[str, CameraName | None] | None = None
+    Picture features that `cameras` leaves out are not read; without it (null) the only one is, of no camera.
+    """
+
     state: str | None = "observation.state"  # null: none
     action: str | None = "action"
     video_backend: Backend = "auto"
@@ -62,7 +60,7 @@ class _Dataset:
 
     root: Path
     info: dict[str, Any]
-    cameras: dict[str, CameraName | None]
+    cameras: dict[str, str | None]
     vectors: dict[Modality, str]
 
     @property
@@ -128,13 +126,11 @@ def _open(path: Path, config: LeRobotConfig) -> _Dataset:
     pictures = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
     if len(pictures) > 1 and config.cameras is None:
         raise DataError(
-            f"{path} has the cameras {', '.join(pictures)}; say by the option cameras which rig camera stands for "
-            'each, so that the model can tell them apart, as cameras={"'
-            + pictures[0]
-            + '": front, ...}, or cameras={} '
-            "to read no pictures"
+            f"{path} has the cameras {', '.join(pictures)}; say by the option cameras which camera of the rig "
+            f'each is, so that the model can tell them apart, as cameras={{"{pictures[0]}": front, ...}} (other names '
+            "than those of a car in rig.cameras), or cameras={} to read no pictures"
         )
-    cameras: dict[str, CameraName | None] = dict.fromkeys(pictures) if config.cameras is None else config.cameras
+    cameras: dict[str, str | None] = dict.fromkeys(pictures) if config.cameras is None else config.cameras
     chosen = {Modality.STATE: config.state, Modality.ACTION: config.action}
     vectors = {modality: key for modality, key in chosen.items() if key is not None}
     wanted = [*cameras, *vectors.values()]
@@ -266,7 +262,7 @@ def _clip(
             view = _stored_view(table[feature], rows, feature, f"{file}, {feature}")
         else:
             view = _video_view(dataset, episode, stated[list(rows)], feature, config, flags)
-        views.append(View(_member(feature), *view[:2], camera=camera_of(camera), file_ns=view[2]))
+        views.append(View(_member(feature), *view[:2], camera=config.rig.number(camera), file_ns=view[2]))
     sample = clip(key, Episode(name, times_ns, tables, texts), rows, views, config, where)
     return replace(sample, flags=sample.flags + flags)
 

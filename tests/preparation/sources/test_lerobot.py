@@ -7,12 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmoe.config.load import validate
 from mmoe.data.load.media import load_image
 from mmoe.data.load.tables import load_array
-from mmoe.errors import DataError
+from mmoe.errors import ConfigError, DataError
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources import SOURCES
-from mmoe.preparation.sources.lerobot import _episode_rows, _numbered
+from mmoe.preparation.sources.lerobot import LeRobotConfig, _episode_rows, _numbered
+from mmoe.schema.rig import Rig
 from mmoe.schema.sample import Camera, Modality
 from tests.data.recordings_robot import LEVEL, write_lerobot
 from tests.preparation.sources.test_sources import read, texts
@@ -90,6 +92,19 @@ def test_cameras_are_mapped_by_option(tmp_path):
         read("lerobot", tmp_path, cameras={"top": "front"})
     with pytest.raises(DataError, match="'action' is float32, not pictures"):
         read("lerobot", tmp_path, cameras={"action": "front"})
+
+
+def test_cameras_are_those_of_the_rig_that_the_options_name(tmp_path):
+    cameras = ("observation.images.top", "observation.images.wrist.left")
+    write_lerobot(tmp_path, [4, 4], cameras=(), stored=cameras)
+    rig = Rig(cameras=("wrist_left", "wrist_right", "top"))
+    samples, _ = read("lerobot", tmp_path, rig=rig, cameras={cameras[0]: "top", cameras[1]: "wrist_left"})
+    shown = [s for s in by_kind(samples["episode-000001-000000"], Modality.VISION) if s.slice == 0]
+    assert [(s.member, s.camera) for s in shown] == [("top-0.jpeg", 2), ("wrist_left-0.jpeg", 0)]
+    with pytest.raises(ConfigError, match="cameras.observation.images.top: 'fornt' is no camera .*did you mean front?"):
+        validate(LeRobotConfig, {"cameras": {cameras[0]: "fornt"}}, "test")
+    with pytest.raises(ConfigError, match="'front' is no camera of the rig. Name it in rig.cameras, which has top"):
+        validate(LeRobotConfig, {"rig": {"cameras": ["top"]}, "cameras": {cameras[0]: "front"}}, "test")
 
 
 def test_pictures_inside_parquet_are_taken_as_they_are(tmp_path):
