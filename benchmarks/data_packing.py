@@ -32,7 +32,8 @@ from mmoe.data.plan.prepared import Sources
 from mmoe.result import print_result, target
 from mmoe.schema.counts import PATCHES
 from mmoe.schema.manifest import FORMAT, ShardEntry, SourceManifest, SplitEntry
-from mmoe.schema.sample import SEGMENT_DTYPE, Camera, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import SEGMENT_DTYPE, Camera
 from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.bundle import Tokenizers, TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer

@@ -40,7 +40,7 @@ from mmoe.data.plan.prepared import Sources
 from mmoe.optional import status
 from mmoe.preparation.prepare import prepare
 from mmoe.result import print_result, target
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer

@@ -26,7 +26,7 @@ from mmoe.models.layers import SwiGLU
 from mmoe.models.moe.layer import MoEConfig, MoELayer
 from mmoe.models.moe.tokens import Tokens
 from mmoe.result import print_result, target
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 SEQUENCES, LENGTH, WIDTH, HIDDEN, EXPERTS, TOP_K = 4, 1024, 512, 1024, 8, 2
 MANY_EXPERTS = 64

@@ -25,7 +25,7 @@ from mmoe.monitoring.sinks.jsonl import JsonlConfig
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.monitoring import MonitoringConfig, SinkContext
 from mmoe.result import print_result
-from mmoe.schema.sample import KINDS, Modality
+from mmoe.schema.modality import Modality
 
 LIMIT = 6 * 1024  # bytes a step
 RECORDS = 192  # of tables that each figure is over: three whole parts
@@ -95,7 +95,7 @@ def records(config: RunConfig, sources: list[int], cadence: int) -> Iterator[Ste
     kinds = [
         (kind, s) for s in sources for kind in (Modality.STRUCTURE, *MODALITIES[config.data.sources[names[s]].kind])
     ]
-    share_NMSE = np.zeros((layers, KINDS, len(names), moe.experts))
+    share_NMSE = np.zeros((layers, len(Modality), len(names), moe.experts))
     for (kind, source), share in zip(kinds, random.dirichlet(np.ones(len(kinds)))):
         share_NMSE[:, kind, source] = share * random.dirichlet(np.full(moe.experts, 2.0), layers)
     choices = config.training.global_batch_positions * 0.97 * moe.top_k * cadence

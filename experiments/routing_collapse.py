@@ -29,8 +29,8 @@ from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients, gradient_n
 from mmoe.reporting.figures import ABLATED, INK, MODEL, MUTED, style
 from mmoe.result import print_result
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
-from mmoe.schema.counts import COLUMNS, LABELS, Counts
-from mmoe.schema.sample import Modality
+from mmoe.schema.counts import Counts, labels, zeros
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 STEPS, SEEDS, BOUND, IN_A_ROW = 300, (0, 1, 2), 1.5, 50
@@ -158,8 +158,8 @@ def train(setting: Setting, seed: int) -> Trace:
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
     sequences = MICRO_BATCHES * SEQUENCES
-    columns = np.zeros(COLUMNS, np.int64)
-    columns[LABELS][Modality.TEXT] = sequences * (LENGTH - 1)
+    columns = zeros()
+    columns[labels()][Modality.TEXT] = sequences * (LENGTH - 1)
     terms = setting.losses.build()
     denominators = terms.denominators(Counts(columns), sequences)
     for _ in range(STEPS):

@@ -15,7 +15,7 @@ from mmoe.errors import MmoeError
 
 if TYPE_CHECKING:
     from mmoe.evaluation.inference import Progress
-    from mmoe.schema.sample import Modality
+    from mmoe.schema.modality import Modality
     from mmoe.training.run import Run
 
 
@@ -61,13 +61,13 @@ def watched_progress(run: "Run", console: Console) -> Iterator["Progress"]:
 
 
 def _modality(name: str | None) -> "Modality | None":
-    from mmoe.schema.sample import Modality
+    from mmoe.schema.modality import Modality
 
     if name is None:
         return None
-    if name.upper() not in Modality.__members__:
+    if name.upper() not in Modality.names:
         raise MmoeError(f"{name!r} is not a modality; choose from {', '.join(m.name.lower() for m in Modality)}")
-    return Modality[name.upper()]
+    return Modality.named(name.upper())
 
 
 def show(result: dict[str, Any], console: Console) -> None:

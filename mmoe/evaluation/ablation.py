@@ -10,7 +10,7 @@ from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.load.decode import Index, RowPlace
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 POSSIBLE = (Modality.VISION, Modality.AUDIO, Modality.INERTIAL, Modality.STATE)
 

@@ -17,7 +17,7 @@ from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import Storage
 from mmoe.evaluation.inference import Inference
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.training.run import Run
 

@@ -16,7 +16,7 @@ from mmoe.evaluation.features import FeatureRows
 from mmoe.evaluation.ridge import Ridge, fit_ridge
 from mmoe.files import write_atomically, writes
 from mmoe.hashing import canonical_json
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.training.run import Run
 
 MOST_DOCUMENTS = 20_000  # training documents of a source that the ridge is fitted on: a seeded choice if there are more

@@ -7,10 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
-
-KINDS = len(Modality)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -29,14 +27,14 @@ class TokenScores:
     def __init__(self, vocabulary: Vocabulary, sources: list[str]) -> None:
         self.sources = sources
         self._kinds = vocabulary.modality_of(np.arange(vocabulary.size)).astype(np.int64)
-        self.nll = np.zeros((len(sources), KINDS))
+        self.nll = np.zeros((len(sources), len(Modality)))
         self.counts = np.zeros((len(sources), vocabulary.size), np.int64)
 
     def add(self, batch: PackedBatch, log_probabilities: Tensor, index: Tensor) -> None:
         """Add the `log_probabilities` [N] of the labels at the flat positions `index` [N]."""
         label, source = (x.flatten()[index].cpu().numpy().astype(np.int64) for x in (batch.labels, batch.source))
         nll = -log_probabilities.double().cpu().numpy()
-        self.nll += np.bincount(source * KINDS + self._kinds[label], nll, self.nll.size).reshape(self.nll.shape)
+        self.nll += np.bincount(source * len(Modality) + self._kinds[label], nll, self.nll.size).reshape(self.nll.shape)
         np.add.at(self.counts, (source, label), 1)
 
     def sum_over(self, total: Callable[[np.ndarray], np.ndarray]) -> None:

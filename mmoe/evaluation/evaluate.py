@@ -29,8 +29,8 @@ from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings, report_retrie
 from mmoe.files import write_atomically, writes
 from mmoe.runtime.launch import first_alone
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import Rig
-from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from mmoe.evaluation.actions import Chunks
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.training.run import Run
 
 TRACES, POINTS, SLICES = 3, 600, 4  # by source

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmoe.evaluation.actions import chunk_starts
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Structure
 
 LAGS = 8

@@ -14,15 +14,16 @@ from pydantic import Field
 from torch import Tensor
 
 from mmoe.config.base import Config
-from mmoe.data.load.document import Document, DocumentBuilder
 from mmoe.data.load.stream import make_collator
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.inference import inference
+from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.optional import needs
 from mmoe.precision.widen import widen
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import NO_PAIR, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import NO_PAIR
 from mmoe.tokenizers.audio import Layout, code_order, deserialise, serialise
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
@@ -86,7 +87,7 @@ class _Prompt:
         builder = DocumentBuilder.from_tokenizers(run.tokenizers)
         builder.structure(Structure.BOS)
         if self.patches is not None:
-            builder.image(*self.patches, number=0, pair=NO_PAIR)
+            builder.image(*self.patches, pair=NO_PAIR)
         if self.sound is not None:
             builder.audio(self.sound, 0, NO_PAIR)
         return builder

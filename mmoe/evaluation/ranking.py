@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from mmoe.data.load.decode import Decoder, StandIn
-from mmoe.data.load.document import Document, DocumentBuilder
 from mmoe.data.load.heldout import dealt
 from mmoe.data.load.stream import make_collator
 from mmoe.data.plan.measure import measure_index
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.bounds import wilson_low
 from mmoe.evaluation.inference import Inference
+from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
 

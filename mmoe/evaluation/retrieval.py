@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmoe.evaluation.bounds import mean_low, wilson_low
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 POOL, POOLS = 64, 10
 TOP = (1, 5)

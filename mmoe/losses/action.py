@@ -11,7 +11,7 @@ from mmoe.config.base import Config
 from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
 from mmoe.precision.widen import widen
 from mmoe.schema.counts import Counts
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 class ActionLossConfig(Config):

@@ -11,7 +11,7 @@ from mmoe.losses.info_nce import info_nce
 from mmoe.losses.part import Part
 from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
 from mmoe.schema.counts import Counts
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 class ContrastiveConfig(Config):

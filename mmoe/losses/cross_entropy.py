@@ -20,7 +20,7 @@ from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
 from mmoe.precision.widen import widen
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.counts import Counts
-from mmoe.schema.sample import KINDS, Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 Head = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class CrossEntropyConfig(Config):
 
     def label_weights(self) -> np.ndarray:
         """[modalities] f32: the `loss_weight` of a label by the modality of its target."""
-        weights = np.zeros(KINDS, np.float32)
+        weights = np.zeros(len(Modality), np.float32)
         for kind in (Modality.TEXT, Modality.AUDIO, Modality.ACTION, Modality.STRUCTURE):
             weights[kind] = getattr(self, kind.name.lower())
         return weights

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mmoe.losses.term import Items, LossContext, LossTerm
 from mmoe.models.moe.balance import BalanceConfig, StepLoads
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.counts import Counts
-from mmoe.schema.sample import KINDS
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -120,8 +120,9 @@ def _table(items: Items, batch: PackedBatch) -> Tensor:
     """[sources, modalities, 2] f64: sum and number of the items."""
     sources = 1 + max((document[0] for documents in batch.documents for document in documents), default=-1)
     rows = torch.stack([items.values_n.detach().double(), items.numbers_n.double()], dim=1)
-    cell = batch.source.flatten()[items.position_n].long() * KINDS + items.modality_n.long()
-    return rows.new_zeros(sources * KINDS, 2).index_add_(0, cell, rows).view(sources, KINDS, 2)
+    kinds = len(Modality)
+    cell = batch.source.flatten()[items.position_n].long() * kinds + items.modality_n.long()
+    return rows.new_zeros(sources * kinds, 2).index_add_(0, cell, rows).view(sources, kinds, 2)
 
 
 def _over(total: Tensor, planned: float, name: str) -> Tensor:

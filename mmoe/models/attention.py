@@ -16,7 +16,7 @@ from mmoe.models.attention_rule import may_attend
 from mmoe.models.layers import RMSNorm
 from mmoe.models.rotary import RotaryTables
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 class AttentionPlan(Protocol):

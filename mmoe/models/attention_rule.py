@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 def may_attend(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmoe.errors import ConfigError
 from mmoe.schema.batch import PackedBatch
+from mmoe.schema.modality import BUILT_IN, Modality
 from mmoe.schema.rig import STANDARD
-from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.vision import COORDINATES
 
@@ -34,6 +34,7 @@ class ModelInputs:
     action_chunk: int = 0
     action_dim: int = 0
     cameras: int = len(STANDARD.cameras)
+    further: tuple[tuple[Modality, int], ...] = ()  # modalities that are not built in, and the size of their vectors
 
     @classmethod
     def of(
@@ -51,6 +52,7 @@ class ModelInputs:
             action_chunk=action.chunk,
             action_dim=0 if action.mode == "discrete" else dims[Modality.ACTION],
             cameras=cameras,
+            further=tuple((kind, size) for kind, size in dims.items() if kind >= BUILT_IN and size),
         )
 
 
@@ -116,7 +118,7 @@ class TimeEmbedding(nn.Module):
 class Embeddings(nn.Module):
     """PackedBatch -> [B, L, size].
 
-    VISION and INERTIAL vectors take the place of their placeholder's embedding; STATE is added to that of its
+    Vectors take the place of their placeholder's embedding; STATE, and what else `adds`, is added to that of its
     token, as the embeddings of camera and time are wherever a position has one.
     """
 
@@ -132,6 +134,7 @@ class Embeddings(nn.Module):
             projections[Modality.INERTIAL] = nn.Linear(inputs.inertial_dim, size)
         if inputs.state_dim:
             projections[Modality.STATE] = nn.Linear(inputs.state_dim, size)
+        projections |= {kind: kind.spec.embedding(dim, size) for kind, dim in inputs.further}
         self.values = nn.ModuleDict({kind.name.lower(): module for kind, module in projections.items()})
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -144,7 +147,7 @@ class Embeddings(nn.Module):
                     "build it from the sources that it is run on"
                 )
             vectors = self.values[kind.name.lower()](values.values.to(x.dtype)).to(x.dtype)
-            x = _scatter(x, vectors, values.index, replace=kind is not Modality.STATE)
+            x = _scatter(x, vectors, values.index, replace=not kind.spec.adds)
         return x.view(*batch.shape, -1) + self._camera(batch) + self._time(batch)
 
     def _camera(self, batch: PackedBatch) -> Tensor:

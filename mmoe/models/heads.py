@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mmoe.precision.widen import widen
 from mmoe.schema.batch import Pairs
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
 

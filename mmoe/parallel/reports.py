@@ -10,7 +10,7 @@ from torch import Tensor
 from mmoe.losses.report import LossReport
 from mmoe.losses.total import LossTerms
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 def sum_report(report: LossReport, terms: LossTerms, sources: int, device: torch.device) -> LossReport:

@@ -22,7 +22,7 @@ from mmoe.parallel.reports import report_size
 from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication_traffic import Traffic, name_of, ranks_of
 from mmoe.planning.memory_shards import Place, by_unit, shards
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 WIDE = 8  # bytes of an integer, and of what is added up for reports
 

@@ -10,9 +10,10 @@ from mmoe.data.storage.store import DEFAULT
 from mmoe.errors import ConfigError
 from mmoe.models.embeddings import ModelInputs
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
-from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, COST, LABELS, PAIRS, PATCHES, POSITIONS, Counts
+from mmoe.schema.counts import ACTION_ELEMENTS, COST, PAIRS, PATCHES, POSITIONS, Counts, labels, zeros
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD
-from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
+from mmoe.schema.sample import NO_CAMERA, NO_SLICE
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.vision import VisionTokenizer
 from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary
@@ -99,11 +100,11 @@ class Documents:
     def counts(self, steps_sequences: int, assumed: Assumed) -> Counts:
         """Count what a step of so many sequences holds."""
         inputs, documents = assumed.inputs, steps_sequences * self.count
-        columns = np.zeros(COLUMNS, np.int64)
+        columns = zeros()
         columns[[POSITIONS, PATCHES, PAIRS]] = steps_sequences * self.length, documents * self.patches, documents
         columns[ACTION_ELEMENTS] = documents * inputs.action_chunk * inputs.action_dim
         columns[COST] = documents * self.size**2
-        columns[LABELS][Modality.TEXT] = steps_sequences * self.labels
+        columns[labels()][Modality.TEXT] = steps_sequences * self.labels
         return Counts(columns)
 
     def batch(self, assumed: Assumed) -> PackedBatch:

@@ -10,7 +10,7 @@ from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
 from mmoe.optional import needs
 from mmoe.schema.manifest import SourceManifest
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
 
 AUDIO_CODEC = "audio_codec.safetensors"

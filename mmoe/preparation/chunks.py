@@ -31,7 +31,8 @@ from mmoe.preparation.sources.base import Item, Refused
 from mmoe.preparation.tally import Tally
 from mmoe.schema.bounds import Bounds, bounded_by
 from mmoe.schema.manifest import ShardEntry
-from mmoe.schema.sample import NO_SLICE, Modality, Sample
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import NO_SLICE, Sample
 from mmoe.tokenizers.text import TextTokenizer
 
 _TABLES = (Modality.INERTIAL, Modality.STATE, Modality.ACTION)

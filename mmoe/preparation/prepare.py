@@ -57,7 +57,7 @@ from mmoe.preparation.statistics import KNOTS
 from mmoe.preparation.tally import Summary, Tally, summary
 from mmoe.schema.bounds import bounded_by
 from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig

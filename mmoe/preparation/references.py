@@ -16,7 +16,7 @@ from mmoe.errors import DataError
 from mmoe.files import write_atomically
 from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
 from mmoe.schema.manifest import SPLITS, SourceManifest
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.text import TextTokenizer
 
 

@@ -21,7 +21,9 @@ from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
 from mmoe.optional import needs
 from mmoe.preparation.sources.base import Item, Refused
-from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS, Modality, Sample, Segment
+from mmoe.schema.manifest import VECTORS
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS, Sample, Segment
 from mmoe.tokenizers.rates import check_rates
 from mmoe.tokenizers.text import TextTokenizer
 
@@ -31,13 +33,6 @@ if TYPE_CHECKING:
 _COPIED = [name for name in SEGMENT_FIELDS if name not in ("member", "text_hash")]
 _FRAMES_AT_ONCE = 64  # of a video being checked: bounds the memory
 _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_REASONS = {
-    Modality.VISION: "unreadable picture or video",
-    Modality.AUDIO: "unreadable sound",
-    Modality.ACTION: "unusable action table",
-    Modality.STATE: "unusable state table",
-    Modality.INERTIAL: "unusable inertial table",
-}
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ def build_row(
     vectors: dict[Modality, list[np.ndarray]] = {}
     proven = set()
     for (modality, member), segments in _by_payload(sample).items():
-        with counted_as(_REASONS[modality]):
+        with counted_as(modality.spec.refused_as):
             where = f"{sample.key}.{member}"
             table = _check_payload(segments, sample.members[member], where)
             if modality is Modality.VISION and is_video(member):
@@ -169,7 +164,7 @@ def build_row(
 def _check_rates(sample: Sample, target: int | None) -> None:
     for segment in sample.segments:
         if target is not None and segment.modality is Modality.AUDIO:
-            with counted_as(_REASONS[Modality.AUDIO]):
+            with counted_as(Modality.AUDIO.spec.refused_as):
                 check_rates(segment.rate, target, f"{sample.key}.{segment.member}")
 
 
@@ -211,11 +206,13 @@ def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarr
                 raise DataError(f"{where} has {rate} Hz, its segment says {segment.rate} Hz; correct the reader")
             _check_range(segment, samples, where)
             load_audio(data, segment.start, segment.stop, where)
-    else:
+    elif first.modality.name in VECTORS:
         table = load_array(data, where)
         for segment in segments:
             _check_range(segment, len(table), where)
         return table
+    else:
+        first.modality.spec.check(segments, data, where)
     return None
 
 

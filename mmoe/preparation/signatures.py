@@ -21,7 +21,8 @@ from mmoe.config.base import Address, Config
 from mmoe.data.load.video import is_video
 from mmoe.hashing import hash64, rolling_hashes
 from mmoe.optional import needs, require
-from mmoe.schema.sample import NO_SLICE, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import NO_SLICE
 
 _SEED = 1  # of the permutations: signatures are only compared within one preparation
 _SINGLE_TONE = 2.0  # grey levels of standard deviation, below which a perceptual hash is of noise

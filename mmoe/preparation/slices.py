@@ -18,7 +18,8 @@ from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_npz
 from mmoe.errors import counted_as
 from mmoe.preparation import sync
-from mmoe.schema.sample import NO_CAMERA, NO_PAIR, Modality, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import NO_CAMERA, NO_PAIR, Segment
 
 Choice = Literal["last", "nearest", "first"]
 Kind = Literal["captured", "synthetic"]

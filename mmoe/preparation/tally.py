@@ -13,7 +13,7 @@ from mmoe.hashing import hash64
 from mmoe.preparation.rows import Row
 from mmoe.preparation.statistics import VectorSummary
 from mmoe.schema.manifest import ShardEntry, SplitEntry
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.schema.vectors import VectorStats
 
 
@@ -185,7 +185,7 @@ def _clipped(tallies: dict[str, Tally], vectors: dict[str, VectorStats]) -> dict
                 continue
             cells = []
             for split, tally in tallies.items():
-                summary = tally.vectors.get(Modality[modality])
+                summary = tally.vectors.get(Modality.named(modality))
                 rows, counts = summary.count if summary else 0, stats.clipped.get(split)
                 about = "about " if summary and summary.estimated else ""
                 cells.append(f"{about}{counts[number] if counts else 0:,} of {rows:,}")

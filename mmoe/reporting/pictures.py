@@ -14,8 +14,8 @@ from mmoe.data.load.video import Backend, is_video
 from mmoe.data.storage.store import Storage
 from mmoe.optional import needs
 from mmoe.reporting.page import parts
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD, Rig
-from mmoe.schema.sample import Modality
 from mmoe.training.run import Run
 
 # As one stands in the standard rig: the row in front, the row behind.

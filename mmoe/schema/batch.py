@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmoe.schema.modality import Modality
 from mmoe.schema.quarantined import Quarantined
-from mmoe.schema.sample import Modality
 
 IGNORE = -100
 
@@ -46,10 +46,11 @@ class PackedBatch:
     i32 (time, row, column); `camera` i8 (-1 none); `offset_ns` i64; `source` i16 (-1 padding); `labels` i64,
     already shifted (the id to predict from here, -100 none); `loss_weight` f32.
 
-    `values` by continuous modality (VISION, INERTIAL, STATE). `action_target`, `action_mask` [M, H, A] f32 and
-    bool with `action_index` [M] i64, the flat position of each `action` token. `cu_seqlens` i32: borders of the
-    documents over the flattened B*L, padding tails as segments of their own. `documents[b][d]` is
-    (source, shard, row, part). `quarantined` are the parts that could not be decoded; their places are padding.
+    `values` by continuous modality (VISION, INERTIAL, STATE, and others that have vectors); `targets`, likewise, by the
+    name under which a loss term reads them, absent where the batch has none. `action_target`, `action_mask` [M, H, A]
+    f32 and bool with `action_index` [M] i64, the flat position of each `action` token. `cu_seqlens` i32: borders of
+    the documents over the flattened B*L, padding tails as segments of their own. `documents[b][d]` is (source, shard,
+    row, part). `quarantined` are the parts that could not be decoded; their places are padding.
     `reads` is what its worker asked of remote stores since the last batch (`StorageStats`).
     """
 
@@ -72,6 +73,7 @@ class PackedBatch:
     documents: list[list[tuple[int, int, int, int]]]
     quarantined: tuple[Quarantined, ...] = ()
     reads: dict[str, float] = field(default_factory=dict)
+    targets: dict[str, Values] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,9 +92,10 @@ class PackedBatch:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 changes[item.name] = value.to(device, non_blocking=True)
-        changes["values"] = {
-            kind: Values(v.values.to(device, non_blocking=True), v.index.to(device, non_blocking=True))
-            for kind, v in self.values.items()
-        }
+        for name in ("values", "targets"):
+            changes[name] = {
+                key: Values(v.values.to(device, non_blocking=True), v.index.to(device, non_blocking=True))
+                for key, v in getattr(self, name).items()
+            }
         changes["pairs"] = Pairs(*(getattr(self.pairs, f.name).to(device, non_blocking=True) for f in fields(Pairs)))
         return replace(self, **changes)

@@ -5,22 +5,54 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmoe.schema.sample import KINDS
+from mmoe.schema.modality import BUILT_IN, Modality
 
-# Columns of a part's counts: positions, patches, pairs, action elements, attention cost, then labels by modality.
+# Columns of a part's counts: these, then labels by modality, then what further modalities count (`count_columns`).
 POSITIONS, PATCHES, PAIRS, ACTION_ELEMENTS, COST = range(5)
+FIXED = 5
+_NAMED = {"patches": PATCHES, "action_elements": ACTION_ELEMENTS}  # of the built-in modalities
 
 
-LABELS = slice(5, 5 + KINDS)
+def labels() -> slice:
+    """Give the columns of the labels, one a modality."""
+    return slice(FIXED, FIXED + len(Modality))
 
 
-COLUMNS = 5 + KINDS
+def columns() -> int:
+    """Count the columns."""
+    return labels().stop + len(_further())
+
+
+def column(name: str) -> int:
+    """Find the column of what a modality counts. Raises KeyError where none counts it."""
+    if name not in count_names():
+        raise KeyError(f"no modality counts {name}; known are {', '.join(count_names())}")
+    return count_columns()[count_names().index(name)]
+
+
+def count_names() -> list[str]:
+    """Name what modalities count beside positions and labels."""
+    return [*_NAMED, *_further()]
+
+
+def count_columns() -> list[int]:
+    """Give the columns of `count_names`."""
+    return [*_NAMED.values(), *range(labels().stop, columns())]
+
+
+def zeros() -> np.ndarray:
+    """Make the columns of nothing, i64 [columns]."""
+    return np.zeros(columns(), np.int64)
+
+
+def _further() -> list[str]:
+    return [name for kind in Modality if kind >= BUILT_IN for name in kind.spec.count_columns]
 
 
 class Counts(NamedTuple):
-    """What a sequence or a step holds, known before anything is decoded: the columns of `mmoe.data.plan.blocks`."""
+    """What a sequence or a step holds, known before anything is decoded."""
 
-    columns: np.ndarray  # [COLUMNS] i64
+    columns: np.ndarray  # i64 [columns()]
 
     @property
     def positions(self) -> int:
@@ -30,7 +62,7 @@ class Counts(NamedTuple):
     @property
     def labels(self) -> np.ndarray:
         """[modalities] by modality of the target."""
-        return self.columns[LABELS]
+        return self.columns[labels()]
 
     @property
     def action_elements(self) -> int:
@@ -57,7 +89,11 @@ class Counts(NamedTuple):
         """[2] of attention and of the vision encoder: what replicas are to have equally much of."""
         return self.columns[[COST, PATCHES]]
 
+    def count(self, name: str) -> int:
+        """Count what a modality names among its `count_columns`."""
+        return int(self.columns[column(name)])
+
     @staticmethod
     def total(counts: Iterable["Counts"]) -> "Counts":
         """Add up counts; of none, all are zero."""
-        return Counts(sum((c.columns for c in counts), np.zeros(COLUMNS, np.int64)))
+        return Counts(sum((c.columns for c in counts), zeros()))

@@ -11,17 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 
-
-class Modality(IntEnum):
-    """What a position holds. STRUCTURE marks the tokens between segments, and padding."""
-
-    STRUCTURE = 0
-    TEXT = 1
-    VISION = 2
-    AUDIO = 3
-    INERTIAL = 4
-    STATE = 5
-    ACTION = 6
+from mmoe.schema.modality import Modality
 
 
 class Camera(IntEnum):
@@ -38,7 +28,6 @@ class Camera(IntEnum):
 NO_CAMERA = -1  # of a picture that no camera of a rig took, such as a photograph
 NO_SLICE = -1
 NO_PAIR = -1
-KINDS = len(Modality)
 ALIGNMENT_NS = 1_000_000  # that the time of a reading may be from the time in its file
 
 # One row per segment; the same fields stand in the shard index. See `Segment` for their meaning.

@@ -9,8 +9,8 @@ from mmoe.config.base import Config
 from mmoe.errors import ConfigError
 from mmoe.files import Read, read_file
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.modality import Modality, modality_tokens
 from mmoe.schema.rig import Rig
-from mmoe.schema.sample import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.audio_codecs import load_codec
@@ -20,6 +20,7 @@ from mmoe.tokenizers.vision import VisionConfig, VisionTokenizer
 from mmoe.tokenizers.vocabulary import Vocabulary, further_cameras
 
 VECTOR_MODALITIES = (Modality.ACTION, Modality.STATE, Modality.INERTIAL)
+_VALUED = (Modality.VISION, Modality.INERTIAL, Modality.STATE)
 
 
 class TokenizersConfig(Config):
@@ -63,11 +64,10 @@ class Tokenizers:
         self.rig = Rig.union(manifest.rig for manifest in manifests.values())
         self.cameras = {name: self.rig.numbers(manifest.rig) for name, manifest in manifests.items()}
         self.dims = {kind: _union(manifests, kind) for kind in VECTOR_MODALITIES}
-        self.value_dims = {
-            Modality.VISION: self.vision.vector_dim if _holds(manifests, Modality.VISION) else 0,
-            Modality.INERTIAL: self.dims[Modality.INERTIAL].size,
-            Modality.STATE: self.dims[Modality.STATE].size,
-        }
+        # Of STRUCTURE there are no segments; an action is a target, and no vector of the input.
+        entering = [kind for kind in Modality if kind not in (Modality.STRUCTURE, Modality.ACTION)]
+        sizes = {kind: kind.spec.vector_size(self, manifests) for kind in entering}
+        self.value_dims = {kind: size for kind, size in sizes.items() if kind in _VALUED or size}
         self.actions: dict[str, ActionTokenizer] = {}
         self.normalisers: dict[tuple[str, Modality], VectorNormaliser] = {}
         for name, manifest in manifests.items():
@@ -93,7 +93,7 @@ class Tokenizers:
             audio_codebooks=self.audio.codebooks if self.audio else 0,
             audio_codebook_size=self.audio.codebook_size if self.audio else 0,
             action_bins=self.config.action.bins if self.discrete_actions else 0,
-            further=further_cameras(self.rig),
+            further=(*further_cameras(self.rig), *modality_tokens()),
         )
 
     @cached_property

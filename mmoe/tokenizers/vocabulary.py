@@ -9,8 +9,8 @@ from enum import IntEnum
 import numpy as np
 
 from mmoe.errors import ConfigError
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD, Rig
-from mmoe.schema.sample import Modality
 
 
 class Structure(IntEnum):

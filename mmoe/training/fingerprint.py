@@ -12,6 +12,7 @@ from mmoe.data.plan.prepared import Sources
 from mmoe.errors import CheckpointError
 from mmoe.hashing import blake2b, canonical_json
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.modality import BUILT_IN, Modality
 from mmoe.schema.rig import STANDARD
 from mmoe.tokenizers.bundle import Tokenizers
 
@@ -24,6 +25,8 @@ def fingerprint(sources: Sources, tokenizers: Tokenizers) -> Fingerprint:
     vectors = {kind.name: dims.names for kind, dims in tokenizers.dims.items()}
     statistics = {name: manifest.model_dump(mode="json")["vectors"] for name, manifest in sources.manifests.items()}
     audio = tokenizers.audio
+    if further := Modality.names[BUILT_IN:]:  # their codes and tokens are in the order in which they are registered
+        found["modalities"] = {"further": ", ".join(further)}
     return found | {
         "tokenizers.text": {"fingerprint": tokenizers.text.fingerprint},
         "tokenizers.audio": {"fingerprint": audio.fingerprint if audio else None},

@@ -22,7 +22,7 @@ from mmoe.parallel.mesh import DEGREES, check_one_process
 from mmoe.parallel.ranks import Ranks
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun, layout_to_measure
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.training.fingerprint import check_unchanged, fingerprint
 

@@ -21,7 +21,8 @@ from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Item, Source
 from mmoe.config.base import Config
 from mmoe.recipe.callbacks import CALLBACKS, CallbackConfig
-from mmoe.schema.sample import Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample, Segment
 from mmoe.training.callback import Callback
 
 

@@ -9,7 +9,7 @@ from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.load.stream import Stream
 from mmoe.data.plan.prepared import Sources
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.actions import ActionConfig
 from mmoe.tokenizers.bundle import Tokenizers, TokenizersConfig
 from mmoe.tokenizers.vision import VisionConfig
@@ -81,7 +81,8 @@ def take(stream: Stream, steps: int) -> list:
 
 
 def equal(a: PackedBatch, b: PackedBatch) -> bool:
-    names = [n for n in a.__dataclass_fields__ if n not in ("values", "pairs", "documents", "quarantined", "reads")]
+    others = ("values", "targets", "pairs", "documents", "quarantined", "reads")
+    names = [n for n in a.__dataclass_fields__ if n not in others]
     same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and a.documents == b.documents
     same &= all(torch.equal(getattr(a.pairs, n), getattr(b.pairs, n)) for n in ("span", "modality", "group"))
     return same and all(

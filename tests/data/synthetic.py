@@ -11,7 +11,8 @@ from PIL import Image
 from mmoe.data.index.extent import Extent
 from mmoe.data.index.shards import ShardWriter
 from mmoe.schema.manifest import FORMAT, SourceManifest, SplitEntry
-from mmoe.schema.sample import SEGMENT_DTYPE, Camera, Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import SEGMENT_DTYPE, Camera, Sample, Segment
 from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, MelConfig
 from mmoe.tokenizers.text import TextTokenizer

@@ -12,7 +12,8 @@ from mmoe.data.index.shard_index import INDEX_SCHEMA, Member, SegmentTable, Shar
 from mmoe.data.index.shards import ShardWriter, read_member, read_stored
 from mmoe.errors import DataError
 from mmoe.schema.manifest import SourceManifest
-from mmoe.schema.sample import SEGMENT_DTYPE, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import SEGMENT_DTYPE
 from tests.data.synthetic import MAKERS, write_source
 
 PARTS = ("segments", "segment_offsets")

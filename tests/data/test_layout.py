@@ -9,7 +9,7 @@ from mmoe.data.plan.measure import epoch_positions, measure_index
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.ablation import Ablation
 from mmoe.schema.batch import IGNORE
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Structure
 from tests.data.streams import LENGTH, setup, stream, take, write_folders
 from tests.data.synthetic import MAKERS
@@ -38,8 +38,8 @@ def test_measures_are_those_of_the_layout(folders, name, isolated, discrete):
             expected = (measures.isolated_labels if split else measures.labels)[row]
             assert sum(map(len, documents)) == (measures.isolated if split else measures.length)[row]
             assert np.bincount(kinds, minlength=len(Modality)).tolist() == expected.tolist()
-            assert sum((d.modality == Modality.VISION).sum() for d in documents) == measures.patches[row]
-            assert sum(d.action_mask.sum() for d in documents) == measures.action_elements[row]
+            assert sum((d.modality == Modality.VISION).sum() for d in documents) == measures.count("patches")[row]
+            assert sum(d.action_mask.sum() for d in documents) == measures.count("action_elements")[row]
             if split:
                 assert len(documents) - 1 == measures.pairs[row]
 

@@ -17,7 +17,7 @@ from mmoe.data.plan.planner import DocumentRef
 from mmoe.data.plan.prepared import Sources
 from mmoe.errors import ConfigError, DataError
 from mmoe.schema.batch import IGNORE
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.tokenizers.vocabulary import Structure

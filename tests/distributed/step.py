@@ -30,8 +30,8 @@ from mmoe.parallel.ranks import OneProcess
 from mmoe.parallel.setting import RankSetting
 from mmoe.precision.config import PrecisionConfig
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, LABELS, PAIRS, Counts
-from mmoe.schema.sample import Modality
+from mmoe.schema.counts import ACTION_ELEMENTS, PAIRS, Counts, labels, zeros
+from mmoe.schema.modality import Modality
 from mmoe.training.gradients import StepGradients, StepSetting, step_gradients
 from tests.models.random_batch import INPUTS, VOCABULARY, pack, random_document, random_sequences
 
@@ -120,9 +120,9 @@ def batches_of(
     longest = max(sum(map(len, sequence)) for sequence in sequences) + 5
     length = -(-longest // 32) * 32
     whole = pack(sequences, length)
-    labels = np.bincount(VOCABULARY.modality_of(whole.labels[whole.labels >= 0].numpy()), minlength=len(Modality))
-    columns = np.zeros(COLUMNS, np.int64)
-    columns[LABELS] = labels
+    found = np.bincount(VOCABULARY.modality_of(whole.labels[whole.labels >= 0].numpy()), minlength=len(Modality))
+    columns = zeros()
+    columns[labels()] = found
     columns[[ACTION_ELEMENTS, PAIRS]] = int(whole.action_mask.sum()), len(whole.pairs.group)
     denominators = losses.build().denominators(Counts(columns), case.sequences)
     costs, group = np.arange(case.sequences)[:, None], group_of(case, losses)

@@ -13,8 +13,8 @@ from mmoe.losses.report import LossReport
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
 from mmoe.parallel.collectives import add_up
 from mmoe.parallel.reports import sum_report, sum_routing
+from mmoe.schema.modality import Modality
 from mmoe.schema.quarantined import Quarantined
-from mmoe.schema.sample import Modality
 from tests.distributed.compare import check
 from tests.distributed.pool import Pool
 from tests.distributed.step import Case

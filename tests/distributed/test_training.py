@@ -18,8 +18,8 @@ from mmoe.parallel.broadcast import shared_steps
 from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.peak_memory import PeakMemory
-from mmoe.schema.counts import COLUMNS, Counts
-from mmoe.schema.sample import Modality
+from mmoe.schema.counts import Counts, columns
+from mmoe.schema.modality import Modality
 from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
 from tests.data.synthetic import write_sources
@@ -121,7 +121,7 @@ def received(folder: Path) -> list:
             assert dist.get_rank() == 0, "a peer decoded"
             for step in range(2):
                 batches = iter([random_batch(2 * step + i) for i in (0, 1)])
-                yield StepData(batches, Counts(np.full(COLUMNS, step)), {"step": step}, {}, (1.5, 2.0))
+                yield StepData(batches, Counts(np.full(columns(), step)), {"step": step}, {}, (1.5, 2.0))
 
     steps = shared_steps(Once(), mesh, 2, torch.device("cpu"))
     return [((data.counts.positions, data.balance), data.plan, list(data.batches)) for data in islice(steps, 2)]

@@ -10,7 +10,7 @@ from mmoe.data.index.shard_index import ShardIndex
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
 from mmoe.evaluation.ablation import _Row, derange
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([(0,), (0, 1), (1,)])), min_size=1, max_size=40)
 

@@ -7,7 +7,7 @@ from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_member
 from mmoe.data.load.tables import load_array
 from mmoe.evaluation.actions import Chunks, align, chunk_starts, error_tables, hold_last, read_chunks, training_means
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmoe.evaluation.cross_entropy import TokenScores, unigram_entropy
 from mmoe.evaluation.inference import inference, label_log_probabilities
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 @settings(deadline=None)
@@ -39,7 +39,7 @@ def test_ce_is_that_of_the_whole_logits_by_source_and_modality(run):
     kinds = run.tokenizers.vocabulary.modality_of(labels)
     for number, name in enumerate(run.sources.names):
         for kind, entry in report["ce_by_source"][name].items():
-            mine = (kinds == Modality[kind.upper()]) & (sources == number)
+            mine = (kinds == Modality.named(kind.upper())) & (sources == number)
             assert entry["ce"] == pytest.approx(nll[torch.from_numpy(mine)].mean().item(), rel=1e-5)
             assert entry["unigram"] == pytest.approx(unigram_entropy(np.bincount(labels[mine])))
             assert entry["labels"] == mine.sum()

@@ -14,7 +14,7 @@ from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.actions import read_chunks
 from mmoe.evaluation.evaluate import evaluate, file_name
 from mmoe.evaluation.examples import examples
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from tests.data.synthetic import clip_sample, text_sample, write_source
 

@@ -13,7 +13,7 @@ from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.inference import inference
 from mmoe.evaluation.ranking import _Candidate, _micro_batches, _questions, accuracies, rank_candidates, score_texts
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Structure
 
 

@@ -7,7 +7,7 @@ import torch
 from mmoe.evaluation.baselines import Baselines, read_features
 from mmoe.evaluation.features import FeatureRows
 from mmoe.evaluation.ridge import fit_ridge
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 
 def planted(seed: int = 0):

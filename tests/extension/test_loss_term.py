@@ -12,7 +12,7 @@ from mmoe.models.embeddings import ModelInputs
 from mmoe.planning.dry_run_plan import Plan
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.counts import Counts
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.distributed.compare import check
 from tests.distributed.step import Case
 from tests.distributed.test_training import LAYOUTS, figures, train, tree

@@ -17,7 +17,7 @@ from mmoe.losses.report import LossReport
 from mmoe.models.decoder import Auxiliary, ModelOutput
 from mmoe.models.moe.balance import BalanceConfig, StepLoads
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
 
 B, L, D, H, A, E = 4, 12, 8, 2, 3, 5

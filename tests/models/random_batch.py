@@ -10,8 +10,8 @@ import torch
 
 from mmoe.models.embeddings import ModelInputs
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD
-from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, audio_codebooks=2, audio_codebook_size=8, action_bins=5)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mmoe.models.attention import Attention, DensePlan, DocumentPlan
 from mmoe.models.attention_rule import may_attend
 from mmoe.models.rotary import RotaryTables
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.models.random_batch import pack, random_batch, random_sequences
 
 RULES = pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])

@@ -7,7 +7,7 @@ import torch
 from mmoe.errors import ConfigError
 from mmoe.models.embeddings import PERIODS, SHORTEST_PERIOD_NS, Embeddings, ModelInputs, TimeEmbedding
 from mmoe.schema.batch import Values
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.models.random_batch import INPUTS, random_batch
 
 

@@ -10,7 +10,7 @@ from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel
 from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.schema.batch import PackedBatch, Values
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.models.random_batch import INPUTS, pack, random_batch, random_sequences
 
 MODELS = {

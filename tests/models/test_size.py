@@ -14,7 +14,7 @@ from mmoe.models.flops import ParameterCounts
 from mmoe.models.size import parameter_count
 from mmoe.parallel.build import build
 from mmoe.recipe.resolved import ResolvedRun
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.training.test_trainer import config
 
 SMALL = {"d_model": 32, "layers": 3, "heads": 4, "kv_heads": 2, "hidden": 48}

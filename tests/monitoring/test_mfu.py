@@ -2,13 +2,12 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from mmoe.models.flops import model_flops
 from mmoe.monitoring.mfu import ModelFlops, device_peak
-from mmoe.schema.counts import COLUMNS, COST, POSITIONS, Counts
+from mmoe.schema.counts import COST, POSITIONS, Counts, zeros
 from mmoe.training.run import Run, model_inputs
 from tests.data.synthetic import write_sources
 from tests.training.test_trainer import config
@@ -40,7 +39,7 @@ def test_the_flops_of_a_step_are_those_of_its_documents_and_mfu_is_their_share_o
     write_sources(tmp_path)
     run = Run.build(config(tmp_path, tmp_path / "run", monitoring__peak_flops=1e9))
     flops, documents = ModelFlops(run), [17, 40, 3]
-    columns = np.zeros(COLUMNS, np.int64)
+    columns = zeros()
     columns[POSITIONS], columns[COST] = sum(documents), sum(n**2 for n in documents)
     wanted = model_flops(run.config.model, model_inputs(run.tokenizers), documents)
     assert flops.of(Counts(columns)) == wanted > 0

@@ -15,7 +15,8 @@ from mmoe.errors import BackendError, Refused
 from mmoe.optional import status
 from mmoe.preparation import sources
 from mmoe.preparation.sources.base import Item, Source
-from mmoe.schema.sample import Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample, Segment
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.vision import VisionConfig

@@ -25,7 +25,8 @@ from mmoe.preparation import chunks, sources, splits
 from mmoe.preparation.prepare import prepare, training_texts
 from mmoe.preparation.sources.base import Item, Refused, Source
 from mmoe.schema.manifest import SPLITS, SourceManifest, SplitEntry
-from mmoe.schema.sample import Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample, Segment
 from mmoe.tokenizers.audio import MelCodec
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings import (
@@ -96,7 +97,7 @@ def read_everything(folder, manifest):
                     assert table.shape[1] == len(manifest.vectors[kind.name].names)
     for split in SPLITS:
         entry = manifest.splits[split]
-        assert {kind: entry.segments(kind) for kind in Modality.__members__ if entry.segments(kind)} == {
+        assert {kind: entry.segments(kind) for kind in Modality.names if entry.segments(kind)} == {
             kind: n for (side, kind), n in sorted(counts.items()) if side == split
         }
         assert entry.samples == sum(shard.rows for shard in entry.shards)

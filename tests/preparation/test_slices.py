@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mmoe.errors import Refused
 from mmoe.preparation import slices, sync
 from mmoe.preparation.slices import Clocks, Stream, Texts, build_slices, held, interpolated
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera
 
 MS = 1_000_000
 KEEP = sync.SkewPolicy(budget_ns=10**18, policy="flag")

@@ -23,8 +23,9 @@ from mmoe.reporting import figures
 from mmoe.reporting.page import page, parts
 from mmoe.reporting.pictures import SlicePictures, data_uri, read_slice, slice_card
 from mmoe.reporting.report import render, write_report
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import Rig
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.sample import Camera
 from tests.monitoring.test_summary import line
 from tests.monitoring.written import write_records
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe.errors import ConfigError
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD, Rig
-from mmoe.schema.sample import Modality
 from mmoe.tokenizers.vocabulary import Placeholder, Structure, Vocabulary, further_cameras
 
 # As the design's "Vocabulary" contract lists them.

@@ -11,8 +11,8 @@ from mmoe.evaluation.evaluate import evaluate
 from mmoe.preparation.prepare import prepare
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.manifest import SourceManifest
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD
-from mmoe.schema.sample import Modality
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.fingerprint import fingerprint
 from mmoe.training.loop import Trainer

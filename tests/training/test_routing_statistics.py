@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from mmoe.monitoring.metrics import MetricsCallback
 from mmoe.monitoring.reader import RunReader
 from mmoe.runtime.peak_memory import PeakMemory
-from mmoe.schema.sample import KINDS, Modality
+from mmoe.schema.modality import Modality
 from mmoe.training.callback import Callback
 from tests.training import test_trainer
 from tests.training.test_trainer import config, trainer
@@ -60,7 +60,7 @@ def check(found: RunReader, expected: RunReader) -> None:
 def test_what_is_recorded_is_not_empty_and_adds_up(reference):
     reader = reference[1]
     load, drops = table(reader, "expert_load"), table(reader, "expert_drops")
-    assert load.shape == (STEPS, 2, KINDS, len(test_trainer.MAKERS), 4) and drops.sum((0, 2, 3, 4)).min() > 0
+    assert load.shape == (STEPS, 2, len(Modality), len(test_trainer.MAKERS), 4) and drops.sum((0, 2, 3, 4)).min() > 0
     assert table(reader, "router_grad_norm").min() > 0
     columns = reader.columns("tokens", *SCALARS)
     tokens = np.diff(columns["tokens"], prepend=0)

@@ -18,7 +18,7 @@ from mmoe.monitoring.reader import read_lines
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.schema.batch import Values
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.training.callback import Callback
 from mmoe.training.loop import Trainer
 from mmoe.training.run import Run

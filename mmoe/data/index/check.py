@@ -8,12 +8,12 @@ import tarfile
 import numpy as np
 
 from mmoe.errors import DataError
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import MOST_CAMERAS
-from mmoe.schema.sample import NO_CAMERA, NO_PAIR, NO_SLICE, Modality
+from mmoe.schema.sample import NO_CAMERA, NO_PAIR, NO_SLICE
 
 _FURTHEST = 1 << 50  # bytes of a tar
 _LARGEST = {  # of a segment, by field: least and greatest
-    "modality": (min(Modality), max(Modality)),
     "slice": (NO_SLICE, 1 << 30),
     "camera": (NO_CAMERA, MOST_CAMERAS - 1),
     "start": (0, 1 << 40),
@@ -28,7 +28,8 @@ _MOST_FRAMES = 1 << 20  # of one segment
 
 def check_segments(path: str, segments: np.ndarray) -> None:
     """Raises DataError where a field of a segment is out of its range, or a range ends before it begins."""
-    for name, (least, greatest) in _LARGEST.items():
+    bounds = {"modality": (0, len(Modality) - 1), **_LARGEST}
+    for name, (least, greatest) in bounds.items():
         values = segments[name]
         if len(values) and not least <= int(values.min()) <= int(values.max()) <= greatest:
             raise _impossible(path, f"{name} of a segment lies outside {int(least)} to {int(greatest)}")

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from mmoe.schema.manifest import SegmentGroup
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 MOST_GROUPS = 512
 

@@ -32,9 +32,11 @@ from mmoe.data.storage.store import DEFAULT, Storage
 from mmoe.errors import DataError
 from mmoe.hashing import blake2b, framed
 from mmoe.schema.manifest import MANIFEST
+from mmoe.schema.modality import BUILT_IN, Modality, renumbered
 from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS
 
 DIGEST = b"mmoe.digest"  # the key under which an index file holds its own
+MODALITIES = b"modalities"  # names of those that are not built in, by code
 
 # Of a segment, what its token count follows from.
 PLANNED = ("modality", "slice", "camera", "start", "stop", "height", "width", "rate", "pair")
@@ -98,6 +100,7 @@ class SegmentTable:
         table = _read(path, storage, digest, columns)
         segments = _chunk(table, "segments")
         records = _records(segments.flatten(), _PLANNED_DTYPE)
+        _renumber(records, table, path)
         check_segments(path, records)
         return cls(os.fspath(tar), records, _offsets(segments))
 
@@ -130,10 +133,12 @@ class ShardIndex(SegmentTable):
         table = _read(path, storage, digest)
         members, text, segments = (_chunk(table, name) for name in ("members", "text_ids", "segments"))
         flat_members = members.flatten()
+        records = _records(segments.flatten(), SEGMENT_DTYPE)
+        _renumber(records, table, path)
         ranges = [flat_members.field(name).to_numpy(zero_copy_only=False) for name in ("offset", "size")]
         index = cls(
             tar=os.fspath(tar),
-            segments=_records(segments.flatten(), SEGMENT_DTYPE),
+            segments=records,
             segment_offsets=_offsets(segments),
             keys=table["key"].to_pylist(),
             recordings=table["recording"].to_pylist(),
@@ -230,7 +235,8 @@ def write_index(tar: str | Path, rows: list[dict]) -> str:
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     columns["segments"] = pa.ListArray.from_arrays(offsets, struct)
     digest = _digest(rows)
-    schema = INDEX_SCHEMA.with_metadata({DIGEST: digest})
+    further = Modality.names[BUILT_IN:] if len(flat) and flat["modality"].max() >= BUILT_IN else []
+    schema = INDEX_SCHEMA.with_metadata({DIGEST: digest, **({MODALITIES: json.dumps(further)} if further else {})})
     write_table(pa.table(columns, schema=schema), Path(tar).with_suffix(".parquet"))
     return digest
 
@@ -257,6 +263,13 @@ def _read(path: str, storage: Storage, digest: str | None, columns: list[str] | 
             "shards were replaced or changed places; copy the whole source again, or prepare it again"
         )
     return table
+
+
+def _renumber(records: np.ndarray, table: pa.Table, path: str) -> None:
+    """Number the modalities of segments as this process does, whatever was registered where they were prepared."""
+    stored = (table.schema.metadata or {}).get(MODALITIES)
+    if stored is not None:
+        records["modality"] = renumbered(records["modality"], json.loads(stored), path)
 
 
 def _records(flat: pa.StructArray, dtype: np.dtype) -> np.ndarray:

@@ -3,18 +3,18 @@
 import numpy as np
 import torch
 
-from mmoe.data.load.document import Document
 from mmoe.data.load.workers import is_worker
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError
+from mmoe.modalities.document import Document
 from mmoe.runtime.memory import free_memory, in_gib
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
+from mmoe.schema.modality import Modality
 from mmoe.schema.quarantined import Quarantined
-from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
+from mmoe.schema.sample import NO_CAMERA, NO_SLICE
 from mmoe.tokenizers.vocabulary import Structure, Vocabulary
 
 _POSITION_BYTES = 64  # of all fields of a position, labels and provenance among them
-CONTINUOUS = (Modality.VISION, Modality.INERTIAL, Modality.STATE)
 
 
 class Collator:
@@ -54,7 +54,8 @@ class Collator:
         offset = np.zeros((B, L), np.int64)
         source = np.full((B, L), -1, np.int16)
         labels = np.full((B, L), IGNORE, np.int64)
-        values: dict[Modality, list[tuple[list[np.ndarray], np.ndarray]]] = {kind: [] for kind in CONTINUOUS}
+        values: dict[Modality, list[tuple[list[np.ndarray], np.ndarray]]] = {kind: [] for kind in self.dims}
+        targets: dict[str, list[tuple[list[np.ndarray], np.ndarray]]] = {}
         actions: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         pairs: list[tuple[list[tuple[int, int]], list[int], int, int]] = []
         borders, provenance = [0], []
@@ -79,6 +80,8 @@ class Collator:
                     )
                     for kind, (vectors, index) in item.values.items():
                         values[kind].append((vectors, index + flat))
+                    for name, (vectors, index) in item.targets.items():
+                        targets.setdefault(name, []).append((vectors, index + flat))
                     if len(item.action_index):
                         actions.append((item.action_target, item.action_mask, item.action_index + flat))
                     for span in item.spans:
@@ -107,7 +110,12 @@ class Collator:
             source=torch.from_numpy(source),
             labels=torch.from_numpy(labels),
             loss_weight=torch.from_numpy(weight.astype(np.float32)),
-            values={kind: self._values(kind, parts, B) for kind, parts in values.items() if self.dims[kind]},
+            values={
+                kind: _joined(parts, self.dims[kind], self.patches * B if kind is Modality.VISION else 0)
+                for kind, parts in values.items()
+                if self.dims[kind]
+            },
+            targets={name: _joined(parts, parts[0][0][0].shape[1]) for name, parts in targets.items()},
             action_target=_stack([a[0] for a in actions], (0, H, A), np.float32),
             action_mask=_stack([a[1] for a in actions], (0, H, A), bool),
             action_index=_stack([a[2] for a in actions], (0,), np.int64),
@@ -137,18 +145,20 @@ class Collator:
                 "data.sequence_length, data.patches_per_sequence or training.micro_batch_sequences"
             )
 
-    def _values(self, kind: Modality, parts: list[tuple[list[np.ndarray], np.ndarray]], sequences: int) -> Values:
-        count = sum(len(index) for _, index in parts)
-        rows = max(count, self.patches * sequences) if kind is Modality.VISION else count
-        tensor = _handed_over((rows, self.dims[kind]))
-        vectors, index, at = tensor.numpy(), np.full(rows, -1, np.int64), 0
-        for pieces, where in parts:
-            index[at : at + len(where)] = where
-            for piece in pieces:
-                vectors[at : at + len(piece)] = piece
-                at += len(piece)
-        vectors[count:] = 0
-        return Values(tensor, torch.from_numpy(index))
+
+def _joined(parts: list[tuple[list[np.ndarray], np.ndarray]], size: int, least: int = 0) -> Values:
+    """One table of the vectors, `size` numbers each, with `least` rows at least."""
+    count = sum(len(index) for _, index in parts)
+    rows = max(count, least)
+    tensor = _handed_over((rows, size))
+    vectors, index, at = tensor.numpy(), np.full(rows, -1, np.int64), 0
+    for pieces, where in parts:
+        index[at : at + len(where)] = where
+        for piece in pieces:
+            vectors[at : at + len(piece)] = piece
+            at += len(piece)
+    vectors[count:] = 0
+    return Values(tensor, torch.from_numpy(index))
 
 
 def _handed_over(shape: tuple[int, int]) -> torch.Tensor:

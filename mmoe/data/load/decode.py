@@ -10,16 +10,14 @@ import numpy as np
 from mmoe.addresses import local_path
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import GAP, Span, read_stored, spans
-from mmoe.data.load.document import Document, DocumentBuilder
 from mmoe.data.load.tables import load_array
 from mmoe.data.load.video import Backend, is_video
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.data.storage.store import DEFAULT, Reading, Storage, StorageError
 from mmoe.errors import DataError
+from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.optional import needs
-from mmoe.schema.batch import IGNORE
-from mmoe.schema.sample import Modality
-from mmoe.tokenizers.audio import serialise
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vocabulary import Structure
 
@@ -66,7 +64,6 @@ class Decoder:
         self.stand_in, self.skip, self.storage = stand_in, skip, storage
         self._index: Callable[[str], ShardIndex] = lru_cache(_INDICES_A_SOURCE * len(sources))(self._load)
         self._begun: dict[tuple, _Row] = {}
-        self.grid: Callable[[int, int], tuple[int, int]] = lru_cache(maxsize=1024)(tokenizers.vision.grid)
 
     def __call__(self, ref: DocumentRef, text_ids: np.ndarray | None = None) -> list[Document]:
         """The documents of a part: one, or the part and the isolated texts of its pairs, in pair order.
@@ -168,7 +165,7 @@ class _Row:
         builder.structure(Structure.BOS)
         if has_slices:
             builder.structure(Structure.VIDEO_START)
-        still, open_slice, ends_with_text = 0, -1, False
+        open_slice, ends_with_text = -1, False
         for at, segment in enumerate(chosen):
             number = int(segment["slice"])
             if has_slices and number != open_slice:
@@ -189,19 +186,8 @@ class _Row:
                     ends_with_text = len(ids) > 0
                 continue
             ends_with_text = False
-            if kind is Modality.VISION:
-                patches, positions = self._vision(segment, at, chosen)
-                if number >= 0:
-                    builder.frame(patches, positions, self._camera(segment), int(segment["offset_ns"]), pair)
-                else:
-                    builder.image(patches, positions, still, pair)
-                    still += 1
-            elif kind is Modality.AUDIO:
-                builder.audio(self._audio(segment, at, chosen), int(segment["offset_ns"]), pair)
-            elif kind is Modality.ACTION:
-                self._action(builder, segment)
-            else:
-                builder.vector(kind, self._vector(kind, segment, at, chosen), int(segment["offset_ns"]))
+            payload = self._payload(segment, at, chosen, pair)
+            kind.spec.layout(builder, kind.spec.encode(payload, self.tokenizers), payload)
         if has_slices:
             builder.close_slice(predicted=ends_with_text)
             builder.structure(Structure.VIDEO_END)
@@ -218,100 +204,30 @@ class _Row:
     def _text(self, segment: np.void) -> np.ndarray:
         return self.text_start + self.index.row_text(self.ref.row)[segment["start"] : segment["stop"]]
 
-    def _vision(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Patch vectors [n, vector_dim] and their positions [n, 3]."""
-        vision = self.tokenizers.vision
-        rows, columns = self.decoder.grid(int(segment["height"]), int(segment["width"]))
-        tubelets = int(segment["stop"] - segment["start"]) // vision.config.tubelet
-        shown = self._shown_for(segment, at, chosen)
-        if shown is None:
-            vectors = vision.blank(rows, columns, tubelets)
-        else:
-            row, segment = shown
-            least = rows * vision.config.patch, columns * vision.config.patch
-            if is_video(row._member_name(segment)):
-                pictures = row._frames(segment, least)
-            else:
-                with needs("decoding pictures"):
-                    from mmoe.data.load.media import load_image
-                pictures = load_image(row._bytes(segment), row._where(segment), least)[None]
-            vectors = vision.encode(pictures, rows, columns)
-        return vectors, vision.positions(rows, columns, tubelets)
-
-    def _camera(self, segment: np.void) -> int:
-        """The number in the run's rig of a camera, which the segment has by its number in the source's."""
-        numbers, camera = self.tokenizers.cameras[self.source], int(segment["camera"])
-        if camera >= len(numbers) - 1:
-            raise DataError(
-                f"{self._where(segment)} is of camera {camera}, but the rig of {self.source} has "
-                f"{len(numbers) - 1} cameras; prepare the source again"
-            )
-        return int(numbers[camera])
-
-    def _audio(self, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
-        codec, config = self.tokenizers.audio, self.tokenizers.config.audio
-        assert codec is not None  # `Tokenizers` refuses sound without a codec
-        assert config is not None  # which it is loaded by
-        samples = int(segment["stop"] - segment["start"])
-        shown = self._shown_for(segment, at, chosen)
-        if shown is None:
-            wave, rate = np.zeros(samples, np.float32), int(segment["rate"])
-        else:
-            with needs("decoding sound"):
-                from mmoe.data.load.media import load_audio
-            row, theirs = shown
-            wave, rate = load_audio(row._bytes(theirs), int(theirs["start"]), int(theirs["stop"]), row._where(theirs))
-            wave = np.resize(wave, samples)  # another's sound is cut or repeated to the length that was planned
-        codes, codebook = serialise(codec.encode(wave, rate), config.layout)
-        return self.tokenizers.vocabulary.audio_ids(codes, codebook)
-
-    def _vector(self, kind: Modality, segment: np.void, at: int, chosen: np.ndarray) -> np.ndarray:
-        dims = self.tokenizers.dims[kind]
-        value = np.zeros(dims.size, np.float32)
-        shown = self._shown_for(segment, at, chosen)
-        if shown is not None:
-            row, theirs = shown
-            reading = row._array(theirs)[theirs["stop"] - 1]
-            value[dims.columns[self.source]] = self.tokenizers.normalisers[self.source, kind](reading)
-        return value
-
-    def _action(self, builder: DocumentBuilder, segment: np.void) -> None:
-        tokenizer, dims = self.tokenizers.actions[self.source], self.tokenizers.dims[Modality.ACTION]
-        columns = dims.columns[self.source]
-        rows, mask = tokenizer.chunk_of(self._array(segment), int(segment["start"]), int(segment["stop"]))
-        if self.tokenizers.discrete_actions:
-            ids = self.tokenizers.vocabulary.ranges["action"].start + tokenizer.encode(rows)
-            builder.action_bins(np.where(mask, ids, IGNORE).reshape(-1), int(segment["offset_ns"]))
-            return
-        target = np.zeros((len(rows), dims.size), np.float32)
-        present = np.zeros((len(rows), dims.size), bool)
-        target[:, columns], present[:, columns] = tokenizer.normalise(rows), mask
-        builder.action(np.where(present, target, 0.0), present, int(segment["offset_ns"]))
-
     def _is_replaced(self, kind: int) -> bool:
         return self.decoder.stand_in is not None and self.decoder.stand_in.modality == kind
 
-    def _shown_for(self, segment: np.void, at: int, chosen: np.ndarray) -> tuple["_Row", np.void] | None:
-        """The row and segment whose payload is shown, this one unless others stand in; None for nothing."""
+    def _payload(self, segment: np.void, at: int, chosen: np.ndarray, pair: int) -> "_Payload":
+        """A segment with what is shown of it: its own content, unless others stand in."""
         if not self._is_replaced(segment["modality"]):
-            return self, segment
+            return _Payload(self, segment, pair, self, segment)
         ref, stand_in = self.ref, self.decoder.stand_in
         assert stand_in is not None  # or nothing is replaced
         found = stand_in((ref.source, ref.shard, ref.row), self.decoder.index, chosen, at)
         if found is None:
-            return None
+            return _Payload(self, segment, pair, self, None)
         shard, row, theirs = found
         if (shard, row) not in self._shown:
             self._shown[shard, row] = _Row(self.decoder, DocumentRef(ref.source, shard, row, 0, 0, 0, False, True))
-        return self._shown[shard, row], theirs
+        return _Payload(self, segment, pair, self._shown[shard, row], theirs)
 
-    def _member_name(self, segment: np.void) -> str:
+    def member_name(self, segment: np.void) -> str:
         return self.index.row_member(self.ref.row, int(segment["member"]))[0]
 
-    def _where(self, segment: np.void) -> str:
+    def place(self, segment: np.void) -> str:
         return f"{self.index.tar}: {self.index.member(self.ref.row, int(segment['member'])).name}"
 
-    def _bytes(self, segment: np.void) -> bytes:
+    def content(self, segment: np.void) -> bytes:
         number = int(segment["member"])
         name = self.index.member(self.ref.row, number).name
         if name not in self._members and name in self._coming:
@@ -321,10 +237,10 @@ class _Row:
             self._members[name] = read_stored(self.index, self.ref.row, number, self.decoder.storage).content
         return self._members[name]
 
-    def _frames(self, segment: np.void, least: tuple[int, int]) -> np.ndarray:
+    def frames(self, segment: np.void, least: tuple[int, int]) -> np.ndarray:
         """Frames of a video segment, no larger than they must be for `least`; those of all slices of the part in one
         pass."""
-        name = self._member_name(segment)
+        name = self.member_name(segment)
         if name not in self._videos:
             with needs("decoding video"):
                 from mmoe.data.load.frames import stored_frames
@@ -335,15 +251,65 @@ class _Row:
             numbers = np.unique(np.concatenate([np.arange(s["start"], s["stop"]) for s in segments]))
             scaled = reduced_size((int(segment["height"]), int(segment["width"])), least)
             proven = self.index.row_decord(self.ref.row, int(segment["member"]))
-            where, backend = self._where(segment), self.decoder.video_backend
-            video = stored_frames(self._bytes(segment), backend, where, proven, scaled)
+            where, backend = self.place(segment), self.decoder.video_backend
+            video = stored_frames(self.content(segment), backend, where, proven, scaled)
             self._videos[name] = numbers, video.frames(numbers)
         numbers, frames = self._videos[name]  # every number between start and stop is among them
         first = int(np.searchsorted(numbers, segment["start"]))
         return frames[first : first + int(segment["stop"] - segment["start"])]
 
-    def _array(self, segment: np.void) -> np.ndarray:
-        name = self._member_name(segment)
+    def array(self, segment: np.void) -> np.ndarray:
+        name = self.member_name(segment)
         if name not in self._arrays:
-            self._arrays[name] = load_array(self._bytes(segment), self._where(segment))
+            self._arrays[name] = load_array(self.content(segment), self.place(segment))
         return self._arrays[name]
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """A `mmoe.schema.modality.Payload`: the segment `shown` of the row `of`, in place of a row's own."""
+
+    row: _Row
+    segment: np.void
+    pair: int
+    of: _Row
+    shown: np.void | None
+
+    @property
+    def source(self) -> str:
+        return self.row.source
+
+    @property
+    def where(self) -> str:
+        return self.of.place(self._held)
+
+    @property
+    def _held(self) -> np.void:
+        return self.segment if self.shown is None else self.shown
+
+    def camera(self) -> int:
+        numbers, camera = self.row.tokenizers.cameras[self.source], int(self.segment["camera"])
+        if camera >= len(numbers) - 1:
+            raise DataError(
+                f"{self.row.place(self.segment)} is of camera {camera}, but the rig of {self.source} has "
+                f"{len(numbers) - 1} cameras; prepare the source again"
+            )
+        return int(numbers[camera])
+
+    def content(self) -> bytes:
+        return self.of.content(self._held)
+
+    def pictures(self, least: tuple[int, int]) -> np.ndarray:
+        if is_video(self.of.member_name(self._held)):
+            return self.of.frames(self._held, least)
+        with needs("decoding pictures"):
+            from mmoe.data.load.media import load_image
+        return load_image(self.content(), self.where, least)[None]
+
+    def wave(self) -> tuple[np.ndarray, int]:
+        with needs("decoding sound"):
+            from mmoe.data.load.media import load_audio
+        return load_audio(self.content(), int(self._held["start"]), int(self._held["stop"]), self.where)
+
+    def table(self) -> np.ndarray:
+        return self.of.array(self._held)

@@ -14,8 +14,8 @@ from mmoe.data.plan.blocks import PART_DTYPE, rng
 from mmoe.data.plan.planner import SequencePlan, plan_once
 from mmoe.data.plan.prepared import Sources
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.counts import COLUMNS, Counts
-from mmoe.schema.sample import Modality
+from mmoe.schema.counts import Counts, zeros
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class HeldoutBatches:
 
     def share(self, replica: int, replicas: int) -> Iterator[PackedBatch]:
         """Decode the batches ``replica``, ``replica + replicas``, ...: as many for each replica (`dealt`)."""
-        nothing = SequencePlan(0, np.zeros(0, PART_DTYPE), Counts(np.zeros(COLUMNS, np.int64)))
+        nothing = SequencePlan(0, np.zeros(0, PART_DTYPE), Counts(zeros()))
         plans = dealt(self.plans, self.size, nothing, replica, replicas)
         config = self.config.model_copy(update={"workers": min(self.config.workers, len(plans))})
         return load_batches(self._dataset, plans, config, self._activity, self._condemn)

@@ -13,7 +13,6 @@ import torch
 from mmoe.data.config import DataConfig
 from mmoe.data.load.collate import Collator
 from mmoe.data.load.decode import Decoder
-from mmoe.data.load.document import Document
 from mmoe.data.load.loader import batches
 from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
 from mmoe.data.load.workers import Activity, Place
@@ -22,12 +21,13 @@ from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan
 from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import StorageError
 from mmoe.errors import DataError, MmoeError
+from mmoe.modalities.document import Document
 from mmoe.optional import require
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.bounds import Bounds, bounded_by
 from mmoe.schema.counts import Counts
+from mmoe.schema.modality import Modality
 from mmoe.schema.quarantined import Quarantined
-from mmoe.schema.sample import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 
 

@@ -16,9 +16,9 @@ from mmoe.data.plan.measure import Measures, epoch_positions, measure_index, mea
 from mmoe.data.storage.store import Storage
 from mmoe.errors import ConfigError, DataError
 from mmoe.hashing import INCREMENT, mixed_u64
-from mmoe.schema.counts import ACTION_ELEMENTS, COLUMNS, COST, LABELS, PAIRS, PATCHES, POSITIONS
+from mmoe.schema.counts import COST, PAIRS, PATCHES, POSITIONS, columns, count_columns, labels, zeros
 from mmoe.schema.manifest import SourceManifest
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 
 # A part of a document: units `first`..`last` of a row are text tokens where the row is text alone, slices where it has
@@ -59,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Block:
-    """Documents in drawn order: document d is ``parts[offsets[d]:offsets[d + 1]]``; `counts` [parts, COLUMNS] i64.
+    """Documents in drawn order: document d is ``parts[offsets[d]:offsets[d + 1]]``; `counts` [parts, columns] i64.
 
     `lengths` [documents] i64 is the positions a document takes in all its parts, `fate` u1 what became of it.
     """
@@ -138,7 +138,7 @@ class PlannedSource:
         if isolated.any():
             isolated &= units(self.limits.seed, self.number, counter, len(rows)) < self.limits.isolated_pair_share
         length = np.where(isolated, measures.isolated, measures.length)
-        fits = (length <= self.limits.sequence_length) & (measures.patches <= self.limits.patches_per_sequence)
+        fits = (length <= self.limits.sequence_length) & (measures.count("patches") <= self.limits.patches_per_sequence)
         fate = np.select(
             [fits, measures.text_only, measures.slices > 0], [FITS, CUT_TEXT, CUT_SLICES], default=TOO_LONG
         ).astype(np.uint8)
@@ -196,10 +196,10 @@ class PlannedSource:
         first = (np.arange(len(document)) - np.repeat(np.cumsum(number) - number, number)) * room
         last = np.minimum(first + room, tokens)
         ends = last == tokens  # only there stands eos
-        counts = np.zeros((len(document), COLUMNS), np.int64)
+        counts = np.zeros((len(document), columns()), np.int64)
         counts[:, POSITIONS] = last - first + 1 + ends
         counts[:, COST] = counts[:, POSITIONS] ** 2
-        counts[:, LABELS.start + Modality.STRUCTURE], counts[:, LABELS.start + Modality.TEXT] = ends, last - first
+        counts[:, labels().start + Modality.STRUCTURE], counts[:, labels().start + Modality.TEXT] = ends, last - first
         return _Pieces(document, first, last, counts)
 
     def _cut_clips(
@@ -234,7 +234,7 @@ class PlannedSource:
         )
         unusable = np.add.reduceat(over, ends - slices) > 0
         counts[:, POSITIONS] -= 4  # bos, video_start, video_end, eos: once a part
-        upto = np.vstack([np.zeros(COLUMNS, np.int64), np.cumsum(counts, axis=0)])
+        upto = np.vstack([zeros(), np.cumsum(counts, axis=0)])
         positions, patches = upto[:, POSITIONS].copy(), upto[:, PATCHES].copy()
         room, patch_room = self.limits.sequence_length - 4, self.limits.patches_per_sequence
 
@@ -261,7 +261,7 @@ class PlannedSource:
         """Raises ConfigError where a slice of the first shard is longer than a sequence: no cut could help."""
         table = self._read(0)
         each, _ = measure_slices(table, np.arange(len(table)), self.tokenizers, self.name)
-        length, patches = int(each.isolated.max(initial=0)), int(each.patches.max(initial=0))
+        length, patches = int(each.isolated.max(initial=0)), int(each.count("patches").max(initial=0))
         if length > self.limits.sequence_length or patches > self.limits.patches_per_sequence:
             raise ConfigError(
                 f"source {self.name}: a time slice takes {length} positions and {patches} patches, but "
@@ -283,7 +283,7 @@ class _Pieces:
     @staticmethod
     def none() -> "_Pieces":
         empty = np.zeros(0, np.int64)
-        return _Pieces(empty, empty, empty, np.zeros((0, COLUMNS), np.int64))
+        return _Pieces(empty, empty, empty, np.zeros((0, columns()), np.int64))
 
     @staticmethod
     def join(pieces: list["_Pieces"]) -> "_Pieces":
@@ -291,15 +291,14 @@ class _Pieces:
 
 
 def _counts(measures: Measures, isolated: np.ndarray) -> np.ndarray:
-    """[documents, COLUMNS] of documents in one piece."""
-    counts = np.empty((len(isolated), COLUMNS), np.int64)
+    """[documents, columns] of documents in one piece."""
+    counts = np.empty((len(isolated), columns()), np.int64)
     length = np.where(isolated, measures.isolated, measures.length)
     counts[:, POSITIONS] = length
-    counts[:, PATCHES] = measures.patches
     counts[:, PAIRS] = np.where(isolated, measures.pairs, 0)
-    counts[:, ACTION_ELEMENTS] = measures.action_elements
+    counts[:, count_columns()] = measures.counted
     counts[:, COST] = np.where(isolated, measures.isolated_cost, length**2)
-    counts[:, LABELS] = np.where(isolated[:, None], measures.isolated_labels, measures.labels)
+    counts[:, labels()] = np.where(isolated[:, None], measures.isolated_labels, measures.labels)
     return counts
 
 

@@ -1,7 +1,7 @@
 """What a document will cost, from its index row alone: positions, patches, labels, pairs, action elements.
 
-These closed forms and the layout in `document.py` state the same thing twice, on purpose: planning needs the
-counts of millions of rows without building one. A property test holds them equal.
+The closed forms of `mmoe.modalities` and the layout in `mmoe.modalities.document` state the same thing twice, on
+purpose: planning needs the counts of millions of rows without building one. A property test holds them equal.
 """
 
 from dataclasses import dataclass, fields
@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from mmoe.data.index.shard_index import SegmentTable
+from mmoe.schema.counts import count_names
 from mmoe.schema.manifest import SplitEntry
-from mmoe.schema.sample import KINDS, Modality
+from mmoe.schema.modality import Modality, Planned
 from mmoe.tokenizers.bundle import Tokenizers
 
 
@@ -20,14 +21,17 @@ class Measures:
 
     length: np.ndarray  # positions of the document packed in one piece
     isolated: np.ndarray  # positions when every pair's text is a document of its own
-    patches: np.ndarray
     labels: np.ndarray
     isolated_labels: np.ndarray
     pairs: np.ndarray
-    action_elements: np.ndarray  # steps inside the recording x dimensions
+    counted: np.ndarray  # [n, names]: what modalities count, by `count_names`
     isolated_cost: np.ndarray  # sum of squared document lengths (attention work) when pairs' texts stand alone
     slices: np.ndarray
     text_only: np.ndarray  # bool: nothing but text, so it may be cut at any token
+
+    def count(self, name: str) -> np.ndarray:
+        """Count by row what a modality names among its `count_columns`."""
+        return self.counted[:, count_names().index(name)]
 
     def take(self, rows: np.ndarray) -> "Measures":
         """Give the measures of these rows, by their numbers or a mask."""
@@ -39,51 +43,42 @@ class Measures:
         return Measures(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Measures)))
 
 
-def segment_tokens(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> np.ndarray:
-    """Positions each segment's payload takes, without the structure tokens around it: [n] i64."""
-    kind = segments["modality"]
-    span = (segments["stop"] - segments["start"]).astype(np.int64)
-    tokens = np.where(kind == Modality.TEXT, span, 0)
-    vision = kind == Modality.VISION
-    if vision.any():
-        frames = span[vision] // tokenizers.config.vision.tubelet
-        tokens[vision] = frames * tokenizers.vision.num_tokens(segments["height"][vision], segments["width"][vision])
-    audio = kind == Modality.AUDIO
-    if audio.any():
-        codec = tokenizers.audio
-        assert codec is not None  # `Tokenizers` refuses sound without a codec
-        tokens[audio] = codec.num_frames(span[audio], segments["rate"][audio]) * codec.codebooks
-    tokens[(kind == Modality.INERTIAL) | (kind == Modality.STATE)] = 1
-    action = kind == Modality.ACTION
-    if action.any():
-        tokens[action] = tokenizers.actions[source].tokens
-    return tokens
+def plan_segments(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
+    """What each of the segments [n], of whatever modalities, takes in a sequence, by what their modalities say."""
+    kind, n = segments["modality"], len(segments)
+    plan = Planned.of(np.zeros(n, np.int64))
+    tokens, around, labels, closing = (array.copy() for array in (plan.tokens, plan.around, plan.labels, plan.closing))
+    columns: dict[str, np.ndarray] = {}
+    for code in np.unique(kind):
+        chosen = kind == code
+        planned = Modality(code).spec.planned(segments[chosen], tokenizers, source)
+        tokens[chosen], around[chosen] = planned.tokens, planned.around
+        labels[chosen], closing[chosen] = planned.labels, planned.closing
+        for name, counted in planned.columns.items():
+            columns.setdefault(name, np.zeros(n, np.int64))[chosen] = counted
+    return Planned(tokens, around, labels, closing, columns)
 
 
 def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokenizers, source: str) -> Measures:
     """Measures of `rows` documents whose segments are `segments` [n], segment i belonging to document `row[i]`."""
     kind = segments["modality"]
-    tokens = segment_tokens(segments, tokenizers, source)
-    in_slice = segments["slice"] >= 0
+    plan = plan_segments(segments, tokenizers, source)
+    tokens, in_slice = plan.tokens, segments["slice"] >= 0
     text, vision = kind == Modality.TEXT, kind == Modality.VISION
-    audio, action = kind == Modality.AUDIO, kind == Modality.ACTION
 
     before = np.arange(len(segments)) - 1
     same_row = (before >= 0) & (row[before] == row)
     same_slice = same_row & (segments["slice"][before] == segments["slice"])
     opens_slice = in_slice & ~same_slice
-
-    around = np.zeros(len(segments), np.int64)
-    around[vision & in_slice & (segments["camera"] >= 0)] = 1  # cam_*
-    around[vision & ~in_slice] = 2  # image_start, image_end
-    around[audio] = 2  # audio_start, audio_end
-    around[action] = 1  # action_end
-    around[opens_slice] += 3  # slice_start, timestamp, slice_end
+    around = plan.around + 3 * opens_slice  # slice_start, timestamp, slice_end
 
     def total(values: np.ndarray) -> np.ndarray:
         if not values.any():
             return np.zeros(rows, np.int64)
         return np.bincount(row, weights=values, minlength=rows).astype(np.int64)
+
+    def counted(name: str) -> np.ndarray:
+        return total(plan.columns[name]) if name in plan.columns else np.zeros(rows, np.int64)
 
     slices = total(opens_slice)
     length = total(tokens + around) + 2 + 2 * (slices > 0)  # bos, eos; video_start, video_end
@@ -95,32 +90,23 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
     # A text that follows a picture of its slice with no structure token between them: its first token is the
     # target of a VISION position, which carries no label.
     unlabelled = text & in_slice & same_slice & vision[before] & (tokens > 0)
-    labels = np.zeros((rows, KINDS), np.int64)
-    labels[:, Modality.TEXT] = total(np.where(text, tokens, 0) - unlabelled)
-    labels[:, Modality.AUDIO] = total(np.where(audio, tokens, 0))
+    labels = np.zeros((rows, len(Modality)), np.int64)
+    for code in np.unique(kind):
+        labels[:, code] = total(np.where(kind == code, plan.labels - unlabelled, 0))
     # A text predicts the structure token behind it where it ends its slice or document: not before an action.
     ends = np.ones(len(segments), bool)
     ends[:-1] = ~same_slice[1:]
-    labels[:, Modality.STRUCTURE] = total((text & ends & (tokens > 0)) | (audio & (tokens > 0)))
+    labels[:, Modality.STRUCTURE] = total((text & ends & (tokens > 0)) | plan.closing)
     isolated_labels = labels.copy()
     isolated_labels[:, Modality.TEXT] += total(unlabelled & pair_text)
     isolated_labels[:, Modality.STRUCTURE] += total(pair_text & ~ends)
-
-    elements = np.zeros(len(segments), np.int64)
-    if action.any():
-        steps = np.clip(segments["stop"] - segments["start"], 0, tokenizers.config.action.chunk)
-        elements = np.where(action, steps * tokenizers.actions[source].dims, 0)
-    if tokenizers.discrete_actions:
-        labels[:, Modality.ACTION] = isolated_labels[:, Modality.ACTION] = total(elements)
-        elements = np.zeros_like(elements)
     return Measures(
         length=length,
         isolated=length + 2 * pairs,
-        patches=total(np.where(vision, tokens, 0)),
         labels=labels,
         isolated_labels=isolated_labels,
         pairs=pairs,
-        action_elements=total(elements),
+        counted=np.stack([counted(name) for name in count_names()], axis=1),
         isolated_cost=rest**2 + total(np.where(pair_text, (isolated_tokens + 2) ** 2, 0)),
         slices=slices,
         text_only=total(~text) == 0,
@@ -159,19 +145,5 @@ def epoch_positions(split: SplitEntry, tokenizers: Tokenizers, source: str) -> i
     # bos, eos; video_start, video_end; slice_start, timestamp, slice_end
     total = 2 * split.samples + 2 * split.clips + 3 * split.slices
     for group in split.groups:
-        if group.modality == "TEXT":
-            total += group.span
-        elif group.modality == "VISION":
-            tokens = int(tokenizers.vision.num_tokens(np.array(group.height), np.array(group.width)))
-            total += group.span // tokenizers.config.vision.tubelet * tokens
-            total += group.count * (int(group.camera) if group.sliced else 2)
-        elif group.modality == "AUDIO":
-            codec = tokenizers.audio
-            assert codec is not None  # `Tokenizers` refuses sound without a codec
-            frames = codec.num_frames(round(group.span / group.count), group.rate)
-            total += group.count * (int(frames) * codec.codebooks + 2)
-        elif group.modality == "ACTION":
-            total += group.count * (tokenizers.actions[source].tokens + 1)
-        else:
-            total += group.count
+        total += Modality.named(group.modality).spec.positions(group, tokenizers, source)
     return total

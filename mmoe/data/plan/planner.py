@@ -237,7 +237,7 @@ def plan_once(sources: list[PlannedSource], limits: Limits, most_documents: int 
 def pack(
     parts: np.ndarray, counts: np.ndarray, limits: Limits, generator: np.random.Generator | None, first: int
 ) -> list[SequencePlan]:
-    """Sequences of `parts` [n] with their `counts` [n, COLUMNS], numbered from `first`.
+    """Sequences of `parts` [n] with their `counts` [n, columns], numbered from `first`.
 
     `generator` shuffles the sequences and the parts inside each: packing sorts both by length, and under a capacity
     the last positions of a sequence are the ones whose tokens are dropped.

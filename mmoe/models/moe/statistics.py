@@ -10,7 +10,7 @@ from mmoe.models.moe.dispatch import Placed
 from mmoe.models.moe.router import Router, Routing
 from mmoe.models.moe.rows import count
 from mmoe.models.moe.tokens import Tokens
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 
 CAPACITY_FACTORS = tuple(n / 20 for n in range(20, 41))  # 1.00, 1.05, ... 2.00
 

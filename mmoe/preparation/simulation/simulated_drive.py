@@ -33,7 +33,8 @@ from mmoe.preparation.simulation.render import Scene
 from mmoe.preparation.simulation.world import World
 from mmoe.preparation.slices import CLOCKS, Clocks, Slices, Stream, Texts, build_slices
 from mmoe.preparation.sources.encode import encode_table
-from mmoe.schema.sample import Camera, Modality, Sample
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera, Sample
 
 KIND = "simulated_drive"
 CLOCK: Final = "captured"

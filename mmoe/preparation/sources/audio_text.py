@@ -31,7 +31,8 @@ from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.encode import flac_piece
-from mmoe.schema.sample import Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample, Segment
 
 _SOUNDS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
 

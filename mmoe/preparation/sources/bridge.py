@@ -23,7 +23,8 @@ from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, windows
-from mmoe.schema.sample import Modality, Sample
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample
 
 PERIOD_NS = 200_000_000
 _LONGEST = 1 << 24  # steps of an episode; more is a slip of the pen, and would be that many clips

@@ -2,7 +2,8 @@
 
 from mmoe.data.load.media import image_size
 from mmoe.preparation.sources import jsonl
-from mmoe.schema.sample import Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample, Segment
 
 
 def captioned(key: str, recording: str, picture: bytes, suffix: str, file: str, caption: str, where: str) -> Sample:

@@ -54,7 +54,8 @@ from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.files import read_regular
 from mmoe.preparation.splits import GAP_NS
 from mmoe.schema.bounds import check_bound
-from mmoe.schema.sample import Camera, Modality, Sample
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera, Sample
 
 MS = 1_000_000
 PERIOD_NS = 50 * MS  # of frames and of actions

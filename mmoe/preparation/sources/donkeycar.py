@@ -29,7 +29,8 @@ from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sync import SkewPolicy
-from mmoe.schema.sample import Camera, Modality, Sample
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera, Sample
 
 PERIOD_NS = 50_000_000  # a donkeycar drives at 20 Hz
 _FIELDS = ("user/angle", "user/throttle")

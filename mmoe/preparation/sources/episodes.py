@@ -25,8 +25,9 @@ from mmoe.preparation.slices import CLOCKS, Choice, Clocks, Stream, build_slices
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.jsonl import encode_text
 from mmoe.preparation.sync import SkewPolicy
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD, Rig
-from mmoe.schema.sample import NO_CAMERA, Modality, Sample, Segment
+from mmoe.schema.sample import NO_CAMERA, Sample, Segment
 
 
 class EpisodeConfig(Config):

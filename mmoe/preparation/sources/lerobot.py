@@ -32,7 +32,8 @@ from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source, Vec
 from mmoe.preparation.sources.encode import encode_jpeg
 from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, windows
 from mmoe.preparation.sources.files import open_regular
-from mmoe.schema.sample import ALIGNMENT_NS, Modality, Sample
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import ALIGNMENT_NS, Sample
 
 VERSION = "v3.0"
 _CONVERT = "convert it with `python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"

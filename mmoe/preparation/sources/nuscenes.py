@@ -39,7 +39,8 @@ from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.files import read_regular
 from mmoe.preparation.sources.nuscenes_tables import Bus, Scene, read_scenes
 from mmoe.preparation.splits import GAP_NS
-from mmoe.schema.sample import Camera, Modality, Sample
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera, Sample
 
 MS = 1_000_000
 PERIOD_NS = 50 * MS  # of actions

@@ -28,7 +28,8 @@ from mmoe.errors import DataError, counted_as
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.files import check_name, listing, open_regular, pass_over
 from mmoe.preparation.sources.jsonl import BOM, check_utf16, decode, encode_text, lines, parse_row, text_of
-from mmoe.schema.sample import Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample, Segment
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _SUFFIX = re.compile(r"(\.txt|\.jsonl)(\.gz|\.zst)?$|(\.parquet)$", re.IGNORECASE)

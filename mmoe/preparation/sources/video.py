@@ -39,7 +39,8 @@ from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
 from mmoe.preparation.sources.encode import encode_jpeg
 from mmoe.preparation.sources.film import Film, Run, open_film, packet_times, sound_between
-from mmoe.schema.sample import Modality, Sample, Segment
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Sample, Segment
 
 MS = 1_000_000
 SKEW_BUDGET_NS = 10 * MS  # of the end of a sound from its frame

@@ -9,7 +9,7 @@ import soundfile
 from mmoe.data.load.media import load_audio
 from mmoe.errors import DataError
 from mmoe.preparation.sources.encode import flac_piece
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.data.recordings import write_jsonl
 from tests.data.recordings_audio import RATE, tone, write_librispeech, write_manifest
 from tests.preparation.sources.test_sources import read, texts

@@ -7,7 +7,8 @@ from mmoe.data.load.media import load_image
 from mmoe.data.load.tables import load_array
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources.bridge import PERIOD_NS
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from tests.data.recordings_robot import write_bridge
 from tests.preparation.sources.test_sources import read

@@ -12,7 +12,8 @@ from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.comma2k19 import PERIOD_NS
 from mmoe.preparation.splits import GAP_NS, split
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera
 from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from tests.data.recordings import pictures

@@ -7,7 +7,7 @@ from mmoe.data.load.decode import Decoder
 from mmoe.data.plan.measure import measure_index
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.schema.batch import IGNORE
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.data.recordings import write_jsonl
 from tests.data.recordings_robot import level_pictures, write_bridge, write_lerobot
 from tests.data.recordings_video import film, ramp
@@ -50,7 +50,7 @@ def test_what_is_decoded_is_what_was_planned(tmp_path, kind):
                 expected = (measures.isolated_labels if isolated else measures.labels)[row]
                 assert sum(map(len, documents)) == (measures.isolated if isolated else measures.length)[row]
                 assert np.bincount(kinds, minlength=len(Modality)).tolist() == expected.tolist()
-                assert sum(d.action_mask.sum() for d in documents) == measures.action_elements[row]
+                assert sum(d.action_mask.sum() for d in documents) == measures.count("action_elements")[row]
             (document,) = decoder(DocumentRef(0, shard, row, 0, 0, int(measures.slices[row]), False, True))
             seen += np.bincount(document.modality, minlength=len(Modality))
             if kind != "video":

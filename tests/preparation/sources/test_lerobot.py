@@ -14,8 +14,9 @@ from mmoe.errors import ConfigError, DataError
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.lerobot import LeRobotConfig, _episode_rows, _numbered
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import Rig
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.sample import Camera
 from tests.data.recordings_robot import LEVEL, write_lerobot
 from tests.preparation.sources.test_sources import read, texts
 from tests.preparation.test_prepare import read_everything, rows, run

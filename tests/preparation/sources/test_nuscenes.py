@@ -12,7 +12,8 @@ from mmoe.preparation.prepare import prepare
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources.nuscenes import CAMERAS
 from mmoe.preparation.sync import SkewPolicy
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera
 from mmoe.tokenizers.text import TextConfig
 from tests.data.recordings_driving import SPEED, START_US, SWEEP_US, YAW_RATE, write_nuscenes
 from tests.preparation.sources.test_sources import read

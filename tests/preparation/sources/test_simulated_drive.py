@@ -19,7 +19,8 @@ from mmoe.preparation.simulation.captions import captions
 from mmoe.preparation.simulation.driver import FASTEST, drive
 from mmoe.preparation.simulation.simulated_drive import SimulatedDriveConfig, make_recording, video_name
 from mmoe.preparation.simulation.world import LANE, RGB, SKY_RGB, Car, Landmark, World
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera
 
 CONFIG = SimulatedDriveConfig(recordings=8, seed=3, slices=(3, 5))
 CODEC = (".mp4", ".flac")

@@ -14,7 +14,8 @@ from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Refused
 from mmoe.preparation.sources.donkeycar import PERIOD_NS
 from mmoe.preparation.sources.text import cut
-from mmoe.schema.sample import Camera, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import Camera
 from tests.data.recordings import (
     drive_records,
     pictures,

@@ -12,7 +12,7 @@ from mmoe.data.load.media import audio_info, load_audio, load_image
 from mmoe.errors import DataError
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.schema.bounds import BEYOND
-from mmoe.schema.sample import Modality
+from mmoe.schema.modality import Modality
 from tests.data.films import FILMS, RATE, number_of
 from tests.data.recordings import pictures, turned, video, write_jsonl
 from tests.data.recordings_robot import LEVEL, level_pictures

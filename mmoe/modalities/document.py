@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmoe.schema.batch import IGNORE
-from mmoe.schema.sample import NO_CAMERA, NO_SLICE, Modality
+from mmoe.schema.modality import Modality
+from mmoe.schema.sample import NO_CAMERA, NO_SLICE
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vocabulary import Placeholder, Structure
 
@@ -44,6 +45,7 @@ class Document:
     labels: np.ndarray
     # (pieces [.., D] that make the values [k, D], index [k]): joined once, where the batch needs them
     values: dict[Modality, tuple[list[np.ndarray], np.ndarray]]
+    targets: dict[str, tuple[list[np.ndarray], np.ndarray]]  # by name, as `values`
     action_target: np.ndarray  # [m, H, A]
     action_mask: np.ndarray
     action_index: np.ndarray  # [m]
@@ -66,13 +68,15 @@ class DocumentBuilder:
     _places: list[np.ndarray | None] = field(default_factory=list)  # None: the next coordinates on all axes
     _own: list[tuple[int, np.ndarray]] = field(default_factory=list)  # labels that stand on the position itself
     _values: dict[Modality, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
-    _targets: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    _targets: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    _actions: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
     _spans: list[Span] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)  # the first coordinate of each run
     _length: int = 0
     _next: int = 0  # next free coordinate on all three axes
     _slice_time: int | None = None  # time coordinate that the cameras of the current slice share
     _current_slice: int = NO_SLICE
+    _stills: int = 0
 
     @classmethod
     def from_tokenizers(cls, tokenizers: Tokenizers) -> "DocumentBuilder":
@@ -94,10 +98,11 @@ class DocumentBuilder:
         self.structure(Structure.SLICE_END, predicted=predicted)
         self._current_slice, self._slice_time = NO_SLICE, None
 
-    def image(self, patches: np.ndarray, positions: np.ndarray, number: int, pair: int) -> None:
+    def image(self, patches: np.ndarray, positions: np.ndarray, pair: int) -> None:
         """A still picture between its structure tokens, a slice of its own for the attention rule."""
         self.structure(Structure.IMAGE_START)
-        self._current_slice, self._slice_time = number, None
+        self._current_slice, self._slice_time = self._stills, None
+        self._stills += 1
         self._vision(patches, positions, NO_CAMERA, 0, pair)
         self._current_slice = NO_SLICE
         self.structure(Structure.IMAGE_END)
@@ -120,15 +125,35 @@ class DocumentBuilder:
         self._span(pair, len(ids), Modality.TEXT, text_hash)
         self._append(ids, Modality.TEXT, predicted=True)
 
-    def vector(self, modality: Modality, value: np.ndarray, offset_ns: int) -> None:
-        """One INERTIAL or STATE vector [D]."""
-        token = Structure.STATE if modality is Modality.STATE else Placeholder.INERTIAL
-        self._values.setdefault(modality, []).append((value[None], np.array([self._length])))
-        self._append([token], modality, offset_ns=offset_ns)
+    def vectors(
+        self,
+        modality: Modality,
+        token: int,
+        values: np.ndarray,
+        camera: int = NO_CAMERA,
+        offset_ns: int = 0,
+        place: np.ndarray | None = None,
+    ) -> None:
+        """Vectors [n, D] at n positions of `token`; `place` [n, 3] are their positions from 0, None one after another.
+
+        What follows stands behind the furthest of them.
+        """
+        n = len(values)
+        self._values.setdefault(modality, []).append((values, np.arange(self._length, self._length + n)))
+        place = None if place is None else self._next + place
+        self._append(np.full(n, token), modality, camera=camera, offset_ns=offset_ns, place=place)
+
+    def target(self, name: str, values: np.ndarray) -> None:
+        """Targets [n, D] of the loss term that reads them by `name`, of the n positions appended last.
+
+        No target enters the input.
+        """
+        n = len(values)
+        self._targets.setdefault(name, []).append((values, np.arange(self._length - n, self._length)))
 
     def action(self, target: np.ndarray, mask: np.ndarray, offset_ns: int) -> None:
         """A continuous chunk [H, A], predicted from the hidden state of one `action` token."""
-        self._targets.append((self._length, target, mask))
+        self._actions.append((self._length, target, mask))
         self._append([Structure.ACTION], Modality.ACTION, offset_ns=offset_ns)
         self.structure(Structure.ACTION_END)
 
@@ -159,13 +184,11 @@ class DocumentBuilder:
             camera=camera.astype(np.int8),
             offset_ns=offset_ns,
             labels=labels,
-            values={
-                kind: ([v for v, _ in parts], np.concatenate([i for _, i in parts]))
-                for kind, parts in self._values.items()
-            },
-            action_target=np.stack([t for _, t, _ in self._targets]) if self._targets else np.zeros(shape, np.float32),
-            action_mask=np.stack([m for _, _, m in self._targets]) if self._targets else np.zeros(shape, bool),
-            action_index=np.array([at for at, _, _ in self._targets], dtype=np.int64),
+            values={kind: _pieces(parts) for kind, parts in self._values.items()},
+            targets={name: _pieces(parts) for name, parts in self._targets.items()},
+            action_target=np.stack([t for _, t, _ in self._actions]) if self._actions else np.zeros(shape, np.float32),
+            action_mask=np.stack([m for _, _, m in self._actions]) if self._actions else np.zeros(shape, bool),
+            action_index=np.array([at for at, _, _ in self._actions], dtype=np.int64),
             spans=tuple(self._spans),
         )
 
@@ -218,6 +241,10 @@ class DocumentBuilder:
             if place is not None:
                 positions[end - len(place) : end] = place
         return positions
+
+
+def _pieces(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray]:
+    return [values for values, _ in parts], np.concatenate([index for _, index in parts])
 
 
 def _between_vision(modality: np.ndarray, slices: np.ndarray) -> np.ndarray:

@@ -1,0 +1,56 @@
+"""Action chunks: continuous targets read at one token, or ids of bins with a token each."""
+
+import numpy as np
+
+from mmoe.modalities.document import DocumentBuilder
+from mmoe.schema.batch import IGNORE
+from mmoe.schema.manifest import SegmentGroup
+from mmoe.schema.modality import Modality, ModalitySpec, Payload, Planned
+from mmoe.tokenizers.bundle import Tokenizers
+
+
+class ActionSpec(ModalitySpec):
+    """The steps of a chunk that lie inside the recording are targets, none of which enters the input."""
+
+    name = "ACTION"
+    count_columns = ("action_elements",)
+    refused_as = "unusable action table"
+
+    def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
+        """Plan the tokens of a chunk, and the elements of its steps inside the recording."""
+        tokenizer = tokenizers.actions[source]
+        steps = np.clip(segments["stop"] - segments["start"], 0, tokenizers.config.action.chunk)
+        elements = steps.astype(np.int64) * tokenizer.dims
+        tokens = np.full(len(segments), tokenizer.tokens, np.int64)
+        plan = Planned.of(tokens, 1, action_elements=elements)  # action_end
+        if not tokenizers.discrete_actions:
+            return plan
+        return Planned(plan.tokens, plan.around, elements, plan.closing, {"action_elements": np.zeros_like(elements)})
+
+    def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
+        """Count the tokens of the chunks."""
+        return group.count * (tokenizers.actions[source].tokens + 1)
+
+    def encode(self, payload: Payload, tokenizers: Tokenizers) -> tuple[np.ndarray, ...]:
+        """Turn the chunk into ids (IGNORE outside the recording), or into targets and mask [steps, dimensions]."""
+        tokenizer, dims = tokenizers.actions[payload.source], tokenizers.dims[Modality.ACTION]
+        segment, columns = payload.segment, dims.columns[payload.source]
+        rows, mask = tokenizer.chunk_of(payload.table(), int(segment["start"]), int(segment["stop"]))
+        if tokenizers.discrete_actions:
+            ids = tokenizers.vocabulary.ranges["action"].start + tokenizer.encode(rows)
+            return (np.where(mask, ids, IGNORE).reshape(-1),)
+        target = np.zeros((len(rows), dims.size), np.float32)
+        present = np.zeros((len(rows), dims.size), bool)
+        target[:, columns], present[:, columns] = tokenizer.normalise(rows), mask
+        return np.where(present, target, 0.0), present
+
+    def layout(self, builder: DocumentBuilder, encoded: tuple[np.ndarray, ...], payload: Payload) -> None:
+        """Append the chunk."""
+        offset_ns = int(payload.segment["offset_ns"])
+        if len(encoded) == 2:
+            builder.action(encoded[0], encoded[1], offset_ns)
+        else:
+            builder.action_bins(encoded[0], offset_ns)
+
+
+SPEC = ActionSpec()

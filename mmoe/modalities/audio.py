@@ -1,0 +1,55 @@
+"""Sound: ids of a codec's codes."""
+
+import numpy as np
+
+from mmoe.modalities.document import DocumentBuilder
+from mmoe.schema.manifest import SegmentGroup
+from mmoe.schema.modality import ModalitySpec, Payload, Planned
+from mmoe.tokenizers.audio import AudioCodec, serialise
+from mmoe.tokenizers.bundle import Tokenizers
+
+
+class AudioSpec(ModalitySpec):
+    """Every code is a target, and so is the token that ends a sound."""
+
+    name = "AUDIO"
+    refused_as = "unreadable sound"
+
+    def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
+        """Plan the codes of all frames and codebooks."""
+        codec = _codec(tokenizers)
+        samples = (segments["stop"] - segments["start"]).astype(np.int64)
+        tokens = codec.num_frames(samples, segments["rate"]) * codec.codebooks
+        plan = Planned.of(tokens, 2)  # audio_start, audio_end
+        return Planned(plan.tokens, plan.around, plan.tokens, plan.tokens > 0)
+
+    def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
+        """Count the codes of sounds of the group's mean length."""
+        codec = _codec(tokenizers)
+        frames = codec.num_frames(round(group.span / group.count), group.rate)
+        return group.count * (int(frames) * codec.codebooks + 2)
+
+    def encode(self, payload: Payload, tokenizers: Tokenizers) -> np.ndarray:
+        """Turn what is heard into ids [n]; nothing is silence."""
+        codec, config = _codec(tokenizers), tokenizers.config.audio
+        assert config is not None  # which the codec is loaded by
+        samples = int(payload.segment["stop"] - payload.segment["start"])
+        if payload.shown is None:
+            wave, rate = np.zeros(samples, np.float32), int(payload.segment["rate"])
+        else:
+            wave, rate = payload.wave()
+            wave = np.resize(wave, samples)  # another's sound is cut or repeated to the length that was planned
+        codes, codebook = serialise(codec.encode(wave, rate), config.layout)
+        return tokenizers.vocabulary.audio_ids(codes, codebook)
+
+    def layout(self, builder: DocumentBuilder, encoded: np.ndarray, payload: Payload) -> None:
+        """Append the codes between their structure tokens."""
+        builder.audio(encoded, int(payload.segment["offset_ns"]), payload.pair)
+
+
+def _codec(tokenizers: Tokenizers) -> AudioCodec:
+    assert tokenizers.audio is not None  # `Tokenizers` refuses sound without a codec
+    return tokenizers.audio
+
+
+SPEC = AudioSpec()

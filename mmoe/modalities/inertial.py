@@ -1,0 +1,15 @@
+"""Inertial readings: vectors in place of their placeholder."""
+
+from mmoe.modalities.vectors import VectorSpec
+from mmoe.tokenizers.vocabulary import Placeholder
+
+
+class InertialSpec(VectorSpec):
+    """The last reading before the reference time."""
+
+    name = "INERTIAL"
+    token = Placeholder.INERTIAL
+    refused_as = "unusable inertial table"
+
+
+SPEC = InertialSpec()

@@ -1,0 +1,16 @@
+"""The state of a vehicle or a robot: vectors added to their token's embedding."""
+
+from mmoe.modalities.vectors import VectorSpec
+from mmoe.tokenizers.vocabulary import Structure
+
+
+class StateSpec(VectorSpec):
+    """The last state before the reference time."""
+
+    name = "STATE"
+    token = Structure.STATE
+    adds = True
+    refused_as = "unusable state table"
+
+
+SPEC = StateSpec()

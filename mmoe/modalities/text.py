@@ -1,0 +1,26 @@
+"""Text: stored token ids. What stands around it depends on what it follows, which is measured with its document."""
+
+import numpy as np
+
+from mmoe.schema.manifest import SegmentGroup
+from mmoe.schema.modality import ModalitySpec, Planned
+from mmoe.tokenizers.bundle import Tokenizers
+
+
+class TextSpec(ModalitySpec):
+    """Every token of a text is a target."""
+
+    name = "TEXT"
+
+    def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
+        """Plan the ranges of stored ids."""
+        tokens = (segments["stop"] - segments["start"]).astype(np.int64)
+        plan = Planned.of(tokens)
+        return Planned(tokens, plan.around, tokens, plan.closing)
+
+    def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
+        """Count the ids."""
+        return group.span
+
+
+SPEC = TextSpec()
