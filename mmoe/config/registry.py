@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -25,28 +26,28 @@ class KindConfig(Config):
         return self.name or self.kind
 
 
+T = TypeVar("T")
 K = TypeVar("K", bound=KindConfig)
 
 
-class Registry(Generic[K]):
-    """The kinds of one sort of part, each with its config class.
+class ClassRegistry(Generic[T]):
+    """The kinds of one sort of part, each a class; a config names one by its kind alone.
 
     `built_in` maps a kind to ``"module:Class"``, which is imported when it is asked for. An installed package offers
     its own by an entry point of `group` (its name the kind, its value ``module:Class``); what is imported anyway
-    registers by the decorator `register`. A config holds a part as
-    ``Annotated[SerializeAsAny[Base], BeforeValidator(registry)]``.
+    registers by the decorator `register`. A config holds a kind as ``Annotated[str, AfterValidator(registry.known)]``.
     """
 
-    def __init__(self, what: str, group: str, base: type[K], built_in: Mapping[str, str]) -> None:
+    def __init__(self, what: str, group: str, base: type[T], built_in: Mapping[str, str]) -> None:
         """`what` names one part in messages, e.g. "callback"."""
         self.what, self.group, self.base = what, group, base
         self._built_in = {kind: EntryPoint(kind, where, group) for kind, where in built_in.items()}
-        self._registered: dict[str, type[K]] = {}
+        self._registered: dict[str, type[T]] = {}
 
-    def register(self, kind: str) -> Callable[[type[K]], type[K]]:
-        """Register the config class below as this kind. Raises ConfigError for a kind that there is already."""
+    def register(self, kind: str) -> Callable[[type[T]], type[T]]:
+        """Register the class below as this kind. Raises ConfigError for a kind that there is already."""
 
-        def take(found: type[K]) -> type[K]:
+        def take(found: type[T]) -> type[T]:
             if not issubclass(found, self.base):
                 raise ConfigError(f"{found.__name__} cannot be a {self.what}: derive it from {self.base.__name__}")
             known = self._registered.get(kind)
@@ -61,8 +62,8 @@ class Registry(Generic[K]):
         """Name every kind there is, by alphabet."""
         return sorted({*self._built_in, *self._registered, *self._offered()})
 
-    def find(self, kind: str) -> type[K]:
-        """Find the config class of this kind. Raises ConfigError naming the nearest one."""
+    def find(self, kind: str) -> type[T]:
+        """Find the class of this kind. Raises ConfigError naming the nearest one."""
         if kind in self._registered:
             return self._registered[kind]
         where = self._built_in.get(kind) or self._offered().get(kind)
@@ -84,8 +85,32 @@ class Registry(Generic[K]):
             raise ConfigError(f"{where.value}, {self.what} {kind}, is no {self.base.__name__}; mend that package")
         return found
 
+    def known(self, kind: str) -> str:
+        """Give the kind back, as a pydantic validator. Raises ValueError as `find`."""
+        try:
+            self.find(kind)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return kind
+
+    def kinds_that(self, can: Callable[[type[T]], bool]) -> str:
+        """Name the kinds whose class can do it, as the remedy of a message; those that cannot be imported are not."""
+        found = []
+        for kind in self.kinds():
+            with suppress(ConfigError):
+                if can(self.find(kind)):
+                    found.append(kind)
+        return " or ".join(found)
+
     def _offered(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=self.group)}
+
+
+class Registry(ClassRegistry[K]):
+    """The kinds of one sort of part, each the class of its config, which builds the part.
+
+    A config holds one as ``Annotated[SerializeAsAny[Base], BeforeValidator(registry)]``.
+    """
 
     def __call__(self, value: Any, info: ValidationInfo) -> Any:
         """Validate a mapping with `kind` by the class of that kind, as a pydantic validator."""
