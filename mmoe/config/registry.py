@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -103,25 +104,49 @@ class Kinds(Generic[T]):
         return f"give a {self.base.__name__}"
 
 
-class Registry(Kinds[type[K]]):
-    """Kinds with a config class each, which `base` is the base of.
+class ClassRegistry(Kinds[type[T]]):
+    """Kinds that are classes derived from `base`.
 
-    A config holds a part as ``Annotated[SerializeAsAny[Base], BeforeValidator(registry)]``.
+    A config that names one by its kind alone holds it as ``Annotated[str, AfterValidator(registry.known)]``.
     """
 
-    def __init__(self, what: str, group: str, base: type[K], built_in: Mapping[str, str]) -> None:
-        """`base` says what `K` is."""
+    def __init__(self, what: str, group: str, base: type[T], built_in: Mapping[str, str]) -> None:
+        """`base` says what `T` is."""
         super().__init__(what, group, base, built_in)
+
+    def known(self, kind: str) -> str:
+        """Give the kind back, as a pydantic validator. Raises ValueError as `find`."""
+        try:
+            self.find(kind)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return kind
+
+    def kinds_that(self, can: Callable[[type[T]], bool]) -> str:
+        """Name the kinds whose class can do it, as the remedy of a message; those that cannot be imported are not."""
+        found = []
+        for kind in self.kinds():
+            with suppress(ConfigError):
+                if can(self.find(kind)):
+                    found.append(kind)
+        return " or ".join(found)
 
     def _fits(self, found: Any) -> bool:
         return isinstance(found, type) and issubclass(found, self.base)
 
-    def _same(self, known: type[K], found: type[K]) -> bool:
+    def _same(self, known: type[T], found: type[T]) -> bool:
         return (known.__module__, known.__qualname__) == (found.__module__, found.__qualname__)
 
     @property
     def _remedy(self) -> str:
         return f"derive it from {self.base.__name__}"
+
+
+class Registry(ClassRegistry[K]):
+    """Kinds that are classes of configs, which build the part.
+
+    A config holds one as ``Annotated[SerializeAsAny[Base], BeforeValidator(registry)]``.
+    """
 
     def __call__(self, value: Any, info: ValidationInfo) -> Any:
         """Validate a mapping with `kind` by the class of that kind, as a pydantic validator."""

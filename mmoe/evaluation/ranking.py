@@ -115,7 +115,7 @@ def _questions(run: Run, decoder: Decoder, source: int) -> tuple[list[_Question]
                 continue
             number = numbers.setdefault(tuple(ids.tolist()), len(numbers))
             ref = DocumentRef(source, shard, row, 0, 0, 1, False, True)
-            rows.append((ref, number, int(sizes.length[row]) - len(ids), int(sizes.patches[row])))
+            rows.append((ref, number, int(sizes.length[row]) - len(ids), int(sizes.count("patches")[row])))
     texts = [start + np.array(ids, np.int64) for ids in numbers]
     questions = []
     rng = np.random.default_rng((run.config.training.seed, source))

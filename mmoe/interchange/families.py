@@ -20,7 +20,7 @@ from mmoe.config.base import Config
 from mmoe.errors import ConfigError, DataError
 from mmoe.interchange.names import MIXTRAL, QWEN, ExpertNames
 from mmoe.models.decoder import ModelConfig
-from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
+from mmoe.models.moe.engines.grouped_mm import GroupedMMEngine
 from mmoe.models.moe.layer import MoEConfig
 
 
@@ -92,7 +92,7 @@ _OWN_PREFIX = "mmoe_"  # of keys that an export adds
 TRANSLATED = {*SIZES, "head_dim", "hidden", "rope_theta", "qk_norm", "moe"}
 NEUTRAL = {"bidirectional_slices", "attention", "init_std", "contrast_dim"}
 TRANSLATED_MOE = {"experts", "top_k", "hidden", "normalise", "every", "dense_first", "score"}
-NEUTRAL_MOE = {"engine", "noise", "drop", "group_multiple"}
+NEUTRAL_MOE = {"engine", "dispatcher", "noise", "drop", "group_multiple"}
 REMEDIES = {
     "shared_experts": "train with 0 (more top_k gives the same active parameters)",
     "capacity_factor": "it drops nothing: evaluate the run with null in its config.yaml, and export it so",
@@ -239,7 +239,7 @@ def _experts(family: Family, tree: dict[str, Any], where: str) -> MoEConfig | No
     mixtral = family.model_type == "mixtral"
     hidden = tree["intermediate_size" if mixtral else "moe_intermediate_size"]
     experts = tree["num_experts"] if "num_experts" in tree else tree["num_local_experts"]
-    fast = hidden % GROUPED_MM_MULTIPLE == 0 and tree["hidden_size"] % GROUPED_MM_MULTIPLE == 0
+    fast = not any(width % GroupedMMEngine.multiple for width in (hidden, tree["hidden_size"]))
     moe = MoEConfig(
         experts=experts,
         top_k=tree["num_experts_per_tok"],

@@ -5,25 +5,26 @@ Shape suffixes: B sequences, L positions, D model width, V ids, n chosen positio
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from mmoe.config.base import Config
-from mmoe.models.attention import Attention
+from mmoe.models.attention.backend import ATTENTION_BACKENDS, AttentionBackend
+from mmoe.models.attention.module import Attention
 from mmoe.models.embeddings import Embeddings, ModelInputs
 from mmoe.models.heads import ActionHead, ContrastHead
 from mmoe.models.init import initialise
 from mmoe.models.layers import RMSNorm, SwiGLU
 from mmoe.models.layout import Layout
 from mmoe.models.moe.balance import BalanceConfig, StepLoads, balance_loss
-from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE
 from mmoe.models.moe.layer import WIDEST, LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
 from mmoe.models.moe.statistics import RoutingStatistics
+from mmoe.optional import require
 from mmoe.schema.batch import PackedBatch, Pairs
 
 
@@ -40,7 +41,7 @@ class ModelConfig(Config):
     qk_norm: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
     bidirectional_slices: bool = False  # the VISION positions of a slice see one another
-    attention: Literal["sdpa_documents", "dense"] = "sdpa_documents"
+    attention: Annotated[str, AfterValidator(ATTENTION_BACKENDS.known)] = "sdpa_documents"
     tie_embeddings: bool = True  # the token table is the unembedding too
     init_std: float = Field(default=0.02, gt=0)  # of token and camera tables; see mmoe.models.init
     contrast_dim: int = Field(default=128, gt=0, le=WIDEST)
@@ -64,12 +65,20 @@ class ModelConfig(Config):
                 f"moe.every {self.moe.every} and moe.dense_first {self.moe.dense_first} leave none of the "
                 f"{self.layers} layers with experts; lower them or set moe to null"
             )
-        if self.moe is not None and self.moe.engine == "grouped_mm" and self.d_model % GROUPED_MM_MULTIPLE:
+        if self.moe is not None:
+            self.moe.check_width("d_model", self.d_model)
+        if self.bidirectional_slices and "bidirectional_slices" not in self.attention_class.rules:
+            others = ATTENTION_BACKENDS.kinds_that(lambda backend: "bidirectional_slices" in backend.rules)
             raise ValueError(
-                f"d_model is {self.d_model}, but moe.engine grouped_mm needs a multiple of {GROUPED_MM_MULTIPLE}; "
-                "round it or set moe.engine to loop"
+                f"bidirectional_slices is true, but attention is {self.attention}, which lacks that rule; set it to "
+                f"{others}, or bidirectional_slices to false"
             )
         return self
+
+    @property
+    def attention_class(self) -> type[AttentionBackend]:
+        """Find the class of the attention backend."""
+        return ATTENTION_BACKENDS.find(self.attention)
 
     @property
     def head_width(self) -> int:
@@ -162,6 +171,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        for name in config.attention_class.requires:
+            require(name, "model.attention")
         self.blocks = nn.ModuleList([Block(config, number) for number in range(config.layers)])
         self.norm: nn.Module = RMSNorm(config.d_model, config.norm_eps)
 

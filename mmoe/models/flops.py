@@ -2,7 +2,7 @@
 
 A multiplication with an addition is two operations. `model_flops` is what the model asks for (what MFU divides):
 forward 2 N a token plus attention by document lengths, training three times that. `computed_flops` is what one rank
-computes: empty rows of a capacity, layers computed again, and the scores of attention and the logits, which the
+computes: empty rows of a capacity, layers computed again, what its attention backend says, and the logits, which the
 backward pass always computes again. Embeddings of vectors and time, the heads beside the vocabulary, and the
 router losses are left out: under 1 % of a large model.
 """
@@ -17,10 +17,6 @@ from torch import nn
 
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
-
-# Products of attention in the backward pass, scores computed again among them, over the two of the forward pass (Dao et
-# al. 2022).
-BACKWARD_ATTENTION = 5 / 2
 
 
 @dataclass(frozen=True)
@@ -78,12 +74,14 @@ def _attention(config: ModelConfig, squares: int) -> int:
 
 @dataclass(frozen=True)
 class RankWork:
-    """Of a micro-batch on one rank: `documents` of its data replica, `labels`, rows at its experts in each layer.
+    """Of a micro-batch on one rank: so many `sequences` in its data replica, each filled by `documents` of such
+    lengths, `labels`, rows at its experts in each layer.
 
     So many `sequence_ranks` share the positions, and of them `tp` the vocabulary; blocks are computed `again` so many
     times beside the forward and the backward pass.
     """
 
+    sequences: int
     documents: tuple[int, ...]
     labels: int
     rows: int
@@ -96,7 +94,7 @@ def computed_flops(model: ModelConfig, vocabulary: int, layers: list[int], head:
     """Operations of a micro-batch in `layers` of the model, and in the `head` where the rank has it."""
     size, moe = model.d_model, model.moe
     attention = size * model.head_width * (2 * model.heads + 2 * model.kv_heads)
-    positions = sum(work.documents) / work.sequence_ranks
+    positions = work.sequences * sum(work.documents) / work.sequence_ranks
     products = 0.0
     for layer in layers:
         products += positions * attention
@@ -105,8 +103,10 @@ def computed_flops(model: ModelConfig, vocabulary: int, layers: list[int], head:
             continue
         products += positions * (size * moe.experts + 3 * size * moe.hidden * moe.shared_experts)
         products += work.rows * 3 * size * moe.hidden
-    scores = attention_forward(model, work.documents) / model.layers * len(layers) / work.sequence_ranks
-    total = (3 + work.again) * 2 * products + (1 + work.again + BACKWARD_ATTENTION) * scores
+    backend = model.attention_class
+    scores = backend.flops(work.documents, model.heads, model.head_width) * work.sequences * len(layers)
+    total = (3 + work.again) * 2 * products
+    total += (1 + work.again + backend.backward_flops) * scores / work.sequence_ranks
     if head:
         total += 4 * 2 * work.labels * size * vocabulary / work.tp
     return round(total)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmoe.models.attention import BACKENDS, AttentionPlan
+from mmoe.models.attention.backend import BatchAttention
 from mmoe.models.moe.tokens import Tokens
 from mmoe.models.rotary import RotaryTables
 from mmoe.schema.batch import PackedBatch
@@ -25,7 +25,7 @@ class Layout:
     """
 
     rotary: RotaryTables
-    attention: AttentionPlan
+    attention: BatchAttention
     tokens: Tokens
 
     @classmethod
@@ -33,6 +33,6 @@ class Layout:
         """Of a batch that is whole; `dtype` is that of its embedding."""
         return cls(
             RotaryTables.of(batch.position, config.head_width, config.rope_theta, dtype),
-            BACKENDS[config.attention].of(batch, config.bidirectional_slices),
+            config.attention_class.from_batch(batch, config.bidirectional_slices),
             Tokens.of(batch),
         )

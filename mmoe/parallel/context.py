@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe.models.attention import differentiable, scaled_dot_product
-from mmoe.models.attention_rule import may_attend
+from mmoe.models.attention.backend import AttentionBackend, differentiable
+from mmoe.models.attention.rule import may_attend
 from mmoe.parallel.collectives import gather
 from mmoe.schema.batch import PackedBatch
 
@@ -32,17 +32,24 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class ContextPlan:
-    """The attention rule for the queries of this rank; `order` brings gathered keys into the order of the batch."""
+class ContextAttention:
+    """Attends from the queries of this rank, by `backend`; `order` brings gathered keys into the order of the batch."""
 
+    backend: type[AttentionBackend]
     pieces: tuple[Piece, ...]
     order: Tensor
     group: dist.ProcessGroup
 
     @classmethod
-    def of(
-        cls, batch: PackedBatch, bidirectional: bool, everywhere_cBM: Tensor, rank: int, group: dist.ProcessGroup
-    ) -> "ContextPlan":
+    def from_batch(
+        cls,
+        batch: PackedBatch,
+        bidirectional: bool,
+        backend: type[AttentionBackend],
+        everywhere_cBM: Tensor,
+        rank: int,
+        group: dist.ProcessGroup,
+    ) -> "ContextAttention":
         """For rank `rank` of those that attend from the positions `everywhere_cBM` (of L, ascending)."""
         ranks, sequences, attended = everywhere_cBM.shape
         length = ranks * attended
@@ -53,14 +60,21 @@ class ContextPlan:
         own = flat_cBM[rank].flatten().tolist()
         border = batch.cu_seqlens.tolist()
         pieces = [_piece(*span, layout, bidirectional) for span in _spans(own, border)]
-        return cls(tuple(pieces), order, group)
+        return cls(backend, tuple(pieces), order, group)
 
     def attend(self, q_BMHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
         """[B, M, H, K]: of the queries here, over the keys and values of all ranks."""
         k, v = (gather(x, self.group).flatten(0, 2)[self.order] for x in (k_BMGK, v_BMGK))
         q = q_BMHK.flatten(0, 1)
-        parts = [_attend(piece, q[piece.start : piece.stop], k, v) for piece in self.pieces]
+        parts = [self._attend(piece, q[piece.start : piece.stop], k, v) for piece in self.pieces]
         return differentiable(torch.cat(parts), q, k, v).view(q_BMHK.shape)
+
+    def _attend(self, piece: Piece, q_nHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        if piece.mask is None:
+            return v_NGK.new_zeros(len(q_nHK), q_nHK.shape[1], v_NGK.shape[2])
+        k, v = (x[piece.first : piece.last] for x in (k_NGK, v_NGK))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_nHK, k, v))
+        return self.backend.attend_masked(q, k, v, piece.mask)[0].transpose(0, 1)
 
 
 def _spans(own: list[int], border: list[int]) -> Iterator[tuple[int, int, int, int, int]]:
@@ -84,11 +98,3 @@ def _piece(
         return Piece(start, start + stop - query, first, first, None)
     mask = may_attend(document, slices, modality, bidirectional, range(query - first, stop - first))
     return Piece(start, start + stop - query, first, last, mask)
-
-
-def _attend(piece: Piece, q_nHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-    if piece.mask is None:
-        return v_NGK.new_zeros(len(q_nHK), q_nHK.shape[1], v_NGK.shape[2])
-    k, v = (x[piece.first : piece.last] for x in (k_NGK, v_NGK))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_nHK, k, v))
-    return scaled_dot_product(q, k, v, piece.mask)[0].transpose(0, 1)

@@ -3,7 +3,9 @@
 Shape suffixes as in `mmoe.models.moe`; S = ranks of `ep`, F = experts here, T tokens of which H are here.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Generic
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from mmoe.models.moe.dispatch import CapacityDispatcher, LocalDispatcher, Placement, by_expert
+from mmoe.config.registry import ClassRegistry
+from mmoe.models.moe.dispatch import LocalDispatcher, P, Placement, by_expert
 from mmoe.models.moe.layer import MoELayer
 from mmoe.models.moe.router import Routing
 from mmoe.models.moe.rows import copy_rows, count, weighted_rows
@@ -21,24 +24,59 @@ from mmoe.parallel.gradients import local
 from mmoe.parallel.sharding_table import CUTS
 
 
-def shard_experts(layer: MoELayer, mesh: DeviceMesh) -> None:
-    """Leave each rank of `mesh` its experts, and let tokens travel to them."""
-    if isinstance(layer.dispatcher, CapacityDispatcher):
-        layer.experts = ShardedExperts(layer.experts, mesh)
-        layer.dispatcher = FixedExchange(layer.dispatcher, mesh.get_group())
-    else:
-        split_tokens(layer, mesh)
+class ExpertExchange(ABC, Generic[P]):
+    """A dispatcher on several ranks: `local` plans as on one process, and the rows travel within `group`.
 
-
-def split_tokens(layer: MoELayer, mesh: DeviceMesh) -> None:
-    """As `shard_experts`, where a sequence lies on several ranks, each of which sends its own tokens.
-
-    The places that a capacity gives are shared among the ranks of the sequence as its tokens fall, so that only a
-    variable exchange sends no empty rows.
+    A class registered in `EXCHANGES` is what a `LocalDispatcher` names as its `exchange`. `splits_sequences`: it works
+    where a sequence lies on several ranks, each of which sends its own tokens; where it does not, a ``variable`` one
+    takes its place.
     """
+
+    splits_sequences: ClassVar[bool] = False
+
+    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup) -> None:
+        self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
+
+    @abstractmethod
+    def plan(self, routing: Routing, tokens: Tokens) -> P:
+        """As `Dispatcher`, and so are those below."""
+
+    @abstractmethod
+    def dispatch(self, x_TD: Tensor, placement: P) -> Tensor:
+        """Send each row its token."""
+
+    @abstractmethod
+    def arrive(self, rows_RD: Tensor, placement: P) -> Tensor:
+        """Wait for the rows of the experts here, and sort them by expert."""
+
+    @abstractmethod
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: P) -> Tensor:
+        """Bring the rows back, and add up the weighted ones of each token here."""
+
+
+EXCHANGES = ClassRegistry(
+    "exchange",
+    "mmoe.exchanges",
+    ExpertExchange,  # type: ignore[type-abstract]  # its classes are compared with it
+    {"fixed": "mmoe.parallel.expert:FixedExchange", "variable": "mmoe.parallel.expert:VariableExchange"},
+)
+
+
+def exchange_of(dispatcher: type[LocalDispatcher], split: bool) -> type[ExpertExchange]:
+    """Find the form of a dispatcher on several ranks, and where `split`, on ranks that share sequences.
+
+    The places that a capacity gives are shared among the ranks of a sequence as its tokens fall, so that only a
+    variable exchange sends no empty rows there.
+    """
+    found = EXCHANGES.find(dispatcher.exchange)
+    return VariableExchange if split and not found.splits_sequences else found
+
+
+def shard_experts(layer: MoELayer, mesh: DeviceMesh, split: bool) -> None:
+    """Leave each rank of `mesh` its experts, and let tokens travel to them; `split` as in `exchange_of`."""
     assert isinstance(layer.dispatcher, LocalDispatcher)  # a layer is spread once
     layer.experts = ShardedExperts(layer.experts, mesh)
-    layer.dispatcher = VariableExchange(layer.dispatcher, mesh.get_group())
+    layer.dispatcher = exchange_of(type(layer.dispatcher), split)(layer.dispatcher, mesh.get_group())
 
 
 class ShardedExperts(nn.Module):
@@ -76,11 +114,8 @@ class FixedPlacement:
         return self.local.dropped_TK
 
 
-class FixedExchange:
-    """Capacity mode: every rank sends every other equally many rows, so nobody waits for sizes."""
-
-    def __init__(self, local: CapacityDispatcher, group: dist.ProcessGroup) -> None:
-        self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
+class FixedExchange(ExpertExchange[FixedPlacement]):
+    """Every rank sends every other equally many rows, so nobody waits for sizes."""
 
     def plan(self, routing: Routing, tokens: Tokens) -> FixedPlacement:
         """Place the choices as one process does; each rank gets the rows of its experts."""
@@ -134,11 +169,10 @@ class VariablePlacement:
         return self.arrived.ends_E
 
 
-class VariableExchange:
+class VariableExchange(ExpertExchange[VariablePlacement]):
     """Only rows that exist travel: their numbers go first, and the host waits for them once a layer."""
 
-    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup) -> None:
-        self.local, self.group, self.ranks = local, group, dist.get_world_size(group)
+    splits_sequences = True
 
     def plan(self, routing: Routing, tokens: Tokens) -> VariablePlacement:
         """Place the choices of the tokens here, and tell the ranks how many rows will travel."""

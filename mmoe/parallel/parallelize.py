@@ -1,6 +1,7 @@
 """The recipe that spreads a model over a mesh, in the order in which its steps build on one another."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,11 +10,13 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from mmoe.errors import ConfigError
+from mmoe.models.attention.backend import ATTENTION_BACKENDS
 from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
 from mmoe.models.layers import RMSNorm, SwiGLU
+from mmoe.models.moe.engines.engine import EXPERT_ENGINES
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.expert import shard_experts, split_tokens
+from mmoe.parallel.expert import shard_experts
 from mmoe.parallel.mesh import Degrees, Mesh
 from mmoe.parallel.selective import selective_contexts
 from mmoe.parallel.sharding_table import unit_of
@@ -31,11 +34,8 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
     if degrees.tp > 1:
         shard_tensors(model, mesh.axis("tp"))
     for block in blocks:
-        if isinstance(block.network, MoELayer):
-            if degrees.sequence_ranks > 1:
-                split_tokens(block.network, mesh.axis("ep"))
-            elif degrees.ep > 1:
-                shard_experts(block.network, mesh.axis("ep"))
+        if isinstance(block.network, MoELayer) and (degrees.ep > 1 or degrees.sequence_ranks > 1):
+            shard_experts(block.network, mesh.axis("ep"), degrees.sequence_ranks > 1)
     recompute_and_compile(model, config)
     _shard(model, mesh, config, precision)
 
@@ -43,9 +43,10 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
 def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> None:
     """What needs no other rank, block by block; names of parameters stay."""
     blocks: list[nn.Module] = [block for block in model.decoder.blocks if isinstance(block, Block)]
+    contexts = partial(selective_contexts, _saved_ops(model.decoder.config))
     for block in blocks:
         if config.activation_checkpointing != "none":
-            again = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
+            again = {"context_fn": contexts} if config.activation_checkpointing == "selective" else {}
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **again)
         if config.compile:
             # Attention goes from document to document and experts from group to group: graphs of these would be
@@ -55,12 +56,19 @@ def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> Non
                     module.compile()
 
 
+def _saved_ops(config: ModelConfig) -> frozenset[Any]:
+    """What selective recomputation keeps, as the parts of a block say."""
+    of_experts = EXPERT_ENGINES.find(config.moe.engine).saved_ops if config.moe is not None else frozenset()
+    return config.attention_class.saved_ops | of_experts
+
+
 def check_layout(config: ModelConfig, degrees: Degrees) -> None:
     """Raises ConfigError where the model cannot be spread over these degrees."""
-    if degrees.cp > 1 and config.attention != "sdpa_documents":
+    if degrees.cp > 1 and not config.attention_class.supports_cp:
+        others = ATTENTION_BACKENDS.kinds_that(lambda backend: backend.supports_cp)
         raise ConfigError(
             f"parallel.cp is {degrees.cp}, but model.attention is {config.attention}, which has no form for positions "
-            "of several ranks; set it to sdpa_documents, or parallel.cp to 1"
+            f"of several ranks; set it to {others}, or parallel.cp to 1"
         )
     if degrees.tp > 1:
         check_tensor(config, degrees.tp)

@@ -4,36 +4,25 @@ torch's `create_selective_checkpoint_contexts` counts every operation of the reg
 differ when a region runs again, and fails on that. Here only the products are counted.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmoe.compat import (
-    CPU_ATTENTION,
-    EFFICIENT_ATTENTION,
-    FLASH_ATTENTION,
-    GROUPED_MM,
-    TorchDispatchMode,
-    tree_map_only,
-)
+from mmoe.compat import TorchDispatchMode, tree_map_only
 
-# The products, which cost the most to compute again.
-KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    GROUPED_MM.default,
-    FLASH_ATTENTION.default,
-    CPU_ATTENTION.default,
-    EFFICIENT_ATTENTION.default,
-}
-Store = dict[Any, deque]  # by operation: what its calls gave, in their order
+# Kept in every block, beside what its attention backend and expert engine say of themselves (`saved_ops`).
+PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+Store = dict[Any, deque]  # by operation that is kept: what its calls gave, in their order
 
 
-def selective_contexts() -> tuple["_Keep", "_Reuse"]:
-    """The `context_fn` of `torch.utils.checkpoint.checkpoint`: around a region, and around its second run."""
-    store: Store = defaultdict(deque)
+def selective_contexts(saved_ops: frozenset[Any]) -> tuple["_Keep", "_Reuse"]:
+    """The `context_fn` of `torch.utils.checkpoint.checkpoint`: around a region, and around its second run.
+
+    What `saved_ops` give is kept beside plain matrix products.
+    """
+    store: Store = {operation: deque() for operation in PRODUCTS | saved_ops}
     return _Keep(store), _Reuse(store)
 
 
@@ -44,7 +33,7 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
         out = function(*arguments, **(options or {}))
-        if function in KEPT:
+        if function in self.store:
             # Detached: autograd makes `out` itself a part of the graph that holds this store.
             self.store[function].append(tree_map_only(Tensor, torch.detach, out))
         return out
@@ -56,6 +45,6 @@ class _Reuse(TorchDispatchMode):
         self.store = store
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
-        if function in KEPT:
+        if function in self.store:
             return self.store[function].popleft()
         return function(*arguments, **(options or {}))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from mmoe.errors import ConfigError
-from mmoe.models.attention import BACKENDS, AttentionPlan
+from mmoe.models.attention.backend import BatchAttention
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.layout import Layout
 from mmoe.models.moe.tokens import Tokens
 from mmoe.models.rotary import RotaryTables
 from mmoe.parallel.collectives import gather, join
-from mmoe.parallel.context import ContextPlan
+from mmoe.parallel.context import ContextAttention
 from mmoe.parallel.mesh import Mesh
 from mmoe.schema.batch import PackedBatch, Values
 
@@ -86,11 +86,12 @@ class Sharding(Positions):
         cp, bidirectional = self.mesh.rank("cp"), config.bidirectional_slices
         attended_BM = self.attended_cBM[cp]
         position = batch.position.flatten(0, 1)[_flat(attended_BM, batch.shape[1])].unflatten(0, attended_BM.shape)
-        attention: AttentionPlan
+        attention: BatchAttention
         if self.mesh.degrees.cp > 1:
-            attention = ContextPlan.of(batch, bidirectional, self.attended_cBM, cp, self.mesh.group("cp"))
+            group, backend = self.mesh.group("cp"), config.attention_class
+            attention = ContextAttention.from_batch(batch, bidirectional, backend, self.attended_cBM, cp, group)
         else:
-            attention = BACKENDS[config.attention].of(batch, bidirectional)
+            attention = config.attention_class.from_batch(batch, bidirectional)
         return Layout(
             RotaryTables.of(position, config.head_width, config.rope_theta, dtype),
             attention,

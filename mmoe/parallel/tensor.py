@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mmoe.errors import ConfigError
-from mmoe.models.attention import Attention
+from mmoe.models.attention.module import Attention
 from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
 from mmoe.models.embeddings import TokenTable
 from mmoe.models.layers import SwiGLU

@@ -15,8 +15,9 @@ from torch import nn
 
 from mmoe.data.plan.deal import Reach
 from mmoe.models.moe.balance import router_losses
-from mmoe.models.moe.dispatch import CapacityDispatcher, rounded_up
+from mmoe.models.moe.dispatch import rounded_up
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
+from mmoe.parallel.expert import FixedExchange, exchange_of
 from mmoe.parallel.pipeline import TIED, StageModel
 from mmoe.parallel.reports import report_size
 from mmoe.parallel.setting import RankSetting
@@ -149,20 +150,24 @@ class Communication:
             self._add("sequence", "all_gather", logits, len(self.routed) * again)
 
     @property
-    def _capacity(self) -> float | None:
-        """The capacity factor, where all its places travel and are computed, whatever is routed; None elsewhere."""
+    def _fixed_rows(self) -> int | None:
+        """Rows that travel and are computed in a layer, whatever is routed; None where they depend on it."""
         moe = self.setting.model.moe
-        return moe.capacity_factor if moe is not None and self.degrees.sequence_ranks == 1 else None
+        if moe is None:
+            return None
+        exchange = exchange_of(moe.dispatcher_class, self.degrees.sequence_ranks > 1)
+        if not issubclass(exchange, FixedExchange):
+            return None
+        dispatcher = moe.dispatcher_class.from_config(moe)
+        return dispatcher.rows(self.batch.micro_batch_sequences, self.batch.sequence_length, moe.top_k)
 
     def expert_rows(self, micro: MicroBatch) -> int:
         """That the experts here compute in a layer."""
         moe = self.setting.model.moe
         if moe is None:
             return 0
-        if self._capacity is not None:
-            dispatcher = CapacityDispatcher(moe.experts, self._capacity)
-            capacity = dispatcher.capacity(self.batch.sequence_length, moe.top_k)
-            return moe.experts * rounded_up(self.batch.micro_batch_sequences * capacity, moe.group_multiple)
+        if (rows := self._fixed_rows) is not None:
+            return rows
         here = moe.experts // self.degrees.ep
         return (
             micro.received
@@ -175,8 +180,8 @@ class Communication:
         if moe is None:
             return
         row = model.d_model * self.narrow
-        if self._capacity is not None:
-            self._add("ep", "all_to_all", self.expert_rows(micro) * row, 2 * layers * (again + back))
+        if (fixed := self._fixed_rows) is not None:
+            self._add("ep", "all_to_all", fixed * row, 2 * layers * (again + back))
             return
         self._add("ep", "all_to_all", moe.experts * WIDE, layers * again)
         for rows in (micro.sent, micro.received):

@@ -93,7 +93,8 @@ class Plan:
         """Of a step, by the formula."""
         run, formula = self.run, self._communication(rank)
         work = RankWork(
-            documents=(self.documents.size,) * (self.documents.count * self.documents.sequences),
+            sequences=self.documents.sequences,
+            documents=(self.documents.size,) * self.documents.count,
             labels=self.labels(rank),
             rows=formula.expert_rows(self.micro_batch(rank)),
             sequence_ranks=run.degrees.sequence_ranks,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig
-from mmoe.models.moe.dispatch import CapacityDispatcher, LocalDispatcher
+from mmoe.models.moe.dispatch import LocalDispatcher
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.expert import VariableExchange
 from mmoe.parallel.mesh import Degrees
@@ -50,8 +50,7 @@ class PlannedExchange(VariableExchange):
     def _rows(self, sent_SF: Tensor) -> tuple[Tensor, list[int], list[int]]:
         dist.all_to_all_single(torch.empty_like(sent_SF), sent_SF, group=self.group)
         rank = dist.get_rank(self.group)
-        room = self.local.capacity_factor if isinstance(self.local, CapacityDispatcher) else None
-        sent = self.load.sent(self.choices, self.ranks, rank, room)
+        sent = self.load.sent(self.choices, self.ranks, rank, self.local.capacity_factor)
         arrived_SF = torch.tensor([_even(sent[rank], sent_SF.shape[1])] * self.ranks)
         return arrived_SF, [sent[rank]] * self.ranks, sent
 

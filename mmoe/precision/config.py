@@ -27,6 +27,11 @@ class PrecisionConfig(Config):
         """Of parameters, gradients and optimizer states."""
         return torch.float64 if self.compute == "float64" else torch.float32
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return getattr(torch, self.compute)
+
     def autocast(self, device: torch.device | str) -> AbstractContextManager:
         """The context of forward and losses on `device`; backward runs outside it."""
         if self.compute == "bfloat16":

@@ -9,8 +9,10 @@ from mmoe.config.base import Config
 from mmoe.config.extensions import Extensions
 from mmoe.config.nature import Nature
 from mmoe.data.config import DataConfig
+from mmoe.errors import ConfigError
 from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig
+from mmoe.models.moe.engines.engine import check_dtype
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.config import OptimConfig
 from mmoe.parallel.config import ParallelConfig
@@ -80,6 +82,15 @@ class RunConfig(Config):
                 "(training.global_batch_positions / data.sequence_length): it must be made of whole groups; set "
                 "group_sequences to a divisor of them, or to null for the whole global batch"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine(self) -> "RunConfig":
+        if self.model.moe is not None:
+            try:
+                check_dtype(self.model.moe.engine, self.precision.product_dtype)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return self
 
 

@@ -33,8 +33,8 @@ KEYS = {
             "tie_embeddings init_std contrast_dim"
         ),
         "model.moe": (
-            "experts top_k hidden shared_experts shared_gate capacity_factor drop group_multiple engine score "
-            "normalise scale noise bias_rate every dense_first"
+            "experts top_k hidden shared_experts shared_gate dispatcher capacity_factor drop group_multiple engine "
+            "score normalise scale noise bias_rate every dense_first"
         ),
         "model.moe.groups": "count per_token score",
         "losses.ce": "text audio action structure",

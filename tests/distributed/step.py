@@ -90,7 +90,7 @@ def setting_of(case: Case, world: int) -> RankSetting:
     changed = case.model.get("moe", {})
     moe = None if changed is None else {**MODEL["moe"], **changed}
     if moe and case.compute == "float64":
-        moe["engine"] = "loop"
+        moe.setdefault("engine", "loop")
     model = validate(ModelConfig, {**MODEL, **case.model, "moe": moe}, "case")
     parallel = validate(ParallelConfig, case.parallel, "case")
     degrees = Degrees.of(parallel, world) if world > 1 else Degrees()

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.models.attention import Attention, DensePlan, DocumentPlan
-from mmoe.models.attention_rule import may_attend
+from mmoe.models.attention.dense import DenseAttention
+from mmoe.models.attention.documents import DocumentAttention
+from mmoe.models.attention.module import Attention
+from mmoe.models.attention.rule import may_attend
 from mmoe.models.rotary import RotaryTables
 from mmoe.schema.modality import Modality
 from tests.models.random_batch import pack, random_batch, random_sequences
@@ -43,8 +45,8 @@ def test_documents_equal_the_dense_reference_in_values_and_gradients(seed, bidir
     x = torch.randn(*batch.shape, 32, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(*batch.shape, 32, dtype=torch.float64)
     results = []
-    for plan in (DocumentPlan, DensePlan):
-        out = attention(x, rotary, plan.of(batch, bidirectional))
+    for backend in (DocumentAttention, DenseAttention):
+        out = attention(x, rotary, backend.from_batch(batch, bidirectional))
         results.append([out, *torch.autograd.grad((out * weights).sum(), [x, *attention.parameters()])])
         assert (out[~batch.valid] == 0).all()
     for ours, reference in zip(*results):
@@ -54,33 +56,34 @@ def test_documents_equal_the_dense_reference_in_values_and_gradients(seed, bidir
 def test_plan_masks_only_documents_with_pictures_and_never_a_sequence():
     batch = random_batch(5, documents=6)
     lengths = batch.cu_seqlens.diff().tolist()
-    assert all(run.mask is None for run in DocumentPlan.of(batch, False).runs)
-    runs = DocumentPlan.of(batch, True).runs
-    assert sum(run.count * run.length for run in runs) == batch.document.numel() == sum(lengths)
-    masked = [run for run in runs if run.mask is not None]
-    assert masked and all(run.mask.shape == (run.count, 1, run.length, run.length) for run in masked)
+    assert all(group.mask is None for group in DocumentAttention.from_batch(batch, False).groups)
+    groups = DocumentAttention.from_batch(batch, True).groups
+    assert sum(group.count * group.length for group in groups) == batch.document.numel() == sum(lengths)
+    masked = [group for group in groups if group.mask is not None]
+    assert masked and all(group.mask.shape == (group.count, 1, group.length, group.length) for group in masked)
     vision = sum(
         bool(((batch.modality == Modality.VISION) & (batch.slice >= 0)).flatten()[a:b].any())
         for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
     )
-    assert sum(run.count for run in masked) == vision
+    assert sum(group.count for group in masked) == vision
 
 
 def test_adjacent_documents_of_equal_length_share_a_call():
     [document] = random_sequences(0, 1, 1)[0][:1]
     batch = pack([[document] * 5])
-    assert [(run.count, run.padding) for run in DocumentPlan.of(batch, True).runs] == [(5, False), (1, True)]
+    groups = DocumentAttention.from_batch(batch, True).groups
+    assert [(group.count, group.padding) for group in groups] == [(5, False), (1, True)]
 
 
 def test_a_nan_in_the_padding_stays_there():
     batch = random_batch(1)
     x = torch.randn(*batch.shape, 4, 8)
-    clean = DocumentPlan.of(batch, False).attend(x, x, x)
+    clean = DocumentAttention.from_batch(batch, False).attend(x, x, x)
     x = torch.where(batch.valid[..., None, None], x, torch.nan)
-    torch.testing.assert_close(DocumentPlan.of(batch, False).attend(x, x, x), clean, rtol=0, atol=0)
+    torch.testing.assert_close(DocumentAttention.from_batch(batch, False).attend(x, x, x), clean, rtol=0, atol=0)
 
 
 def test_a_full_batch_needs_no_padding():
     sequences = random_sequences(2, 1, 3)
     batch = pack(sequences, length=sum(map(len, sequences[0])))
-    assert batch.valid.all() and not any(run.padding for run in DocumentPlan.of(batch, True).runs)
+    assert batch.valid.all() and not any(group.padding for group in DocumentAttention.from_batch(batch, True).groups)

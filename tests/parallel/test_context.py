@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.models.attention import DensePlan
-from mmoe.models.attention_rule import may_attend
+from mmoe.models.attention.dense import DenseAttention
+from mmoe.models.attention.documents import DocumentAttention
+from mmoe.models.attention.rule import may_attend
 from mmoe.parallel import context
-from mmoe.parallel.context import ContextPlan
+from mmoe.parallel.context import ContextAttention
 from mmoe.parallel.sequence import PIECES, Positions
 from mmoe.schema.batch import PackedBatch
 from tests.models.random_batch import pack, random_batch, random_sequences
@@ -33,7 +34,7 @@ def attend(batch: PackedBatch, cp: int, bidirectional: bool, qkv: list[torch.Ten
     parts = [torch.stack([x.take_along_dim(own[..., None, None], 1) for own in everywhere]) for x in qkv]
     out = torch.zeros_like(qkv[0])
     for rank in range(cp):
-        plan = ContextPlan.of(batch, bidirectional, everywhere, rank, None)
+        plan = ContextAttention.from_batch(batch, bidirectional, DocumentAttention, everywhere, rank, None)
         gathered = iter(parts[1:])
         with patch.object(context, "gather", lambda x, group, gathered=gathered: next(gathered)):
             own = plan.attend(*(part[rank] for part in parts))
@@ -52,7 +53,7 @@ def test_the_ranks_together_are_the_dense_reference(seed: int, cp: int, bidirect
     ]
     weight = torch.randn(qkv[0].shape, generator=generator, dtype=torch.float64)
     results = []
-    for out in (attend(batch, cp, bidirectional, qkv), DensePlan.of(batch, bidirectional).attend(*qkv)):
+    for out in (attend(batch, cp, bidirectional, qkv), DenseAttention.from_batch(batch, bidirectional).attend(*qkv)):
         results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), qkv)))
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
@@ -66,7 +67,7 @@ def test_the_pieces_say_what_the_rule_says(seed: int, cp: int, bidirectional: bo
     everywhere, length = positions(batch, cp), batch.shape[1]
     rule = may_attend(batch.document, batch.slice, batch.modality, bidirectional)
     for rank in range(cp):
-        plan = ContextPlan.of(batch, bidirectional, everywhere, rank, None)
+        plan = ContextAttention.from_batch(batch, bidirectional, DocumentAttention, everywhere, rank, None)
         allowed = torch.zeros(everywhere[rank].numel(), 2 * length, dtype=torch.bool)
         assert [piece.start for piece in plan.pieces[1:]] == [piece.stop for piece in plan.pieces[:-1]]
         assert plan.pieces[0].start == 0 and plan.pieces[-1].stop == len(allowed)

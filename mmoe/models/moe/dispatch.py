@@ -1,22 +1,29 @@
 """Dispatchers: they bring tokens to the rows of their experts, and bring the experts' outputs back.
 
-A dispatcher is a plain object with `plan`, `dispatch`, `arrive` and `combine`. Experts see rows sorted by expert; how
-many, and which of them are empty, is the dispatcher's affair. Both ways only copy rows by index, and so do their
-gradients: no sum depends on the order in which threads finish.
+A dispatcher is a plain object with `plan`, `dispatch`, `arrive` and `combine`. A new one is a `LocalDispatcher`, which
+plans for one process and names the exchange that spreads it over the ranks of `ep` (`mmoe.parallel.expert`). Experts
+see rows sorted by expert; how many, and which of them are empty, is the dispatcher's affair. Both ways only copy rows
+by index, and so do their gradients: no sum depends on the order in which threads finish.
 """
+
+from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from mmoe.config.registry import ClassRegistry
 from mmoe.models.moe.router import Routing
 from mmoe.models.moe.rows import copy_rows, count, weighted_rows
 from mmoe.models.moe.tokens import Tokens
+
+if TYPE_CHECKING:
+    from mmoe.models.moe.layer import MoEConfig
 
 Drop = Literal["probability", "position"]
 
@@ -77,11 +84,31 @@ class Dispatcher(Protocol[P]):
 
 
 class LocalDispatcher(ABC):
-    """Both dispatchers of one process differ in their `plan` alone."""
+    """Dispatches on one process: `plan` says which choice has which row, and the rows are copied.
 
-    def __init__(self, experts: int, group_multiple: int = 1) -> None:
-        self.experts = experts
+    A class registered in `DISPATCHERS` is a value of ``model.moe.dispatcher``. What it says of itself:
+
+    - `by_capacity`: its rows are those of ``model.moe.capacity_factor``, which it needs; others refuse one.
+    - `exchange`: its form on several ranks, a kind of `mmoe.parallel.expert.EXCHANGES`. A ``variable`` one fits every
+      plan: it reads which choices are dropped. A ``fixed`` one needs a plan that gives every expert equally many rows,
+      whatever is routed, and `rows` to count them.
+    """
+
+    by_capacity: ClassVar[bool] = False
+    exchange: ClassVar[str] = "variable"
+
+    def __init__(self, experts: int, group_multiple: int = 1, capacity_factor: float | None = None) -> None:
+        self.experts, self.capacity_factor = experts, capacity_factor
         self.group_multiple = group_multiple  # every expert's group has a multiple of so many rows
+
+    @classmethod
+    def from_config(cls, config: MoEConfig) -> LocalDispatcher:
+        """Make the dispatcher of a layer of experts."""
+        return cls(config.experts, config.group_multiple, config.capacity_factor)
+
+    def rows(self, sequences: int, length: int, top_k: int) -> int | None:
+        """Count the rows of all experts for a batch of such a shape; None where they depend on what is routed."""
+        return None
 
     @abstractmethod
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
@@ -147,22 +174,36 @@ class CapacityDispatcher(LocalDispatcher):
     scores (ties: the later token), with `position` the later tokens. One sequence never takes the rows of another.
     """
 
+    by_capacity = True
+    exchange = "fixed"
+    capacity_factor: float
+
     def __init__(
         self, experts: int, capacity_factor: float, drop: Drop = "probability", group_multiple: int = 1
     ) -> None:
-        super().__init__(experts, group_multiple)
-        self.capacity_factor, self.drop = capacity_factor, drop
+        super().__init__(experts, group_multiple, capacity_factor)
+        self.drop = drop
+
+    @classmethod
+    def from_config(cls, config: MoEConfig) -> CapacityDispatcher:
+        """Make the dispatcher of a layer of experts, which has a capacity factor."""
+        assert config.capacity_factor is not None  # MoEConfig refuses the class without one
+        return cls(config.experts, config.capacity_factor, config.drop, config.group_multiple)
 
     def capacity(self, length: int, top_k: int) -> int:
         """Rows of one expert for one sequence of `length` positions."""
         factor = Fraction(str(self.capacity_factor))  # as it was written: 1.1 * 90 / 3 is 33, not 34
         return math.ceil(factor * length * top_k / self.experts)
 
+    def rows(self, sequences: int, length: int, top_k: int) -> int:
+        """Count the rows of all experts: as many for each, whatever is routed."""
+        return self.experts * rounded_up(sequences * self.capacity(length, top_k), self.group_multiple)
+
     def plan(self, routing: Routing, tokens: Tokens) -> Placement:
         """Give the choices that fit their sequence's capacity a row, and drop the others."""
         capacity, sequences = self.capacity(tokens.length, routing.expert_TK.shape[1]), tokens.sequences
-        rows_of_expert = rounded_up(sequences * capacity, self.group_multiple)
-        rows = self.experts * rows_of_expert
+        rows = self.rows(sequences, tokens.length, routing.expert_TK.shape[1])
+        rows_of_expert = rows // self.experts
         group = (routing.expert_TK * sequences + tokens.sequence_T[:, None]).flatten()
         if self.drop == "position":
             choice = group.argsort(stable=True)  # by group, in it by token
@@ -180,3 +221,14 @@ class CapacityDispatcher(LocalDispatcher):
         choice_in_row[row_of_choice] = choice
         ends = torch.arange(1, self.experts + 1, device=choice.device) * rows_of_expert
         return Placement(row.view_as(routing.expert_TK), choice_in_row[:-1], ends.int(), complete=False)
+
+
+DISPATCHERS = ClassRegistry(
+    "dispatcher",
+    "mmoe.dispatchers",
+    LocalDispatcher,  # type: ignore[type-abstract]  # its classes are compared with it
+    {
+        "dropless": "mmoe.models.moe.dispatch:DroplessDispatcher",
+        "capacity": "mmoe.models.moe.dispatch:CapacityDispatcher",
+    },
+)

@@ -1,18 +1,19 @@
 """The mixture-of-experts layer: router, dispatcher and experts, with the losses and statistics of its routing."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from mmoe.config.base import Config
 from mmoe.models.fan_out import fan_out
 from mmoe.models.layers import SwiGLU
 from mmoe.models.moe.balance import balance_loss, expert_load, expert_probability, sequence_counts, z_loss
-from mmoe.models.moe.dispatch import CapacityDispatcher, Dispatcher, Drop, DroplessDispatcher
-from mmoe.models.moe.experts import GROUPED_MM_MULTIPLE, Engine, Experts
+from mmoe.models.moe.dispatch import DISPATCHERS, Dispatcher, Drop, LocalDispatcher
+from mmoe.models.moe.engines.engine import EXPERT_ENGINES
+from mmoe.models.moe.experts import Experts
 from mmoe.models.moe.noise import gaussian
 from mmoe.models.moe.router import GroupLimitConfig, Router, Routing, Score
 from mmoe.models.moe.statistics import RoutingStatistics
@@ -29,10 +30,11 @@ class MoEConfig(Config):
     hidden: int = Field(gt=0, le=WIDEST)  # SwiGLU width of one expert
     shared_experts: int = Field(default=0, ge=0, le=WIDEST)  # experts of the same width that every token goes through
     shared_gate: bool = False  # times the sigmoid of a product with the token (Qwen2-MoE, 2024)
+    dispatcher: Annotated[str, AfterValidator(DISPATCHERS.known)] | None = None  # null: by whether there is a capacity
     capacity_factor: float | None = Field(default=None, ge=1)  # null: dropless
     drop: Drop = "probability"  # what an overfull expert drops: its lowest scores, or the later tokens (`position`)
     group_multiple: int = Field(default=1, gt=0)  # rows of an expert's group, rounded up with zeros; FP8 needs 16
-    engine: Engine = "grouped_mm"
+    engine: Annotated[str, AfterValidator(EXPERT_ENGINES.known)] = "grouped_mm"
     score: Score = "softmax"  # what makes scores of the logits; see Router
     normalise: bool = True  # the weights of a token's experts add up to `scale`
     scale: float = Field(default=1.0, gt=0)
@@ -57,12 +59,24 @@ class MoEConfig(Config):
             raise ValueError("shared_gate is true, but there are no shared_experts to gate; set one of them")
         if self.drop == "position" and self.capacity_factor is None:
             raise ValueError("drop is position, but nothing is dropped without a capacity_factor; set one")
-        if self.engine != "loop" and self.hidden % GROUPED_MM_MULTIPLE:
+        by_capacity = self.dispatcher_class.by_capacity
+        if by_capacity != (self.capacity_factor is not None):
+            needed, remedy = ("needs a", "set one") if by_capacity else ("has no use for a", "set that to null")
+            others = DISPATCHERS.kinds_that(lambda dispatcher: dispatcher.by_capacity is not by_capacity)
             raise ValueError(
-                f"hidden is {self.hidden}, but {self.engine} needs a multiple of {GROUPED_MM_MULTIPLE}; "
-                "round it or set engine to loop"
+                f"dispatcher is {self.dispatcher}, which {needed} capacity_factor; {remedy}, or dispatcher to {others}"
             )
+        self.check_width("hidden", self.hidden)
         return self
+
+    def check_width(self, key: str, width: int) -> None:
+        """Raises ValueError where the engine cannot multiply matrices of this width, naming those that can."""
+        if width % (multiple := EXPERT_ENGINES.find(self.engine).multiple):
+            others = EXPERT_ENGINES.kinds_that(lambda engine: width % engine.multiple == 0)
+            raise ValueError(
+                f"{key} is {width}, but moe.engine {self.engine} needs a multiple of {multiple}; round it or set "
+                f"moe.engine to {others}"
+            )
 
     def _check_groups(self, groups: GroupLimitConfig) -> None:
         if self.experts % groups.count:
@@ -76,6 +90,11 @@ class MoEConfig(Config):
             raise ValueError(
                 f"top_k is {self.top_k}, but the groups of a token have {reachable} experts; raise groups.per_token"
             )
+
+    @property
+    def dispatcher_class(self) -> type[LocalDispatcher]:
+        """Find the class of the dispatcher: the configured one, or that which a capacity factor asks for."""
+        return DISPATCHERS.find(self.dispatcher or ("dropless" if self.capacity_factor is None else "capacity"))
 
     def in_layer(self, number: int) -> bool:
         """Whether layer `number` (from 0) has experts."""
@@ -131,11 +150,7 @@ class MoELayer(nn.Module):
         self.experts: nn.Module = Experts(config.experts, size, config.hidden, config.engine)
         self.shared = SwiGLU(size, config.shared_experts * config.hidden) if config.shared_experts else None
         self.shared_gate = nn.Linear(size, 1, bias=False) if config.shared_gate else None
-        self.dispatcher: Dispatcher[Any] = (
-            DroplessDispatcher(config.experts, config.group_multiple)
-            if config.capacity_factor is None
-            else CapacityDispatcher(config.experts, config.capacity_factor, config.drop, config.group_multiple)
-        )
+        self.dispatcher: Dispatcher[Any] = config.dispatcher_class.from_config(config)
 
     def forward(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, LayerRouting]:
         """[B, L, D] -> [B, L, D] and what was routed. Padding is not routed and gets zeros."""

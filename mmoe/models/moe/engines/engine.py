@@ -1,0 +1,88 @@
+"""What an expert engine is, and which there are.
+
+Shape suffixes: R rows sorted by expert, E experts, D model width, F hidden width; `ends_E` (i32) are the rows
+before which each expert's group ends, the last one R.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmoe.config.registry import ClassRegistry
+from mmoe.errors import ConfigError
+
+KEY = "model.moe.engine"
+
+
+class ExpertEngine(ABC):
+    """Computes the experts of one layer, and says what it can do.
+
+    A class registered in `EXPERT_ENGINES` is a value of ``model.moe.engine``. What it says of itself:
+
+    - `requires`: names of `mmoe.optional` (packages, ``cuda``), without which a run is refused at its start.
+    - `multiple`: the widths D and F must be multiples of it.
+    - `dtypes`: those that it multiplies in; None for any.
+    - `saved_ops`: the operations whose results selective recomputation keeps, beside plain matrix products.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    multiple: ClassVar[int] = 1
+    dtypes: ClassVar[frozenset[torch.dtype] | None] = None
+    saved_ops: ClassVar[frozenset[Any]] = frozenset()
+
+    def __init__(self, experts: int, size: int, hidden: int) -> None:
+        self.experts, self.size, self.hidden = experts, size, hidden
+
+    @abstractmethod
+    def swiglu(self, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
+        """[R, D]: down(silu(gate(x)) * up(x)), each group of rows with the weights of its expert, all of one dtype."""
+
+    @classmethod
+    def multiplies(cls, dtype: torch.dtype) -> bool:
+        """Say whether it has products of this dtype."""
+        return cls.dtypes is None or dtype in cls.dtypes
+
+
+class ProductEngine(ExpertEngine):
+    """An engine that is one grouped product, called for each of the three."""
+
+    @abstractmethod
+    def multiply(self, x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+        """[R, F]: each group of rows times the weight of its expert."""
+
+    def swiglu(self, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
+        """Compute the experts by three products, [R, D]."""
+        hidden_RF = F.silu(self.multiply(x_RD, gate_EDF, ends_E)) * self.multiply(x_RD, up_EDF, ends_E)
+        return self.multiply(hidden_RF, down_EFD, ends_E)
+
+
+EXPERT_ENGINES = ClassRegistry(
+    "expert engine",
+    "mmoe.expert_engines",
+    ExpertEngine,  # type: ignore[type-abstract]  # its classes are compared with it
+    {
+        "grouped_mm": "mmoe.models.moe.engines.grouped_mm:GroupedMMEngine",
+        "loop": "mmoe.models.moe.engines.loop:LoopEngine",
+        "megablocks": "mmoe.models.moe.engines.megablocks:MegaBlocksEngine",
+        "transformer_engine": "mmoe.models.moe.engines.transformer_engine:TransformerEngineEngine",
+    },
+)
+
+
+def check_dtype(kind: str, dtype: torch.dtype) -> None:
+    """Raises ConfigError where the engine has no products of this dtype, naming those that have."""
+    found = EXPERT_ENGINES.find(kind)
+    if not found.multiplies(dtype):
+        others = EXPERT_ENGINES.kinds_that(lambda engine: engine.multiplies(dtype))
+        raise ConfigError(
+            f"{KEY} is {kind}, which has no {str(dtype).removeprefix('torch.')} kernel; set it to {others}, or change "
+            "precision.compute"
+        )
+
+
+def sizes_of(ends_E: Tensor) -> list[int]:
+    """Rows of each expert's group, on the host."""
+    return ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
