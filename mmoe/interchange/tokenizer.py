@@ -25,7 +25,7 @@ def save_tokenizer(tokenizer: TextTokenizer, vocabulary: Vocabulary, folder: Pat
     content = json.loads(path.read_text(encoding="utf-8"))
     model, offset = content["model"], vocabulary.ranges["text"].start
     structure = {token.name.lower(): int(token) for token in (*Structure, *Placeholder)}
-    structure |= {name: vocabulary.further_id(name) for name in vocabulary.further}
+    structure |= vocabulary.further_ids
     special = {f"<|{name}|>": id for name, id in structure.items()}
     if clash := special.keys() & model["vocab"].keys():
         raise DataError(f"the text tokenizer has a token {min(clash)}, the name of a structure token; train another")

@@ -10,6 +10,7 @@
 The caption follows the action: it states what happens, so in front of it the action could be read off the text.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,6 +63,7 @@ class DocumentBuilder:
     chunk: int
     action_dims: int
     camera_ids: np.ndarray  # token of each camera of the run
+    further_ids: Mapping[str, int] = field(default_factory=dict)  # of structure tokens that only some runs have
     # length, modality, slice, camera, offset, predicted (this token is a target of the one before it)
     _runs: list[tuple[int, int, int, int, int, bool]] = field(default_factory=list)
     _ids: list[np.ndarray | list[int]] = field(default_factory=list)
@@ -80,8 +82,9 @@ class DocumentBuilder:
 
     @classmethod
     def from_tokenizers(cls, tokenizers: Tokenizers) -> "DocumentBuilder":
-        """Begin a document with the sizes and the camera tokens of these tokenizers."""
-        return cls(tokenizers.config.action.chunk, tokenizers.dims[Modality.ACTION].size, tokenizers.camera_ids)
+        """Begin a document with the sizes and the further tokens of these tokenizers."""
+        actions, further = tokenizers.dims[Modality.ACTION].size, tokenizers.vocabulary.further_ids
+        return cls(tokenizers.config.action.chunk, actions, tokenizers.camera_ids, further)
 
     def structure(self, token: int, predicted: bool = False, offset_ns: int = 0) -> None:
         """One structure token; `predicted` where the model must learn to emit it (the end of a text or sound)."""

@@ -5,6 +5,7 @@ Ids of text never move: what structure a run needs besides the tokens below foll
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -101,14 +102,15 @@ class Vocabulary:
         """Ids of codec `codes` [n] drawn from codebook number `codebook` [n]."""
         return self.ranges["audio"].start + codebook.astype(np.int64) * self.audio_codebook_size + codes
 
-    def further_id(self, name: str) -> int:
-        """Find the id of the further structure token of this name. Raises ValueError where there is none."""
-        return self.ranges["further"][self.further.index(name)]
+    @cached_property
+    def further_ids(self) -> dict[str, int]:
+        """Give the ids of the further structure tokens by name."""
+        return dict(zip(self.further, self.ranges["further"], strict=True))
 
     def camera_ids(self, rig: Rig) -> np.ndarray:
         """Ids of the tokens that announce the cameras of a run, by number in its `rig`: i64 [cameras]."""
         standard = {name: Structure[_camera_token(name).upper()] for name in STANDARD.cameras}
-        ids = [standard[name] if name in standard else self.further_id(_camera_token(name)) for name in rig.cameras]
+        ids = [standard[name] if name in standard else self.further_ids[_camera_token(name)] for name in rig.cameras]
         return np.array(ids, np.int64)
 
     def name(self, token: int) -> str:

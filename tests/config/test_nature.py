@@ -41,7 +41,7 @@ KEYS = {
         "losses.contrastive": "weight tau group_sequences",
         "losses.action": "weight",
         "losses.balance": "sequence micro_batch global_batch",
-        "losses": "router_z",
+        "losses": "router_z terms",
         "optim.optimizer": "kind name betas eps implementation",
         "optim.matrices": "kind name momentum",
         "precision": "compute",

@@ -174,7 +174,10 @@ def test_a_capacity_factor_chooses_among_the_built_in_ones() -> None:
 @pytest.mark.parametrize(
     ("moe", "words"),
     [
-        ({"dispatcher": "last"}, "moe.dispatcher: 'last' is not a kind of dispatcher; did you mean last_first"),
+        (
+            {"dispatcher": "last_furst"},
+            "moe.dispatcher: 'last_furst' is not a kind of dispatcher; did you mean last_first",
+        ),
         ({"dispatcher": "capacity"}, "dispatcher is capacity, which needs a capacity_factor; set one"),
         (
             {"dispatcher": "last_first", "capacity_factor": 1.0},

@@ -207,8 +207,8 @@ def test_further_structure_tokens_are_special_tokens_of_the_exported_file(tmp_pa
     vocabulary = Vocabulary(256, audio_codebooks=1, audio_codebook_size=8, further=("cam_top",))
     save_tokenizer(TextTokenizer.bytes(), vocabulary, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.convert_tokens_to_ids("<|cam_top|>") == vocabulary.further_id("cam_top") == vocabulary.size - 1
-    ids = [vocabulary.ranges["text"].start + ord("a"), vocabulary.further_id("cam_top")]
+    assert tokenizer.convert_tokens_to_ids("<|cam_top|>") == vocabulary.further_ids["cam_top"] == vocabulary.size - 1
+    ids = [vocabulary.ranges["text"].start + ord("a"), vocabulary.further_ids["cam_top"]]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
 
 

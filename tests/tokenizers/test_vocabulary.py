@@ -57,7 +57,7 @@ def test_every_id_has_a_name_of_its_own():
     assert len(set(names)) == vocabulary.size
     assert names[Structure.CAM_FRONT] == "cam_front"
     assert names[vocabulary.ranges["audio"].start + 4] == "audio 1:1"
-    assert names[vocabulary.further_id("radar")] == "radar" == names[-1]
+    assert names[vocabulary.further_ids["radar"]] == "radar" == names[-1]
     with pytest.raises(ValueError, match="outside the vocabulary"):
         vocabulary.name(vocabulary.size)
 
@@ -77,7 +77,7 @@ def test_further_tokens_move_no_other_id(vocabulary):
     ]
     ids = np.arange(without.size)
     assert (vocabulary.modality_of(ids) == without.modality_of(ids)).all()
-    assert [vocabulary.further_id(name) for name in vocabulary.further] == list(vocabulary.ranges["further"])
+    assert [vocabulary.further_ids[name] for name in vocabulary.further] == list(vocabulary.ranges["further"])
 
 
 def test_each_camera_has_its_token():
