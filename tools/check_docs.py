@@ -34,6 +34,11 @@ def documents() -> list[Path]:
     return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def prose(path: Path) -> str:
+    """Read a document without its blocks of Python, which the tests of extensions run."""
+    return re.sub(r"^```python\n.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def code(text: str) -> Iterator[str]:
     """Yield what stands as code: spans, on one line or two, and lines that are indented by four."""
     yield from (span.replace("\n", " ") for span in SPAN.findall(text))
@@ -66,7 +71,7 @@ def has_key(kind: Any, names: list[str]) -> bool:
 
 def problems(document: Path, known: dict[str, set[str]]) -> Iterator[str]:
     """Yield a sentence for each thing that a document names and that does not exist."""
-    text = document.read_text(encoding="utf-8")
+    text = prose(document)
     for link in LINK.findall(text):
         if ":" not in link and not (document.parent / link).exists():
             yield f"the link {link} leads nowhere"
