@@ -1,6 +1,7 @@
 """Fixtures shared by every test."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,10 @@ from types import ModuleType
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A shell has its background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load_script(path: Path) -> ModuleType:
