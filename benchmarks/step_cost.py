@@ -29,14 +29,19 @@ WARM = 8  # steps that are left out
 MOST = 1.02  # of the old step's time: beyond it a step is said to cost more
 
 
-def seconds_per_step(tree: Path, folder: Path, steps: int) -> float:
-    """The mean of the quickest quarter of the steps of one training in `tree`, whose data and run are in `folder`."""
+def train(tree: Path, folder: Path, steps: int) -> None:
+    """Train so many steps in `tree`, with data and run in `folder`; the data is prepared where it is missing."""
     shards = f"data.sources.drive.shards={folder / 'drive'}"
     codec = f"tokenizers.audio.path={folder / 'drive' / 'audio_codec.safetensors'}"
     command = [sys.executable, "-m", "mmoe", "train", "configs/demo.yaml", shards, codec, "--fresh"]
     command += [f"training.run={folder / 'run'}", "monitoring.log_every_steps=1", "--stop-after", str(steps)]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def seconds_per_step(tree: Path, folder: Path, steps: int) -> float:
+    """The mean of the quickest quarter of the steps of one training."""
+    train(tree, folder, steps)
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     walls = [json.loads(line)["wall_seconds"] for line in lines][WARM:]
     times = sorted(after - before for before, after in pairwise(walls))
@@ -58,7 +63,7 @@ def main() -> None:
         try:
             sides = {"old": folder / "tree", "new": REPOSITORY}
             for name, tree in sides.items():
-                seconds_per_step(tree, folder / name, 1)  # prepares the data
+                train(tree, folder / name, 1)  # prepares the data
             for number in range(arguments.rounds):
                 order = list(sides)[:: -1 if number % 2 else 1]
                 times = {name: seconds_per_step(sides[name], folder / name, arguments.steps) for name in order}

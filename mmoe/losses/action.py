@@ -27,6 +27,7 @@ class ActionLossConfig(Config):
 class ActionTerm(LossTerm):
     """The squared error of every element of an action chunk that lies inside its recording."""
 
+    title = "action L2"
     by_modality = False  # all are actions
 
     def denominator(self, counts: Counts, sequences: int) -> float:

@@ -33,6 +33,7 @@ class ContrastiveTerm(LossTerm):
     directions), and ``same_text``: ordered pairs of pairs that were not compared.
     """
 
+    title = "InfoNCE"
     event_names = ("pairs", "compared", "correct", "same_text")
 
     def __init__(self, config: ContrastiveConfig) -> None:

@@ -52,6 +52,8 @@ class CrossEntropyConfig(Config):
 class CrossEntropyTerm(LossTerm):
     """The cross-entropy of every label in nats; its denominator is the sum of the labels' loss weights."""
 
+    title = "cross-entropy"
+
     def __init__(self, config: CrossEntropyConfig) -> None:
         super().__init__("ce")
         self.chunk, self._weights = config.chunk, config.label_weights().astype(np.float64)

@@ -3,11 +3,22 @@
 from mmoe.losses.term import LossContext, LossTerm, TermSums
 from mmoe.schema.counts import Counts
 
+_TITLES = {
+    "balance_sequence": "load balance",
+    "balance_micro_batch": "load balance, micro-batch",
+    "balance_global_batch": "load balance, global batch",
+    "router_z": "router z",
+}
+
 
 class RouterTerm(LossTerm):
     """Counts one of the routers' losses, a mean over a micro-batch's sequences, by its sequences."""
 
     itemised = by_modality = False
+
+    def __init__(self, name: str, weight: float) -> None:
+        super().__init__(name, weight)
+        self.title = _TITLES[name]
 
     def denominator(self, counts: Counts, sequences: int) -> float:
         """Count the sequences."""

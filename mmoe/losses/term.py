@@ -80,6 +80,7 @@ class LossTerm:
     parameters, ``heads.<name>``.
     """
 
+    title: str = ""  # what pages call it; empty: its name
     event_names: tuple[str, ...] = ()  # what it counts beside its items
     itemised: bool = True  # its items are reported by source
     by_modality: bool = True  # and by modality

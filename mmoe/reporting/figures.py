@@ -17,17 +17,6 @@ BASELINE_NAMES = {"mean": "training mean", "hold_last": "hold last action", "rid
 # Load over its even share: blue is idle, white even, orange overloaded.
 LOAD_SCALE = [(0.0, "#1f5fbf"), (0.5, "#ffffff"), (1.0, "#d9772b")]
 
-TERMS = {
-    "loss": "total",
-    "loss_ce": "cross-entropy",
-    "loss_contrastive": "InfoNCE",
-    "loss_action": "action L2",
-    "loss_balance_sequence": "load balance",
-    "loss_balance_micro_batch": "load balance, micro-batch",
-    "loss_balance_global_batch": "load balance, global batch",
-    "loss_router_z": "router z",
-}
-
 POINTS = 2000  # of a curve that are drawn
 BINS = 256  # of steps, in figures by expert: half as many at least where there are more records
 

@@ -44,7 +44,7 @@ def write_report(run: Run) -> None:
 def render(run: Run, records: RunRecords) -> str:
     """The page as HTML."""
     summary = summarise(records)
-    sections = [_training(records), _experts(run, records)]
+    sections = [_training(run, records), _experts(run, records)]
     if records.plain:
         sections += [
             _actions(records),
@@ -91,12 +91,13 @@ def key_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _training(records: RunRecords) -> Section | None:
-    columns = records.reader.columns(*figures.TERMS, *TRAINING)
+def _training(run: Run, records: RunRecords) -> Section | None:
+    terms = {"loss": "total"} | {f"loss_{term.name}": term.title or term.name for term in run.resolved.loss_terms}
+    columns = records.reader.columns(*terms, *TRAINING)
     return "Training", (
         parts.heading("Loss terms")
         + parts.note("Each before its weight; sums over items divided by the planned counts of the step.")
-        + _plot(figures.curves(columns, figures.TERMS, 3))
+        + _plot(figures.curves(columns, terms, 3))
         + parts.heading("Optimisation and throughput")
         + _plot(figures.curves(columns, TRAINING, 2))
     )
