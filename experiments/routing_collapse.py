@@ -23,7 +23,7 @@ from mmoe.commands.console import Console
 from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
-from mmoe.models.moe.balance import BalanceConfig, StepLoads, update_choice_bias
+from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, update_expert_bias
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients, gradient_norm
 from mmoe.reporting.figures import ABLATED, INK, MODEL, MUTED, style
@@ -163,7 +163,7 @@ def train(setting: Setting, seed: int) -> Trace:
     terms = setting.losses.build()
     denominators = terms.denominators(Counts(columns), sequences)
     for _ in range(STEPS):
-        loads, ce = StepLoads(), 0.0
+        loads, ce = ExpertLoadAccumulator(), 0.0
         for _ in range(MICRO_BATCHES):
             batch = text.batch()
             report = terms.compute(model, model(batch), batch, denominators, VOCABULARY, loads)
@@ -175,7 +175,7 @@ def train(setting: Setting, seed: int) -> Trace:
         optimizer.zero_grad()
         load = loads.total()
         if setting.bias_rate:
-            update_choice_bias(model.decoder.routers, load, setting.bias_rate)
+            update_expert_bias(model.decoder.routers, load, setting.bias_rate)
         trace.load.append((load.amax(1) / load.double().mean(1)).tolist())
         trace.ce.append(ce)
     trace.seconds = time.perf_counter() - started

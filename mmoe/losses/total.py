@@ -20,7 +20,7 @@ from mmoe.errors import ConfigError
 from mmoe.losses.part import WHOLE, Part
 from mmoe.losses.report import LossReport
 from mmoe.losses.term import Items, LossContext, LossTerm
-from mmoe.models.moe.balance import BalanceConfig, StepLoads
+from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.counts import Counts
 from mmoe.schema.modality import Modality
@@ -70,7 +70,7 @@ class LossTerms(Sequence[LossTerm]):
         batch: PackedBatch,
         denominators: Mapping[str, float],
         vocabulary: Vocabulary,
-        loads: StepLoads,
+        loads: ExpertLoadAccumulator,
         part: Part = WHOLE,
         cached: Mapping[str, Any] | None = None,
     ) -> LossReport:

@@ -20,7 +20,7 @@ from mmoe.models.heads import ActionHead, ContrastHead
 from mmoe.models.init import initialise
 from mmoe.models.layers import RMSNorm, SwiGLU
 from mmoe.models.layout import Layout
-from mmoe.models.moe.balance import BalanceConfig, StepLoads, balance_loss
+from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, balance_loss
 from mmoe.models.moe.layer import WIDEST, LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
 from mmoe.models.moe.statistics import RoutingStatistics
@@ -121,13 +121,13 @@ class Block(nn.Module):
 class RouterLosses(Protocol):
     """Gives the losses of a batch's routers, wherever their layers ran."""
 
-    def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
+    def terms(self, loads: ExpertLoadAccumulator, config: BalanceConfig) -> dict[str, Tensor]:
         """``balance_<level>`` of the levels that count, and ``router_z``: means over the batch's sequences and the
         layers of experts. `loads` are those of the step before this batch; its own are added."""
 
 
 @dataclass(frozen=True)
-class Auxiliary:
+class RouterAuxLosses:
     """What the router losses are made of, with gradient.
 
     `balance_loss` (of the sequences) and `z_loss` are means over the batch's sequences and the layers of experts.
@@ -140,7 +140,7 @@ class Auxiliary:
     load_NE: Tensor
     probability_NE: Tensor
 
-    def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
+    def terms(self, loads: ExpertLoadAccumulator, config: BalanceConfig) -> dict[str, Tensor]:
         """As `RouterLosses`."""
         loads.add(self.load_NE)
         terms = {}
@@ -184,10 +184,10 @@ class Decoder(nn.Module):
 
     def forward(self, x_BLD: Tensor, layout: Layout) -> ModelOutput:
         """The embedded batch through all blocks."""
-        x_BLD, routed = self.through(x_BLD, layout, range(len(self.blocks)))
-        return ModelOutput(self.norm(x_BLD), *gather_routing(routed))
+        x_BLD, routed = self.run_layers(x_BLD, layout, range(len(self.blocks)))
+        return ModelOutput(self.norm(x_BLD), *collect_routing(routed))
 
-    def through(self, x_BLD: Tensor, layout: Layout, layers: range) -> tuple[Tensor, list[LayerRouting]]:
+    def run_layers(self, x_BLD: Tensor, layout: Layout, layers: range) -> tuple[Tensor, list[LayerRouting]]:
         """The blocks of `layers`, without the last norm, and what each layer of experts routed."""
         routed: list[LayerRouting] = []
         for number in layers:
@@ -197,12 +197,12 @@ class Decoder(nn.Module):
         return x_BLD, routed
 
 
-def gather_routing(routed: list[LayerRouting]) -> tuple[Auxiliary | None, RoutingStatistics | None]:
+def collect_routing(routed: list[LayerRouting]) -> tuple[RouterAuxLosses | None, RoutingStatistics | None]:
     """Of the layers of experts of a forward pass, in their order; (None, None) where there are none."""
     if not routed:
         return None, None
     zero = routed[0].z_loss.new_zeros(())
-    auxiliary = Auxiliary(
+    auxiliary = RouterAuxLosses(
         balance_loss=sum((layer.balance_loss for layer in routed), start=zero) / len(routed),
         z_loss=sum((layer.z_loss for layer in routed), start=zero) / len(routed),
         load_NE=torch.stack([layer.load_E for layer in routed]),

@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from mmoe.config.registry import ClassRegistry
-from mmoe.models.moe.dispatch import LocalDispatcher, P, Placement, by_expert
+from mmoe.models.moe.dispatch import LocalDispatcher, P, TokenPermutation, by_expert
 from mmoe.models.moe.layer import MoELayer
 from mmoe.models.moe.router import Routing
-from mmoe.models.moe.rows import copy_rows, count, weighted_rows
+from mmoe.models.moe.rows import count, permute_tokens, unpermute_tokens
 from mmoe.models.moe.tokens import Tokens
 from mmoe.parallel.collectives import Exchange
 from mmoe.parallel.gradients import local
@@ -99,7 +99,7 @@ class ShardedExperts(nn.Module):
 class FixedPlacement:
     """`local` places the choices in rows of all E experts, equally many for each, which travel whole."""
 
-    local: Placement
+    local: TokenPermutation
     ends_E: Tensor
     exchange: Exchange
 
@@ -157,7 +157,7 @@ class VariablePlacement:
     row_HK: Tensor
     choice_R: Tensor
     here_T: Tensor | None
-    arrived: Placement
+    arrived: TokenPermutation
     exchange: Exchange
     dropped_TK: Tensor
     complete: bool
@@ -206,7 +206,7 @@ class VariableExchange(ExpertExchange[VariablePlacement]):
         received, sent = torch.stack([arrived_SF.sum(1), sent_SF.sum(1)]).tolist()
         return arrived_SF, received, sent
 
-    def _arrived(self, arrived_SF: Tensor, rows: int) -> Placement:
+    def _arrived(self, arrived_SF: Tensor, rows: int) -> TokenPermutation:
         """Rows arrive by rank, then by expert."""
         here = arrived_SF.shape[1]
         expert_SF = torch.arange(here, device=arrived_SF.device).repeat(self.ranks)
@@ -216,19 +216,19 @@ class VariableExchange(ExpertExchange[VariablePlacement]):
     def dispatch(self, x_HD: Tensor, placement: VariablePlacement) -> Tensor:
         """Send the rows of the choices to the ranks that hold their experts."""
         row_HK = placement.row_HK
-        rows = copy_rows(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.all_travel)
+        rows = permute_tokens(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.all_travel)
         return placement.exchange.start(rows)
 
     def arrive(self, rows_RD: Tensor, placement: VariablePlacement) -> Tensor:
         """Wait for the rows and sort them by expert."""
         placement.exchange.finish()
         arrived = placement.arrived
-        return copy_rows(rows_RD, arrived.choice_R, arrived.row_TK.flatten(), complete=arrived.complete)
+        return permute_tokens(rows_RD, arrived.choice_R, arrived.row_TK.flatten(), complete=arrived.complete)
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: VariablePlacement) -> Tensor:
         """Send the rows back and add up those of each token here, [H, D]."""
         arrived = placement.arrived
-        rows = copy_rows(y_RD, arrived.row_TK.flatten(), arrived.choice_R, complete=arrived.complete)
+        rows = permute_tokens(y_RD, arrived.row_TK.flatten(), arrived.choice_R, complete=arrived.complete)
         weight_HK = weight_TK if placement.here_T is None else weight_TK[placement.here_T]
         back = placement.exchange.back(rows)
-        return weighted_rows(back, weight_HK, placement.row_HK, placement.choice_R, placement.all_travel)
+        return unpermute_tokens(back, weight_HK, placement.row_HK, placement.choice_R, placement.all_travel)

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mmoe.errors import ConfigError
-from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel, gather_routing
+from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel, collect_routing
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoELayer
@@ -83,8 +83,8 @@ class StageModel(MultimodalModel):
         `routing` and the router losses are of this stage's own layers, means over them.
         """
         x_BLD = self.embeddings(entering) if isinstance(entering, PackedBatch) else entering
-        x_BLD, routed = self.decoder.through(x_BLD, layout, self.layers[stage])
-        return ModelOutput(self.decoder.norm(x_BLD) if self.is_last(stage) else x_BLD, *gather_routing(routed))
+        x_BLD, routed = self.decoder.run_layers(x_BLD, layout, self.layers[stage])
+        return ModelOutput(self.decoder.norm(x_BLD) if self.is_last(stage) else x_BLD, *collect_routing(routed))
 
     def table(self, ranks: int, micro_batches: int) -> Table:
         """The stages, to be printed at the start of a run."""

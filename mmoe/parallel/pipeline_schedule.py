@@ -23,7 +23,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from mmoe.losses.report import LossReport
 from mmoe.models.decoder import ModelOutput, RouterLosses
 from mmoe.models.layout import Layout
-from mmoe.models.moe.balance import BalanceConfig, StepLoads, router_losses
+from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, router_losses
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.collectives import add_up
 from mmoe.parallel.gradients import local
@@ -35,7 +35,7 @@ from mmoe.parallel.setting import RankSetting
 from mmoe.schema.batch import PackedBatch
 
 # The losses of a numbered micro-batch, given the model's output on it and the loads of the step before it.
-Losses = Callable[[ModelOutput, PackedBatch, int, StepLoads], LossReport]
+Losses = Callable[[ModelOutput, PackedBatch, int, ExpertLoadAccumulator], LossReport]
 Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 
 
@@ -46,7 +46,7 @@ class PassedLosses:
     names: tuple[str, ...]
     values: Tensor
 
-    def terms(self, loads: StepLoads, config: BalanceConfig) -> dict[str, Tensor]:
+    def terms(self, loads: ExpertLoadAccumulator, config: BalanceConfig) -> dict[str, Tensor]:
         """Give the losses by name; `loads` and `config` were read where the routers ran."""
         return dict(zip(self.names, self.values.unbind(), strict=True))
 
@@ -58,7 +58,7 @@ class _Step:
     batches: list[PackedBatch]
     losses: Losses
     backwards: int
-    loads: dict[int, StepLoads]
+    loads: dict[int, ExpertLoadAccumulator]
     report: LossReport = field(default_factory=LossReport.zero)
     routing: dict[int, RoutingStatistics] = field(default_factory=dict)
 
@@ -79,20 +79,26 @@ class Pipeline:
         self._schedule: Schedule | None = None
         dist.barrier(mesh.group("pp"))  # the first exchange between two ranks alone may not open a group
 
-    def run(self, batches: list[PackedBatch], losses: Losses) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+    def run(
+        self, batches: list[PackedBatch], losses: Losses
+    ) -> tuple[LossReport, RoutingStatistics | None, ExpertLoadAccumulator]:
         """Gradients of all micro-batches; the report (zero but on the last stage), and the statistics and loads of
         this rank's layers."""
         here, form = self.model.here, (len(batches), batches[0].shape)
         if self._schedule is None or self._form != form:
             self._form, self._schedule = form, self._made(len(batches), batches[0])
-        loads = {stage: StepLoads(self._sum_over_data) for stage in here}
+        loads = {stage: ExpertLoadAccumulator(self._sum_over_data) for stage in here}
         self._step = step = _Step(batches, losses, len(here) * len(batches), loads)
         numbers = list(range(len(batches)))
         numbered = [{"number": number} for number in numbers]
         self._schedule.step(kwarg_mbs=numbered, target_mbs=numbers, return_outputs=False)
         self._step = None
         routing = [step.routing[stage] for stage in here if stage in step.routing]
-        return step.report, RoutingStatistics.stack(routing) if routing else None, StepLoads.join(list(loads.values()))
+        return (
+            step.report,
+            RoutingStatistics.stack(routing) if routing else None,
+            ExpertLoadAccumulator.join(list(loads.values())),
+        )
 
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmoe.losses.report import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
-from mmoe.models.moe.balance import StepLoads
+from mmoe.models.moe.balance import ExpertLoadAccumulator
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.pipeline import StageModel
@@ -128,7 +128,7 @@ class DryPipeline(Pipeline):
         self.passes, self._embedded, self._backwards = passes, 0, 0
         self.kept_by_pass = 0  # bytes of activations, by the last pass
 
-    def run(self, *arguments: Any) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+    def run(self, *arguments: Any) -> tuple[LossReport, RoutingStatistics | None, ExpertLoadAccumulator]:
         """Run the micro-batches through the pipeline, noting each pass."""
         self.passes.mark(1)  # what is received before the first forward pass belongs to it
         return super().run(*arguments)

@@ -12,7 +12,7 @@ from mmoe.losses.report import LossReport
 from mmoe.losses.term import LossContext, LossTerm
 from mmoe.losses.total import LossTerms
 from mmoe.models.decoder import ModelOutput, MultimodalModel
-from mmoe.models.moe.balance import StepLoads
+from mmoe.models.moe.balance import ExpertLoadAccumulator
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.pipeline_schedule import Losses
 from mmoe.parallel.ranks import Ranks
@@ -32,7 +32,7 @@ class StepGradients:
 
     report: LossReport
     routing: RoutingStatistics | None
-    loads: StepLoads
+    loads: ExpertLoadAccumulator
     norm: Tensor
     router_norms_NE: Tensor | None
 
@@ -78,7 +78,7 @@ def step_gradients(
         batches = list(batches)
         cached = _prepass(model, batches, coupled, setting)
 
-    def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: StepLoads) -> LossReport:
+    def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: ExpertLoadAccumulator) -> LossReport:
         part = ranks.part(model)
         before = cached[number] if cached else {}
         return setting.terms.compute(model, output, batch, denominators, setting.vocabulary, loads, part, before)
@@ -93,10 +93,10 @@ def step_gradients(
 
 def _one_by_one(
     model: MultimodalModel, batches: Iterable[PackedBatch], losses: Losses, setting: StepSetting
-) -> tuple[LossReport, RoutingStatistics | None, StepLoads]:
+) -> tuple[LossReport, RoutingStatistics | None, ExpertLoadAccumulator]:
     """Each micro-batch forward and backward before the next one."""
     ranks = setting.ranks
-    report, routing, loads = LossReport.zero(), None, StepLoads(ranks.sum_over_data)
+    report, routing, loads = LossReport.zero(), None, ExpertLoadAccumulator(ranks.sum_over_data)
     for number, batch in enumerate(batches):
         batch = batch.to(setting.device)
         ranks.before_backward(model, last=number + 1 == setting.micro_batches)

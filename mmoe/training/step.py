@@ -10,7 +10,7 @@ import torch
 from mmoe.data.load.stream import StepData
 from mmoe.errors import DivergenceError
 from mmoe.losses.report import LossReport
-from mmoe.models.moe.balance import update_choice_bias
+from mmoe.models.moe.balance import update_expert_bias
 from mmoe.models.moe.routing import RoutingWindow
 from mmoe.optim.adamw import clip_gradients
 from mmoe.schema.batch import PackedBatch
@@ -99,7 +99,7 @@ def _update(state: TrainState, gradients: StepGradients, lr: float, run: Run) ->
     state.optimizer.step()
     routers, moe = model.decoder.routers, config.model.moe  # a pipeline stage may have none
     if routers and moe is not None and moe.bias_rate:
-        update_choice_bias(routers, gradients.loads.total(), moe.bias_rate)
+        update_expert_bias(routers, gradients.loads.total(), moe.bias_rate)
 
 
 def _check_finite(gradients: StepGradients, routing: RoutingWindow, step: int, run: Run) -> None:

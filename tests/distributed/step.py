@@ -16,7 +16,7 @@ from mmoe.data.plan.deal import Reach, deal
 from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
-from mmoe.models.moe.balance import update_choice_bias
+from mmoe.models.moe.balance import update_expert_bias
 from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.muon import MuonConfig
@@ -225,7 +225,7 @@ def train(case: Case, world: int, muon: bool, steps: int) -> dict[str, np.ndarra
         optimizer.step()
         optimizer.zero_grad()
         if moe is not None and moe.bias_rate and model.decoder.routers:
-            update_choice_bias(model.decoder.routers, step.loads.total(), moe.bias_rate)
+            update_expert_bias(model.decoder.routers, step.loads.total(), moe.bias_rate)
     weights = worker.of_all_stages({name: whole(value).numpy() for name, value in model.state_dict().items()})
     return weights if worker.setting.ranks.first else {}
 

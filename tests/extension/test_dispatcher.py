@@ -15,10 +15,10 @@ from mmoe.config import registry
 from mmoe.config.load import dump, load, validate
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig
-from mmoe.models.moe.dispatch import DISPATCHERS, CapacityDispatcher, LocalDispatcher, Placement, by_expert
+from mmoe.models.moe.dispatch import DISPATCHERS, CapacityDispatcher, LocalDispatcher, TokenPermutation, by_expert
 from mmoe.models.moe.engines.engine import EXPERT_ENGINES, ExpertEngine
 from mmoe.models.moe.router import Routing
-from mmoe.models.moe.rows import copy_rows, count, weighted_rows
+from mmoe.models.moe.rows import count, permute_tokens, unpermute_tokens
 from mmoe.models.moe.tokens import Tokens
 from mmoe.parallel.collectives import gather, gather_constant, split_sum
 from mmoe.parallel.expert import EXCHANGES, ExpertExchange
@@ -34,12 +34,12 @@ from tests.planning.dry_run_small import plan
 class LastFirstDispatcher(LocalDispatcher):
     """Sorts the rows of an expert from the last token to the first; on many ranks rows travel as they are routed."""
 
-    def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+    def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
         expert = routing.expert_TK.flatten()
         choice = len(expert) - 1 - expert.flip(0).argsort(stable=True)
         row = choice.argsort()
         ends = count(expert, self.experts).cumsum(0).int()
-        return Placement(row.view_as(routing.expert_TK), choice, ends, complete=True)
+        return TokenPermutation(row.view_as(routing.expert_TK), choice, ends, complete=True)
 
 
 @DISPATCHERS.register("gathering")
@@ -53,7 +53,7 @@ class GatheringDispatcher(LastFirstDispatcher):
 class Gathered:
     """`all` places the choices of the tokens of all ranks (n, T at most) that are of experts here."""
 
-    all: Placement
+    all: TokenPermutation
     dropped_TK: Tensor
     most: int
 
@@ -76,20 +76,20 @@ class GatheringExchange(ExpertExchange[Gathered]):
         own = everywhere - torch.distributed.get_rank(self.group) * here
         placed = by_expert(torch.where((own >= 0) & (own < here), own, here), here + 1, 1)
         rows = int(placed.ends_E[here - 1])
-        all_ranks = Placement(placed.row_TK.clamp(max=rows), placed.choice_R[:rows], placed.ends_E[:here], False)
+        all_ranks = TokenPermutation(placed.row_TK.clamp(max=rows), placed.choice_R[:rows], placed.ends_E[:here], False)
         return Gathered(all_ranks, torch.zeros_like(expert_TK, dtype=torch.bool), most)
 
     def dispatch(self, x_TD: Tensor, placement: Gathered) -> Tensor:
         everywhere = gather(_filled(x_TD, placement.most), self.group).flatten(0, 1)
         row_TK = placement.all.row_TK
-        return copy_rows(everywhere, placement.all.choice_R, row_TK.flatten(), row_TK.shape[1])
+        return permute_tokens(everywhere, placement.all.choice_R, row_TK.flatten(), row_TK.shape[1])
 
     def arrive(self, rows_RD: Tensor, placement: Gathered) -> Tensor:
         return rows_RD
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Gathered) -> Tensor:
         weight = gather(_filled(weight_TK, placement.most), self.group).flatten(0, 1)
-        parts = weighted_rows(y_RD, weight, placement.all.row_TK, placement.all.choice_R, False)
+        parts = unpermute_tokens(y_RD, weight, placement.all.row_TK, placement.all.choice_R, False)
         return split_sum(parts.unflatten(0, (self.ranks, -1)), self.group)[: len(weight_TK)]
 
 

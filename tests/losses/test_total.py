@@ -14,8 +14,8 @@ from mmoe.losses.config import LossConfig
 from mmoe.losses.contrastive import ContrastiveConfig
 from mmoe.losses.cross_entropy import CrossEntropyConfig, target_modality
 from mmoe.losses.report import LossReport
-from mmoe.models.decoder import Auxiliary, ModelOutput
-from mmoe.models.moe.balance import BalanceConfig, StepLoads
+from mmoe.models.decoder import ModelOutput, RouterAuxLosses
+from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs
 from mmoe.schema.modality import Modality
 from mmoe.tokenizers.vocabulary import Vocabulary
@@ -48,7 +48,7 @@ class Heads(nn.Module):
         # One number a sequence, averaged over the batch: what a router's losses are.
         each = hidden.square().mean((1, 2))
         load = torch.stack([batch.token_ids.flatten(), batch.labels.flatten().clamp(min=0)])
-        auxiliary = Auxiliary(
+        auxiliary = RouterAuxLosses(
             balance_loss=each.mean(),
             z_loss=(each * 3).mean(),
             load_NE=F.one_hot(load % 3, 3).sum(1),
@@ -140,11 +140,11 @@ def run(
     batch: PackedBatch,
     planned: dict[str, float] | None = None,
     config: LossConfig = CONFIG,
-    loads: StepLoads | None = None,
+    loads: ExpertLoadAccumulator | None = None,
 ) -> LossReport:
     terms = config.build()
     planned = terms.denominators(Planned.of(WHOLE), sequences=B) | (planned or {})
-    return terms.compute(model, model(batch), batch, planned, VOCABULARY, loads or StepLoads())
+    return terms.compute(model, model(batch), batch, planned, VOCABULARY, loads or ExpertLoadAccumulator())
 
 
 def gradients(model: Heads, total: Tensor) -> list[Tensor]:
@@ -188,7 +188,7 @@ def test_each_level_of_balance_counts_by_its_own_coefficient(model: Heads) -> No
     """Two micro-batches: the second's global level knows the loads of both."""
     levels = BalanceConfig(sequence=0.0, micro_batch=0.5, global_batch=0.25)
     config = CONFIG.model_copy(update={"balance": levels, "router_z": 0.0})
-    parts, loads, load = [batch_of([0]), batch_of([1, 2, 3])], StepLoads(), torch.zeros(2, 3)
+    parts, loads, load = [batch_of([0]), batch_of([1, 2, 3])], ExpertLoadAccumulator(), torch.zeros(2, 3)
     for batch in parts:
         report, auxiliary = run(model, batch, config=config, loads=loads), model(batch).auxiliary
         assert "balance_sequence" not in report.terms
@@ -253,7 +253,7 @@ def test_a_lost_item_contributes_zero_and_stays_in_the_denominator(model: Heads)
 def test_a_dense_model_has_no_router_terms(model: Heads) -> None:
     output = model(WHOLE)
     output = replace(output, auxiliary=None)
-    report = TERMS.compute(model, output, WHOLE, PLANNED, VOCABULARY, StepLoads())
+    report = TERMS.compute(model, output, WHOLE, PLANNED, VOCABULARY, ExpertLoadAccumulator())
     assert set(report.terms) == {"ce", "contrastive", "action"}
 
 

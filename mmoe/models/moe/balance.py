@@ -43,7 +43,7 @@ def router_losses(config: BalanceConfig) -> tuple[str, ...]:
     return (*(f"balance_{level}" for level, weight in config if weight), "router_z")
 
 
-class StepLoads:
+class ExpertLoadAccumulator:
     """How often each expert was chosen in the optimizer step so far, before any drop.
 
     The loads of all layers are one tensor, so summing them over data ranks is one reduction. `reduce` does that:
@@ -59,7 +59,7 @@ class StepLoads:
         self._load_NE = load_NE if self._load_NE is None else self._load_NE + load_NE
 
     @classmethod
-    def join(cls, parts: "list[StepLoads]") -> "StepLoads":
+    def join(cls, parts: "list[ExpertLoadAccumulator]") -> "ExpertLoadAccumulator":
         """Of the layers of several, in that order; a part to which nothing was added has none."""
         joined = cls(parts[0]._reduce)
         if added := [part._load_NE for part in parts if part._load_NE is not None]:
@@ -98,10 +98,10 @@ def z_loss(routing: Routing, tokens: Tokens) -> Tensor:
 
 
 @torch.no_grad()
-def update_choice_bias(routers: list[Router], load_NE: Tensor, rate: float) -> None:
+def update_expert_bias(routers: list[Router], load_NE: Tensor, rate: float) -> None:
     """Raise the bias of the experts that a step chose less than the mean of their layer, lower that of the others.
 
-    bias += rate * sign(mean load - load): Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"; DeepSeek-V3.
+    bias += rate * sign(mean load - load): Wang et al. 2024, "RouterAuxLosses-Loss-Free Load Balancing"; DeepSeek-V3.
     `load_NE` are the loads of the step over all ranks, a row for each router. The comparison is one of integers.
     """
     load_NE = load_NE.detach()

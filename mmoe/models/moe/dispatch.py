@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmoe.config.registry import ClassRegistry
 from mmoe.models.moe.router import Routing
-from mmoe.models.moe.rows import copy_rows, count, weighted_rows
+from mmoe.models.moe.rows import count, permute_tokens, unpermute_tokens
 from mmoe.models.moe.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Drop = Literal["probability", "position"]
 
 
 @dataclass(frozen=True)
-class Placement:
+class TokenPermutation:
     """Where the choices of the router stand. Choice c is the (c % K)-th of token c // K.
 
     `row_TK` is the row of each choice, R where it was dropped; `choice_R` is the choice in each row, T K where the
@@ -48,7 +48,7 @@ class Placement:
 
 
 class Placed(Protocol):
-    """What every placement says, wherever its rows are: those of the `Placement` that experts here compute."""
+    """What every placement says, wherever its rows are: those of the `TokenPermutation` that experts here compute."""
 
     @property
     def ends_E(self) -> Tensor:
@@ -111,24 +111,24 @@ class LocalDispatcher(ABC):
         return None
 
     @abstractmethod
-    def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+    def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
         """As `Dispatcher`."""
 
-    def dispatch(self, x_TD: Tensor, placement: Placement) -> Tensor:
+    def dispatch(self, x_TD: Tensor, placement: TokenPermutation) -> Tensor:
         """Copy each token to the rows of its choices, [R, D]; empty rows are zero."""
         row_TK, choice_R = placement.row_TK, placement.choice_R
-        return copy_rows(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
+        return permute_tokens(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
 
-    def arrive(self, rows_RD: Tensor, placement: Placement) -> Tensor:
+    def arrive(self, rows_RD: Tensor, placement: TokenPermutation) -> Tensor:
         """Give the rows as they are: here they do not travel."""
         return rows_RD
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: TokenPermutation) -> Tensor:
         """Add up the weighted rows of each token, [T, D]."""
-        return weighted_rows(y_RD, weight_TK, placement.row_TK, placement.choice_R, placement.complete)
+        return unpermute_tokens(y_RD, weight_TK, placement.row_TK, placement.choice_R, placement.complete)
 
 
-def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> Placement:
+def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> TokenPermutation:
     """A row for each choice, sorted by expert, in it by token; groups of a multiple of `multiple` rows."""
     expert = expert_TK.flatten()
     choice = expert.argsort(stable=True)
@@ -137,7 +137,7 @@ def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> Placement:
     row = torch.empty_like(choice)
     if multiple == 1:
         row[choice] = rank
-        return Placement(row.view_as(expert_TK), choice, sizes.cumsum(0).int(), complete=True)
+        return TokenPermutation(row.view_as(expert_TK), choice, sizes.cumsum(0).int(), complete=True)
     rows = rounded_up(len(choice) + experts * (multiple - 1), multiple)
     padded = rounded_up(sizes, multiple)
     shift = (padded.cumsum(0) - padded) - (sizes.cumsum(0) - sizes)
@@ -147,7 +147,7 @@ def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> Placement:
     choice_in_row[row_of_choice] = choice
     ends = padded.cumsum(0)
     ends[-1] = rows
-    return Placement(row.view_as(expert_TK), choice_in_row, ends.int(), complete=False)
+    return TokenPermutation(row.view_as(expert_TK), choice_in_row, ends.int(), complete=False)
 
 
 def rounded_up(rows: Rows, multiple: int) -> Rows:
@@ -162,7 +162,7 @@ class DroplessDispatcher(LocalDispatcher):
     for the sizes; the rows that no group needs are empty rows of the last one.
     """
 
-    def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+    def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
         """Give every choice a row, sorted by expert."""
         return by_expert(routing.expert_TK, self.experts, self.group_multiple)
 
@@ -199,7 +199,7 @@ class CapacityDispatcher(LocalDispatcher):
         """Count the rows of all experts: as many for each, whatever is routed."""
         return self.experts * rounded_up(sequences * self.capacity(length, top_k), self.group_multiple)
 
-    def plan(self, routing: Routing, tokens: Tokens) -> Placement:
+    def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
         """Give the choices that fit their sequence's capacity a row, and drop the others."""
         capacity, sequences = self.capacity(tokens.length, routing.expert_TK.shape[1]), tokens.sequences
         rows = self.rows(sequences, tokens.length, routing.expert_TK.shape[1])
@@ -220,7 +220,7 @@ class CapacityDispatcher(LocalDispatcher):
         choice_in_row = choice.new_full((rows + 1,), len(choice))
         choice_in_row[row_of_choice] = choice
         ends = torch.arange(1, self.experts + 1, device=choice.device) * rows_of_expert
-        return Placement(row.view_as(routing.expert_TK), choice_in_row[:-1], ends.int(), complete=False)
+        return TokenPermutation(row.view_as(routing.expert_TK), choice_in_row[:-1], ends.int(), complete=False)
 
 
 DISPATCHERS = ClassRegistry(

@@ -64,7 +64,7 @@ class Router(nn.Module):
     are those of the clean logits.
 
     With `biased` there is a buffer `choice_bias` [E], added to the scores for the choice only; training moves it
-    (`balance.update_choice_bias`), never a gradient.
+    (`balance.update_expert_bias`), never a gradient.
 
     A logit that is not finite makes the weights of its token NaN and leaves the choices valid indices: looking for one
     here would make every layer wait for the device. The trainer names the layer when the gradient norm tells it.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def copy_rows(x: Tensor, index: Tensor, inverse: Tensor, share: int = 1, complete: bool = False) -> Tensor:
+def permute_tokens(x: Tensor, index: Tensor, inverse: Tensor, share: int = 1, complete: bool = False) -> Tensor:
     """out[i] = x[index[i] // share], zero where that is past the end of x.
 
     `inverse` [len(x) * share] says which row of `out` each share of each row of x went to, past its end for none.
@@ -33,7 +33,7 @@ class _CopyRows(torch.autograd.Function):
         return _select(grad, inverse, ctx.complete), None, None, None, None
 
 
-def weighted_rows(y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
+def unpermute_tokens(y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
     """out[t] = sum_k weight[t, k] y[row[t, k]] with the weights in y's dtype, summed in float32 or wider and rounded
     once; rows past the end of y add zero.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmoe.models.moe.noise import token_keys
-from mmoe.models.moe.rows import copy_rows
+from mmoe.models.moe.rows import permute_tokens
 from mmoe.schema.batch import PackedBatch
 
 
@@ -60,11 +60,11 @@ class Tokens:
     def take(self, x_BLD: Tensor) -> Tensor:
         """[T, D]: the tokens' rows."""
         x_ND = x_BLD.flatten(0, 1)
-        return x_ND if self._unpadded else copy_rows(x_ND, self.position_T, self.number_N)
+        return x_ND if self._unpadded else permute_tokens(x_ND, self.position_T, self.number_N)
 
     def put(self, y_TD: Tensor) -> Tensor:
         """[B, L, D]: each token at its position, zeros at padding."""
-        y_ND = y_TD if self._unpadded else copy_rows(y_TD, self.number_N, self.position_T)
+        y_ND = y_TD if self._unpadded else permute_tokens(y_TD, self.number_N, self.position_T)
         return y_ND.unflatten(0, (self.sequences, self.length))
 
     @property

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mmoe.models.decoder import ModelConfig
-from mmoe.models.moe.balance import StepLoads, balance_loss, update_choice_bias
+from mmoe.models.moe.balance import ExpertLoadAccumulator, balance_loss, update_expert_bias
 from mmoe.models.moe.layer import MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
 from mmoe.models.moe.tokens import Tokens
@@ -55,7 +55,7 @@ def tokens_of(layer: MoELayer, x: torch.Tensor, batch) -> list[list[tuple[list[f
 def test_every_level_is_what_its_formula_says(score, capacity_factor):
     layer = build(score=score, capacity_factor=capacity_factor)
     batches = [random_batch(seed, sequences=2 + seed) for seed in range(3)]  # the micro-batches of one step
-    loads, before = StepLoads(), []
+    loads, before = ExpertLoadAccumulator(), []
     for number, batch in enumerate(batches):
         x = hidden(batch, number)
         _, routed = layer(x, Tokens.of(batch))
@@ -81,7 +81,7 @@ def test_ranks_add_their_loads_and_then_agree():
     routed = [layer(y, Tokens.of(batch))[1] for y, batch in zip((x, x[:2], x[2:]), (whole, *halves))]
     counts = [r.load_E[None] for r in routed]
     for mine, other in ((1, 2), (2, 1)):
-        loads = StepLoads(reduce=lambda load, other=other: load + counts[other])
+        loads = ExpertLoadAccumulator(reduce=lambda load, other=other: load + counts[other])
         loads.add(counts[mine])
         assert torch.equal(loads.total(), counts[0])
         assert torch.equal(loads.total(), counts[0])  # asking twice counts nothing twice
@@ -120,13 +120,13 @@ def test_padding_alone_is_balanced_at_zero():
     level = balance_loss(routed.load_E, routed.probability_E)
     assert routed.balance_loss == level == routed.z_loss == routed.load_E.sum() == 0
     (level + routed.balance_loss).backward()
-    update_choice_bias([layer.router], routed.load_E[None], 0.1)
+    update_expert_bias([layer.router], routed.load_E[None], 0.1)
     assert (layer.router.choice_bias == 0).all()
 
 
 def test_loads_that_were_not_counted_are_an_error():
     with pytest.raises(ValueError, match="no loads were counted"):
-        StepLoads().total()
+        ExpertLoadAccumulator().total()
 
 
 @settings(max_examples=50, deadline=None)
@@ -138,7 +138,7 @@ def test_the_bias_moves_by_the_sign_of_what_is_missing(load, rate):
     routers = [Router(8, 4, 2, True, 1.0, biased=True) for _ in load]
     for router in routers:
         router.choice_bias.fill_(0.5)
-    update_choice_bias(routers, torch.tensor(load), rate)
+    update_expert_bias(routers, torch.tensor(load), rate)
     for router, row in zip(routers, load):
         for expert, count in enumerate(row):
             short = sum(row) - 4 * count
@@ -163,7 +163,7 @@ def test_the_bias_evens_the_load_of_a_skewed_router():
     assert skew() > 3
     for _ in range(300):
         load = router(x).expert_TK.flatten().bincount(minlength=8)
-        update_choice_bias([router], load[None], 0.01)
+        update_expert_bias([router], load[None], 0.01)
     assert skew() < 1.2
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmoe.models.moe.dispatch import CapacityDispatcher, DroplessDispatcher
 from mmoe.models.moe.router import Routing
-from mmoe.models.moe.rows import copy_rows, weighted_rows
+from mmoe.models.moe.rows import permute_tokens, unpermute_tokens
 from mmoe.models.moe.tokens import Tokens
 from tests.models.random_batch import random_batch
 
@@ -129,7 +129,7 @@ def test_copying_has_the_gradient_of_indexing():
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([4, 6, 0, 1, 5])  # choice 6 is past the end; choices 2 and 3 (of row 1) go nowhere
     inverse = torch.tensor([2, 3, 5, 5, 0, 4])
-    assert torch.autograd.gradcheck(lambda x: copy_rows(x, index, inverse, share=2), x)
+    assert torch.autograd.gradcheck(lambda x: permute_tokens(x, index, inverse, share=2), x)
 
 
 @pytest.mark.parametrize("complete", [False, True])
@@ -141,8 +141,8 @@ def test_weighted_rows_have_the_gradient_of_the_sum(complete):
     weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     padded = torch.cat([y, y.new_zeros(1, 3)])
     expected = (padded[row] * weight.unsqueeze(2)).sum(1)
-    torch.testing.assert_close(weighted_rows(y, weight, row, choice, complete), expected)
-    assert torch.autograd.gradcheck(lambda y, w: weighted_rows(y, w, row, choice, complete), (y, weight))
+    torch.testing.assert_close(unpermute_tokens(y, weight, row, choice, complete), expected)
+    assert torch.autograd.gradcheck(lambda y, w: unpermute_tokens(y, w, row, choice, complete), (y, weight))
 
 
 @pytest.mark.parametrize("padded", [False, True])
