@@ -167,7 +167,7 @@ def train(setting: Setting, seed: int) -> Trace:
         for _ in range(MICRO_BATCHES):
             batch = text.batch()
             report = terms.compute(model, model(batch), batch, denominators, VOCABULARY, loads)
-            report.objective.backward()
+            report.loss_for_backward.backward()
             ce += float(report.terms["ce"])
         norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])
         clip_gradients(model.parameters(), norm, ClipConfig())

@@ -325,7 +325,7 @@ def take_step(layout: Layout, folder: Path) -> Outcome:
         size = expected[name].double() if name in expected else torch.zeros(())
         squares[name] = (float((whole.double() - size).square().sum()), float(size.square().sum()))
     loads = None if step.routing is None else step.routing.load_NMSE.sum((1, 2)).numpy()
-    return Outcome(float(step.report.total), float(step.norm), loads, squares)
+    return Outcome(float(step.report.loss), float(step.norm), loads, squares)
 
 
 def show(

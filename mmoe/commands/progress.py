@@ -40,7 +40,7 @@ class ProgressBar(Callback):
     def on_step(self, result: StepResult) -> None:
         """Move the bar, or print a line every tenth of the run."""
         trainer = self._trainer
-        loss, rate = f"{float(result.losses.total):.3f}", f"{result.useful_positions / result.seconds:,.0f}"
+        loss, rate = f"{float(result.losses.loss):.3f}", f"{result.useful_positions / result.seconds:,.0f}"
         if self._bar:
             self._bar.update(self._task, completed=result.step, loss=loss, rate=rate)
         elif result.step % self._line_every == 0 or result.step == trainer.stop_at:

@@ -20,7 +20,7 @@ from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.inference import inference
 from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.optional import needs
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import NO_PAIR
@@ -39,7 +39,7 @@ class Sampling(Config):
 
     def draw(self, logits: Tensor, legal: Tensor, generator: torch.Generator) -> int:
         """One of the ids `legal` [n], by the model's `logits` [V]."""
-        scores = widen(logits)[legal].cpu()
+        scores = upcast(logits)[legal].cpu()
         if self.temperature == 0:
             return int(legal[scores.argmax()])
         p, order = (scores / self.temperature).softmax(0).sort(descending=True, stable=True)

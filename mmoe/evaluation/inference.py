@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from mmoe.losses.part import WHOLE, Part
+from mmoe.losses.loss_share import FULL_SHARE, LossShare
 from mmoe.models.decoder import MultimodalModel
 from mmoe.parallel.ranks import SharedBatches
 from mmoe.runtime import agreement
@@ -97,7 +97,7 @@ def inference(run: Run, progress: Progress | None = None) -> Iterator[Inference]
 
 
 def label_log_probabilities(
-    model: MultimodalModel, hidden_BLD: Tensor, batch: PackedBatch, chunk: int, part: Part = WHOLE
+    model: MultimodalModel, hidden_BLD: Tensor, batch: PackedBatch, chunk: int, part: LossShare = FULL_SHARE
 ) -> tuple[Tensor, Tensor]:
     """ln p of every label [N] (f32 or wider) and its flat position [N]; `chunk` positions' logits at a time.
 

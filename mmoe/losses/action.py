@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmoe.config.base import Config
 from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 from mmoe.schema.counts import Counts
 from mmoe.schema.modality import Modality
 
@@ -50,5 +50,5 @@ def squared_error(predicted_MHA: Tensor, target_MHA: Tensor, mask_MHA: Tensor) -
 
     What stands behind a mask of False is never read, be it NaN, and gives no gradient.
     """
-    error = widen(predicted_MHA) - target_MHA
+    error = upcast(predicted_MHA) - target_MHA
     return torch.where(mask_MHA, error, 0).square().sum((1, 2))

@@ -8,7 +8,7 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.losses.cached import CachedInfoNCE, Embedded, cache
 from mmoe.losses.info_nce import info_nce
-from mmoe.losses.part import Part
+from mmoe.losses.loss_share import LossShare
 from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
 from mmoe.schema.counts import Counts
 from mmoe.schema.modality import Modality
@@ -49,7 +49,7 @@ class ContrastiveTerm(LossTerm):
         pairs = context.part.own_pairs(context.batch.pairs)
         return Embedded(*context.model.contrast(context.hidden_BLD, pairs, context.batch.modality), pairs)
 
-    def prepass(self, embedded: Sequence[Embedded], part: Part) -> list[CachedInfoNCE]:
+    def prepass(self, embedded: Sequence[Embedded], part: LossShare) -> list[CachedInfoNCE]:
         """Work out the losses of all micro-batches' pairs and their gradients by embedding."""
         return cache(embedded, self.tau, part.gather_pairs)
 

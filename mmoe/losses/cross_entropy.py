@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mmoe.config.base import Config
 from mmoe.config.nature import Nature
-from mmoe.losses.part import WHOLE, Part, share
+from mmoe.losses.loss_share import FULL_SHARE, LossShare, take_share
 from mmoe.losses.term import Items, LossContext, LossTerm, TermSums
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.counts import Counts
 from mmoe.schema.modality import Modality
@@ -90,17 +90,17 @@ class CrossEntropy:
 
 
 def cross_entropy(
-    head: Head, hidden_BLD: Tensor, labels_BL: Tensor, weight_BL: Tensor, chunk: int, part: Part = WHOLE
+    head: Head, hidden_BLD: Tensor, labels_BL: Tensor, weight_BL: Tensor, chunk: int, part: LossShare = FULL_SHARE
 ) -> CrossEntropy:
     """CE of `head(hidden)` [N, D] -> [N, V] against the labels of `part` that are not -100, in float32 or wider.
 
     Only labelled positions reach the head, `chunk` at a time; backward recomputes a chunk's logits, so at no
     time more than [chunk, V] of them exist. The price is the head's forward pass once more.
     """
-    index_N = share((labels_BL.flatten() != IGNORE).nonzero().squeeze(1), part.labels)
+    index_N = take_share((labels_BL.flatten() != IGNORE).nonzero().squeeze(1), part.labels)
     hidden_ND = hidden_BLD.flatten(0, 1)[index_N]
     # The sum over no element ties the result to the graph even where a batch has no label.
-    total, items = widen(hidden_ND[:0]).sum(), []
+    total, items = upcast(hidden_ND[:0]).sum(), []
     columns = (hidden_ND, labels_BL.flatten()[index_N], weight_BL.flatten()[index_N])
     for rows in zip(*(x.split(chunk) for x in columns), strict=True):
         weighted, losses = checkpoint(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import Pairs
 
 Gather = Callable[[Tensor], tuple[Tensor, int]]
@@ -51,7 +51,7 @@ def info_nce(left_PE: Tensor, right_PE: Tensor, pairs: Pairs, tau: float, gather
     """
     group, text, first = pairs.group, pairs.text_hash, 0
     with torch.autocast(left_PE.device.type, enabled=False):
-        left, right = F.normalize(widen(left_PE), dim=1), F.normalize(widen(right_PE), dim=1)
+        left, right = F.normalize(upcast(left_PE), dim=1), F.normalize(upcast(right_PE), dim=1)
         if gather is None:
             forward_PC = left @ right.T / tau
             backward_PC = forward_PC.T

@@ -14,15 +14,15 @@ from mmoe.schema.modality import Modality
 class LossReport:
     """Losses of a micro-batch; reports of the same step, from all processes, add up to the report of the step.
 
-    `objective` is the scalar to differentiate, `total` its detached share of the step's loss: they differ where
-    several processes work out a term together (`Part`). By the name of a term: `terms` are the parts of `total` before
+    `loss_for_backward` is the scalar to differentiate, `loss` its detached share of the step's loss: they differ where
+    several processes work out a term together (`Part`). By the name of a term: `terms` are the parts of `loss` before
     their weights, item sums over planned counts, detached; `items` is [sources, modalities, 2] f64, sum and number of
     the items present, unweighted; `events` [n] f64 counts its `event_names`. A term that a step has nothing of is in
     none of them.
     """
 
-    objective: Tensor
-    total: Tensor
+    loss_for_backward: Tensor
+    loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     items: dict[str, Tensor] = field(default_factory=dict)
     events: dict[str, Tensor] = field(default_factory=dict)
@@ -34,8 +34,8 @@ class LossReport:
 
     def __add__(self, other: LossReport) -> LossReport:
         return LossReport(
-            self.objective + other.objective,
-            self.total + other.total,
+            self.loss_for_backward + other.loss_for_backward,
+            self.loss + other.loss,
             _merge(self.terms, other.terms),
             _merge(self.items, other.items),
             _merge(self.events, other.events),
@@ -43,7 +43,7 @@ class LossReport:
 
     def detach(self) -> LossReport:
         """Give the report without the graph behind its objective."""
-        return replace(self, objective=self.objective.detach())
+        return replace(self, loss_for_backward=self.loss_for_backward.detach())
 
     def by_modality(self, term: str) -> dict[Modality, float]:
         """Mean over the items present of a term, where there are any."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmoe.config.registry import KindConfig, Registry
-from mmoe.losses.part import Part, share
+from mmoe.losses.loss_share import LossShare, take_share
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.counts import Counts
 from mmoe.tokenizers.vocabulary import Vocabulary
@@ -35,13 +35,13 @@ class LossContext:
     batch: PackedBatch
     vocabulary: Vocabulary
     planned: float
-    part: Part
+    part: LossShare
     router: Mapping[str, Tensor]
     cached: Any = None
 
     def share(self, rows: Tensor) -> Tensor:
         """Choose the rows (items of a batch) that this process computes; every item is one process's."""
-        return share(rows, self.part.items)
+        return take_share(rows, self.part.items)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class LossTerm:
         """Keep of a micro-batch what `prepass` needs, without gradient; asked where the term `couples`."""
         raise NotImplementedError
 
-    def prepass(self, embedded: Sequence[Any], part: Part) -> list[Any]:
+    def prepass(self, embedded: Sequence[Any], part: LossShare) -> list[Any]:
         """Turn what `embed` kept of each micro-batch of the step into what `compute` finds as `cached` (GradCache)."""
         raise NotImplementedError
 

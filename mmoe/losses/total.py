@@ -1,4 +1,4 @@
-"""The training objective: every term a sum over items divided by what the plan counted for the step.
+"""The training loss_for_backward: every term a sum over items divided by what the plan counted for the step.
 
 ``total = sum_term weight_term * sum_items(term) / planned(term)``
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmoe.errors import ConfigError
-from mmoe.losses.part import WHOLE, Part
+from mmoe.losses.loss_share import FULL_SHARE, LossShare
 from mmoe.losses.report import LossReport
 from mmoe.losses.term import Items, LossContext, LossTerm
 from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator
@@ -71,7 +71,7 @@ class LossTerms(Sequence[LossTerm]):
         denominators: Mapping[str, float],
         vocabulary: Vocabulary,
         loads: ExpertLoadAccumulator,
-        part: Part = WHOLE,
+        part: LossShare = FULL_SHARE,
         cached: Mapping[str, Any] | None = None,
     ) -> LossReport:
         """Every term of one micro-batch, given the model's `output` on it and the step's `denominators`.
@@ -83,15 +83,15 @@ class LossTerms(Sequence[LossTerm]):
         """
         router = output.auxiliary.terms(loads, self._balance) if output.auxiliary is not None else {}
         context = partial(LossContext, model, output.hidden, batch, vocabulary, part=part, router=router)
-        objective = output.hidden.new_zeros((), dtype=torch.promote_types(output.hidden.dtype, torch.float32))
-        total, report = objective.detach(), LossReport.zero()
+        loss_for_backward = output.hidden.new_zeros((), dtype=torch.promote_types(output.hidden.dtype, torch.float32))
+        total, report = loss_for_backward.detach(), LossReport.zero()
         for term in self:
             planned = denominators[term.name]
             sums = term.compute(context(planned=planned, cached=(cached or {}).get(term.name)))
             if sums is None:
                 continue
             value = _over(sums.total, planned, term.name)
-            objective = objective + term.weight * value
+            loss_for_backward = loss_for_backward + term.weight * value
             report.terms[term.name] = value.detach() * sums.reports
             total = total + term.weight * report.terms[term.name]
             if sums.items is not None:
@@ -99,7 +99,7 @@ class LossTerms(Sequence[LossTerm]):
             if term.event_names:
                 events = [sums.events[name].double() for name in term.event_names]
                 report.events[term.name] = torch.stack(events) * sums.reports
-        return LossReport(objective, total, report.terms, report.items, report.events)
+        return LossReport(loss_for_backward, total, report.terms, report.items, report.events)
 
     def figures(self, report: LossReport, sources: Sequence[str]) -> dict[str, float]:
         """The breakdown of a step as flat scalars: ``ce_text``, ``ce_from_<source>``, ``contrastive_accuracy``, ..."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 
 
 def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
@@ -26,7 +26,7 @@ class _FanOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         first, second, *others = grads
-        total = widen(first) + second  # in the wider dtype of the two
+        total = upcast(first) + second  # in the wider dtype of the two
         for grad in others:
             total += grad
         return total.to(first.dtype), None

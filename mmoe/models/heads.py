@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import Pairs
 from mmoe.schema.modality import Modality
 
@@ -24,7 +24,7 @@ class ActionHead(nn.Module):
         """Predict the actions [M, chunk, dim] from hidden states [M, size]."""
         with torch.autocast(hidden_MD.device.type, enabled=False):
             hidden = self.hidden(hidden_MD.to(self.hidden.weight.dtype))
-            return widen(self.output(F.silu(hidden))).unflatten(1, self.shape)
+            return upcast(self.output(F.silu(hidden))).unflatten(1, self.shape)
 
 
 class ContrastHead(nn.Module):
@@ -39,7 +39,7 @@ class ContrastHead(nn.Module):
         with torch.autocast(hidden_BLD.device.type, enabled=False):
             pooled, kind = self._pool(hidden_BLD, pairs, modality_BL), pairs.modality.flatten()
             parts = (
-                F.linear(torch.where((kind == modality)[:, None], pooled, 0), widen(self._weight(modality)))
+                F.linear(torch.where((kind == modality)[:, None], pooled, 0), upcast(self._weight(modality)))
                 for modality in CONTRASTED
             )
             projected = sum(parts, start=pooled.new_zeros(()))
@@ -57,6 +57,6 @@ class ContrastHead(nn.Module):
         position = torch.arange(len(side), device=side.device) - (size.cumsum(0) - size)[side] + start[side]
         own = modality_BL.flatten()[position] == pairs.modality.flatten()[side]
         side, position = side[own], position[own]
-        hidden = widen(hidden_BLD.flatten(0, 1)[position])
+        hidden = upcast(hidden_BLD.flatten(0, 1)[position])
         sums = hidden.new_zeros(len(size), hidden.shape[1]).index_add(0, side, hidden)
         return sums / side.bincount(minlength=len(size)).clamp(min=1)[:, None]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmoe.models.dtypes import compute_dtype
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x."""
-        return F.rms_norm(widen(x), self.weight.shape, widen(self.weight), self.eps).to(compute_dtype(x))
+        return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(compute_dtype(x))
 
 
 class SwiGLU(nn.Module):

@@ -145,7 +145,7 @@ class MetricsCallback(Callback):
         if chosen:
             _add(totals, expert_choices=chosen, expert_choices_dropped=dropped)
         scalars = {
-            "loss": float(result.losses.total),
+            "loss": float(result.losses.loss),
             **{f"loss_{name}": float(value) for name, value in result.losses.terms.items()},
             **trainer.setting.terms.figures(result.losses, trainer.run.sources.names),
             "lr": result.lr,

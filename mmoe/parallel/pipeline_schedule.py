@@ -212,7 +212,7 @@ class Pipeline:
             output = ModelOutput(leaving[0], passed, None)
             report = step.losses(output, step.batches[number], number, step.loads[last])
         step.report = step.report + report.detach()
-        return report.objective
+        return report.loss_for_backward
 
     @property
     def _current(self) -> _Step:

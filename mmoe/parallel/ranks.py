@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmoe.data.load.stream import StepData, Stream
 from mmoe.data.plan.deal import Reach
-from mmoe.losses.part import WHOLE, Part
+from mmoe.losses.loss_share import FULL_SHARE, LossShare
 from mmoe.losses.report import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.statistics import RoutingStatistics, router_gradient_norms
@@ -74,7 +74,7 @@ class Ranks(Protocol):
     def logits(self, model: MultimodalModel, hidden_nD: Tensor) -> Tensor:
         """Scores [n, V] of all ids, for no gradient; the ranks that share the vocabulary ask together."""
 
-    def part(self, model: MultimodalModel) -> Part:
+    def part(self, model: MultimodalModel) -> LossShare:
         """What this rank works out of the losses of its batches."""
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
@@ -127,9 +127,9 @@ class OneProcess:
         """Give the model's own scores."""
         return model.logits(hidden_nD)
 
-    def part(self, model: MultimodalModel) -> Part:
+    def part(self, model: MultimodalModel) -> LossShare:
         """Say that all of the losses are worked out here."""
-        return WHOLE
+        return FULL_SHARE
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
         """Do nothing: no gradient travels."""
@@ -204,14 +204,14 @@ class ManyRanks:
         head = VocabularyHead(model, self.mesh.axis("tp"))
         return head.whole(head.logits(hidden_nD))
 
-    def part(self, model: MultimodalModel) -> Part:
+    def part(self, model: MultimodalModel) -> LossShare:
         """Say what of the losses is worked out here, by the axes of the mesh."""
         mesh, degrees = self.mesh, self.mesh.degrees
         vocabulary: dict[str, Any] = {}
         if degrees.tp > 1:
             head = VocabularyHead(model, mesh.axis("tp"))
             vocabulary = {"head": head.logits, "criterion": head.criterion}
-        return Part(
+        return LossShare(
             labels=(mesh.rank("cp"), degrees.cp),
             items=(mesh.rank("sequence"), degrees.sequence_ranks),
             reports_labels=mesh.rank("tp") == 0,

@@ -15,7 +15,7 @@ from mmoe.schema.modality import Modality
 
 def sum_report(report: LossReport, terms: LossTerms, sources: int, device: torch.device) -> LossReport:
     """The report of all ranks; a rank may lack terms and sources that others have."""
-    values = [report.total.reshape(1)]
+    values = [report.loss.reshape(1)]
     for found, shapes in _tables(report, terms, sources):
         for name, shape in shapes.items():
             table = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -32,7 +32,7 @@ def sum_report(report: LossReport, terms: LossTerms, sources: int, device: torch
             present, table, rest = rest.tensor_split([1, 1 + prod(shape)])
             if present.item():
                 summed[-1][name] = table.view(shape)
-    return LossReport(report.objective, total, *summed)
+    return LossReport(report.loss_for_backward, total, *summed)
 
 
 def report_size(terms: LossTerms, sources: int) -> int:

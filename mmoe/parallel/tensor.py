@@ -29,7 +29,7 @@ from mmoe.models.layers import SwiGLU
 from mmoe.parallel.collectives import gather_constant, split_sum
 from mmoe.parallel.gradients import local
 from mmoe.parallel.sharding_table import CUTS, cut_of
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 
 
 def check_tensor(config: ModelConfig, tp: int) -> None:
@@ -174,7 +174,7 @@ class VocabularyHead:
     def criterion(self, logits_nV: Tensor, labels_n: Tensor) -> Tensor:
         """[n] nats."""
         own = labels_n - first_id(self.model.unembedding_weight.shape[0], self.mesh)
-        return _VocabularyCrossEntropy.apply(widen(logits_nV), own, self.mesh.get_group())
+        return _VocabularyCrossEntropy.apply(upcast(logits_nV), own, self.mesh.get_group())
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):

@@ -103,7 +103,7 @@ def _one_by_one(
         with setting.autocast():
             output = ranks.forward(model, batch)
             part_report = losses(output, batch, number, loads)
-        part_report.objective.backward()
+        part_report.loss_for_backward.backward()
         report = report + part_report.detach()
         if output.routing is not None:
             routing = output.routing if routing is None else routing + output.routing

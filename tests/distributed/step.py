@@ -200,7 +200,7 @@ def run_step(case: Case, world: int) -> dict[str, Any]:
         loads = dict(zip(rows, step.loads.total().numpy(), strict=True))
     merged = worker.of_all_stages(gradients)
     return {
-        "loss": float(step.report.total),
+        "loss": float(step.report.loss),
         "norm": float(step.norm),
         "terms": {name: float(value) for name, value in step.report.terms.items()},
         "events": {name: value.numpy() for name, value in step.report.events.items()},

@@ -214,7 +214,7 @@ class Told(Callback):
         self.losses, self.figures = [], []
 
     def on_step(self, result) -> None:
-        self.losses.append((float(result.losses.total), result.grad_norm, capture_rng()))
+        self.losses.append((float(result.losses.loss), result.grad_norm, capture_rng()))
 
     def on_evaluation(self, result) -> None:
         self.figures.append((result.step, {name: x for name, x in result.scalars.items() if name != "seconds"}))

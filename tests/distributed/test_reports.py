@@ -37,7 +37,7 @@ def reported() -> LossReport:
 
 def test_terms_and_sources_that_only_one_rank_has(two: Pool) -> None:
     for report in two.run(reported):
-        assert float(report.total) == 5.0
+        assert float(report.loss) == 5.0
         assert {name: float(value) for name, value in report.terms.items()} == {"ce": 3.0, "contrastive": 5.0}
         assert {name: value.tolist() for name, value in report.events.items()} == {"contrastive": [3.0, 2.0, 1.5, 0.0]}
         assert list(report.items) == ["ce"] and report.items["ce"][:, 0, 0].tolist() == [3.0, 2.0, 0.0]

@@ -164,8 +164,8 @@ def test_the_total_is_what_the_formula_says(model: Heads) -> None:
         torch.testing.assert_close(report.terms[name], value.detach(), rtol=1e-6, atol=0)
     weights = {"ce": 1.0, "contrastive": 0.3, "action": 0.7, "balance_sequence": 0.02, "router_z": 0.004}
     expected = sum(weights[name] * float(value) for name, value in report.terms.items())
-    assert report.total.item() == pytest.approx(expected, rel=1e-12)
-    assert not any(value.requires_grad for value in report.terms.values()) and report.objective.requires_grad
+    assert report.loss.item() == pytest.approx(expected, rel=1e-12)
+    assert not any(value.requires_grad for value in report.terms.values()) and report.loss_for_backward.requires_grad
 
 
 @pytest.mark.parametrize("cut", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]], [[3, 1], [0, 2]]])
@@ -173,14 +173,14 @@ def test_any_cut_into_micro_batches_gives_the_same_step(model: Heads, cut: list[
     whole = run(model, WHOLE)
     parts = [run(model, batch_of(rows)) for rows in cut]
     report = sum((part.detach() for part in parts), LossReport.zero())
-    assert report.total.item() == pytest.approx(whole.total.item(), rel=1e-12)
+    assert report.loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
     for name, value in whole.terms.items():
         assert float(report.terms[name]) == pytest.approx(float(value), rel=1e-12)
     for name, table in whole.items.items():
         torch.testing.assert_close(report.items[name], table, rtol=1e-12, atol=1e-12)
     assert {k: v.tolist() for k, v in report.events.items()} == {k: v.tolist() for k, v in whole.events.items()}
-    summed = [sum(parts) for parts in zip(*(gradients(model, part.objective) for part in parts), strict=True)]
-    for got, wanted in zip(summed, gradients(model, whole.objective), strict=True):
+    summed = [sum(parts) for parts in zip(*(gradients(model, part.loss_for_backward) for part in parts), strict=True)]
+    for got, wanted in zip(summed, gradients(model, whole.loss_for_backward), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
@@ -202,7 +202,7 @@ def test_each_level_of_balance_counts_by_its_own_coefficient(model: Heads) -> No
             assert float(report.terms[name]) == pytest.approx(level / 2 * batch.shape[0] / B, rel=1e-6)
         weights = {"ce": 1.0, "contrastive": 0.3, "action": 0.7, "router_z": 0.0}
         weights |= {"balance_micro_batch": 0.5, "balance_global_batch": 0.25}
-        assert report.total.item() == pytest.approx(sum(weights[n] * float(v) for n, v in report.terms.items()))
+        assert report.loss.item() == pytest.approx(sum(weights[n] * float(v) for n, v in report.terms.items()))
     assert torch.equal(loads.total(), load.long())
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,6 @@ from mmoe.precision.widen import widen
 )
 def test_nothing_below_float32_and_nothing_narrowed(narrow: torch.dtype, wide: torch.dtype) -> None:
     x = torch.ones(3, dtype=narrow, requires_grad=True)
-    assert widen(x).dtype == wide
-    assert (widen(x) is x) == (narrow == wide)
-    assert torch.autograd.grad(widen(x).sum(), x)[0].dtype == narrow
+    assert upcast(x).dtype == wide
+    assert (upcast(x) is x) == (narrow == wide)
+    assert torch.autograd.grad(upcast(x).sum(), x)[0].dtype == narrow

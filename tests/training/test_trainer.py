@@ -172,7 +172,7 @@ def test_cutting_a_step_into_micro_batches_changes_no_gradient(folder, tmp_path)
         result = one.train_step(next(one.state.stream.steps()))
         for handle in handles:
             handle.remove()
-        reports.append((float(result.losses.total), result.grad_norm, gradients))
+        reports.append((float(result.losses.loss), result.grad_norm, gradients))
     loss, norm, gradients = reports[-1]
     for other_loss, other_norm, other in reports[:-1]:
         assert other_loss == pytest.approx(loss, rel=1e-12) and other_norm == pytest.approx(norm, rel=1e-11)
@@ -184,7 +184,7 @@ def test_cutting_a_step_into_micro_batches_changes_no_gradient(folder, tmp_path)
 def test_the_loss_falls(folder, tmp_path):
     run = trainer(config(folder, tmp_path / "run", training__budget_positions=640 * 40))
     steps = run.state.stream.steps()
-    losses = [float(run.train_step(next(steps)).losses.total) for _ in range(40)]
+    losses = [float(run.train_step(next(steps)).losses.loss) for _ in range(40)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmoe.config.base import Config
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 
 Score = Literal["softmax", "softmax_topk", "sigmoid"]
 
@@ -98,7 +98,7 @@ class Router(nn.Module):
     ) -> Routing:
         """Routes whole sequences: `join` makes the logits of all their tokens of those that are here."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits = join(F.linear(widen(x_TD), widen(self.weight)))
+            logits = join(F.linear(upcast(x_TD), upcast(self.weight)))
         log_scores = F.logsigmoid(logits) if self.sigmoid else logits  # of a softmax, up to a constant of the token
         probability = log_scores.softmax(dim=-1)
         scores = logits.sigmoid() if self.sigmoid else probability

@@ -4,6 +4,6 @@ import torch
 from torch import Tensor
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in float32 or wider: half precisions become float32, float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,18 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmoe.losses.info_nce import Gather
-from mmoe.precision.widen import widen
+from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import Pairs
 
 
 def softmax_cross_entropy(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
     """[n] nats, in float32 or wider."""
-    return F.cross_entropy(widen(logits_nV), labels_n, reduction="none")
+    return F.cross_entropy(upcast(logits_nV), labels_n, reduction="none")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A share is (number, of how many). The objectives of all processes add up to the loss of the batch.
+class LossShare:
+    """Says which share of a batch's losses this process computes.
+
+    A share is (index, count): every `count`-th item from `index` on. The losses for backward of all processes add up to
+    the loss of the batch.
 
     Labelled positions are shared by `labels`; contrastive pairs and action chunks by `items`. A term that several
     processes work out together, each with the whole value, is reported by the one that says so: of the labels with
@@ -36,13 +39,13 @@ class Part:
 
     def own_pairs(self, pairs: Pairs) -> Pairs:
         """Those of the pairs that this process works out."""
-        return Pairs(*(share(getattr(pairs, field.name), self.items) for field in fields(Pairs)))
+        return Pairs(*(take_share(getattr(pairs, field.name), self.items) for field in fields(Pairs)))
 
 
-WHOLE = Part()
+FULL_SHARE = LossShare()
 
 
-def share(x: Tensor, part: tuple[int, int]) -> Tensor:
+def take_share(x: Tensor, part: tuple[int, int]) -> Tensor:
     """The rows of `x` that a share has: every n-th one."""
     number, of = part
     return x[number::of]
