@@ -23,8 +23,8 @@ from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.index.extent import Extent
 from mmoe.data.index.file import write_table
 from mmoe.data.index.shard_index import DIGEST, INDEX_SCHEMA
+from mmoe.data.plan.assignment import assign_to_replicas
 from mmoe.data.plan.blocks import FITS
-from mmoe.data.plan.deal import deal
 from mmoe.data.plan.mixture import StageConfig
 from mmoe.data.plan.packing import best_fit
 from mmoe.data.plan.planner import Planner
@@ -229,7 +229,7 @@ def plan_speed(root: Path, sequences: int = 512) -> dict[str, float]:
     def steps() -> None:
         for _ in range(24):
             step = [planner.next_sequence() for _ in range(sequences)]
-            deal(np.array([s.counts.cost for s in step]), 1, 8, 64)
+            assign_to_replicas(np.array([s.counts.cost for s in step]), 1, 8, 64)
 
     seconds = cpu_seconds(steps)
     drawn = documents(planner) - began
@@ -244,7 +244,7 @@ def imbalance(root: Path, replicas: int = 64, steps: int = 24) -> dict[str, floa
         costs = np.array([float(planner.next_sequence().counts.cost) for _ in range(8 * replicas)])
         for name, dealt in (
             ("random", rng.permutation(len(costs)).reshape(replicas, -1)),
-            ("snake", deal(costs, 1, 8, replicas)),
+            ("snake", assign_to_replicas(costs, 1, 8, replicas)),
         ):
             work = costs[dealt].sum(axis=1)
             ratios[name].append(work.max() / work.mean())

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmoe.data.load.stream import StepData, Stream
-from mmoe.data.plan.deal import Reach
+from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.losses.loss_share import FULL_SHARE, LossShare
 from mmoe.losses.report import LossReport
 from mmoe.models.decoder import ModelOutput, MultimodalModel
@@ -230,7 +230,7 @@ class ManyRanks:
         return torch.cat([part[:count] for part, count in zip(parts, counts)]), sum(counts[:rank])
 
     def _contrast_axis(self) -> str | None:
-        if self.setting.reach is not Reach.MICRO_BATCH:
+        if self.setting.scope is not ContrastiveScope.MICRO_BATCH:
             return "loss"
         return "sequence" if self.mesh.degrees.sequence_ranks > 1 else None
 

@@ -34,7 +34,7 @@ class Positions:
     rank: int
 
     @classmethod
-    def deal(cls, document_BL: Tensor, cp: int, tp: int, rank: int) -> "Positions":
+    def for_rank(cls, document_BL: Tensor, cp: int, tp: int, rank: int) -> "Positions":
         """Raises ConfigError where the ranks cannot share a sequence evenly."""
         sequences, length = document_BL.shape
         check_length(length, cp, tp)
@@ -78,7 +78,7 @@ class Sharding(Positions):
     def of(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
         """Raises ConfigError where the ranks cannot share a sequence evenly."""
         degrees = mesh.degrees
-        found = Positions.deal(batch.document, degrees.cp, degrees.tp, mesh.rank("sequence"))
+        found = Positions.for_rank(batch.document, degrees.cp, degrees.tp, mesh.rank("sequence"))
         return cls(found.attended_cBM, found.streamed_nBH, found.rank, mesh)
 
     def layout(self, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> Layout:

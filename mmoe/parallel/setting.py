@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import nn
 
-from mmoe.data.plan.deal import Reach
+from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.losses.config import LossConfig
 from mmoe.losses.total import LossTerms
 from mmoe.models.decoder import ModelConfig
@@ -20,7 +20,7 @@ from mmoe.precision.config import PrecisionConfig
 class RankSetting:
     """Holds the sub-configs that ranks read, their degrees, and the batch that they share.
 
-    `reach` says where the sequences of a contrastive group are. `mmoe.recipe.resolved` makes one of a run's config.
+    `scope` says where the sequences of a contrastive group are. `mmoe.recipe.resolved` makes one of a run's config.
     """
 
     model: ModelConfig
@@ -29,7 +29,7 @@ class RankSetting:
     precision: PrecisionConfig
     degrees: Degrees
     batch: BatchArithmetic
-    reach: Reach
+    scope: ContrastiveScope
 
     @cached_property
     def loss_terms(self) -> LossTerms:
@@ -41,6 +41,6 @@ class RankSetting:
         return self.loss_terms.heads(inputs, self.model.d_model)
 
     @property
-    def embeds_first(self) -> bool:
+    def needs_embedding_pass(self) -> bool:
         """Whether a step embeds all its micro-batches before any has a gradient: groups are wider than a micro-step."""
-        return self.losses.contrastive.weight > 0 and self.reach is Reach.STEP
+        return self.losses.contrastive.weight > 0 and self.scope is ContrastiveScope.STEP

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmoe.data.plan.deal import Reach
+from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.models.moe.balance import router_losses
 from mmoe.models.moe.dispatch import rounded_up
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
@@ -62,15 +62,15 @@ class Communication:
         self.traffic = Traffic()
         self._weights()
         for _ in range(self.batch.accumulation):
-            if self.setting.embeds_first:
+            if self.setting.needs_embedding_pass:
                 self._through(micro, again=1, back=0)
             self._through(micro, again=self._again, back=1)
             if self.last:
                 self._cross_entropy(micro)
                 self._balance()
-                if not self.setting.embeds_first:
+                if not self.setting.needs_embedding_pass:
                     self._contrast(micro.pairs)
-        if self.last and self.setting.embeds_first:
+        if self.last and self.setting.needs_embedding_pass:
             self._contrast(micro.pairs * self.batch.accumulation)
         self._finish(sources)
         return self.traffic
@@ -83,7 +83,7 @@ class Communication:
         """FSDP2: a gather and a reduction for each of its modules. What stays gathered until a backward pass serves the
         first of two forward passes too."""
         steps, zero = self.batch.accumulation, self.setting.parallel.zero
-        passes = 3 if self.setting.embeds_first else 2
+        passes = 3 if self.setting.needs_embedding_pass else 2
         units = by_unit(self.shards)
         rooted = "" in units
         for unit, held in units.items():
@@ -91,7 +91,7 @@ class Communication:
             gathers = {1: 1, 2: steps, 3: passes * steps}[zero]
             if unit == "":  # the root stays gathered for the losses; that of a pipeline stage for the whole step
                 gathers = 1 if zero == 1 or self.degrees.pp > 1 else steps
-            if self.setting.embeds_first and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
+            if self.setting.needs_embedding_pass and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
                 gathers += 1  # FSDP2 prefetches it for a backward pass of the embedding pass, which does not come
             reductions = 1 if zero == 1 else steps
             self._add(axis, "all_gather", sum(shard.gathered * shard.width for shard in held), gathers)
@@ -209,7 +209,7 @@ class Communication:
 
     def _contrast(self, pairs: int) -> None:
         """The embeddings of so many pairs here, and those of all who have pairs of the same groups."""
-        within = self.setting.reach is Reach.MICRO_BATCH
+        within = self.setting.scope is ContrastiveScope.MICRO_BATCH
         if within and self.degrees.sequence_ranks == 1:
             return
         axis = "sequence" if within else "loss"

@@ -6,7 +6,7 @@ import numpy as np
 
 from mmoe.data.config import DataConfig
 from mmoe.data.index.shard_index import is_prepared
-from mmoe.data.plan.deal import balance, deal
+from mmoe.data.plan.assignment import assign_to_replicas, balance
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.planner import Planner
 from mmoe.data.plan.prepared import Sources, sizes
@@ -75,7 +75,7 @@ def inspect(config: RunConfig, steps: int, replicas: int) -> Inspection:
         served, begun = int(mine["length"].sum()), int((mine["part"] == 0).sum())
         shares.append(PlannedSource(source.name, served / positions, target, len(mine), served, begun / source.rows))
     works = [np.array([s.counts.work for s in batch]) for batch in batches]
-    balances = [balance(work, deal(work, group, micro, replicas)) for work in works]
+    balances = [balance(work, assign_to_replicas(work, group, micro, replicas)) for work in works]
     attention, vision = np.mean(balances, axis=0).tolist()
     efficiency = positions / (len(sequences) * length)
     lost = dict(sorted(planner.lost.items()))

@@ -108,7 +108,7 @@ class DryRanks(ManyRanks):
 
     def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
         """Of groups wider than a micro-step, once a step: those of all its micro-batches, also the ones not run."""
-        if not self.setting.embeds_first:
+        if not self.setting.needs_embedding_pass:
             return super().gather_pairs(rows)
         self.passes.mark()
         whole = torch.arange(len(rows) // self.passes.run * self.passes.accumulation) % max(len(rows), 1)

@@ -99,7 +99,7 @@ class Plan:
             rows=formula.expert_rows(self.micro_batch(rank)),
             sequence_ranks=run.degrees.sequence_ranks,
             tp=run.degrees.tp,
-            again=(run.parallel.activation_checkpointing == "full") + run.embeds_first,
+            again=(run.parallel.activation_checkpointing == "full") + run.needs_embedding_pass,
         )
         vocabulary = self.assumed.inputs.vocabulary_size
         return computed_flops(run.model, vocabulary, formula.layers, formula.last, work) * run.batch.accumulation

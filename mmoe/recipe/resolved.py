@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from mmoe.data.plan.deal import Reach
+from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.errors import ConfigError
 from mmoe.optim.schedule import Schedule
 from mmoe.parallel.config import ParallelConfig
@@ -47,7 +47,7 @@ class ResolvedRun(RankSetting):
             config.precision,
             degrees,
             batch,
-            reach=Reach.of(config.contrastive_group, batch.micro_batch_sequences, degrees.replicas),
+            scope=ContrastiveScope.of(config.contrastive_group, batch.micro_batch_sequences, degrees.replicas),
             contrastive_group=config.contrastive_group,
             schedule=config.optim.build_schedule(batch),
         )

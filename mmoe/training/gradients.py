@@ -52,7 +52,9 @@ class StepSetting:
     @classmethod
     def of(cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
         """Derive the setting of a run's steps from what is resolved of it."""
-        return cls(run.loss_terms, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.embeds_first)
+        return cls(
+            run.loss_terms, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.needs_embedding_pass
+        )
 
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes and losses."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmoe.config.load import validate
-from mmoe.data.plan.deal import Reach, deal
+from mmoe.data.plan.assignment import ContrastiveScope, assign_to_replicas
 from mmoe.losses.config import LossConfig
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
@@ -96,8 +96,8 @@ def setting_of(case: Case, world: int) -> RankSetting:
     degrees = Degrees.of(parallel, world) if world > 1 else Degrees()
     accumulation = case.sequences // (case.micro * degrees.replicas)
     batch = BatchArithmetic(LENGTH, case.micro, accumulation, degrees.replicas, LENGTH * case.sequences)
-    reach = Reach.of(group_of(case, losses), case.micro, degrees.replicas)
-    return RankSetting(model, losses, parallel, PrecisionConfig(compute=case.compute), degrees, batch, reach)
+    scope = ContrastiveScope.of(group_of(case, losses), case.micro, degrees.replicas)
+    return RankSetting(model, losses, parallel, PrecisionConfig(compute=case.compute), degrees, batch, scope)
 
 
 def group_of(case: Case, losses: LossConfig) -> int:
@@ -126,7 +126,7 @@ def batches_of(
     columns[[ACTION_ELEMENTS, PAIRS]] = int(whole.action_mask.sum()), len(whole.pairs.group)
     denominators = losses.build().denominators(Counts(columns), case.sequences)
     costs, group = np.arange(case.sequences)[:, None], group_of(case, losses)
-    mine = deal(costs, group, case.micro, replicas)[replica].tolist()
+    mine = assign_to_replicas(costs, group, case.micro, replicas)[replica].tolist()
     batches = []
     for first in range(0, len(mine), case.micro):
         chosen = mine[first : first + case.micro]

@@ -6,7 +6,7 @@ import torch
 from mmoe.config.load import validate
 from mmoe.data.config import DataConfig
 from mmoe.data.load.collate import Collator
-from mmoe.data.plan.deal import check_dealing
+from mmoe.data.plan.assignment import check_dealing
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.embeddings import ModelInputs

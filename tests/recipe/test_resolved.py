@@ -3,7 +3,7 @@
 import pytest
 
 from mmoe.config.load import load
-from mmoe.data.plan.deal import Reach
+from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.errors import ConfigError
 from mmoe.parallel.mesh import Degrees
 from mmoe.recipe.config import RunConfig
@@ -32,12 +32,16 @@ def test_the_steps_and_the_rates_of_a_run_do_not_depend_on_its_ranks() -> None:
     assert one.batch.iterations == two.batch.iterations
 
 
-@pytest.mark.parametrize(("group", "reach"), [(2, Reach.MICRO_BATCH), (4, Reach.MICRO_STEP), (8, Reach.STEP)], ids=str)
-def test_all_is_embedded_first_where_a_group_is_wider_than_a_micro_step(group: int, reach: Reach) -> None:
+@pytest.mark.parametrize(
+    ("group", "reach"),
+    [(2, ContrastiveScope.MICRO_BATCH), (4, ContrastiveScope.MICRO_STEP), (8, ContrastiveScope.STEP)],
+    ids=str,
+)
+def test_all_is_embedded_first_where_a_group_is_wider_than_a_micro_step(group: int, scope: ContrastiveScope) -> None:
     overrides = ["training.micro_batch_sequences=2", f"losses.contrastive.group_sequences={group}"]
     run = ResolvedRun.of(demo(*overrides), 2)
-    assert run.reach is reach and run.embeds_first is (reach is Reach.STEP)
-    assert not ResolvedRun.of(demo(*overrides, "losses.contrastive.weight=0"), 2).embeds_first
+    assert run.scope is scope and run.needs_embedding_pass is (scope is ContrastiveScope.STEP)
+    assert not ResolvedRun.of(demo(*overrides, "losses.contrastive.weight=0"), 2).needs_embedding_pass
 
 
 def test_a_batch_that_replicas_cannot_share_is_refused() -> None:

@@ -16,7 +16,7 @@ from mmoe.data.load.decode import Decoder
 from mmoe.data.load.loader import batches
 from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
 from mmoe.data.load.workers import Activity, Place
-from mmoe.data.plan.deal import balance, check_dealing, deal
+from mmoe.data.plan.assignment import assign_to_replicas, balance, check_dealing
 from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan
 from mmoe.data.plan.prepared import Sources
 from mmoe.data.storage.store import StorageError
@@ -131,9 +131,9 @@ def _unforeseen(error: Exception) -> str:
 class Stream:
     """Endless training steps of one data replica; `restore` continues exactly where a step's state was taken.
 
-    A global batch is `sequences` consecutive sequences of the plan, the same for any number of `replicas`; `deal`
-    gives each its own by attention and vision work, and keeps contrastive groups where their negatives can be reached.
-    `end` is the run's length in positions.
+    A global batch is `sequences` consecutive sequences of the plan, the same for any number of `replicas`;
+    `assign_to_replicas` gives each its own by attention and vision work, and keeps contrastive groups where their
+    negatives can be reached. `end` is the run's length in positions.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Stream:
             while True:
                 step = [self.planner.next_sequence() for _ in range(self.sequences)]
                 work = np.array([s.counts.work for s in step])
-                dealt = deal(work, self.group, self.micro_sequences, self.replicas)
+                dealt = assign_to_replicas(work, self.group, self.micro_sequences, self.replicas)
                 attention, vision = balance(work, dealt).tolist()
                 counts = Counts.total(s.counts for s in step)
                 ahead.append((counts, self.planner.state, self.planner.lost, (attention, vision)))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mmoe.data.plan.deal import Reach, balance, check_dealing, deal
+from mmoe.data.plan.assignment import ContrastiveScope, assign_to_replicas, balance, check_dealing
 from mmoe.errors import ConfigError
 
 
@@ -28,15 +28,15 @@ def test_every_sequence_is_dealt_once_and_groups_stay_within_their_reach(shape, 
     micro, replicas, accumulation, group = shape
     sequences = micro * replicas * accumulation
     costs = mixed(np.random.default_rng(seed), sequences)
-    dealt = deal(costs, group, micro, replicas)
+    dealt = assign_to_replicas(costs, group, micro, replicas)
     assert dealt.shape == (replicas, micro * accumulation)
     assert sorted(dealt.flatten().tolist()) == list(range(sequences))
     steps = (dealt // group).reshape(replicas, accumulation, micro)  # the group of each sequence
-    reach = Reach.of(group, micro, replicas)
-    if reach is Reach.MICRO_BATCH:
+    scope = ContrastiveScope.of(group, micro, replicas)
+    if scope is ContrastiveScope.MICRO_BATCH:
         wholes = dealt.reshape(-1, group)
         assert (wholes[:, 0] % group == 0).all() and (np.diff(wholes, axis=1) == 1).all()
-    if reach is not Reach.STEP:
+    if scope is not ContrastiveScope.STEP:
         found = [set(steps[:, k].flatten().tolist()) for k in range(accumulation)]
         assert sum(map(len, found)) == sequences // group
 
@@ -44,17 +44,17 @@ def test_every_sequence_is_dealt_once_and_groups_stay_within_their_reach(shape, 
 @pytest.mark.parametrize(
     ("group", "micro", "replicas", "reach"),
     [
-        (1, 1, 1, Reach.MICRO_BATCH),
-        (2, 4, 1, Reach.MICRO_BATCH),
-        (4, 2, 2, Reach.MICRO_STEP),
-        (3, 4, 3, Reach.MICRO_STEP),  # groups across the borders of micro-batches
-        (8, 2, 2, Reach.STEP),
-        (4, 2, 1, Reach.STEP),
-        (4, 2, 3, Reach.STEP),  # 1.5 groups to a micro-step
+        (1, 1, 1, ContrastiveScope.MICRO_BATCH),
+        (2, 4, 1, ContrastiveScope.MICRO_BATCH),
+        (4, 2, 2, ContrastiveScope.MICRO_STEP),
+        (3, 4, 3, ContrastiveScope.MICRO_STEP),  # groups across the borders of micro-batches
+        (8, 2, 2, ContrastiveScope.STEP),
+        (4, 2, 1, ContrastiveScope.STEP),
+        (4, 2, 3, ContrastiveScope.STEP),  # 1.5 groups to a micro-step
     ],
 )
-def test_the_reach_is_the_narrowest_that_whole_groups_fill(group, micro, replicas, reach):
-    assert Reach.of(group, micro, replicas) is reach
+def test_the_reach_is_the_narrowest_that_whole_groups_fill(group, micro, replicas, scope):
+    assert ContrastiveScope.of(group, micro, replicas) is scope
 
 
 @given(shape=shapes(), seed=st.integers(0, 2**32))
@@ -62,9 +62,9 @@ def test_replicas_differ_by_no_more_than_the_sequences_of_one_round_do(shape, se
     """Of one kind of work, where groups are gathered: of a micro-step's sequences by cost, R at a time, the most uneven
     round."""
     micro, replicas, accumulation, group = shape
-    assume(Reach.of(group, micro, replicas) is Reach.MICRO_STEP)
+    assume(ContrastiveScope.of(group, micro, replicas) is ContrastiveScope.MICRO_STEP)
     costs = np.random.default_rng(seed).integers(0, 1000, micro * replicas * accumulation)
-    work = costs[deal(costs[:, None], group, micro, replicas)].reshape(replicas, accumulation, micro)
+    work = costs[assign_to_replicas(costs[:, None], group, micro, replicas)].reshape(replicas, accumulation, micro)
     for k in range(accumulation):
         sums, rounds = work[:, k].sum(1), np.sort(work[:, k], axis=None).reshape(micro, replicas)
         assert sums.max() - sums.min() <= np.ptp(rounds, axis=1).max()
@@ -76,9 +76,9 @@ def by_attention(costs: np.ndarray, group: int, micro: int, replicas: int) -> np
     def falling(units):
         return units[np.argsort(-costs[units].sum(axis=1), kind="stable")]
 
-    reach, spans = Reach.of(group, micro, replicas), np.arange(len(costs))
-    spans = spans.reshape(1, -1, group if reach is Reach.MICRO_BATCH else 1)
-    if reach is Reach.MICRO_STEP:
+    scope, spans = ContrastiveScope.of(group, micro, replicas), np.arange(len(costs))
+    spans = spans.reshape(1, -1, group if scope is ContrastiveScope.MICRO_BATCH else 1)
+    if scope is ContrastiveScope.MICRO_STEP:
         spans = falling(spans.reshape(-1, group)).reshape(-1, micro * replicas, 1)
     total, rounds = np.zeros(replicas, np.int64), []
     for units in spans:
@@ -102,14 +102,16 @@ def test_without_patches_or_replicas_attention_alone_decides(shape, seed, large)
         costs[:, 0] = 2**48 - rng.integers(0, 4, len(costs))
     if replicas > 1:
         costs[:, 1] = 0
-    assert np.array_equal(deal(costs, group, micro, replicas), by_attention(costs[:, 0], group, micro, replicas))
+    assert np.array_equal(
+        assign_to_replicas(costs, group, micro, replicas), by_attention(costs[:, 0], group, micro, replicas)
+    )
 
 
 @given(shape=shapes(), seed=st.integers(0, 2**32))
 def test_the_balance_is_that_of_the_replica_that_has_most(shape, seed):
     micro, replicas, accumulation, group = shape
     costs = mixed(np.random.default_rng(seed), micro * replicas * accumulation)
-    dealt = deal(costs, group, micro, replicas)
+    dealt = assign_to_replicas(costs, group, micro, replicas)
     for kind, found in zip(costs.T, balance(costs, dealt), strict=True):
         sums = [int(kind[mine].sum()) for mine in dealt]
         assert found == pytest.approx(max(sums) * replicas / sum(sums) if any(sums) else 1.0)
@@ -127,7 +129,7 @@ def test_both_kinds_of_work_are_evener_than_dealt_in_turn_in_sum_and_at_the_same
         patches = np.where(rng.random(sequences) < share, rng.lognormal(5, 0.5, sequences), 0)
         costs = np.stack([rng.lognormal(10, 0.7, sequences), patches], axis=1).astype(np.int64)
         ways = {
-            "both": deal(costs, group, micro, replicas),
+            "both": assign_to_replicas(costs, group, micro, replicas),
             "turn": np.arange(sequences).reshape(-1, replicas).T,
             "attention": by_attention(costs[:, 0], group, micro, replicas),
         }
@@ -146,15 +148,18 @@ def test_dealing_evens_out_the_work(group):
     rng, dealt, as_they_come = np.random.default_rng(0), [], []
     for _ in range(20):
         costs = rng.lognormal(0, 0.5, 64 * 8)
-        for ratios, work in ((dealt, costs[deal(costs[:, None], group, 1, 64)]), (as_they_come, costs.reshape(64, 8))):
+        for ratios, work in (
+            (dealt, costs[assign_to_replicas(costs[:, None], group, 1, 64)]),
+            (as_they_come, costs.reshape(64, 8)),
+        ):
             ratios.append(work.sum(1).max() / work.sum(1).mean() - 1)
     assert np.mean(dealt) < 0.5 * np.mean(as_they_come)
 
 
 def test_one_replica_works_off_its_groups_the_costliest_first():
     costs = np.array([[1, 90], [1, 0], [9, 0], [0, 70], [3, 0], [3, 0], [5, 0], [0, 0]])  # whatever its patches
-    assert deal(costs, 2, 2, 1).tolist() == [[2, 3, 4, 5, 6, 7, 0, 1]]
-    assert deal(costs, 8, 2, 1).tolist() == [[2, 6, 4, 5, 0, 1, 3, 7]]
+    assert assign_to_replicas(costs, 2, 2, 1).tolist() == [[2, 3, 4, 5, 6, 7, 0, 1]]
+    assert assign_to_replicas(costs, 8, 2, 1).tolist() == [[2, 6, 4, 5, 0, 1, 3, 7]]
 
 
 @pytest.mark.parametrize(

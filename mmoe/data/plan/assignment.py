@@ -6,8 +6,8 @@ replica has of it on average, and the larger of the two is the cost of a sequenc
 the greedy rule of vector scheduling (Chekuri and Khanna 2004), with one kind the longest processing time first (Graham
 1969). Sequences are dealt in rounds of one a replica, the costliest first, and each goes to the replica of the round
 which it leaves at the least cost (of one kind and two rounds: a snake). So what replicas work on at the same time costs
-about the same, and so do their sums. Micro-step k is the k-th micro-batch of every replica; `Reach` says how much of
-this order a contrastive group decides.
+about the same, and so do their sums. Micro-step k is the k-th micro-batch of every replica; `ContrastiveScope` says how
+much of this order a contrastive group decides.
 """
 
 from enum import Enum
@@ -19,7 +19,7 @@ from mmoe.errors import ConfigError
 MOST_SEQUENCES = 1 << 20  # of a global batch: all are planned before the first is decoded
 
 
-class Reach(Enum):
+class ContrastiveScope(Enum):
     """Where all sequences of a contrastive group are."""
 
     MICRO_BATCH = "micro_batch"  # of one replica: it is dealt whole
@@ -27,7 +27,7 @@ class Reach(Enum):
     STEP = "step"  # it is wider than any forward pass: its embeddings are cached in a pass of their own
 
     @classmethod
-    def of(cls, group: int, micro_sequences: int, replicas: int) -> "Reach":
+    def of(cls, group: int, micro_sequences: int, replicas: int) -> "ContrastiveScope":
         """The narrowest that groups of so many sequences fill without a rest."""
         if micro_sequences % group == 0:
             return cls.MICRO_BATCH
@@ -51,7 +51,7 @@ def check_dealing(sequences: int, group: int, micro_sequences: int, replicas: in
         )
 
 
-def deal(costs: np.ndarray, group: int, micro_sequences: int, replicas: int) -> np.ndarray:
+def assign_to_replicas(costs: np.ndarray, group: int, micro_sequences: int, replicas: int) -> np.ndarray:
     """Which sequences each replica gets, in its order of work: [replicas, S / replicas] indices into `costs`.
 
     `costs` [S, C] are of C kinds of work; one replica alone goes by the first. A contrastive group is `group`
@@ -61,10 +61,10 @@ def deal(costs: np.ndarray, group: int, micro_sequences: int, replicas: int) -> 
     if replicas == 1:
         costs = costs[:, :1]
     average = np.maximum(costs.sum(axis=0) / replicas, np.finfo(float).tiny)
-    reach = Reach.of(group, micro_sequences, replicas)
-    unit = group if reach is Reach.MICRO_BATCH else 1  # sequences that are dealt as one
+    scope = ContrastiveScope.of(group, micro_sequences, replicas)
+    unit = group if scope is ContrastiveScope.MICRO_BATCH else 1  # sequences that are dealt as one
     spans = np.arange(len(costs)).reshape(1, -1, unit)  # units among which the costliest come first
-    if reach is Reach.MICRO_STEP:
+    if scope is ContrastiveScope.MICRO_STEP:
         spans = _costliest_first(spans.reshape(-1, group), costs, average)
         spans = spans.reshape(-1, micro_sequences * replicas, 1)
     total = np.zeros((replicas, costs.shape[1]), costs.dtype)
@@ -89,7 +89,7 @@ def deal(costs: np.ndarray, group: int, micro_sequences: int, replicas: int) -> 
 def balance(costs: np.ndarray, dealt: np.ndarray) -> np.ndarray:
     """Give the work of the replica that has most of it over the mean, [C] of each kind in `costs` [S, C]; 1 of none.
 
-    `dealt` is what `deal` gives.
+    `dealt` is what `assign_to_replicas` gives.
     """
     work = costs[dealt].sum(axis=1)
     mean = work.mean(axis=0)
