@@ -29,7 +29,7 @@ from mmoe.config.load import dump, validate
 from mmoe.evaluation.evaluate import evaluate
 from mmoe.recipe.config import RunConfig
 from mmoe.result import print_result, target
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 from mmoe.runtime.launch import processes
 from mmoe.training.fingerprint import fingerprint
 from mmoe.training.run import CONFIG, Run
@@ -88,7 +88,7 @@ def measure(folder: Path) -> None:
         evaluate(run)
         ended = time.perf_counter()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        peaks = Ranks().gather(peak)
+        peaks = ProcessGroupRanks().gather(peak)
         if run.ranks.first:
             figures = {"load_seconds": loaded - started, "seconds": ended - loaded, "peak_bytes": max(peaks)}
             print("FIGURES " + json.dumps(figures), flush=True)

@@ -29,8 +29,8 @@ from mmoe.commands.console import Console
 from mmoe.config.load import load
 from mmoe.optim.optimizer import build_optimizer
 from mmoe.parallel.build import spread
-from mmoe.parallel.mesh import Degrees, Mesh
-from mmoe.parallel.ranks import OneProcess, Ranks
+from mmoe.parallel.mesh import Mesh, ParallelDims
+from mmoe.parallel.ranks import LocalExecutor, StepExecutor
 from mmoe.planning.communication import Communication, MicroBatch
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
@@ -71,11 +71,11 @@ class Side:
         self.resolved = ResolvedRun.of(config, None if layout is None else RANKS)
         self.assumed = Assumed.of(config.tokenizers, 1, VOCABULARY)
         self.mesh: Mesh | None = None
-        ranks: Ranks = OneProcess()
+        ranks: StepExecutor = LocalExecutor()
         if layout is None:
             self.model = config.model.build(self.assumed.inputs, 0)
         else:
-            self.mesh = Mesh(self.resolved.degrees)
+            self.mesh = Mesh(self.resolved.dims)
             self.model, ranks = spread(self.resolved, self.assumed.inputs, 1, 0, self.mesh, device)
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optim.optimizer)
@@ -155,7 +155,7 @@ def measure(layouts: list[str]) -> tuple[dict[str, list[float]], dict[str, tuple
 def main() -> None:
     layouts = sys.argv[1:] or list(LAYOUTS)
     rounds, traffic = measure(layouts)
-    console, degrees = Console(width=110), {name: Degrees.of(config_of(name).parallel, RANKS) for name in layouts}
+    console, dims = Console(width=110), {name: ParallelDims.of(config_of(name).parallel, RANKS) for name in layouts}
     table = Table("", "s a step", "positions/s", "of two alone", title=f"{RANKS} processes of one thread")
     figures: dict[str, Any] = {}
     targets: dict[str, Any] = {}
@@ -168,7 +168,7 @@ def main() -> None:
             targets[f"{name}_share"] = target(share, SHARE)
     console.print(table)
     for name, (counted, formula) in traffic.items():
-        console.print(counted.table(degrees[name], f"{name}: a step of one rank, counted"))
+        console.print(counted.table(dims[name], f"{name}: a step of one rank, counted"))
         console.print(f"by axis: {counted.by_axis()}; formula: {formula.by_axis()}")
         figures[f"{name}_bytes"], figures[f"{name}_formula_bytes"] = counted.by_axis(), formula.by_axis()
         targets[f"{name}_bytes_as_formula"] = target(float(counted == formula), 1.0)

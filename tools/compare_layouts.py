@@ -161,9 +161,9 @@ def plan(arguments: argparse.Namespace) -> tuple[RunConfig, list[Layout], dict[s
     reference = changed(config, changes)
     layouts, refused = [], {}
     for name in arguments.layouts:
-        degrees = read_layout(name)
+        dims = read_layout(name)
         try:
-            layouts.append(layout_of(name, reference, degrees, config))
+            layouts.append(layout_of(name, reference, dims, config))
         except ConfigError as error:
             refused[name] = str(error)
     return reference, layouts, refused
@@ -171,30 +171,30 @@ def plan(arguments: argparse.Namespace) -> tuple[RunConfig, list[Layout], dict[s
 
 def read_layout(name: str) -> dict[str, int]:
     """``ep2,dp2`` -> {"ep": 2, "dp": 2}. Raises ConfigError where it is no list of degrees."""
-    degrees: dict[str, int] = {}
+    dims: dict[str, int] = {}
     for part in name.split(","):
         match = re.fullmatch(r"([a-z]+)([1-9]\d*)", part)
-        if match is None or match[1] not in AXES or match[1] in degrees:
+        if match is None or match[1] not in AXES or match[1] in dims:
             raise ConfigError(
                 f"--layouts {name}: {part!r} is not one more degree; a layout is a comma-separated list of "
                 f"{', '.join(AXES)} with a number behind each, e.g. ep2,dp2"
             )
-        degrees[match[1]] = int(match[2])
-    return degrees
+        dims[match[1]] = int(match[2])
+    return dims
 
 
-def layout_of(name: str, reference: RunConfig, degrees: dict[str, int], config: RunConfig) -> Layout:
+def layout_of(name: str, reference: RunConfig, dims: dict[str, int], config: RunConfig) -> Layout:
     """Raises ConfigError where the run cannot be spread over these degrees."""
-    shared = degrees.get("cp", 1) * degrees.get("tp", 1)
-    ep = degrees.get("ep", 1)
-    degrees = {"dp": ep // math.gcd(ep, shared)} | degrees
-    processes = math.prod(degree for axis, degree in degrees.items() if axis != "ep")
-    parallel: dict[str, Any] = {AXES[axis]: degree for axis, degree in degrees.items()}
-    if "pp" in degrees:
+    shared = dims.get("cp", 1) * dims.get("tp", 1)
+    ep = dims.get("ep", 1)
+    dims = {"dp": ep // math.gcd(ep, shared)} | dims
+    processes = math.prod(degree for axis, degree in dims.items() if axis != "ep")
+    parallel: dict[str, Any] = {AXES[axis]: degree for axis, degree in dims.items()}
+    if "pp" in dims:
         parallel |= {"schedule": config.parallel.schedule, "stages_per_rank": config.parallel.stages_per_rank}
     changes: dict[str, Any] = {"parallel": parallel}
     micro, share = reference.training.micro_batch_sequences, reference.batch.sequences
-    share //= degrees["dp"] * degrees.get("hsdp", 1)
+    share //= dims["dp"] * dims.get("hsdp", 1)
     if micro is not None and share:
         changes["training"] = {"micro_batch_sequences": max(n for n in range(1, micro + 1) if share % n == 0)}
     found = changed(reference, changes)

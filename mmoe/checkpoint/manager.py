@@ -37,7 +37,7 @@ from mmoe.checkpoint.snapshot import Snapshot
 from mmoe.checkpoint.tensors import fill
 from mmoe.checkpoint.writer import check_room, write
 from mmoe.errors import CheckpointError
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class CheckpointManager:
                 continue
         return None
 
-    def _write(self, snapshot: Snapshot, ranks: Ranks) -> Path:
+    def _write(self, snapshot: Snapshot, ranks: ProcessGroupRanks) -> Path:
         """Write and commit `snapshot`, and delete what is not kept beside it; returns its folder."""
         partial = path_of(self.folder, snapshot.step, PARTIAL)
         held = snapshot.gather(ranks)

@@ -12,14 +12,14 @@ from mmoe.checkpoint.files import DamagedError, check, read_errors
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.tree import check_document
 from mmoe.errors import CheckpointError
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def find_whole(folder: Path, step: int | None, ranks: Ranks) -> tuple[Path, Manifest]:
+def find_whole(folder: Path, step: int | None, ranks: ProcessGroupRanks) -> tuple[Path, Manifest]:
     """Find the checkpoint of `step`, or (None) the newest whose files are all as they were written; all ranks agree.
 
     Damaged ones that are passed over are said on stderr.

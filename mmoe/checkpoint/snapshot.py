@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmoe.checkpoint.tensors import union
 from mmoe.checkpoint.tree import split
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 
 MARGIN = 1 << 20  # bytes of names, headers and state.json
 
@@ -46,7 +46,7 @@ class Snapshot:
         """Bytes of each tensor by name, of all its shards together."""
         return {name: tensor.numel() * tensor.element_size() for name, tensor in self.tensors.items()}
 
-    def gather(self, ranks: Ranks) -> Holdings:
+    def gather(self, ranks: ProcessGroupRanks) -> Holdings:
         """Collect what the snapshots of all ranks hold.
 
         Raises RuntimeError where this thread may not write one of them.

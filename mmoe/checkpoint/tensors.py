@@ -19,7 +19,7 @@ from mmoe.checkpoint.metadata import CheckedReader, placed_tensors
 from mmoe.checkpoint.tree import join, places, prune, split
 from mmoe.checkpoint.upgrade import from_format_1
 from mmoe.errors import CheckpointError
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 
 Form = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its global shape and dtype
 # What torch raises for files that are not what `.metadata` says of them.
@@ -40,7 +40,7 @@ def union(parts: Iterable[dict]) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, tuple[int, int]]:
+def write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: ProcessGroupRanks) -> dict[str, tuple[int, int]]:
     """Write this rank's share of the tensors; returns the size and CRC-32 of its files by name."""
     # The file system makes each file durable as it is closed, so torch need not.
     writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=False)
@@ -50,7 +50,7 @@ def write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) ->
     return {path.name: sums for path, sums in files.written.items()}
 
 
-def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any], ranks: Ranks) -> None:
+def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any], ranks: ProcessGroupRanks) -> None:
     """Fill `state` with its sections of the checkpoint in `folder`, whose ``state.json`` holds `document`."""
     if manifest.format == 1:
         document = from_format_1(document)
@@ -117,7 +117,7 @@ def _read(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _unwrapped(ranks: Ranks) -> Iterator[None]:
+def _unwrapped(ranks: ProcessGroupRanks) -> Iterator[None]:
     """torch wraps every error, Ctrl-C included, in a CheckpointException: raise what happened."""
     try:
         yield

@@ -15,10 +15,10 @@ from mmoe.checkpoint.snapshot import Snapshot
 from mmoe.checkpoint.tensors import union, write_tensors
 from mmoe.checkpoint.tree import merge
 from mmoe.errors import CheckpointError
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 
 
-def write(partial: Path, snapshot: Snapshot, documents: list[Any], ranks: Ranks) -> None:
+def write(partial: Path, snapshot: Snapshot, documents: list[Any], ranks: ProcessGroupRanks) -> None:
     """Write the `snapshot` of every rank into the new folder `partial`; its manifest comes last.
 
     `documents` are those of all ranks, on rank 0 (`Snapshot.gather`). All that was written is durable.

@@ -43,7 +43,7 @@ def _introduce(plan: "Plan", console: Console) -> None:
 
     inputs = plan.assumed.inputs
     counts = ParameterCounts.of(plan.run.model, inputs, plan.run.heads(inputs))
-    console.print(plan.degrees.table())
+    console.print(plan.dims.table())
     console.print(plan.run.batch.table())
     console.print(f"assumed: {plan.assumed.sentence()}; {plan.documents.sentence()}", soft_wrap=True)
     if plan.run.model.moe is not None:
@@ -71,10 +71,10 @@ def _show(plan: "Plan", cost: "RankCost", console: Console) -> None:
         table.add_row(kind, f"{size / GIB:.3f}", f"{closed[kind] / GIB:.3f}" if kind in closed else "")
     table.add_row("peak", f"{sum(cost.memory.values()) / GIB:.3f}", "", end_section=True)
     console.print(table)
-    if plan.degrees.pp > 1:
+    if plan.dims.pp > 1:
         console.print(f"activations of {cost.kept} passes through a stage are kept at the same time")
     same = "equal to the formula" if formula == cost.traffic else f"the formula has {sum(formula.bytes.values()):,} B"
-    console.print(cost.traffic.table(plan.degrees, f"an optimizer step of {cost.micro_batches} micro-batches; {same}"))
+    console.print(cost.traffic.table(plan.dims, f"an optimizer step of {cost.micro_batches} micro-batches; {same}"))
     console.print(
         f"TFLOP a step: {cost.flops / 1e12:.2f} computed here (formula {plan.flops(cost.rank) / 1e12:.2f}); the "
         f"model's own {plan.model_flops(cost) / 1e12:.2f} (6 N and attention, an equal share of a replica's)\n",

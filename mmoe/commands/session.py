@@ -23,7 +23,7 @@ from mmoe.monitoring.sinks.jsonl import METRICS
 from mmoe.optional import status
 from mmoe.parallel.mesh import check_one_process
 from mmoe.recipe.config import RunConfig
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 from mmoe.runtime.launch import first_alone, processes, same_config, strongest
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback
@@ -59,7 +59,7 @@ def train(
         if fresh:
             first_alone(lambda: check_start_over(folder))  # before anything is prepared
         with run_lock(folder):
-            voice = console if Ranks().rank == 0 else Console(quiet=True)
+            voice = console if ProcessGroupRanks().rank == 0 else Console(quiet=True)
             run, complete = _train(config, voice, memory, fresh, stop_after, from_step, adjustments)
         if complete and config.evaluation.at_end:
             _evaluate(run, voice)

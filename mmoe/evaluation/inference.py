@@ -73,7 +73,7 @@ class Inference:
 
     def in_order(self, parts: dict[Any, T]) -> list[T]:
         """Gather what each batch gave, by number, in the order of one process: on rank 0, an empty list elsewhere."""
-        everywhere = agreement.Ranks().gather(parts if self.ranks.speaks else {})
+        everywhere = agreement.ProcessGroupRanks().gather(parts if self.ranks.speaks else {})
         together = {number: part for mine in everywhere for number, part in mine.items()}
         return [together[number] for number in sorted(together)]
 

@@ -16,7 +16,7 @@ from mmoe.models.decoder import ModelConfig
 from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.recipe.training import StartConfig
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.fingerprint import check_unchanged, fingerprint
 from mmoe.training.run import UNWATCHED, Run, is_run, open_sources, read_config, saved_fingerprint
@@ -45,7 +45,7 @@ def take_weights(run: Run, config: StartConfig) -> list[str]:
     here = run.model.state_dict()
     fill(run.model, ((name, given[name]) for name in here if name in given))
     # Stages of a pipeline hold some of the names each. The first rank has all sizes, and is the one that speaks.
-    sizes = Ranks().gather({name: value.numel() for name, value in here.items()})
+    sizes = ProcessGroupRanks().gather({name: value.numel() for name, value in here.items()})
     own = {name: size for part in sizes for name, size in part.items()}
     kept, unused = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     taken = sum(own[name] for name in own.keys() & given.keys())

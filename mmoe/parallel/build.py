@@ -13,21 +13,21 @@ from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import parallelize, recompute_and_compile
 from mmoe.parallel.pipeline import StageModel, on_meta
 from mmoe.parallel.pipeline_schedule import Pipeline
-from mmoe.parallel.ranks import ManyRanks, OneProcess, Ranks
+from mmoe.parallel.ranks import LocalExecutor, MeshExecutor, StepExecutor
 from mmoe.parallel.setting import RankSetting
 from mmoe.runtime.memory import free_memory, in_gib
 
 
 def build(
     setting: RankSetting, inputs: ModelInputs, sources: int, seed: int, device: torch.device
-) -> tuple[MultimodalModel, Ranks]:
+) -> tuple[MultimodalModel, StepExecutor]:
     """Initialise the model, whole in one process, or this rank's part of it where there is a process group."""
     _check_memory(setting, inputs, device)
     if not dist.is_initialized():
         model = setting.model.build(inputs, seed, setting.heads(inputs))
         recompute_and_compile(model, setting.parallel)
-        return model.to(device=device, dtype=setting.precision.parameter_dtype), OneProcess()
-    return spread(setting, inputs, sources, seed, Mesh(setting.degrees, device.type), device)
+        return model.to(device=device, dtype=setting.precision.parameter_dtype), LocalExecutor()
+    return spread(setting, inputs, sources, seed, Mesh(setting.dims, device.type), device)
 
 
 def _check_memory(setting: RankSetting, inputs: ModelInputs, device: torch.device) -> None:
@@ -49,11 +49,11 @@ def _check_memory(setting: RankSetting, inputs: ModelInputs, device: torch.devic
 
 def spread(
     setting: RankSetting, inputs: ModelInputs, sources: int, seed: int, mesh: Mesh, device: torch.device
-) -> tuple[MultimodalModel, ManyRanks]:
+) -> tuple[MultimodalModel, MeshExecutor]:
     """This rank's part of the model with its initial weights, and the rank."""
     model = on_meta(setting, inputs, mesh.rank("pp"))
     parallelize(model, mesh, setting.parallel, setting.precision)
     shards = torch.device("cpu") if setting.parallel.offload else device
     materialise(model, seed, setting.model.init_std, setting.model.layers, shards, device)
     pipeline = Pipeline(model, mesh, setting, device) if isinstance(model, StageModel) else None
-    return model, ManyRanks(mesh, setting, sources, device, pipeline)
+    return model, MeshExecutor(mesh, setting, sources, device, pipeline)

@@ -19,7 +19,7 @@ def local(x: Tensor) -> Tensor:
 def sum_over_tensor_ranks(model: nn.Module, mesh: Mesh) -> None:
     """Add up the gradients of what every rank of `tp` has a copy of, and used for its own positions only."""
     copies = [local(p.grad) for p in model.parameters() if p.grad is not None and _copied(p)]
-    if mesh.degrees.tp == 1 or not copies:
+    if mesh.dims.tp == 1 or not copies:
         return
     for dtype in dict.fromkeys(gradient.dtype for gradient in copies):
         chosen = [gradient for gradient in copies if gradient.dtype is dtype]
@@ -48,10 +48,10 @@ def total_norms(
 
     `parameters` are those here, without copies of another pipeline stage's. One reduction.
     """
-    degrees = mesh.degrees
+    dims = mesh.dims
     square = torch.zeros((), dtype=torch.float64, device=device)
     for copies in (False, True):
-        held = degrees.dp_replicate * (degrees.tp if copies else 1)  # ranks that hold the same shard
+        held = dims.dp_replicate * (dims.tp if copies else 1)  # ranks that hold the same shard
         gradients = [p.grad for p in parameters if p.grad is not None and _copied(p) is copies]
         shards = [shard for shard in map(local, gradients) if shard.numel()]
         if shards:
@@ -63,7 +63,7 @@ def total_norms(
             assert isinstance(gradient, DTensor)  # as its parameter is
             _, offset = local_shape_and_offset(gradient)
             squares = torch.linalg.vector_norm(local(gradient), dim=1, dtype=torch.float64).square()
-            rows_NE[row, offset[0] : offset[0] + len(squares)] = squares / (degrees.dp_replicate * degrees.tp)
+            rows_NE[row, offset[0] : offset[0] + len(squares)] = squares / (dims.dp_replicate * dims.tp)
     sums = torch.cat([square[None], rows_NE.flatten()])
     dist.all_reduce(sums)
     norms = sums.sqrt()

@@ -30,7 +30,7 @@ SPARSE = ("pp", "dp_replicate", "expert_shard", "ep")
 
 
 @dataclass(frozen=True)
-class Degrees:
+class ParallelDims:
     """Ranks on each axis; `ep` is not a factor of their number."""
 
     pp: int = 1
@@ -41,10 +41,10 @@ class Degrees:
     ep: int = 1
 
     @classmethod
-    def of(cls, config: ParallelConfig, world: int) -> "Degrees":
+    def of(cls, config: ParallelConfig, world: int) -> "ParallelDims":
         """Those of `world` processes; raises ConfigError, with the arithmetic, where they do not multiply to it."""
-        degrees = {axis: getattr(config, axis) for axis in DEGREES}
-        given = {axis: degree for axis, degree in degrees.items() if axis not in ("dp_shard", "ep")}
+        dims = {axis: getattr(config, axis) for axis in DEGREES}
+        given = {axis: degree for axis, degree in dims.items() if axis not in ("dp_shard", "ep")}
         product, formula = 1, []
         for axis, degree in given.items():
             product *= degree
@@ -55,14 +55,14 @@ class Degrees:
                     f"parallel.dp_shard is the rest of {world} processes, but {' x '.join(formula)} = {product} does "
                     f"not divide {world}; change a degree, or start {max(world // product, 1) * product} processes"
                 )
-            degrees["dp_shard"] = world // product
+            dims["dp_shard"] = world // product
         elif product * config.dp_shard != world:
             raise ConfigError(
                 f"parallel: {' x '.join(formula)} x dp_shard {config.dp_shard} = {product * config.dp_shard}, but "
                 f"there are {world} processes; change a degree, set dp_shard to -1 (the rest), or start "
                 f"{product * config.dp_shard} processes with torchrun --nproc-per-node"
             )
-        found = cls(**degrees)
+        found = cls(**dims)
         lent = found.dp_shard * found.cp * found.tp
         if lent % found.ep:
             raise ConfigError(
@@ -129,8 +129,8 @@ def check_one_process(config: ParallelConfig) -> None:
                 "set it to false, or start by: torchrun --nproc-per-node 1 -m mmoe " + shlex.join(sys.argv[1:])
             )
         return
-    degrees = [f"parallel.{name}={getattr(config, name)}" for name in ("pp", "dp_replicate", "cp", "tp", "ep")]
-    given = [text for text in degrees if not text.endswith("=1")]
+    dims = [f"parallel.{name}={getattr(config, name)}" for name in ("pp", "dp_replicate", "cp", "tp", "ep")]
+    given = [text for text in dims if not text.endswith("=1")]
     given += [f"parallel.dp_shard={config.dp_shard}"] if config.dp_shard > 1 else []
     raise ConfigError(
         f"{', '.join(given)} needs several processes, but this is one that torchrun did not start; "
@@ -139,13 +139,13 @@ def check_one_process(config: ParallelConfig) -> None:
 
 
 class Mesh:
-    """The process groups of a run, by axis. Needs an initialised default process group of ``degrees.world`` ranks."""
+    """The process groups of a run, by axis. Needs an initialised default process group of ``dims.world`` ranks."""
 
-    def __init__(self, degrees: Degrees, device_type: str = "cpu") -> None:
-        self.degrees = degrees
+    def __init__(self, dims: ParallelDims, device_type: str = "cpu") -> None:
+        self.dims = dims
 
         def made(axes: tuple[str, ...]) -> DeviceMesh:
-            return init_device_mesh(device_type, tuple(getattr(degrees, axis) for axis in axes), mesh_dim_names=axes)
+            return init_device_mesh(device_type, tuple(getattr(dims, axis) for axis in axes), mesh_dim_names=axes)
 
         self.dense, self._weights, self._sparse = made(DENSE), made(WEIGHTS), made(SPARSE)
         # Flattened once, on every rank in the same order: making a group is a collective.
@@ -159,7 +159,7 @@ class Mesh:
 
     def _peers(self) -> dist.ProcessGroup:
         """The ranks that work on the same data: this one and those that differ from it in pp, cp or tp alone."""
-        ranks = self.dense.mesh.permute(1, 2, 0, 3, 4).reshape(self.degrees.replicas, -1).tolist()
+        ranks = self.dense.mesh.permute(1, 2, 0, 3, 4).reshape(self.dims.replicas, -1).tolist()
         mine, _ = dist.new_subgroups_by_enumeration(ranks)
         assert isinstance(mine, dist.ProcessGroup)  # every rank is among the `ranks`
         return mine
@@ -188,12 +188,12 @@ class Mesh:
     @property
     def fsdp(self) -> DeviceMesh:
         """Of dense parameters: fsdp, or dp_replicate x fsdp where there are copies."""
-        return self._weights[("dp_replicate", "fsdp") if self.degrees.dp_replicate > 1 else "fsdp"]
+        return self._weights[("dp_replicate", "fsdp") if self.dims.dp_replicate > 1 else "fsdp"]
 
     @property
     def expert_fsdp(self) -> DeviceMesh:
         """Of experts: expert_shard, or dp_replicate x expert_shard where there are copies."""
-        return self._sparse[("dp_replicate", "expert_shard") if self.degrees.dp_replicate > 1 else "expert_shard"]
+        return self._sparse[("dp_replicate", "expert_shard") if self.dims.dp_replicate > 1 else "expert_shard"]
 
     @property
     def replica(self) -> int:
@@ -203,4 +203,4 @@ class Mesh:
     @property
     def replicas(self) -> int:
         """Give the number of data replicas."""
-        return self.degrees.replicas
+        return self.dims.replicas

@@ -17,7 +17,7 @@ from mmoe.models.moe.engines.engine import EXPERT_ENGINES
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.expert import shard_experts
-from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.parallel.mesh import Mesh, ParallelDims
 from mmoe.parallel.selective import selective_contexts
 from mmoe.parallel.sharding_table import unit_of
 from mmoe.parallel.tensor import check_tensor, shard_tensors
@@ -30,12 +30,12 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
     Context parallelism changes no module: it is in the `Layout` that the model is called with. Gradients add up over
     the ranks and are never averaged: every loss is divided by the planned count of the whole step already.
     """
-    degrees, blocks = mesh.degrees, [block for block in model.decoder.blocks if isinstance(block, Block)]
-    if degrees.tp > 1:
+    dims, blocks = mesh.dims, [block for block in model.decoder.blocks if isinstance(block, Block)]
+    if dims.tp > 1:
         shard_tensors(model, mesh.axis("tp"))
     for block in blocks:
-        if isinstance(block.network, MoELayer) and (degrees.ep > 1 or degrees.sequence_ranks > 1):
-            shard_experts(block.network, mesh.axis("ep"), degrees.sequence_ranks > 1)
+        if isinstance(block.network, MoELayer) and (dims.ep > 1 or dims.sequence_ranks > 1):
+            shard_experts(block.network, mesh.axis("ep"), dims.sequence_ranks > 1)
     recompute_and_compile(model, config)
     _shard(model, mesh, config, precision)
 
@@ -62,29 +62,29 @@ def _saved_ops(config: ModelConfig) -> frozenset[Any]:
     return config.attention_class.saved_ops | of_experts
 
 
-def check_layout(config: ModelConfig, degrees: Degrees) -> None:
+def check_layout(config: ModelConfig, dims: ParallelDims) -> None:
     """Raises ConfigError where the model cannot be spread over these degrees."""
-    if degrees.cp > 1 and not config.attention_class.supports_cp:
+    if dims.cp > 1 and not config.attention_class.supports_cp:
         others = ATTENTION_BACKENDS.kinds_that(lambda backend: backend.supports_cp)
         raise ConfigError(
-            f"parallel.cp is {degrees.cp}, but model.attention is {config.attention}, which has no form for positions "
+            f"parallel.cp is {dims.cp}, but model.attention is {config.attention}, which has no form for positions "
             f"of several ranks; set it to {others}, or parallel.cp to 1"
         )
-    if degrees.tp > 1:
-        check_tensor(config, degrees.tp)
+    if dims.tp > 1:
+        check_tensor(config, dims.tp)
     if config.moe is None:
-        if degrees.ep > 1:
-            raise ConfigError(f"parallel.ep is {degrees.ep}, but the model has no experts; set it to 1")
+        if dims.ep > 1:
+            raise ConfigError(f"parallel.ep is {dims.ep}, but the model has no experts; set it to 1")
         return
-    if config.moe.experts % degrees.ep:
+    if config.moe.experts % dims.ep:
         raise ConfigError(
-            f"parallel.ep is {degrees.ep}, which does not divide the {config.moe.experts} experts of model.moe; "
+            f"parallel.ep is {dims.ep}, which does not divide the {config.moe.experts} experts of model.moe; "
             "lower it to a divisor"
         )
     for name, width in (("model.d_model", config.d_model), ("model.moe.hidden", config.moe.hidden)):
-        if width % degrees.expert_shard:
+        if width % dims.expert_shard:
             raise ConfigError(
-                f"{name} is {width}, which the {degrees.expert_shard} ranks that share an expert (dp_shard x cp x tp / "
+                f"{name} is {width}, which the {dims.expert_shard} ranks that share an expert (dp_shard x cp x tp / "
                 "ep) do not divide; raise parallel.ep, or use dp_replicate for some of dp_shard"
             )
 

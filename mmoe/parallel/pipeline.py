@@ -156,13 +156,13 @@ def deal_layers(costs: list[float], stages: int) -> list[range]:
 
 def on_meta(setting: RankSetting, inputs: ModelInputs, pp_rank: int) -> MultimodalModel:
     """Make the model, or the stages of one rank of pp, without memory. Raises ConfigError where it cannot be spread."""
-    degrees = setting.degrees
-    check_vocabulary(inputs.vocabulary_size, degrees.tp, degrees.fsdp)
+    dims = setting.dims
+    check_vocabulary(inputs.vocabulary_size, dims.tp, dims.fsdp)
     with torch.device("meta"):
         heads = setting.heads(inputs)
-        if degrees.pp == 1:
+        if dims.pp == 1:
             model = MultimodalModel(setting.model, inputs, heads)
         else:
-            stages = degrees.pp * setting.parallel.stages_per_rank
-            model = StageModel(setting.model, inputs, stages, degrees.pp, pp_rank, heads)
+            stages = dims.pp * setting.parallel.stages_per_rank
+            model = StageModel(setting.model, inputs, stages, dims.pp, pp_rank, heads)
     return model.to(setting.precision.parameter_dtype)

@@ -168,7 +168,7 @@ class Pipeline:
         """Empty tensors of what goes from a stage to the next: hidden states, router losses."""
         sequences, length = batch.shape
         dtype = self.setting.precision.parameter_dtype
-        shape = sequences, length // self.mesh.degrees.sequence_ranks, self.setting.model.d_model
+        shape = sequences, length // self.mesh.dims.sequence_ranks, self.setting.model.d_model
         hidden = torch.empty(shape, dtype=dtype, device=device)
         return (hidden, torch.empty(len(self._names), dtype=dtype, device=device)) if self._names else (hidden,)
 
@@ -189,7 +189,7 @@ class Pipeline:
     def _through(self, stage: int, batch: PackedBatch, x_BHD: Tensor | None) -> ModelOutput:
         """`stage` of the model on the positions here; after the last one the hidden states are whole."""
         config, dtype = self.setting.model, self.setting.precision.parameter_dtype
-        if self.mesh.degrees.sequence_ranks == 1:
+        if self.mesh.dims.sequence_ranks == 1:
             return self.model(stage, Layout.of(batch, config, dtype), batch if x_BHD is None else x_BHD)
         sharding = Sharding.of(batch, self.mesh)
         entering = sharding.local(batch) if x_BHD is None else x_BHD

@@ -1,6 +1,6 @@
 """This process among the ranks of a run: what it does of a step, and what it must add up with the others.
 
-`OneProcess` is the run without others. Both have the same methods, so that the loop reads the same.
+`LocalExecutor` is the run without others. Both have the same methods, so that the loop reads the same.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SharedBatches(Protocol):
         """Give those of a replica: the batches ``replica``, ``replica + replicas``, ..., the last one perhaps empty."""
 
 
-class Ranks(Protocol):
+class StepExecutor(Protocol):
     """What a step, and a measure, asks of the ranks."""
 
     replica: int
@@ -93,7 +93,7 @@ class Ranks(Protocol):
         """Of all ranks, a row for each layer of experts of the whole model."""
 
 
-class OneProcess:
+class LocalExecutor:
     """Runs the steps of a run that has one process."""
 
     replica, replicas, first, speaks = 0, 1, True, True
@@ -152,7 +152,7 @@ class OneProcess:
         return routing
 
 
-class ManyRanks:
+class MeshExecutor:
     """One of the ranks of `mesh`."""
 
     def __init__(
@@ -161,12 +161,12 @@ class ManyRanks:
         self.mesh, self.setting, self.sources, self.device, self.pipeline = mesh, setting, sources, device, pipeline
         self.replica, self.replicas = mesh.replica, mesh.replicas
         self.first = dist.get_rank() == 0
-        self.speaks = mesh.rank("sequence") == 0 and mesh.rank("pp") == mesh.degrees.pp - 1
+        self.speaks = mesh.rank("sequence") == 0 and mesh.rank("pp") == mesh.dims.pp - 1
         self.contrast_axis = self._contrast_axis()
 
     def tables(self) -> list[Table]:
         """Give the table of the axes, and that of the pipeline."""
-        return [self.mesh.degrees.table(), *([self.pipeline.table()] if self.pipeline else [])]
+        return [self.mesh.dims.table(), *([self.pipeline.table()] if self.pipeline else [])]
 
     def parameters(self, model: MultimodalModel) -> int:
         """Count the parameters of the whole model; all ranks ask."""
@@ -181,7 +181,7 @@ class ManyRanks:
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
         """Run the model on the positions of this rank, and gather the hidden states of all."""
-        if self.mesh.degrees.sequence_ranks == 1:
+        if self.mesh.dims.sequence_ranks == 1:
             return model(batch)
         sharding = Sharding.of(batch, self.mesh)
         layout = sharding.layout(batch, model.decoder.config, self.setting.precision.parameter_dtype)
@@ -199,21 +199,21 @@ class ManyRanks:
 
     def logits(self, model: MultimodalModel, hidden_nD: Tensor) -> Tensor:
         """Gather the scores of the ids that each rank of tp has."""
-        if self.mesh.degrees.tp == 1:
+        if self.mesh.dims.tp == 1:
             return model.logits(hidden_nD)
         head = VocabularyHead(model, self.mesh.axis("tp"))
         return head.whole(head.logits(hidden_nD))
 
     def part(self, model: MultimodalModel) -> LossShare:
         """Say what of the losses is worked out here, by the axes of the mesh."""
-        mesh, degrees = self.mesh, self.mesh.degrees
+        mesh, dims = self.mesh, self.mesh.dims
         vocabulary: dict[str, Any] = {}
-        if degrees.tp > 1:
+        if dims.tp > 1:
             head = VocabularyHead(model, mesh.axis("tp"))
             vocabulary = {"head": head.logits, "criterion": head.criterion}
         return LossShare(
-            labels=(mesh.rank("cp"), degrees.cp),
-            items=(mesh.rank("sequence"), degrees.sequence_ranks),
+            labels=(mesh.rank("cp"), dims.cp),
+            items=(mesh.rank("sequence"), dims.sequence_ranks),
             reports_labels=mesh.rank("tp") == 0,
             reports_routing=mesh.rank("sequence") == 0,
             gather_pairs=self.gather_pairs if self.contrast_axis else None,
@@ -232,7 +232,7 @@ class ManyRanks:
     def _contrast_axis(self) -> str | None:
         if self.setting.scope is not ContrastiveScope.MICRO_BATCH:
             return "loss"
-        return "sequence" if self.mesh.degrees.sequence_ranks > 1 else None
+        return "sequence" if self.mesh.dims.sequence_ranks > 1 else None
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
         """With ZeRO-1, let gradients travel in the `last` backward pass of a step alone."""

@@ -77,8 +77,8 @@ class Sharding(Positions):
     @classmethod
     def of(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
         """Raises ConfigError where the ranks cannot share a sequence evenly."""
-        degrees = mesh.degrees
-        found = Positions.for_rank(batch.document, degrees.cp, degrees.tp, mesh.rank("sequence"))
+        dims = mesh.dims
+        found = Positions.for_rank(batch.document, dims.cp, dims.tp, mesh.rank("sequence"))
         return cls(found.attended_cBM, found.streamed_nBH, found.rank, mesh)
 
     def layout(self, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> Layout:
@@ -87,7 +87,7 @@ class Sharding(Positions):
         attended_BM = self.attended_cBM[cp]
         position = batch.position.flatten(0, 1)[_flat(attended_BM, batch.shape[1])].unflatten(0, attended_BM.shape)
         attention: BatchAttention
-        if self.mesh.degrees.cp > 1:
+        if self.mesh.dims.cp > 1:
             group, backend = self.mesh.group("cp"), config.attention_class
             attention = ContextAttention.from_batch(batch, bidirectional, backend, self.attended_cBM, cp, group)
         else:

@@ -12,7 +12,7 @@ from mmoe.models.decoder import ModelConfig
 from mmoe.models.embeddings import ModelInputs
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 from mmoe.precision.config import PrecisionConfig
 
 
@@ -27,7 +27,7 @@ class RankSetting:
     losses: LossConfig
     parallel: ParallelConfig
     precision: PrecisionConfig
-    degrees: Degrees
+    dims: ParallelDims
     batch: BatchArithmetic
     scope: ContrastiveScope
 

@@ -43,9 +43,9 @@ class Communication:
     """Of one rank at `place`, whose part of the model is `model` (on meta)."""
 
     def __init__(self, setting: RankSetting, model: nn.Module, place: Place | None = None) -> None:
-        self.setting, self.degrees, self.batch = setting, setting.degrees, setting.batch
+        self.setting, self.dims, self.batch = setting, setting.dims, setting.batch
         self.place = place or Place()
-        self.shards = shards(setting.model, setting.precision, model, self.degrees, self.place)
+        self.shards = shards(setting.model, setting.precision, model, self.dims, self.place)
         self.wide = setting.precision.parameter_dtype.itemsize
         self.narrow = 2 if setting.precision.compute == "bfloat16" else self.wide
         stages = model.layers if isinstance(model, StageModel) else [range(setting.model.layers)]
@@ -76,8 +76,8 @@ class Communication:
         return self.traffic
 
     def _add(self, axis: str, collective: str, size: int, calls: int = 1) -> None:
-        if ranks_of(self.degrees, axis) > 1:
-            self.traffic.add(name_of(self.degrees, axis, collective), collective, size, calls)
+        if ranks_of(self.dims, axis) > 1:
+            self.traffic.add(name_of(self.dims, axis, collective), collective, size, calls)
 
     def _weights(self) -> None:
         """FSDP2: a gather and a reduction for each of its modules. What stays gathered until a backward pass serves the
@@ -90,7 +90,7 @@ class Communication:
             axis = held[0].unit.axis
             gathers = {1: 1, 2: steps, 3: passes * steps}[zero]
             if unit == "":  # the root stays gathered for the losses; that of a pipeline stage for the whole step
-                gathers = 1 if zero == 1 or self.degrees.pp > 1 else steps
+                gathers = 1 if zero == 1 or self.dims.pp > 1 else steps
             if self.setting.needs_embedding_pass and unit == f"decoder.blocks.{self.layers[-1]}" and not rooted:
                 gathers += 1  # FSDP2 prefetches it for a backward pass of the embedding pass, which does not come
             reductions = 1 if zero == 1 else steps
@@ -123,20 +123,20 @@ class Communication:
 
     def _tensor(self, again: int, back: int) -> None:
         model = self.setting.model
-        attended = self._positions // self.degrees.cp * model.d_model  # [B, M, D]
+        attended = self._positions // self.dims.cp * model.d_model  # [B, M, D]
         networks = len(self.layers) - len(self.routed)
         # What enters attention and a dense network is gathered, what leaves is summed and split; gradients as well.
         self._there_and_back("tp", attended * self.narrow, len(self.layers) + networks, again, back)
         self._add("tp", "reduce_scatter", attended * self.narrow, len(self.layers) * again + networks)
         self._add("tp", "all_gather", attended * self.narrow, (len(self.layers) + networks) * back)
         if self.first:  # the token table: ids are gathered, vectors summed and split
-            self._add("tp", "all_gather", self._positions // self.degrees.cp * WIDE)
+            self._add("tp", "all_gather", self._positions // self.dims.cp * WIDE)
             self._add("tp", "reduce_scatter", attended * self.wide)
             self._add("tp", "all_gather", attended * self.wide, back)
 
     def _context(self, again: int, back: int) -> None:
         model = self.setting.model
-        heads = max(model.kv_heads // self.degrees.tp, 1)
+        heads = max(model.kv_heads // self.dims.tp, 1)
         elements = self._positions * heads * model.head_width
         for width in (max(self.wide, 4), self.narrow):  # rotated keys are wide, values are not
             self._there_and_back("cp", elements * width, len(self.layers), again, back)
@@ -155,7 +155,7 @@ class Communication:
         moe = self.setting.model.moe
         if moe is None:
             return None
-        exchange = exchange_of(moe.dispatcher_class, self.degrees.sequence_ranks > 1)
+        exchange = exchange_of(moe.dispatcher_class, self.dims.sequence_ranks > 1)
         if not issubclass(exchange, FixedExchange):
             return None
         dispatcher = moe.dispatcher_class.from_config(moe)
@@ -168,7 +168,7 @@ class Communication:
             return 0
         if (rows := self._fixed_rows) is not None:
             return rows
-        here = moe.experts // self.degrees.ep
+        here = moe.experts // self.dims.ep
         return (
             micro.received
             if moe.group_multiple == 1
@@ -190,9 +190,9 @@ class Communication:
     def _between_stages(self, back: int) -> None:
         """Hidden states and, with experts, the router losses: to the next stage, and their gradients back."""
         setting = self.setting
-        hidden = self._positions // self.degrees.sequence_ranks * setting.model.d_model
+        hidden = self._positions // self.dims.sequence_ranks * setting.model.d_model
         levels = len(router_losses(setting.losses.balance))
-        stages = self.degrees.pp * setting.parallel.stages_per_rank
+        stages = self.dims.pp * setting.parallel.stages_per_rank
         for stage in self.here:
             for size in (hidden, *([levels] if setting.model.moe is not None and back else [])):
                 after, before = int(stage < stages - 1), int(stage > 0)
@@ -210,10 +210,10 @@ class Communication:
     def _contrast(self, pairs: int) -> None:
         """The embeddings of so many pairs here, and those of all who have pairs of the same groups."""
         within = self.setting.scope is ContrastiveScope.MICRO_BATCH
-        if within and self.degrees.sequence_ranks == 1:
+        if within and self.dims.sequence_ranks == 1:
             return
         axis = "sequence" if within else "loss"
-        ranks, width = ranks_of(self.degrees, axis), max(self.wide, 4)
+        ranks, width = ranks_of(self.dims, axis), max(self.wide, 4)
         self._add(axis, "all_gather", ranks * WIDE, 2)  # how many pairs, for each of the two below
         self._add(axis, "all_gather", ranks * pairs * 2 * WIDE)  # groups and captions
         self._there_and_back(axis, ranks * pairs * 2 * self.setting.model.contrast_dim * width, 1, 1, 1)

@@ -37,9 +37,9 @@ class CommunicationTrace(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        self.traffic, self._degrees = Traffic(), mesh.degrees
+        self.traffic, self._degrees = Traffic(), mesh.dims
         self._axis = {mesh.group(axis).group_name: axis for axis in AXES if axis not in ("peers", "all")}
-        if mesh.degrees.dp_replicate > 1:
+        if mesh.dims.dp_replicate > 1:
             for device_mesh in (mesh.fsdp, mesh.expert_fsdp):
                 self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
         self._axis[mesh.peers.group_name] = "peers"

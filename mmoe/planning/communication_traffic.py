@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 
 # The groups of a run by what they are for.
 AXES = ("fsdp", "expert_shard", "ep", "tp", "cp", "sequence", "data", "loss", "pp", "dp_replicate", "peers", "all")
@@ -93,13 +93,13 @@ class Traffic:
             sums[kind.axis] = sums.get(kind.axis, 0) + size
         return sums
 
-    def table(self, degrees: Degrees, title: str) -> Table:
+    def table(self, dims: ParallelDims, title: str) -> Table:
         """Draw the traffic by axis and collective, with the bytes that a rank itself sends."""
         table = Table("axis", "ranks", "collective", "calls", "GB", "GB sent", title=title, title_justify="left")
         for column in (1, 3, 4, 5):
             table.columns[column].justify = "right"
         for kind, calls, size in self.rows():
-            ranks = ranks_of(degrees, kind.axis)
+            ranks = ranks_of(dims, kind.axis)
             sent = size * share_sent(kind.collective, ranks)
             gigabytes = (f"{amount / 1e9:.4g}" for amount in (size, sent))
             table.add_row(kind.axis, str(ranks), kind.collective, f"{calls:,}", *gigabytes)
@@ -115,20 +115,20 @@ def share_sent(collective: str, ranks: int) -> float:
     return 0.0 if collective == "receive" else 1.0
 
 
-def ranks_of(degrees: Degrees, axis: str) -> int:
+def ranks_of(dims: ParallelDims, axis: str) -> int:
     """Ranks of one group of `axis`."""
     joined = {
-        "data": degrees.replicas,
-        "sequence": degrees.sequence_ranks,
-        "loss": degrees.replicas * degrees.sequence_ranks,
-        "peers": degrees.pp * degrees.sequence_ranks,
-        "all": degrees.world,
+        "data": dims.replicas,
+        "sequence": dims.sequence_ranks,
+        "loss": dims.replicas * dims.sequence_ranks,
+        "peers": dims.pp * dims.sequence_ranks,
+        "all": dims.world,
     }
-    return joined[axis] if axis in joined else getattr(degrees, axis)
+    return joined[axis] if axis in joined else getattr(dims, axis)
 
 
-def name_of(degrees: Degrees, axis: str, collective: str) -> str:
+def name_of(dims: ParallelDims, axis: str, collective: str) -> str:
     """`axis`, or what a group of all ranks is called for this collective: torch has one such group for all purposes."""
-    if ranks_of(degrees, axis) < degrees.world:
+    if ranks_of(dims, axis) < dims.world:
         return axis
-    return next((name for name in WHOLE[collective] if ranks_of(degrees, name) == degrees.world), axis)
+    return next((name for name in WHOLE[collective] if ranks_of(dims, name) == dims.world), axis)

@@ -64,12 +64,12 @@ def dry_run(
     run: RankSetting, optim: OptimConfig, rank: int, assumed: Assumed, documents: Documents, load: Load
 ) -> RankCost:
     """Find the cost of `rank` in one step of `run`. Raises ConfigError where the model cannot be spread so."""
-    with fake_rank(rank, run.degrees.world):
-        mesh = Mesh(run.degrees)
+    with fake_rank(rank, run.dims.world):
+        mesh = Mesh(run.dims)
         model = on_meta(run, assumed.inputs, mesh.rank("pp"))
         parallelize(model, mesh, run.parallel, run.precision)
         if run.model.moe is not None:
-            choices = documents.sequences * documents.length // run.degrees.sequence_ranks * run.model.moe.top_k
+            choices = documents.sequences * documents.length // run.dims.sequence_ranks * run.model.moe.top_k
             plan_routing(model, load, choices)
         with FakeTensorMode(allow_non_fake_inputs=True), shapes_apart():
             model.to_empty(device=DEVICE)
@@ -89,7 +89,7 @@ def _step(
     accumulation = run.batch.accumulation
     # The first and the last micro-batch differ from the others with ZeRO-1, and in a pipeline each backward pass knows
     # whether another one follows (`Passes`).
-    micro_batches = min(accumulation, 3 if mesh.degrees.pp > 1 else 2 if run.parallel.zero == 1 else 1)
+    micro_batches = min(accumulation, 3 if mesh.dims.pp > 1 else 2 if run.parallel.zero == 1 else 1)
     if accumulation > 1 and run.parallel.zero > 1:
         for parameter in model.parameters():  # what the micro-batches before have left
             parameter.grad = torch.zeros_like(parameter)

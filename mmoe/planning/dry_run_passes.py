@@ -21,7 +21,7 @@ from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.pipeline import StageModel
 from mmoe.parallel.pipeline_schedule import Pipeline
-from mmoe.parallel.ranks import ManyRanks
+from mmoe.parallel.ranks import MeshExecutor
 from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication_trace import CommunicationTrace
 from mmoe.planning.communication_traffic import Traffic
@@ -84,7 +84,7 @@ class Passes:
         return traffic + between.times(self.accumulation).over(self.run), operations
 
 
-class DryRanks(ManyRanks):
+class DryRanks(MeshExecutor):
     """A rank that notes its passes."""
 
     def __init__(self, mesh: Mesh, setting: RankSetting, sources: int, model: MultimodalModel, passes: Passes) -> None:

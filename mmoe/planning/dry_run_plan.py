@@ -12,7 +12,7 @@ from mmoe.errors import ConfigError
 from mmoe.models.decoder import MultimodalModel
 from mmoe.models.flops import RankWork, computed_flops, model_flops
 from mmoe.optim.config import OptimConfig
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 from mmoe.parallel.pipeline import on_meta
 from mmoe.parallel.setting import RankSetting
 from mmoe.planning.communication import Communication, MicroBatch
@@ -45,13 +45,13 @@ class Plan:
             config.optim,
             Assumed.of(config.tokenizers, len(config.data.sources), vocabulary),
             Documents.of(config.data, patches, run.batch.micro_batch_sequences, documents),
-            Load.of(imbalance, config.model, run.degrees),
+            Load.of(imbalance, config.model, run.dims),
         )
 
     @property
-    def degrees(self) -> Degrees:
+    def dims(self) -> ParallelDims:
         """Give the degrees of the mesh."""
-        return self.run.degrees
+        return self.run.dims
 
     def cost(self, rank: int) -> RankCost:
         """By the dry run."""
@@ -59,27 +59,27 @@ class Plan:
 
     def place(self, rank: int) -> Place:
         """Say where a rank stands on the axes that cut parameters."""
-        within = rank % (self.degrees.world // self.degrees.pp)
-        return Place(within // self.degrees.tp % self.degrees.fsdp, within % self.degrees.tp)
+        within = rank % (self.dims.world // self.dims.pp)
+        return Place(within // self.dims.tp % self.dims.fsdp, within % self.dims.tp)
 
     def stage(self, rank: int) -> int:
         """Number the pipeline stage of a rank."""
-        return rank // (self.degrees.world // self.degrees.pp)
+        return rank // (self.dims.world // self.dims.pp)
 
     def labels(self, rank: int) -> int:
         """That the rank works out in a micro-batch."""
-        context = rank // self.degrees.tp % self.degrees.cp
-        return len(range(context, self.documents.sequences * self.documents.labels, self.degrees.cp))
+        context = rank // self.dims.tp % self.dims.cp
+        return len(range(context, self.documents.sequences * self.documents.labels, self.dims.cp))
 
     def micro_batch(self, rank: int) -> MicroBatch:
         """Count what a micro-batch brings to a rank: labels, pairs and routed rows."""
-        degrees, moe = self.degrees, self.run.model.moe
-        pairs = -(-self.documents.sequences * self.documents.count // degrees.sequence_ranks)
+        dims, moe = self.dims, self.run.model.moe
+        pairs = -(-self.documents.sequences * self.documents.count // dims.sequence_ranks)
         if moe is None:
             return MicroBatch(self.labels(rank), pairs)
-        choices = self.documents.sequences * self.documents.length // degrees.sequence_ranks * moe.top_k
-        sent = self.load.sent(choices, degrees.ep, rank % degrees.ep, moe.capacity_factor)
-        return MicroBatch(self.labels(rank), pairs, sum(sent), sent[rank % degrees.ep] * degrees.ep)
+        choices = self.documents.sequences * self.documents.length // dims.sequence_ranks * moe.top_k
+        sent = self.load.sent(choices, dims.ep, rank % dims.ep, moe.capacity_factor)
+        return MicroBatch(self.labels(rank), pairs, sum(sent), sent[rank % dims.ep] * dims.ep)
 
     def traffic(self, rank: int) -> Traffic:
         """By the formula."""
@@ -97,8 +97,8 @@ class Plan:
             documents=(self.documents.size,) * self.documents.count,
             labels=self.labels(rank),
             rows=formula.expert_rows(self.micro_batch(rank)),
-            sequence_ranks=run.degrees.sequence_ranks,
-            tp=run.degrees.tp,
+            sequence_ranks=run.dims.sequence_ranks,
+            tp=run.dims.tp,
             again=(run.parallel.activation_checkpointing == "full") + run.needs_embedding_pass,
         )
         vocabulary = self.assumed.inputs.vocabulary_size
@@ -114,14 +114,14 @@ class Plan:
         """Of a step, the model's own (6 N and attention): an equal share of a replica's."""
         documents = [self.documents.size] * (self.documents.count * self.documents.sequences)
         wanted = model_flops(self.run.model, self.assumed.inputs, documents) * cost.micro_batches
-        return wanted / (self.degrees.pp * self.degrees.sequence_ranks)
+        return wanted / (self.dims.pp * self.dims.sequence_ranks)
 
     def ranks(self, asked: list[int]) -> list[int]:
         """Those asked for; without any, the first rank of the first, of a middle and of the last pipeline stage.
 
         Raises ConfigError for a rank that is none of the plan's.
         """
-        world, pp = self.degrees.world, self.degrees.pp
+        world, pp = self.dims.world, self.dims.pp
         ranks = asked or [world // pp * stage for stage in sorted({0, pp // 2, pp - 1})]
         for rank in ranks:
             if not 0 <= rank < world:

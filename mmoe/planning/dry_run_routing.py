@@ -11,7 +11,7 @@ from mmoe.models.decoder import ModelConfig
 from mmoe.models.moe.dispatch import LocalDispatcher
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.expert import VariableExchange
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Load:
     imbalance: float = 1.0
 
     @classmethod
-    def of(cls, imbalance: float, model: ModelConfig, degrees: Degrees) -> "Load":
+    def of(cls, imbalance: float, model: ModelConfig, dims: ParallelDims) -> "Load":
         """Raises ConfigError where no routing has that imbalance."""
-        if model.moe is not None and not 1 <= imbalance <= degrees.ep:
+        if model.moe is not None and not 1 <= imbalance <= dims.ep:
             raise ConfigError(
                 f"--imbalance is {imbalance:g}, the load of the busiest rank of ep over the mean: with parallel.ep "
-                f"{degrees.ep} it is between 1 and {degrees.ep}; change it, or parallel.ep"
+                f"{dims.ep} it is between 1 and {dims.ep}; change it, or parallel.ep"
             )
         return cls(imbalance)
 

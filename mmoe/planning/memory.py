@@ -27,7 +27,7 @@ class StateMemory:
     @classmethod
     def of(cls, setting: RankSetting, optim: OptimConfig, model: nn.Module, place: Place) -> StateMemory:
         """Of a rank at `place` whose part of the model is `model` (on meta)."""
-        found = shards(setting.model, setting.precision, model, setting.degrees, place)
+        found = shards(setting.model, setting.precision, model, setting.dims, place)
         dtype = setting.precision.parameter_dtype
         width = dtype.itemsize
         held = sum(shard.held(place) for shard in found)

@@ -9,7 +9,7 @@ from math import prod
 from torch import nn
 
 from mmoe.models.decoder import ModelConfig
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 from mmoe.parallel.sharding_table import Unit, cut_of, unit_of
 from mmoe.precision.config import PrecisionConfig
 
@@ -60,20 +60,20 @@ class Shard:
 
 
 def shards(
-    config: ModelConfig, precision: PrecisionConfig, model: nn.Module, degrees: Degrees, place: Place
+    config: ModelConfig, precision: PrecisionConfig, model: nn.Module, dims: ParallelDims, place: Place
 ) -> list[Shard]:
     """Of every parameter of `model` (as `on_meta` gives it), in its order."""
     found = []
     narrow = 2 if precision.compute == "bfloat16" else precision.parameter_dtype.itemsize
     for name, parameter in model.named_parameters():
         shape, unit = list(parameter.shape), unit_of(name)
-        cut = cut_of(name, config.kv_heads, degrees.tp)
+        cut = cut_of(name, config.kv_heads, dims.tp)
         if cut is not None:
-            ranks, rank = (degrees.tp, place.tp) if cut.axis == "tp" else (degrees.ep, 0)
+            ranks, rank = (dims.tp, place.tp) if cut.axis == "tp" else (dims.ep, 0)
             size = -(-shape[cut.dim] // ranks)
             shape[cut.dim] = min(size, max(shape[cut.dim] - size * rank, 0))
         width = narrow if unit.matrices else precision.parameter_dtype.itemsize
-        found.append(Shard(name, tuple(shape), unit, getattr(degrees, unit.axis), width, copied=cut is None))
+        found.append(Shard(name, tuple(shape), unit, getattr(dims, unit.axis), width, copied=cut is None))
     return found
 
 

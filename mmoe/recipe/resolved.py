@@ -9,7 +9,7 @@ from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.errors import ConfigError
 from mmoe.optim.schedule import Schedule
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.mesh import DEGREES, Degrees
+from mmoe.parallel.mesh import DEGREES, ParallelDims
 from mmoe.parallel.parallelize import check_layout
 from mmoe.parallel.pipeline import check_stages
 from mmoe.parallel.sequence import check_length
@@ -35,19 +35,19 @@ class ResolvedRun(RankSetting):
 
         Raises ConfigError where the degrees, the model or the batch cannot be spread so.
         """
-        degrees = Degrees() if world is None else Degrees.of(config.parallel, world)
-        check_layout(config.model, degrees)
-        check_length(config.data.sequence_length, degrees.cp, degrees.tp)
-        batch = config.batch_of(degrees.replicas)
-        check_stages(config.model.layers, config.parallel.stages_per_rank, degrees.pp, batch.accumulation)
+        dims = ParallelDims() if world is None else ParallelDims.of(config.parallel, world)
+        check_layout(config.model, dims)
+        check_length(config.data.sequence_length, dims.cp, dims.tp)
+        batch = config.batch_of(dims.replicas)
+        check_stages(config.model.layers, config.parallel.stages_per_rank, dims.pp, batch.accumulation)
         return cls(
             config.model,
             config.losses,
             config.parallel,
             config.precision,
-            degrees,
+            dims,
             batch,
-            scope=ContrastiveScope.of(config.contrastive_group, batch.micro_batch_sequences, degrees.replicas),
+            scope=ContrastiveScope.of(config.contrastive_group, batch.micro_batch_sequences, dims.replicas),
             contrastive_group=config.contrastive_group,
             schedule=config.optim.build_schedule(batch),
         )
@@ -61,11 +61,11 @@ class ResolvedRun(RankSetting):
         alone = cls.of(config)
         if world is None:
             return alone
-        degrees, parallel = Degrees.of(config.parallel, world), config.parallel
-        check_layout(config.model, degrees)
-        check_length(config.data.sequence_length, degrees.cp, degrees.tp)
-        check_stages(config.model.layers, parallel.stages_per_rank, degrees.pp, micro_batches=degrees.pp)
-        return replace(alone, degrees=degrees)
+        dims, parallel = ParallelDims.of(config.parallel, world), config.parallel
+        check_layout(config.model, dims)
+        check_length(config.data.sequence_length, dims.cp, dims.tp)
+        check_stages(config.model.layers, parallel.stages_per_rank, dims.pp, micro_batches=dims.pp)
+        return replace(alone, dims=dims)
 
 
 def layout_to_measure(config: RunConfig, world: int) -> ParallelConfig:

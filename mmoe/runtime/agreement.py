@@ -10,7 +10,7 @@ from mmoe.errors import CheckpointError
 T = TypeVar("T")
 
 
-class Ranks:
+class ProcessGroupRanks:
     """The ranks of `group` (None: the default one), or one process where torch.distributed is not initialised."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -15,7 +15,7 @@ from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.balance import ExpertLoadAccumulator
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.pipeline_schedule import Losses
-from mmoe.parallel.ranks import Ranks
+from mmoe.parallel.ranks import StepExecutor
 from mmoe.parallel.setting import RankSetting
 from mmoe.precision.config import PrecisionConfig
 from mmoe.schema.batch import PackedBatch
@@ -45,12 +45,12 @@ class StepSetting:
     precision: PrecisionConfig
     vocabulary: Vocabulary
     device: torch.device
-    ranks: Ranks
+    ranks: StepExecutor
     micro_batches: int
     cached: bool  # contrastive groups are wider than what is embedded at the same time: the step has a first pass
 
     @classmethod
-    def of(cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: Ranks) -> "StepSetting":
+    def of(cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: StepExecutor) -> "StepSetting":
         """Derive the setting of a run's steps from what is resolved of it."""
         return cls(
             run.loss_terms, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.needs_embedding_pass

@@ -14,7 +14,7 @@ from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.config.load import dump
 from mmoe.data.load.stream import StepData
 from mmoe.errors import CheckpointError, DivergenceError
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 from mmoe.runtime.watch import Watch
 from mmoe.training.callback import Callback, Callbacks, EvaluationResult
 from mmoe.training.decision import Decision, agree
@@ -158,7 +158,7 @@ class Trainer:
             if self.callbacks.unwritten is not None:
                 raise self.callbacks.unwritten
 
-        Ranks().every(check)
+        ProcessGroupRanks().every(check)
 
     def _sections(self) -> dict[str, Any]:
         return self.state.state_dict() | {"callbacks": self.callbacks.state_dict()}

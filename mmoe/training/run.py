@@ -19,7 +19,7 @@ from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.parallel.build import build
 from mmoe.parallel.mesh import DEGREES, check_one_process
-from mmoe.parallel.ranks import Ranks
+from mmoe.parallel.ranks import StepExecutor
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun, layout_to_measure
 from mmoe.schema.modality import Modality
@@ -76,7 +76,7 @@ def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def rearrange(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Give the config of a trained run with other addresses, for data that has been moved, and a layout to measure in.
 
-    Degrees that `overrides` name are taken as they are; else a process group gets a layout that fits it. Unless
+    ParallelDims that `overrides` name are taken as they are; else a process group gets a layout that fits it. Unless
     `overrides` say otherwise weights are gathered anew for every pass (ZeRO-3): none is kept for a backward pass.
     Raises ConfigError for an override of anything else, since the weights were trained with the rest, and for degrees
     that one process cannot have.
@@ -119,7 +119,7 @@ class Run:
     tokenizers: Tokenizers
     model: MultimodalModel
     device: torch.device
-    ranks: Ranks
+    ranks: StepExecutor
 
     @classmethod
     def build(

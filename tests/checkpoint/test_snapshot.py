@@ -12,7 +12,7 @@ import torch
 from mmoe.checkpoint.commit import PARTIAL, commit, path_of
 from mmoe.checkpoint.snapshot import Snapshot
 from mmoe.checkpoint.writer import write
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 from tests.checkpoint.states import loaded, manager, state_of
 
 
@@ -25,7 +25,7 @@ def copied(snapshot: Snapshot) -> Snapshot:
 def written(snapshot: Snapshot, folder: Path) -> Path:
     partial = path_of(folder, snapshot.step, PARTIAL)
     folder.mkdir(exist_ok=True)
-    write(partial, snapshot, snapshot.gather(Ranks()).documents, Ranks())
+    write(partial, snapshot, snapshot.gather(ProcessGroupRanks()).documents, ProcessGroupRanks())
     commit(partial)
     return path_of(folder, snapshot.step)
 

@@ -76,10 +76,10 @@ def video(
     return buffer.getvalue()
 
 
-def turned(mp4: bytes, degrees: int) -> bytes:
+def turned(mp4: bytes, dims: int) -> bytes:
     """The mp4 with its rotation tag set: the display matrix of the track header is overwritten."""
     at = mp4.index(b"tkhd") + 4 + 4 + 20 + 16  # version 0 header up to the matrix
-    return mp4[:at] + struct.pack(">9i", *MATRICES[degrees]) + mp4[at + 36 :]
+    return mp4[:at] + struct.pack(">9i", *MATRICES[dims]) + mp4[at + 36 :]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

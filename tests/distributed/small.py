@@ -45,8 +45,8 @@ class Small(nn.Module):
 
 
 @functools.cache
-def mesh(*degrees: int) -> DeviceMesh:
-    return init_device_mesh("cpu", degrees, mesh_dim_names=("dp", "tp")[: len(degrees)])
+def mesh(*dims: int) -> DeviceMesh:
+    return init_device_mesh("cpu", dims, mesh_dim_names=("dp", "tp")[: len(dims)])
 
 
 def build(layout: str) -> Small:

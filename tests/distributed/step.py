@@ -23,10 +23,10 @@ from mmoe.optim.muon import MuonConfig
 from mmoe.optim.optimizer import build_optimizer
 from mmoe.parallel.build import spread
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.parallel.mesh import Mesh, ParallelDims
 from mmoe.parallel.parallelize import check_layout
 from mmoe.parallel.pipeline import check_stages
-from mmoe.parallel.ranks import OneProcess
+from mmoe.parallel.ranks import LocalExecutor
 from mmoe.parallel.setting import RankSetting
 from mmoe.precision.config import PrecisionConfig
 from mmoe.schema.batch import PackedBatch
@@ -93,11 +93,11 @@ def setting_of(case: Case, world: int) -> RankSetting:
         moe.setdefault("engine", "loop")
     model = validate(ModelConfig, {**MODEL, **case.model, "moe": moe}, "case")
     parallel = validate(ParallelConfig, case.parallel, "case")
-    degrees = Degrees.of(parallel, world) if world > 1 else Degrees()
-    accumulation = case.sequences // (case.micro * degrees.replicas)
-    batch = BatchArithmetic(LENGTH, case.micro, accumulation, degrees.replicas, LENGTH * case.sequences)
-    scope = ContrastiveScope.of(group_of(case, losses), case.micro, degrees.replicas)
-    return RankSetting(model, losses, parallel, PrecisionConfig(compute=case.compute), degrees, batch, scope)
+    dims = ParallelDims.of(parallel, world) if world > 1 else ParallelDims()
+    accumulation = case.sequences // (case.micro * dims.replicas)
+    batch = BatchArithmetic(LENGTH, case.micro, accumulation, dims.replicas, LENGTH * case.sequences)
+    scope = ContrastiveScope.of(group_of(case, losses), case.micro, dims.replicas)
+    return RankSetting(model, losses, parallel, PrecisionConfig(compute=case.compute), dims, batch, scope)
 
 
 def group_of(case: Case, losses: LossConfig) -> int:
@@ -139,9 +139,9 @@ def batches_of(
 
 
 @functools.cache
-def mesh_of(degrees: Degrees) -> Mesh:
+def mesh_of(dims: ParallelDims) -> Mesh:
     """Once in a process: to make its groups takes longer than a step."""
-    return Mesh(degrees)
+    return Mesh(dims)
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,11 @@ class Worker:
     @classmethod
     def of(cls, case: Case, world: int) -> "Worker":
         device, run = torch.device("cpu"), setting_of(case, world)
-        ranks: Any = OneProcess()
+        ranks: Any = LocalExecutor()
         if world > 1:
-            check_layout(run.model, run.degrees)
-            check_stages(run.model.layers, run.parallel.stages_per_rank, run.degrees.pp, run.batch.accumulation)
-            model, ranks = spread(run, case.inputs, 3, 7, mesh_of(run.degrees), device)
+            check_layout(run.model, run.dims)
+            check_stages(run.model.layers, run.parallel.stages_per_rank, run.dims.pp, run.batch.accumulation)
+            model, ranks = spread(run, case.inputs, 3, 7, mesh_of(run.dims), device)
         else:
             model = run.model.build(case.inputs, 7, run.heads(case.inputs)).to(run.precision.parameter_dtype)
         return cls(case, StepSetting.of(run, VOCABULARY, device, ranks), model.train())

@@ -13,7 +13,7 @@ from mmoe.checkpoint.group import checkpoint_ranks
 from mmoe.checkpoint.snapshot import Snapshot
 from mmoe.checkpoint.writer import write
 from mmoe.compat import process_groups
-from mmoe.runtime.agreement import Ranks
+from mmoe.runtime.agreement import ProcessGroupRanks
 from tests.checkpoint.states import loaded, manager, state_of
 from tests.distributed.pool import Pool
 
@@ -99,9 +99,9 @@ def test_another_thread_writes_copies_while_the_training_goes_on(two: Pool, tmp_
 
 
 def of_a_half() -> dict[str, Any]:
-    """What `Ranks` of two of four processes do, of which the first is not the first of all."""
+    """What `ProcessGroupRanks` of two of four processes do, of which the first is not the first of all."""
     low, high = dist.new_group([0, 1]), dist.new_group([2, 3])
-    ranks = Ranks(low if dist.get_rank() < 2 else high)
+    ranks = ProcessGroupRanks(low if dist.get_rank() < 2 else high)
 
     def fails_on_the_second() -> int:
         if ranks.rank == 1:

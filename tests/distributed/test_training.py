@@ -15,7 +15,7 @@ from mmoe.data.load.stream import StepData
 from mmoe.monitoring.metrics import MetricsCallback
 from mmoe.monitoring.reader import RunReader
 from mmoe.parallel.broadcast import shared_steps
-from mmoe.parallel.mesh import Degrees, Mesh
+from mmoe.parallel.mesh import Mesh, ParallelDims
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.schema.counts import Counts, columns
@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_layout_to_layout(request, folder, tmp_path, pool):
 
 def received(folder: Path) -> list:
     """What each rank gets of two steps of two batches, which only the first rank of a replica reads."""
-    mesh = Mesh(Degrees(tp=2))
+    mesh = Mesh(ParallelDims(tp=2))
 
     class Once:
         def steps(self):

@@ -20,7 +20,7 @@ from mmoe.errors import BackendError, ConfigError
 from mmoe.models.attention.backend import ATTENTION_BACKENDS, AttentionBackend, differentiable
 from mmoe.models.decoder import ModelConfig
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 from mmoe.parallel.parallelize import check_layout, recompute_and_compile
 from mmoe.planning.dry_run_plan import Plan
 from mmoe.recipe.config import RunConfig
@@ -117,7 +117,7 @@ def test_what_it_cannot_do_is_refused_with_what_can() -> None:
         validate(ModelConfig, MODEL | {"attention": "matmul"}, "test")
     dense = validate(ModelConfig, MODEL | {"attention": "dense"}, "test")
     with pytest.raises(ConfigError, match="set it to matmul or sdpa_documents, or parallel.cp to 1"):
-        check_layout(dense, Degrees(cp=2))
+        check_layout(dense, ParallelDims(cp=2))
 
 
 def test_a_device_that_it_requires_and_that_is_not_there_stops_a_run_at_its_start(monkeypatch) -> None:

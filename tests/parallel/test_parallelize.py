@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from mmoe.config.load import validate
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 from mmoe.parallel.parallelize import check_layout
 from mmoe.parallel.sequence import PIECES, check_length
 from mmoe.parallel.tensor import check_vocabulary
@@ -65,9 +65,9 @@ def model(**changes: Any) -> ModelConfig:
         ),
     ],
 )
-def test_a_layout_that_the_model_cannot_take(degrees: dict[str, int], changes: dict[str, Any], sentence: str) -> None:
+def test_a_layout_that_the_model_cannot_take(dims: dict[str, int], changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_layout(model(**changes), Degrees(**degrees))
+        check_layout(model(**changes), ParallelDims(**dims))
     assert str(caught.value) == sentence
 
 
@@ -93,8 +93,8 @@ def part(size: int, parts: int, number: int) -> int:
 
 
 @pytest.mark.parametrize("degrees", [{"tp": 4}, {"dp_shard": 4, "ep": 4}, {"dp_shard": 8, "tp": 2}, {"cp": 8}], ids=str)
-def test_a_layout_that_it_can_take(degrees: dict[str, int]) -> None:
-    check_layout(model(), Degrees(**degrees))
+def test_a_layout_that_it_can_take(dims: dict[str, int]) -> None:
+    check_layout(model(), ParallelDims(**dims))
 
 
 @given(st.integers(1, 600), st.integers(1, 5), st.integers(1, 5))

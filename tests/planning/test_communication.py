@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 from mmoe.planning.communication_traffic import Kind, Traffic, name_of, share_sent
 from tests.planning.dry_run_small import plan
 
@@ -78,9 +78,9 @@ def test_what_leaves_a_rank_of_four() -> None:
 
 
 def test_a_group_of_all_ranks_is_named_by_its_use() -> None:
-    data = Degrees(dp_shard=4, ep=4)
+    data = ParallelDims(dp_shard=4, ep=4)
     assert {name_of(data, axis, "all_gather") for axis in ("fsdp", "data", "loss", "all")} == {"fsdp"}
     assert {name_of(data, axis, "all_to_all") for axis in ("ep", "all")} == {"ep"}
     assert {name_of(data, axis, "all_reduce") for axis in ("data", "all")} == {"all"}
-    assert name_of(Degrees(tp=4), "all", "all_gather") == "expert_shard"
-    assert name_of(Degrees(dp_shard=2, tp=2), "fsdp", "all_gather") == "fsdp"
+    assert name_of(ParallelDims(tp=4), "all", "all_gather") == "expert_shard"
+    assert name_of(ParallelDims(dp_shard=2, tp=2), "fsdp", "all_gather") == "fsdp"

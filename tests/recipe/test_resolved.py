@@ -5,7 +5,7 @@ import pytest
 from mmoe.config.load import load
 from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.errors import ConfigError
-from mmoe.parallel.mesh import Degrees
+from mmoe.parallel.mesh import ParallelDims
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun
 from tests.conftest import REPOSITORY
@@ -19,14 +19,14 @@ def demo(*overrides: str) -> RunConfig:
 
 def test_one_process_without_a_group_does_all_whatever_the_degrees_are() -> None:
     alone = ResolvedRun.of(demo())
-    assert alone.degrees == Degrees() and alone.batch.replicas == 1
+    assert alone.dims == ParallelDims() and alone.batch.replicas == 1
     with pytest.raises(ConfigError, match="parallel.ep is 2, which does not divide"):
         ResolvedRun.of(demo(), 1)
 
 
 def test_the_steps_and_the_rates_of_a_run_do_not_depend_on_its_ranks() -> None:
     one, two = ResolvedRun.of(demo()), ResolvedRun.of(demo(), 2)
-    assert two.degrees == Degrees(dp_shard=2, ep=2)
+    assert two.dims == ParallelDims(dp_shard=2, ep=2)
     assert (one.batch.micro_batch_sequences, two.batch.micro_batch_sequences) == (8, 4)
     assert (one.schedule, one.contrastive_group) == (two.schedule, two.contrastive_group)
     assert one.batch.iterations == two.batch.iterations
