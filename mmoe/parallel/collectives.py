@@ -1,7 +1,7 @@
-"""Collectives with gradients, in the sense that every rank's loss is a part of the sum over ranks.
+"""Collectives with gradients, where the global loss is the sum of the ranks' losses.
 
-A tensor that ranks gather is read by all of them, so its gradient is the sum over them; a tensor that they add up is a
-part of one sum, so its gradient is what every part gets.
+Hence the gradient of an all-gather is a reduce-scatter, and that of a reduce-scatter an all-gather. Torch's plain names
+promise other gradients, so each of these says its own. [ranks, ...] holds the equal-shaped tensors of all ranks.
 """
 
 from typing import Any
@@ -13,25 +13,25 @@ from torch import Tensor
 from mmoe.compat import all_gather_single, reduce_scatter_single
 
 
-def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...]: the equal-shaped `x` of every rank; its gradient is summed over the ranks and split again."""
-    return _Gather.apply(x, group)
+def all_gather_scatter_grad(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather `x` of every rank, [ranks, ...]; its gradient is summed over the ranks and scattered."""
+    return _AllGather.apply(x, group)
 
 
-def split_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...] of every rank -> [...]: the sum over the ranks of what each has for this one. Undoes `gather`."""
-    return _SplitSum.apply(x, group)
+def reduce_scatter_gather_grad(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the ranks what each has for this one, [ranks, ...] -> [...]; its gradient is gathered."""
+    return _ReduceScatter.apply(x, group)
 
 
-def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """As `gather`, of what every rank then uses in the same way: the gradient is that of the own part, once."""
-    return _Join.apply(x, group)
+def all_gather_replicated(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather `x` of every rank, which all then use in the same way: its gradient is that of the own part, once."""
+    return _AllGatherReplicated.apply(x, group)
 
 
-class Exchange:
-    """Rows to the ranks in turn, ``sent[r]`` to rank r, and ``received[r]`` rows from it; None: equal shares.
+class AllToAll:
+    """Sends rows to the ranks in turn, ``sent[r]`` to rank r, and gets ``received[r]`` from it; None: equal shares.
 
-    ``start`` sends and ``finish`` waits, so that something can be computed in between; gradients go the other way.
+    `start` sends and `wait` waits, so that something can be computed in between; gradients go the other way.
     """
 
     def __init__(self, received: list[int] | None, sent: list[int] | None, group: dist.ProcessGroup) -> None:
@@ -39,20 +39,20 @@ class Exchange:
         self._work: dist.Work | None = None
 
     def start(self, x: Tensor) -> Tensor:
-        """[rows sent, ...] -> [rows received, ...], not to be read before `finish`."""
-        return _Exchange.apply(x, self)
+        """[rows sent, ...] -> [rows received, ...], not to be read before `wait`."""
+        return _AllToAll.apply(x, self)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait until the rows that `start` sent have arrived; without a `start`, do nothing."""
         if self._work is not None:
             self._work.wait()
             self._work = None
 
-    def back(self, y: Tensor) -> Tensor:
-        """[rows received, ...] -> [rows sent, ...]: the answers to what was sent."""
-        reverse = Exchange(self.sent, self.received, self.group)
-        out = reverse.start(y)
-        reverse.finish()
+    def reverse(self, y: Tensor) -> Tensor:
+        """Send back the answers to what was sent, [rows received, ...] -> [rows sent, ...]."""
+        way_back = AllToAll(self.sent, self.received, self.group)
+        out = way_back.start(y)
+        way_back.wait()
         return out
 
     def _run(self, x: Tensor, received: list[int] | None, sent: list[int] | None) -> tuple[Tensor, dist.Work]:
@@ -62,25 +62,25 @@ class Exchange:
         return out, work
 
 
-def gather_constant(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """As `gather`, without a gradient."""
+def all_gather_no_grad(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather `x` of every rank, [ranks, ...], without a gradient."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
     all_gather_single(out.flatten(0, 1), x.detach().contiguous(), group)
     return out
 
 
-def add_up(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks, a new tensor without a gradient."""
+def all_reduce_no_grad(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum `x` over the ranks into a new tensor, without a gradient."""
     x = x.detach().clone()
     dist.all_reduce(x, group=group)
     return x
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return gather_constant(x, group)
+        return all_gather_no_grad(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -89,7 +89,7 @@ class _Gather(torch.autograd.Function):
         return own, None
 
 
-class _SplitSum(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -99,29 +99,29 @@ class _SplitSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gather_constant(grad, ctx.group), None
+        return all_gather_no_grad(grad, ctx.group), None
 
 
-class _Join(torch.autograd.Function):
+class _AllGatherReplicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.rank = dist.get_rank(group)
-        return gather_constant(x, group)
+        return all_gather_no_grad(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[ctx.rank], None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        out, exchange._work = exchange._run(x, exchange.received, exchange.sent)
+    def forward(ctx: Any, x: Tensor, all_to_all: AllToAll) -> Tensor:
+        ctx.all_to_all = all_to_all
+        out, all_to_all._work = all_to_all._run(x, all_to_all.received, all_to_all.sent)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out, work = ctx.exchange._run(grad, ctx.exchange.sent, ctx.exchange.received)
+        out, work = ctx.all_to_all._run(grad, ctx.all_to_all.sent, ctx.all_to_all.received)
         work.wait()
         return out, None

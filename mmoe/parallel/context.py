@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmoe.models.attention.backend import AttentionBackend, differentiable
 from mmoe.models.attention.rule import may_attend
-from mmoe.parallel.collectives import gather
+from mmoe.parallel.collectives import all_gather_scatter_grad
 from mmoe.schema.batch import PackedBatch
 
 
@@ -64,7 +64,7 @@ class ContextAttention:
 
     def attend(self, q_BMHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
         """[B, M, H, K]: of the queries here, over the keys and values of all ranks."""
-        k, v = (gather(x, self.group).flatten(0, 2)[self.order] for x in (k_BMGK, v_BMGK))
+        k, v = (all_gather_scatter_grad(x, self.group).flatten(0, 2)[self.order] for x in (k_BMGK, v_BMGK))
         q = q_BMHK.flatten(0, 1)
         parts = [self._attend(piece, q[piece.start : piece.stop], k, v) for piece in self.pieces]
         return differentiable(torch.cat(parts), q, k, v).view(q_BMHK.shape)

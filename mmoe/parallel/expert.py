@@ -19,17 +19,17 @@ from mmoe.models.moe.layer import MoELayer
 from mmoe.models.moe.router import Routing
 from mmoe.models.moe.rows import count, permute_tokens, unpermute_tokens
 from mmoe.models.moe.tokens import Tokens
-from mmoe.parallel.collectives import Exchange
+from mmoe.parallel.collectives import AllToAll
 from mmoe.parallel.gradients import local
 from mmoe.parallel.sharding_table import CUTS
 
 
-class ExpertExchange(ABC, Generic[P]):
+class ParallelDispatcher(ABC, Generic[P]):
     """A dispatcher on several ranks: `local` plans as on one process, and the rows travel within `group`.
 
-    A class registered in `EXCHANGES` is what a `LocalDispatcher` names as its `exchange`. `splits_sequences`: it works
-    where a sequence lies on several ranks, each of which sends its own tokens; where it does not, a ``variable`` one
-    takes its place.
+    A class registered in `PARALLEL_DISPATCHERS` is what a `LocalDispatcher` names as its `exchange`.
+    `splits_sequences`: it works where a sequence lies on several ranks, each of which sends its own tokens; where it
+    does not, a ``variable`` one takes its place.
     """
 
     splits_sequences: ClassVar[bool] = False
@@ -46,7 +46,7 @@ class ExpertExchange(ABC, Generic[P]):
         """Send each row its token."""
 
     @abstractmethod
-    def arrive(self, rows_RD: Tensor, placement: P) -> Tensor:
+    def wait(self, rows_RD: Tensor, placement: P) -> Tensor:
         """Wait for the rows of the experts here, and sort them by expert."""
 
     @abstractmethod
@@ -54,29 +54,29 @@ class ExpertExchange(ABC, Generic[P]):
         """Bring the rows back, and add up the weighted ones of each token here."""
 
 
-EXCHANGES = ClassRegistry(
+PARALLEL_DISPATCHERS = ClassRegistry(
     "exchange",
     "mmoe.exchanges",
-    ExpertExchange,  # type: ignore[type-abstract]  # its classes are compared with it
-    {"fixed": "mmoe.parallel.expert:FixedExchange", "variable": "mmoe.parallel.expert:VariableExchange"},
+    ParallelDispatcher,  # type: ignore[type-abstract]  # its classes are compared with it
+    {"fixed": "mmoe.parallel.expert:PaddedAllToAllDispatcher", "variable": "mmoe.parallel.expert:AllToAllDispatcher"},
 )
 
 
-def exchange_of(dispatcher: type[LocalDispatcher], split: bool) -> type[ExpertExchange]:
+def parallel_dispatcher_of(dispatcher: type[LocalDispatcher], split: bool) -> type[ParallelDispatcher]:
     """Find the form of a dispatcher on several ranks, and where `split`, on ranks that share sequences.
 
     The places that a capacity gives are shared among the ranks of a sequence as its tokens fall, so that only a
     variable exchange sends no empty rows there.
     """
-    found = EXCHANGES.find(dispatcher.exchange)
-    return VariableExchange if split and not found.splits_sequences else found
+    found = PARALLEL_DISPATCHERS.find(dispatcher.exchange)
+    return AllToAllDispatcher if split and not found.splits_sequences else found
 
 
 def shard_experts(layer: MoELayer, mesh: DeviceMesh, split: bool) -> None:
-    """Leave each rank of `mesh` its experts, and let tokens travel to them; `split` as in `exchange_of`."""
+    """Leave each rank of `mesh` its experts, and let tokens travel to them; `split` as in `parallel_dispatcher_of`."""
     assert isinstance(layer.dispatcher, LocalDispatcher)  # a layer is spread once
     layer.experts = ShardedExperts(layer.experts, mesh)
-    layer.dispatcher = exchange_of(type(layer.dispatcher), split)(layer.dispatcher, mesh.get_group())
+    layer.dispatcher = parallel_dispatcher_of(type(layer.dispatcher), split)(layer.dispatcher, mesh.get_group())
 
 
 class ShardedExperts(nn.Module):
@@ -96,12 +96,12 @@ class ShardedExperts(nn.Module):
 
 
 @dataclass(frozen=True)
-class FixedPlacement:
+class PaddedPermutation:
     """`local` places the choices in rows of all E experts, equally many for each, which travel whole."""
 
     local: TokenPermutation
     ends_E: Tensor
-    exchange: Exchange
+    exchange: AllToAll
 
     @property
     def complete(self) -> bool:
@@ -114,30 +114,30 @@ class FixedPlacement:
         return self.local.dropped_TK
 
 
-class FixedExchange(ExpertExchange[FixedPlacement]):
+class PaddedAllToAllDispatcher(ParallelDispatcher[PaddedPermutation]):
     """Every rank sends every other equally many rows, so nobody waits for sizes."""
 
-    def plan(self, routing: Routing, tokens: Tokens) -> FixedPlacement:
+    def plan(self, routing: Routing, tokens: Tokens) -> PaddedPermutation:
         """Place the choices as one process does; each rank gets the rows of its experts."""
         local = self.local.plan(routing, tokens)
         here = self.local.experts // self.ranks
         # Each expert here has a group of rows from every rank, as many as an expert has in the whole local plan.
         ends = local.ends_E[:here] * self.ranks
-        return FixedPlacement(local, ends, Exchange(None, None, self.group))
+        return PaddedPermutation(local, ends, AllToAll(None, None, self.group))
 
-    def dispatch(self, x_TD: Tensor, placement: FixedPlacement) -> Tensor:
+    def dispatch(self, x_TD: Tensor, placement: PaddedPermutation) -> Tensor:
         """Send the rows of all experts to the ranks that hold them."""
         return placement.exchange.start(self.local.dispatch(x_TD, placement.local))
 
-    def arrive(self, rows_RD: Tensor, placement: FixedPlacement) -> Tensor:
+    def wait(self, rows_RD: Tensor, placement: PaddedPermutation) -> Tensor:
         """Wait for the rows and sort them by expert."""
-        placement.exchange.finish()
+        placement.exchange.wait()
         return self._swapped(rows_RD, self.ranks, len(placement.ends_E))
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: FixedPlacement) -> Tensor:
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: PaddedPermutation) -> Tensor:
         """Send the rows back and add up those of each token, [T, D]."""
         rows = self._swapped(y_RD, len(placement.ends_E), self.ranks)
-        return self.local.combine(placement.exchange.back(rows), weight_TK, placement.local)
+        return self.local.combine(placement.exchange.reverse(rows), weight_TK, placement.local)
 
     @staticmethod
     def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
@@ -146,7 +146,7 @@ class FixedExchange(ExpertExchange[FixedPlacement]):
 
 
 @dataclass(frozen=True)
-class VariablePlacement:
+class AllToAllPermutation:
     """The choices of the tokens here in the order in which they travel, and the rows here in that of the experts.
 
     `row_HK` is the place of each choice among the `choice_R` that travel, their number where it was dropped; `arrived`
@@ -158,7 +158,7 @@ class VariablePlacement:
     choice_R: Tensor
     here_T: Tensor | None
     arrived: TokenPermutation
-    exchange: Exchange
+    exchange: AllToAll
     dropped_TK: Tensor
     complete: bool
     all_travel: bool
@@ -169,12 +169,12 @@ class VariablePlacement:
         return self.arrived.ends_E
 
 
-class VariableExchange(ExpertExchange[VariablePlacement]):
+class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
     """Only rows that exist travel: their numbers go first, and the host waits for them once a layer."""
 
     splits_sequences = True
 
-    def plan(self, routing: Routing, tokens: Tokens) -> VariablePlacement:
+    def plan(self, routing: Routing, tokens: Tokens) -> AllToAllPermutation:
         """Place the choices of the tokens here, and tell the ranks how many rows will travel."""
         local = self.local.plan(routing, tokens)
         dropped_TK, expert_HK, dropped_HK = local.dropped_TK, routing.expert_TK, local.dropped_TK
@@ -188,12 +188,12 @@ class VariableExchange(ExpertExchange[VariablePlacement]):
         choice = expert.argsort(stable=True)
         row = torch.empty_like(choice)
         row[choice] = torch.arange(len(choice), device=choice.device).clamp(max=rows)
-        return VariablePlacement(
+        return AllToAllPermutation(
             row_HK=row.view_as(expert_HK),
             choice_R=choice[:rows],
             here_T=tokens.here_T,
             arrived=self._arrived(arrived_SF, sum(received)),
-            exchange=Exchange(received, sent, self.group),
+            exchange=AllToAll(received, sent, self.group),
             dropped_TK=dropped_TK,
             complete=local.complete,
             all_travel=rows == len(choice),
@@ -213,22 +213,22 @@ class VariableExchange(ExpertExchange[VariablePlacement]):
         expert_R1 = expert_SF.repeat_interleave(arrived_SF.flatten(), output_size=rows)[:, None]
         return by_expert(expert_R1, here, self.local.group_multiple)
 
-    def dispatch(self, x_HD: Tensor, placement: VariablePlacement) -> Tensor:
+    def dispatch(self, x_HD: Tensor, placement: AllToAllPermutation) -> Tensor:
         """Send the rows of the choices to the ranks that hold their experts."""
         row_HK = placement.row_HK
         rows = permute_tokens(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.all_travel)
         return placement.exchange.start(rows)
 
-    def arrive(self, rows_RD: Tensor, placement: VariablePlacement) -> Tensor:
+    def wait(self, rows_RD: Tensor, placement: AllToAllPermutation) -> Tensor:
         """Wait for the rows and sort them by expert."""
-        placement.exchange.finish()
+        placement.exchange.wait()
         arrived = placement.arrived
         return permute_tokens(rows_RD, arrived.choice_R, arrived.row_TK.flatten(), complete=arrived.complete)
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: VariablePlacement) -> Tensor:
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: AllToAllPermutation) -> Tensor:
         """Send the rows back and add up those of each token here, [H, D]."""
         arrived = placement.arrived
         rows = permute_tokens(y_RD, arrived.row_TK.flatten(), arrived.choice_R, complete=arrived.complete)
         weight_HK = weight_TK if placement.here_T is None else weight_TK[placement.here_T]
-        back = placement.exchange.back(rows)
+        back = placement.exchange.reverse(rows)
         return unpermute_tokens(back, weight_HK, placement.row_HK, placement.choice_R, placement.all_travel)

@@ -32,7 +32,7 @@ def _copied(parameter: Tensor) -> bool:
     """Whether the ranks of tp hold copies of the parameter."""
     assert isinstance(parameter, DTensor)  # as `parallelize` leaves all that have a gradient
     axes = parameter.device_mesh.mesh_dim_names or ()
-    return "tp" not in axes and "expert_shard" not in axes
+    return "tp" not in axes and "edp" not in axes
 
 
 def total_norms(

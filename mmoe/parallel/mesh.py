@@ -4,7 +4,7 @@
 
     dense   pp, dp_replicate, dp_shard, cp, tp        (the last axis varies fastest from rank to rank)
     weights pp, dp_replicate, fsdp, tp                fsdp = dp_shard cp: who shares a dense weight
-    sparse  pp, dp_replicate, expert_shard, ep        expert_shard = dp_shard cp tp / ep: EP borrows ranks
+    sparse  pp, dp_replicate, edp, ep        edp = dp_shard cp tp / ep: EP borrows ranks
 
 Ranks that differ in dp_replicate or dp_shard alone see different data; ranks that differ in pp, cp or tp alone are
 *peers* of one data replica.
@@ -26,7 +26,7 @@ from mmoe.parallel.config import ParallelConfig
 DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 WEIGHTS = ("pp", "dp_replicate", "fsdp", "tp")
 DEGREES = (*DENSE, "ep")
-SPARSE = ("pp", "dp_replicate", "expert_shard", "ep")
+SPARSE = ("pp", "dp_replicate", "edp", "ep")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ParallelDims:
         return self.dp_shard * self.cp
 
     @property
-    def expert_shard(self) -> int:
+    def edp(self) -> int:
         """Ranks that share the weights of the same experts."""
         return self.dp_shard * self.cp * self.tp // self.ep
 
@@ -110,8 +110,8 @@ class ParallelDims:
         for axis in DENSE:
             table.add_row(axis, str(getattr(self, axis)), what[axis])
         table.add_row("processes", str(self.world), " x ".join(str(getattr(self, axis)) for axis in DENSE))
-        table.add_row("ep", str(self.ep), f"experts, borrowed from dp_shard x cp x tp = {self.expert_shard * self.ep}")
-        table.add_row("expert_shard", str(self.expert_shard), "dp_shard x cp x tp / ep")
+        table.add_row("ep", str(self.ep), f"experts, borrowed from dp_shard x cp x tp = {self.edp * self.ep}")
+        table.add_row("edp", str(self.edp), "dp_shard x cp x tp / ep")
         return table
 
 
@@ -177,11 +177,11 @@ class Mesh:
         return self.axis(axis).get_group()
 
     def axis(self, axis: str) -> DeviceMesh:
-        """The one-dimensional mesh of an axis: those of dense, ``fsdp`` (dp_shard x cp), ``expert_shard``, ``ep``, and
+        """The one-dimensional mesh of an axis: those of dense, ``fsdp`` (dp_shard x cp), ``edp``, ``ep``, and
         ``data`` (dp_replicate x dp_shard), ``sequence`` (cp x tp) and ``loss`` (data x sequence)."""
         if axis in self._joined:
             return self._joined[axis]
-        if axis in ("expert_shard", "ep"):
+        if axis in ("edp", "ep"):
             return self._sparse[axis]
         return self._weights[axis] if axis in ("fsdp", "tp") else self.dense[axis]
 
@@ -191,9 +191,9 @@ class Mesh:
         return self._weights[("dp_replicate", "fsdp") if self.dims.dp_replicate > 1 else "fsdp"]
 
     @property
-    def expert_fsdp(self) -> DeviceMesh:
-        """Of experts: expert_shard, or dp_replicate x expert_shard where there are copies."""
-        return self._sparse[("dp_replicate", "expert_shard") if self.dims.dp_replicate > 1 else "expert_shard"]
+    def edp_fsdp(self) -> DeviceMesh:
+        """Of experts: edp, or dp_replicate x edp where there are copies."""
+        return self._sparse[("dp_replicate", "edp") if self.dims.dp_replicate > 1 else "edp"]
 
     @property
     def replica(self) -> int:

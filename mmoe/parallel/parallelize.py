@@ -82,9 +82,9 @@ def check_layout(config: ModelConfig, dims: ParallelDims) -> None:
             "lower it to a divisor"
         )
     for name, width in (("model.d_model", config.d_model), ("model.moe.hidden", config.moe.hidden)):
-        if width % dims.expert_shard:
+        if width % dims.edp:
             raise ConfigError(
-                f"{name} is {width}, which the {dims.expert_shard} ranks that share an expert (dp_shard x cp x tp / "
+                f"{name} is {width}, which the {dims.edp} ranks that share an expert (dp_shard x cp x tp / "
                 "ep) do not divide; raise parallel.ep, or use dp_replicate for some of dp_shard"
             )
 
@@ -98,7 +98,7 @@ def _shard(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, precision
     matrices = whole
     if precision.compute == "bfloat16":
         matrices = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    axes = {"fsdp": mesh.fsdp, "expert_shard": mesh.expert_fsdp}
+    axes = {"fsdp": mesh.fsdp, "edp": mesh.edp_fsdp}
     units = dict.fromkeys(unit_of(name) for name, _ in model.named_parameters())
     for unit in sorted(units, key=lambda unit: -len(unit.path.split("."))):  # blocks after what is in them
         if unit.path:
@@ -109,14 +109,14 @@ def _shard(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, precision
     fully_shard(model, mesh=mesh.fsdp, mp_policy=whole, offload_policy=offload, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            add_up(module)
+            reduce_by_sum(module)
 
 
 def _placed(dim: int, parameter: nn.Parameter) -> Shard:
     return Shard(dim)
 
 
-def add_up(module: FSDPModule) -> None:
+def reduce_by_sum(module: FSDPModule) -> None:
     """Reduce gradients by plain sums: gloo has no scaled ones, and a mean would divide a second time."""
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)

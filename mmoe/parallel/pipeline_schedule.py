@@ -25,7 +25,7 @@ from mmoe.models.decoder import ModelOutput, RouterLosses
 from mmoe.models.layout import Layout
 from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, router_losses
 from mmoe.models.moe.statistics import RoutingStatistics
-from mmoe.parallel.collectives import add_up
+from mmoe.parallel.collectives import all_reduce_no_grad
 from mmoe.parallel.gradients import local
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import accumulate
@@ -223,7 +223,7 @@ class Pipeline:
         return self.setting.precision.autocast(self.device)
 
     def _sum_over_data(self, x: Tensor) -> Tensor:
-        return add_up(x, self.mesh.group("data"))
+        return all_reduce_no_grad(x, self.mesh.group("data"))
 
 
 class _Stage(PipelineStage):

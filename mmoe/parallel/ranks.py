@@ -22,7 +22,7 @@ from mmoe.models.decoder import ModelOutput, MultimodalModel
 from mmoe.models.moe.statistics import RoutingStatistics, router_gradient_norms
 from mmoe.optim.adamw import gradient_norm
 from mmoe.parallel.broadcast import decodes, shared_batches, shared_steps
-from mmoe.parallel.collectives import add_up, gather, gather_constant
+from mmoe.parallel.collectives import all_gather_no_grad, all_gather_scatter_grad, all_reduce_no_grad
 from mmoe.parallel.gradients import sum_over_tensor_ranks, total_norms
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import accumulate
@@ -173,7 +173,7 @@ class MeshExecutor:
         if self.pipeline is None:
             return sum(p.numel() for p in model.parameters())
         here = torch.tensor(sum(p.numel() for p in self.pipeline.counted()))
-        return int(add_up(here, self.mesh.group("pp")))
+        return int(all_reduce_no_grad(here, self.mesh.group("pp")))
 
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
         """Give the steps that one rank of each replica decodes and shares with its peers."""
@@ -224,9 +224,9 @@ class MeshExecutor:
         """[P, ...] -> the rows of all ranks that may share a contrastive group, and where this rank's begin."""
         assert self.contrast_axis is not None  # `part` asks for pairs where there is one
         group, rank = self.mesh.group(self.contrast_axis), self.mesh.rank(self.contrast_axis)
-        counts = gather_constant(torch.tensor([len(rows)], device=rows.device), group).flatten().tolist()
+        counts = all_gather_no_grad(torch.tensor([len(rows)], device=rows.device), group).flatten().tolist()
         padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-        parts = gather(padded, group)
+        parts = all_gather_scatter_grad(padded, group)
         return torch.cat([part[:count] for part, count in zip(parts, counts)]), sum(counts[:rank])
 
     def _contrast_axis(self) -> str | None:
@@ -251,7 +251,7 @@ class MeshExecutor:
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Add up `x` of all data replicas."""
-        return add_up(x, self.mesh.group("data"))
+        return all_reduce_no_grad(x, self.mesh.group("data"))
 
     def sum_report(self, report: LossReport) -> LossReport:
         """Add up the reports of all ranks."""

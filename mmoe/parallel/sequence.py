@@ -16,7 +16,7 @@ from mmoe.models.decoder import ModelConfig
 from mmoe.models.layout import Layout
 from mmoe.models.moe.tokens import Tokens
 from mmoe.models.rotary import RotaryTables
-from mmoe.parallel.collectives import gather, join
+from mmoe.parallel.collectives import all_gather_replicated, all_gather_scatter_grad
 from mmoe.parallel.context import ContextAttention
 from mmoe.parallel.mesh import Mesh
 from mmoe.schema.batch import PackedBatch, Values
@@ -100,7 +100,7 @@ class Sharding(Positions):
 
     def whole(self, hidden_BHD: Tensor) -> Tensor:
         """[B, L, D] of the positions of all ranks; every rank's use of them adds to the gradient."""
-        return self.arrange(gather(hidden_BHD, self.mesh.group("sequence")))
+        return self.arrange(all_gather_scatter_grad(hidden_BHD, self.mesh.group("sequence")))
 
 
 def check_length(length: int, cp: int, tp: int) -> None:
@@ -144,9 +144,9 @@ class SplitTokens(Tokens):
         shape = self.sharding.here_BH.shape
         return y_TD.new_zeros(shape.numel(), y_TD.shape[1]).index_copy(0, self.valid_H, y_TD).unflatten(0, shape)
 
-    def join(self, x_TX: Tensor) -> Tensor:
+    def all_gather_replicated(self, x_TX: Tensor) -> Tensor:
         """Gather the rows [T, X] of all tokens of the sequences."""
-        parts = join(self.put(x_TX), self.sharding.mesh.group("sequence"))
+        parts = all_gather_replicated(self.put(x_TX), self.sharding.mesh.group("sequence"))
         return self.sharding.arrange(parts).flatten(0, 1)[self.position_T]
 
 

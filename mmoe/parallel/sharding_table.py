@@ -47,7 +47,7 @@ FEW_HEADS = ("attention.key.weight", "attention.value.weight")  # whole on every
 DENSE = Unit("network", matrices=True)
 # By the beginning of a parameter's name in its block. Experts are cut by width: there may be fewer of them than ranks.
 UNITS = {
-    "network.experts.": Unit("network.experts", "expert_shard", 1, matrices=True),
+    "network.experts.": Unit("network.experts", "edp", 1, matrices=True),
     "network.shared.": Unit("network.shared", matrices=True),
     **dict.fromkeys(("network.gate.", "network.up.", "network.down."), DENSE),
 }

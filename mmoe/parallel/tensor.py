@@ -26,7 +26,7 @@ from mmoe.models.attention.module import Attention
 from mmoe.models.decoder import Block, ModelConfig, MultimodalModel
 from mmoe.models.embeddings import TokenTable
 from mmoe.models.layers import SwiGLU
-from mmoe.parallel.collectives import gather_constant, split_sum
+from mmoe.parallel.collectives import all_gather_no_grad, reduce_scatter_gather_grad
 from mmoe.parallel.gradients import local
 from mmoe.parallel.sharding_table import CUTS, cut_of
 from mmoe.precision.upcast import upcast
@@ -101,7 +101,7 @@ def _shard_network(network: SwiGLU, mesh: DeviceMesh) -> None:
 
     def leave(_: nn.Module, __: tuple, part_BMD: Tensor) -> Tensor:
         # RowwiseParallel could sum and split too, but returns a view, which FSDP warns of.
-        return split_sum(part_BMD.unflatten(1, (mesh.size(), -1)).transpose(0, 1), mesh.get_group())
+        return reduce_scatter_gather_grad(part_BMD.unflatten(1, (mesh.size(), -1)).transpose(0, 1), mesh.get_group())
 
     network.register_forward_hook(leave)
 
@@ -139,11 +139,11 @@ class VocabularyEmbedding(nn.Module):
     def forward(self, ids_BH: Tensor) -> Tensor:
         """Look up the vectors [B, H, D] of the ids [B, H], each on the rank that has it."""
         weight, group = local(self.weight), self.mesh.get_group()
-        ids_nBH = gather_constant(ids_BH, group) - first_id(self.weight.shape[0], self.mesh)
+        ids_nBH = all_gather_no_grad(ids_BH, group) - first_id(self.weight.shape[0], self.mesh)
         here = (ids_nBH >= 0) & (ids_nBH < len(weight))
         none = weight.sum(0).expand(*here.shape, -1)  # of a rank without ids: zeros, with a gradient
         vectors = F.embedding(torch.where(here, ids_nBH, 0), weight) if len(weight) else none
-        return split_sum(torch.where(here[..., None], vectors, 0), group)
+        return reduce_scatter_gather_grad(torch.where(here[..., None], vectors, 0), group)
 
 
 def first_id(vocabulary_size: int, mesh: DeviceMesh) -> int:
@@ -168,7 +168,7 @@ class VocabularyHead:
         """[n, V / tp] of each rank -> [n, V] on all of them, without a gradient."""
         size = self.model.unembedding_weight.shape[0]
         most = -(-size // self.mesh.size())  # ids of a rank; the last ones may have fewer
-        parts = gather_constant(F.pad(logits_nV, (0, most - logits_nV.shape[1])), self.mesh.get_group())
+        parts = all_gather_no_grad(F.pad(logits_nV, (0, most - logits_nV.shape[1])), self.mesh.get_group())
         return parts.transpose(0, 1).flatten(1)[:, :size]
 
     def criterion(self, logits_nV: Tensor, labels_n: Tensor) -> Tensor:

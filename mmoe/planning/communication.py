@@ -17,7 +17,7 @@ from mmoe.data.plan.assignment import ContrastiveScope
 from mmoe.models.moe.balance import router_losses
 from mmoe.models.moe.dispatch import rounded_up
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
-from mmoe.parallel.expert import FixedExchange, exchange_of
+from mmoe.parallel.expert import PaddedAllToAllDispatcher, parallel_dispatcher_of
 from mmoe.parallel.pipeline import TIED, StageModel
 from mmoe.parallel.reports import report_size
 from mmoe.parallel.setting import RankSetting
@@ -155,8 +155,8 @@ class Communication:
         moe = self.setting.model.moe
         if moe is None:
             return None
-        exchange = exchange_of(moe.dispatcher_class, self.dims.sequence_ranks > 1)
-        if not issubclass(exchange, FixedExchange):
+        exchange = parallel_dispatcher_of(moe.dispatcher_class, self.dims.sequence_ranks > 1)
+        if not issubclass(exchange, PaddedAllToAllDispatcher):
             return None
         dispatcher = moe.dispatcher_class.from_config(moe)
         return dispatcher.rows(self.batch.micro_batch_sequences, self.batch.sequence_length, moe.top_k)

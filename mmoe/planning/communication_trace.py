@@ -40,7 +40,7 @@ class CommunicationTrace(TorchDispatchMode):
         self.traffic, self._degrees = Traffic(), mesh.dims
         self._axis = {mesh.group(axis).group_name: axis for axis in AXES if axis not in ("peers", "all")}
         if mesh.dims.dp_replicate > 1:
-            for device_mesh in (mesh.fsdp, mesh.expert_fsdp):
+            for device_mesh in (mesh.fsdp, mesh.edp_fsdp):
                 self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
         self._axis[mesh.peers.group_name] = "peers"
         everyone = dist.group.WORLD

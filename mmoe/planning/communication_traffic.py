@@ -11,8 +11,8 @@ from rich.table import Table
 from mmoe.parallel.mesh import ParallelDims
 
 # The groups of a run by what they are for.
-AXES = ("fsdp", "expert_shard", "ep", "tp", "cp", "sequence", "data", "loss", "pp", "dp_replicate", "peers", "all")
-GATHERED = ("fsdp", "expert_shard", "tp", "cp", "sequence", "loss")
+AXES = ("fsdp", "edp", "ep", "tp", "cp", "sequence", "data", "loss", "pp", "dp_replicate", "peers", "all")
+GATHERED = ("fsdp", "edp", "tp", "cp", "sequence", "loss")
 # What a collective among all ranks is counted for: the first of these axes that has them all.
 WHOLE = {
     "all_gather": GATHERED,

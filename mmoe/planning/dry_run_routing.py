@@ -10,7 +10,7 @@ from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.moe.dispatch import LocalDispatcher
 from mmoe.models.moe.layer import MoELayer
-from mmoe.parallel.expert import VariableExchange
+from mmoe.parallel.expert import AllToAllDispatcher
 from mmoe.parallel.mesh import ParallelDims
 
 
@@ -40,7 +40,7 @@ class Load:
         return [round(share * choices / ranks) for share in shares]
 
 
-class PlannedExchange(VariableExchange):
+class PlannedDispatcher(AllToAllDispatcher):
     """A variable exchange whose numbers of rows are those of `load`, of `choices` on every rank."""
 
     def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup, load: Load, choices: int) -> None:
@@ -58,8 +58,8 @@ class PlannedExchange(VariableExchange):
 def plan_routing(model: nn.Module, load: Load, choices: int) -> None:
     """Give every exchange of `model` whose sizes depend on what is routed those of `load`."""
     for module in model.modules():
-        if isinstance(module, MoELayer) and isinstance(module.dispatcher, VariableExchange):
-            module.dispatcher = PlannedExchange(module.dispatcher.local, module.dispatcher.group, load, choices)
+        if isinstance(module, MoELayer) and isinstance(module.dispatcher, AllToAllDispatcher):
+            module.dispatcher = PlannedDispatcher(module.dispatcher.local, module.dispatcher.group, load, choices)
 
 
 def _even(number: int, parts: int) -> list[int]:

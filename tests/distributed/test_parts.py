@@ -8,7 +8,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from mmoe.parallel.collectives import Exchange, gather, join, split_sum
+from mmoe.parallel.collectives import (
+    AllToAll,
+    all_gather_replicated,
+    all_gather_scatter_grad,
+    reduce_scatter_gather_grad,
+)
 from mmoe.parallel.tensor import VocabularyEmbedding, VocabularyHead, first_id
 from tests.distributed.pool import Pool
 
@@ -22,9 +27,9 @@ def gathered() -> tuple[torch.Tensor, ...]:
     rank, group = dist.get_rank(), dist.group.WORLD
     weight = torch.arange(12.0, dtype=torch.float64).view(2, 3, 2) * (rank + 1)
     x, y, z = (rows(rank).requires_grad_() for _ in range(3))
-    out, same = gather(x, group), join(y, group)
+    out, same = all_gather_scatter_grad(x, group), all_gather_replicated(y, group)
     assert torch.equal(out, torch.stack([rows(0), rows(1)])) and torch.equal(same, out)
-    parts = split_sum(torch.stack([z, 2 * z]), group)
+    parts = reduce_scatter_gather_grad(torch.stack([z, 2 * z]), group)
     assert torch.equal(parts, (rank + 1) * (rows(0) + rows(1)))
     ((out * weight).sum() + (same * weight).sum() + (parts * (rank + 1)).sum()).backward()
     return x.grad, y.grad, z.grad
@@ -42,11 +47,11 @@ def exchanged() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rank 0 keeps one row and sends two, rank 1 sends none of its three to rank 0."""
     rank = dist.get_rank()
     sent, received = ([1, 2], [1, 0]) if rank == 0 else ([0, 3], [2, 3])
-    exchange = Exchange(received, sent, dist.group.WORLD)
+    exchange = AllToAll(received, sent, dist.group.WORLD)
     x = rows(rank).requires_grad_()
     arrived = exchange.start(x)
-    exchange.finish()
-    back = exchange.back(arrived * (rank + 1))
+    exchange.wait()
+    back = exchange.reverse(arrived * (rank + 1))
     back.sum().backward()
     return arrived.detach(), back.detach(), x.grad
 
@@ -75,7 +80,7 @@ def vocabulary(size: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor
     embedding = VocabularyEmbedding(table, mesh)
     ids = torch.arange(8).remainder(size).view(4, 1, 2)
     looked_up = embedding(ids[mesh.get_local_rank()])
-    hidden = gather(looked_up, mesh.get_group()).flatten(0, 2)
+    hidden = all_gather_scatter_grad(looked_up, mesh.get_group()).flatten(0, 2)
     head = VocabularyHead(Tied(embedding), mesh)
     losses = head.criterion(head.logits(hidden), ids.flatten())
     losses.sum().backward()

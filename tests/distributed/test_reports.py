@@ -11,7 +11,7 @@ from mmoe.errors import DataError
 from mmoe.losses.config import LossConfig
 from mmoe.losses.report import LossReport
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
-from mmoe.parallel.collectives import add_up
+from mmoe.parallel.collectives import all_reduce_no_grad
 from mmoe.parallel.reports import sum_report, sum_routing
 from mmoe.schema.modality import Modality
 from mmoe.schema.quarantined import Quarantined
@@ -90,7 +90,7 @@ def quarantined(lost: int) -> tuple[dict[str, dict[str, int]], str]:
     bad = tuple(Quarantined(1, "shard", row, str(row), "cannot be read", 7) for row in range(lost * dist.get_rank()))
     counts.add({1: 50}, bad)
     try:
-        counts.settle(lambda x: add_up(x, dist.group.WORLD))
+        counts.settle(lambda x: all_reduce_no_grad(x, dist.group.WORLD))
     except DataError as error:
         return counts.state_dict(), str(error).split(" of ")[0]
     return counts.state_dict(), ""

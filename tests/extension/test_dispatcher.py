@@ -20,8 +20,8 @@ from mmoe.models.moe.engines.engine import EXPERT_ENGINES, ExpertEngine
 from mmoe.models.moe.router import Routing
 from mmoe.models.moe.rows import count, permute_tokens, unpermute_tokens
 from mmoe.models.moe.tokens import Tokens
-from mmoe.parallel.collectives import gather, gather_constant, split_sum
-from mmoe.parallel.expert import EXCHANGES, ExpertExchange
+from mmoe.parallel.collectives import all_gather_no_grad, all_gather_scatter_grad, reduce_scatter_gather_grad
+from mmoe.parallel.expert import PARALLEL_DISPATCHERS, ParallelDispatcher
 from mmoe.parallel.sharding_table import Unit, unit_of
 from mmoe.recipe.config import RunConfig
 from tests.distributed.compare import differences
@@ -64,14 +64,14 @@ class Gathered:
         return self.all.ends_E
 
 
-@EXCHANGES.register("gathering")
-class GatheringExchange(ExpertExchange[Gathered]):
+@PARALLEL_DISPATCHERS.register("gathering")
+class GatheringParallelDispatcher(ParallelDispatcher[Gathered]):
     """Every rank computes its experts for the tokens of all ranks, and the ranks add up what they have."""
 
     def plan(self, routing: Routing, tokens: Tokens) -> Gathered:
         expert_TK = routing.expert_TK
-        most = int(gather_constant(torch.tensor([len(expert_TK)]), self.group).max())
-        everywhere = gather_constant(_filled(expert_TK, most, -1), self.group).flatten(0, 1)
+        most = int(all_gather_no_grad(torch.tensor([len(expert_TK)]), self.group).max())
+        everywhere = all_gather_no_grad(_filled(expert_TK, most, -1), self.group).flatten(0, 1)
         here = self.local.experts // self.ranks
         own = everywhere - torch.distributed.get_rank(self.group) * here
         placed = by_expert(torch.where((own >= 0) & (own < here), own, here), here + 1, 1)
@@ -80,17 +80,17 @@ class GatheringExchange(ExpertExchange[Gathered]):
         return Gathered(all_ranks, torch.zeros_like(expert_TK, dtype=torch.bool), most)
 
     def dispatch(self, x_TD: Tensor, placement: Gathered) -> Tensor:
-        everywhere = gather(_filled(x_TD, placement.most), self.group).flatten(0, 1)
+        everywhere = all_gather_scatter_grad(_filled(x_TD, placement.most), self.group).flatten(0, 1)
         row_TK = placement.all.row_TK
         return permute_tokens(everywhere, placement.all.choice_R, row_TK.flatten(), row_TK.shape[1])
 
-    def arrive(self, rows_RD: Tensor, placement: Gathered) -> Tensor:
+    def wait(self, rows_RD: Tensor, placement: Gathered) -> Tensor:
         return rows_RD
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Gathered) -> Tensor:
-        weight = gather(_filled(weight_TK, placement.most), self.group).flatten(0, 1)
+        weight = all_gather_scatter_grad(_filled(weight_TK, placement.most), self.group).flatten(0, 1)
         parts = unpermute_tokens(y_RD, weight, placement.all.row_TK, placement.all.choice_R, False)
-        return split_sum(parts.unflatten(0, (self.ranks, -1)), self.group)[: len(weight_TK)]
+        return reduce_scatter_gather_grad(parts.unflatten(0, (self.ranks, -1)), self.group)[: len(weight_TK)]
 
 
 def _filled(x: Tensor, rows: int, value: int = 0) -> Tensor:

@@ -27,7 +27,7 @@ def test_degrees_multiply_to_the_processes(dims: dict[str, int], ep: int, rest: 
         return
     found = ParallelDims.of(config, world)
     assert found == ParallelDims(**dims, ep=ep) and found.world == world
-    assert found.pp * found.dp_replicate * found.expert_shard * found.ep == world
+    assert found.pp * found.dp_replicate * found.edp * found.ep == world
     assert found.pp * found.replicas * found.sequence_ranks == world
     assert found.pp * found.dp_replicate * found.fsdp * found.tp == world
 

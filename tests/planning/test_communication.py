@@ -82,5 +82,5 @@ def test_a_group_of_all_ranks_is_named_by_its_use() -> None:
     assert {name_of(data, axis, "all_gather") for axis in ("fsdp", "data", "loss", "all")} == {"fsdp"}
     assert {name_of(data, axis, "all_to_all") for axis in ("ep", "all")} == {"ep"}
     assert {name_of(data, axis, "all_reduce") for axis in ("data", "all")} == {"all"}
-    assert name_of(ParallelDims(tp=4), "all", "all_gather") == "expert_shard"
+    assert name_of(ParallelDims(tp=4), "all", "all_gather") == "edp"
     assert name_of(ParallelDims(dp_shard=2, tp=2), "fsdp", "all_gather") == "fsdp"

@@ -1,6 +1,6 @@
 """Dispatchers: they bring tokens to the rows of their experts, and bring the experts' outputs back.
 
-A dispatcher is a plain object with `plan`, `dispatch`, `arrive` and `combine`. A new one is a `LocalDispatcher`, which
+A dispatcher is a plain object with `plan`, `dispatch`, `wait` and `combine`. A new one is a `LocalDispatcher`, which
 plans for one process and names the exchange that spreads it over the ranks of `ep` (`mmoe.parallel.expert`). Experts
 see rows sorted by expert; how many, and which of them are empty, is the dispatcher's affair. Both ways only copy rows
 by index, and so do their gradients: no sum depends on the order in which threads finish.
@@ -76,7 +76,7 @@ class Dispatcher(Protocol[P]):
     def dispatch(self, x_TD: Tensor, placement: P) -> Tensor:
         """Send each row its token, [R, D]; empty rows are zero."""
 
-    def arrive(self, rows_RD: Tensor, placement: P) -> Tensor:
+    def wait(self, rows_RD: Tensor, placement: P) -> Tensor:
         """[R, D] sorted by expert, of what `dispatch` returned; waits for the rows where they travel."""
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: P) -> Tensor:
@@ -89,8 +89,8 @@ class LocalDispatcher(ABC):
     A class registered in `DISPATCHERS` is a value of ``model.moe.dispatcher``. What it says of itself:
 
     - `by_capacity`: its rows are those of ``model.moe.capacity_factor``, which it needs; others refuse one.
-    - `exchange`: its form on several ranks, a kind of `mmoe.parallel.expert.EXCHANGES`. A ``variable`` one fits every
-      plan: it reads which choices are dropped. A ``fixed`` one needs a plan that gives every expert equally many rows,
+    - `exchange`: its form on several ranks, a kind of `mmoe.parallel.expert.PARALLEL_DISPATCHERS`. A ``variable`` one
+      fits every plan: it reads which choices are dropped. A ``fixed`` one needs a plan that gives every expert equally many rows,
       whatever is routed, and `rows` to count them.
     """
 
@@ -119,7 +119,7 @@ class LocalDispatcher(ABC):
         row_TK, choice_R = placement.row_TK, placement.choice_R
         return permute_tokens(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
 
-    def arrive(self, rows_RD: Tensor, placement: TokenPermutation) -> Tensor:
+    def wait(self, rows_RD: Tensor, placement: TokenPermutation) -> Tensor:
         """Give the rows as they are: here they do not travel."""
         return rows_RD
 

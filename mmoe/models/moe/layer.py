@@ -159,7 +159,7 @@ class MoELayer(nn.Module):
         placement = self.dispatcher.plan(routing, tokens)
         on_their_way = self.dispatcher.dispatch(for_experts_TD, placement)
         shared_TD = self._shared(*for_shared)  # while the rows travel
-        rows_RD = self.experts(self.dispatcher.arrive(on_their_way, placement), placement.ends_E)
+        rows_RD = self.experts(self.dispatcher.wait(on_their_way, placement), placement.ends_E)
         y_TD = self.dispatcher.combine(rows_RD, routing.weight_TK, placement)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
