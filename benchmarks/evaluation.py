@@ -30,7 +30,7 @@ from mmoe.evaluation.evaluate import evaluate
 from mmoe.recipe.config import RunConfig
 from mmoe.result import print_result, target
 from mmoe.runtime.agreement import ProcessGroupRanks
-from mmoe.runtime.launch import processes
+from mmoe.runtime.launch import distributed_context
 from mmoe.training.fingerprint import fingerprint
 from mmoe.training.run import CONFIG, Run
 
@@ -81,7 +81,7 @@ def resident() -> int:
 
 def measure(folder: Path) -> None:
     """What one process does; the first one prints the figures of all."""
-    with processes(600, folder):
+    with distributed_context(600, folder):
         before, started = resident(), time.perf_counter()
         run = Run.load(folder)
         loaded = time.perf_counter()

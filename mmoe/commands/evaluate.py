@@ -29,13 +29,13 @@ def evaluate(
     """Measure a run on its held-out recordings; under torchrun, spread over the processes."""
     from mmoe.config.load import override
     from mmoe.evaluation.evaluate import evaluate as measure
-    from mmoe.runtime.launch import processes, same_config
+    from mmoe.runtime.launch import distributed_context, same_config
     from mmoe.training.run import UNWATCHED, Run, read_config
 
     blanked, shuffled = _modality(blank), _modality(shuffle)
     asked = {"RUN": str(folder), "overrides": overrides or [], "shards": shards, "blank": blank, "shuffle": shuffle}
     config = override(read_config(folder, UNWATCHED), overrides or ())
-    with processes(config.parallel.timeout_seconds, folder):
+    with distributed_context(config.parallel.timeout_seconds, folder):
         same_config(json.dumps(asked))
         run = Run.load(folder, overrides=overrides or ())
         with watched_progress(run, console) as progress:
@@ -48,10 +48,10 @@ def evaluate(
 def watched_progress(run: "Run", console: Console) -> Iterator["Progress"]:
     """Show how far an evaluation is, on the first rank, and stop it where its ranks do not go on together."""
     from mmoe.commands.progress import evaluation_progress
-    from mmoe.runtime.watch import Watch
+    from mmoe.runtime.watch import StepWatchdog
 
     voice = console if run.ranks.first else Console(quiet=True)
-    with Watch(run.config.parallel.timeout_seconds, run.folder) as watch, evaluation_progress(voice) as draw:
+    with StepWatchdog(run.config.parallel.timeout_seconds, run.folder) as watch, evaluation_progress(voice) as draw:
 
         def progress(what: str, done: int, of: int) -> None:
             watch.beat(done, f"evaluation: {what}")

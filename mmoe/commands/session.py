@@ -24,7 +24,7 @@ from mmoe.optional import status
 from mmoe.parallel.mesh import check_one_process
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.agreement import ProcessGroupRanks
-from mmoe.runtime.launch import first_alone, processes, same_config, strongest
+from mmoe.runtime.launch import distributed_context, rank_zero_first, same_config, strongest
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback
 from mmoe.training.changes import History, record_changes
@@ -52,12 +52,12 @@ def train(
     _check_options(fresh, from_step, adjustments)
     config = adjust(config, adjustments)
     folder = Path(config.training.run)
-    with PeakMemory() as memory, processes(config.parallel.timeout_seconds, folder):
+    with PeakMemory() as memory, distributed_context(config.parallel.timeout_seconds, folder):
         check_one_process(config.parallel)
         options = {"fresh": fresh, "stop_after": stop_after, "from_step": from_step, "set": list(adjustments)}
         same_config(f"{dump(config)}options: {json.dumps(options)}\n")
         if fresh:
-            first_alone(lambda: check_start_over(folder))  # before anything is prepared
+            rank_zero_first(lambda: check_start_over(folder))  # before anything is prepared
         with run_lock(folder):
             voice = console if ProcessGroupRanks().rank == 0 else Console(quiet=True)
             run, complete = _train(config, voice, memory, fresh, stop_after, from_step, adjustments)
@@ -75,10 +75,10 @@ def _train(
     adjustments: Sequence[str],
 ) -> tuple[Run, bool]:
     """The run, and whether it has had all its steps."""
-    first_alone(lambda: _prepare(config))
+    rank_zero_first(lambda: _prepare(config))
     run = Run.build(config)
     if fresh:
-        first_alone(lambda: start_over(run.folder))
+        rank_zero_first(lambda: start_over(run.folder))
     callbacks: list[Callback] = [callback.build() for callback in config.training.callbacks]
     if config.evaluation.every_steps is not None:
         from mmoe.evaluation.callback import Evaluation
@@ -100,7 +100,7 @@ def _train(
         start(run, config.training.start_from)
     elif (run.folder / METRICS).is_file():
         console.print(f"{run.folder} holds no checkpoint: the run begins at step 0", soft_wrap=True)
-    first_alone(run.save_config)
+    rank_zero_first(run.save_config)
     if trainer.state.step < trainer.stop_at:
         trainer.train()
         return run, trainer.state.step == trainer.last_step
@@ -129,7 +129,7 @@ def _resume(run: Run, trainer: Trainer, from_step: int | None, adjustments: Sequ
             console.print(sentence, soft_wrap=True)
 
     trainer.resume(from_step, check)
-    first_alone(lambda: record_changes(history, trainer.state.step, run.config))
+    rank_zero_first(lambda: record_changes(history, trainer.state.step, run.config))
     console.print(f"resumed {run.folder} at step {trainer.state.step}")
 
 
@@ -151,7 +151,7 @@ def _evaluate(run: Run, console: Console) -> None:
             show(result, console)
     else:
         console.print("nothing is evaluated: no source has held-out samples (prepare.heldout_share)", soft_wrap=True)
-    first_alone(lambda: _report(run, console))
+    rank_zero_first(lambda: _report(run, console))
 
 
 def _report(run: Run, console: Console) -> None:

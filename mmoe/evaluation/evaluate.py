@@ -27,7 +27,7 @@ from mmoe.evaluation.inference import Progress, inference
 from mmoe.evaluation.ranking import rank_candidates
 from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings, report_retrieval
 from mmoe.files import write_atomically, writes
-from mmoe.runtime.launch import first_alone
+from mmoe.runtime.launch import rank_zero_first
 from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.modality import Modality
 from mmoe.schema.rig import Rig
@@ -97,7 +97,7 @@ def evaluate(
         if broken := sorted(key for key, value in flatten(result).items() if _broken(value)):
             logger.warning(f"{path}: {', '.join(broken[:5])} is not finite: the weights of {run.folder} are broken")
 
-    first_alone(conclude)
+    rank_zero_first(conclude)
     return result if run.ranks.first else None
 
 

@@ -53,7 +53,7 @@ class ShardedMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # no closure: `JointOptimizer` has none to give
+    def step(self) -> None:  # type: ignore[override]  # no closure: `CompositeOptimizer` has none to give
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]

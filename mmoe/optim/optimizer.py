@@ -58,7 +58,7 @@ OPTIMIZERS = Registry(
 ChosenOptimizer = Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(OPTIMIZERS)]
 
 
-class JointOptimizer:
+class CompositeOptimizer:
     """Several optimizers over disjoint parameters behind the interface of one; all groups share the schedule.
 
     Every parameter has its state from the start, not from its first gradient: a checkpoint is loaded into it, each
@@ -119,7 +119,7 @@ def owner(name: str, dimensions: int, optimizer: OptimizerConfig, matrices: Opti
 
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerConfig, matrices: OptimizerConfig | None = None
-) -> JointOptimizer:
+) -> CompositeOptimizer:
     """Build the optimizers of all trainable parameters of `model`, shared out by `owner`.
 
     Raises ConfigError for an optimizer that does not hold what it was given by name.
@@ -133,7 +133,7 @@ def build_optimizer(
         }
         if config is not None and parameters:
             parts[config.label] = _built(config, parameters)
-    return JointOptimizer(parts)
+    return CompositeOptimizer(parts)
 
 
 def _built(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

@@ -36,11 +36,11 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MARGIN_SECONDS = 30
 CLOSING_SECONDS = 10  # for the group's end after an error, when other ranks may never answer again
 
-_turns = itertools.count()  # of `first_alone`: equal on all ranks
+_turns = itertools.count()  # of `rank_zero_first`: equal on all ranks
 
 
 @contextmanager
-def processes(timeout_seconds: float, run_folder: Path) -> Iterator[int]:
+def distributed_context(timeout_seconds: float, run_folder: Path) -> Iterator[int]:
     """Join the process group that torchrun's environment describes; gives the number of processes.
 
     An error that leaves this context is written to RUN/errors.jsonl and given to torchrun, the group is left, and the
@@ -117,7 +117,7 @@ def strongest(*values: int) -> list[int]:
     return largest.tolist()
 
 
-def first_alone(work: Callable[[], None]) -> None:
+def rank_zero_first(work: Callable[[], None]) -> None:
     """Rank 0 does `work`, however long it takes; the others wait for its end, without the timeout of a collective.
 
     Raises `MmoeError` on the others where it fails.

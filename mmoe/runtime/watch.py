@@ -41,7 +41,7 @@ SILENT_PERIODS = 4  # without a heartbeat, until a rank counts as killed
 STORE_SECONDS = 10.0  # for one question to the store; and the longest that a rank is waited for
 
 
-class Watch:
+class StepWatchdog:
     """``with Watch(timeout, run_folder) as watch: ... watch.beat(step, "forward")``.
 
     Enter and leave it on all ranks together, once all groups exist (their timeouts are set to fit). An exception that
@@ -65,7 +65,7 @@ class Watch:
         """Seconds since the last beat."""
         return time.monotonic() - self._beaten
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> StepWatchdog:
         self._beaten = time.monotonic()
         if dist.is_initialized():
             self._watcher = _Watcher(self)
@@ -83,7 +83,7 @@ class Watch:
 class _Watcher(threading.Thread):
     """The thread. All it shares with other ranks are keys of the store, which holds those of this attempt only."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: StepWatchdog) -> None:
         super().__init__(name="watch", daemon=True)
         self.watch, self.folder = watch, watch.folder
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

@@ -21,7 +21,7 @@ from typing import Any
 
 from mmoe.errors import ConfigError
 from mmoe.files import writes
-from mmoe.runtime.launch import first_alone
+from mmoe.runtime.launch import rank_zero_first
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     lock = _Lock(folder / LOCK)
     made = not folder.exists()
     try:
-        first_alone(lock.acquire)
+        rank_zero_first(lock.acquire)
         yield
     finally:
         if lock.release() and made:

@@ -15,7 +15,7 @@ from mmoe.config.load import dump
 from mmoe.data.load.stream import StepData
 from mmoe.errors import CheckpointError, DivergenceError
 from mmoe.runtime.agreement import ProcessGroupRanks
-from mmoe.runtime.watch import Watch
+from mmoe.runtime.watch import StepWatchdog
 from mmoe.training.callback import Callback, Callbacks, EvaluationResult
 from mmoe.training.decision import Decision, agree
 from mmoe.training.gradients import StepGradients, StepSetting
@@ -37,7 +37,7 @@ class Trainer:
         self.saved = 0  # the step of the last checkpoint
         self.stop_requested = False  # by a signal to this process
         self.interrupted = False  # by one to any process, known to all in the same step
-        self._watch = Watch(config.parallel.timeout_seconds, run.folder)
+        self._watch = StepWatchdog(config.parallel.timeout_seconds, run.folder)
         self._rolled_back: set[int] = set()  # steps that were dropped by going back
 
     def train(self) -> None:

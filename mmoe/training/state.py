@@ -8,7 +8,7 @@ from typing import Any
 from mmoe.checkpoint.rng import capture_rng, restore_rng
 from mmoe.data.load.stream import Stream
 from mmoe.models.decoder import MultimodalModel
-from mmoe.optim.optimizer import JointOptimizer, build_optimizer
+from mmoe.optim.optimizer import CompositeOptimizer, build_optimizer
 from mmoe.optim.schedule import Schedule
 from mmoe.training.fingerprint import Fingerprint, check_unchanged, fingerprint
 from mmoe.training.run import Run, saved_fingerprint
@@ -23,7 +23,7 @@ class TrainState:
     """
 
     model: MultimodalModel
-    optimizer: JointOptimizer
+    optimizer: CompositeOptimizer
     schedule: Schedule
     stream: Stream
     data: Fingerprint

@@ -14,7 +14,7 @@ from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.optim.adamw import AdamWConfig
 from mmoe.optim.muon import MuonConfig
-from mmoe.optim.optimizer import JointOptimizer, build_optimizer
+from mmoe.optim.optimizer import CompositeOptimizer, build_optimizer
 
 WITHOUT_GRADIENT = "embeddings.camera.weight"
 
@@ -25,7 +25,7 @@ def model_of(seed: int) -> MultimodalModel:
     return config.build(ModelInputs(40, patch_dim=8, state_dim=3, action_chunk=2, action_dim=2), seed=seed)
 
 
-def step(model: MultimodalModel, optimizer: JointOptimizer, seed: int) -> None:
+def step(model: MultimodalModel, optimizer: CompositeOptimizer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         gradient = torch.randn(parameter.shape, generator=generator)
@@ -35,7 +35,7 @@ def step(model: MultimodalModel, optimizer: JointOptimizer, seed: int) -> None:
     optimizer.step()
 
 
-def format_1(optimizer: JointOptimizer) -> dict[str, Any]:
+def format_1(optimizer: CompositeOptimizer) -> dict[str, Any]:
     """The optimizer's section as format 1 had it: torch's own, no names for Muon, no state without a gradient."""
     section = {}
     for name, part in optimizer.parts.items():
@@ -48,7 +48,7 @@ def format_1(optimizer: JointOptimizer) -> dict[str, Any]:
     return section
 
 
-def tensors(optimizer: JointOptimizer) -> dict[str, Tensor]:
+def tensors(optimizer: CompositeOptimizer) -> dict[str, Tensor]:
     states = optimizer.state_dict()
     return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 

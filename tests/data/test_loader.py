@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmoe.data.load.loader import RemoteTraceback, batches
-from mmoe.data.load.workers import Activity, Watchdog, WorkerError
+from mmoe.data.load.workers import Activity, WorkerError, WorkerWatchdog
 from mmoe.errors import DataError
 from tests.data.streams import equal, stream, take, write_folders
 
@@ -77,7 +77,7 @@ def test_the_watchdog_says_what_every_worker_is_doing(caplog, tmp_path):
 
 
 def test_a_watchdog_speaks_again_and_ends_with_its_loader(caplog):
-    dog = Watchdog(0.1, Activity(1))
+    dog = WorkerWatchdog(0.1, Activity(1))
     with dog.waiting():
         time.sleep(0.5)
     dog.close()

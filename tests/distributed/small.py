@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from mmoe.optim.adamw import AdamWConfig
 from mmoe.optim.muon import MuonConfig
-from mmoe.optim.optimizer import JointOptimizer, build_optimizer
+from mmoe.optim.optimizer import CompositeOptimizer, build_optimizer
 
 
 class Block(nn.Module):
@@ -65,7 +65,7 @@ def build(layout: str) -> Small:
     return fully_shard(model, mesh=data)
 
 
-def optimizer_of(model: nn.Module, muon: bool, implementation: str = "fused") -> JointOptimizer:
+def optimizer_of(model: nn.Module, muon: bool, implementation: str = "fused") -> CompositeOptimizer:
     adamw = AdamWConfig(implementation=implementation)
     optimizer = build_optimizer(model, adamw, MuonConfig() if muon else None)
     for group in optimizer.param_groups:
@@ -73,7 +73,7 @@ def optimizer_of(model: nn.Module, muon: bool, implementation: str = "fused") ->
     return optimizer
 
 
-def train_step(model: nn.Module, optimizer: JointOptimizer, number: int) -> float:
+def train_step(model: nn.Module, optimizer: CompositeOptimizer, number: int) -> float:
     """One step on the batch of that number, the same on every rank: FSDP2's mean over ranks is then exact."""
     generator = torch.Generator().manual_seed(number)
     x, target = torch.randn(16, 5, generator=generator), torch.randn(16, 3, generator=generator)

@@ -79,14 +79,14 @@ def test_an_error_on_one_rank_alone_ends_the_other_which_names_it(folder, tmp_pa
         from pathlib import Path
         from mmoe.config.load import load
         from mmoe.recipe.config import RunConfig
-        from mmoe.runtime.launch import processes
+        from mmoe.runtime.launch import distributed_context
         from mmoe.training.loop import Trainer
         from mmoe.training.run import Run
         from tests.training.callbacks import Log, failing
         config = load(RunConfig, {str(tmp_path / "config.yaml")!r})
         log = Log()
         try:
-            with processes(30, Path(config.training.run)):
+            with distributed_context(30, Path(config.training.run)):
                 Trainer(Run.build(config), [*failing("on_step", rank=1), log]).train()
         finally:
             Path(f"{tmp_path!s}/closed-{{log.calls[-1][1]}}-{{log.calls.count(log.calls[-1])}}").touch()

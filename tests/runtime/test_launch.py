@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmoe.runtime.launch import processes, same_config, strongest
+from mmoe.runtime.launch import distributed_context, same_config, strongest
 from mmoe.runtime.launch_errors import name_ranks
 
 BEGIN = """
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 from mmoe.commands.console import show_record
 from mmoe.errors import MmoeError
-from mmoe.runtime.launch import first_alone, processes, same_config, strongest
+from mmoe.runtime.launch import rank_zero_first, distributed_context, same_config, strongest
 from mmoe.runtime.logging import set_up_logging
 from mmoe.runtime.watch import Watch
 
@@ -30,13 +30,13 @@ folder, timeout = Path("run"), 3.0
 rank = int(os.environ["RANK"])
 (Path("pid") / str(os.getpid())).touch()
 set_up_logging(show_record)
-with processes(timeout, folder) as world:
+with distributed_context(timeout, folder) as world:
     logger = logging.getLogger("mmoe.test")
 """
 
 
 class Torchrun:
-    """torchrun with two processes of a script: BEGIN, then `body` inside its `with processes(...)`."""
+    """torchrun with two processes of a script: BEGIN, then `body` inside its `with distributed_context(...)`."""
 
     def __init__(self, folder: Path, body: str, *options: str, ranks: int = 2):
         (folder / "pid").mkdir()
@@ -187,9 +187,9 @@ def test_what_the_first_rank_does_alone_may_take_longer_than_a_collective(tmp_pa
         tmp_path,
         """
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
-        first_alone(lambda: time.sleep(3))
+        rank_zero_first(lambda: time.sleep(3))
         strongest(0)
-        first_alone(lambda: Path("missing").read_text())
+        rank_zero_first(lambda: Path("missing").read_text())
         """,
     )
     assert run.wait() != 0
@@ -220,10 +220,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
 
 
 def test_one_process_needs_no_group(tmp_path):
-    with processes(600.0, tmp_path / "run") as world:
+    with distributed_context(600.0, tmp_path / "run") as world:
         assert world == 1 and strongest(1, 0) == [1, 0]
         same_config("a: 1")
-    with pytest.raises(ValueError), processes(600.0, tmp_path / "run"):
+    with pytest.raises(ValueError), distributed_context(600.0, tmp_path / "run"):
         raise ValueError  # as it was raised, and nothing written
     assert not (tmp_path / "run").exists()
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.multiprocessing as mp  # teaches connections to hand over tensors in shared memory
 
-from mmoe.data.load.workers import Activity, Place, Watchdog, WorkerError, become_worker
+from mmoe.data.load.workers import Activity, Place, WorkerError, WorkerWatchdog, become_worker
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def batches(
     `condemn` is told of a sample whose decoding ended a worker, and how; it puts it into ``dataset.known_bad``, or
     raises. Raises WorkerError, naming what the workers were doing, where a death cannot be laid to a sample.
     """
-    watchdog = Watchdog(watchdog_seconds, activity)
+    watchdog = WorkerWatchdog(watchdog_seconds, activity)
     try:
         if not workers:
             for plan in plans:
@@ -78,7 +78,7 @@ def batches(
         watchdog.close()
 
 
-def _in_order(pool: "_Pool", plans: Iterable[Any], ahead: int, watchdog: Watchdog) -> Iterator[Any]:
+def _in_order(pool: "_Pool", plans: Iterable[Any], ahead: int, watchdog: WorkerWatchdog) -> Iterator[Any]:
     coming, given, taken, more = iter(plans), 0, 0, True
     while True:
         while more and given - taken < ahead:

@@ -85,7 +85,7 @@ class Activity:
         return sentences
 
 
-class Watchdog:
+class WorkerWatchdog:
     """Prints what every worker is doing whenever nothing came for `seconds`; it never ends the run itself."""
 
     def __init__(self, seconds: float, activity: Activity) -> None:

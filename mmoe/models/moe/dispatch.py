@@ -89,9 +89,9 @@ class LocalDispatcher(ABC):
     A class registered in `DISPATCHERS` is a value of ``model.moe.dispatcher``. What it says of itself:
 
     - `by_capacity`: its rows are those of ``model.moe.capacity_factor``, which it needs; others refuse one.
-    - `exchange`: its form on several ranks, a kind of `mmoe.parallel.expert.PARALLEL_DISPATCHERS`. A ``variable`` one
-      fits every plan: it reads which choices are dropped. A ``fixed`` one needs a plan that gives every expert equally many rows,
-      whatever is routed, and `rows` to count them.
+    - `exchange`: its form on several ranks, a kind of `PARALLEL_DISPATCHERS` (`mmoe.parallel.expert`). A ``variable``
+      one fits every plan: it reads which choices are dropped. A ``fixed`` one needs a plan that gives every expert
+      equally many rows, whatever is routed, and `rows` to count them.
     """
 
     by_capacity: ClassVar[bool] = False
