@@ -28,7 +28,7 @@ from mmoe.data.plan.blocks import FITS
 from mmoe.data.plan.mixture import StageConfig
 from mmoe.data.plan.packing import best_fit
 from mmoe.data.plan.planner import Planner
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.result import print_result, target
 from mmoe.schema.counts import PATCHES
 from mmoe.schema.manifest import FORMAT, ShardEntry, SourceManifest, SplitEntry
@@ -157,7 +157,7 @@ def build(root: Path, length: int, state: dict | None = None) -> tuple[Planner, 
         sequence_length=length,
         patches_per_sequence=length * 7 // 8,
     )
-    sources = Sources(config)
+    sources = PreparedSources(config)
     tokenizers = TokenizersConfig(vision=VisionConfig(patch=16, max_patches=1024)).build(sources.manifests)
     limits = config.limits(seed=0)
     planned = sources.planned("train", limits, tokenizers)

@@ -36,7 +36,7 @@ from mmoe.data.load.stream import Stream
 from mmoe.data.load.video import Backend, is_video
 from mmoe.data.plan.mixture import StageConfig
 from mmoe.data.plan.planner import SequencePlan
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.optional import status
 from mmoe.preparation.prepare import prepare
 from mmoe.result import print_result, target
@@ -65,7 +65,7 @@ def write_pictures(folder: Path) -> None:
     (folder / "captions.jsonl").write_text("".join(lines))
 
 
-def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataConfig, Sources, TokenizersConfig]:
+def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataConfig, PreparedSources, TokenizersConfig]:
     text = TextTokenizer.bytes()
     write_pictures(root / "raw")
     options = {"recordings": recordings, "slices": [4, 4], "height": height, "width": width}
@@ -82,7 +82,11 @@ def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataCon
         workers=WORKERS,
     )
     audio = AudioConfig(path=str(root / "drive" / "audio_codec.safetensors"))
-    return config, Sources(config), TokenizersConfig(vision=VisionConfig(patch=PATCH, max_patches=96), audio=audio)
+    return (
+        config,
+        PreparedSources(config),
+        TokenizersConfig(vision=VisionConfig(patch=PATCH, max_patches=96), audio=audio),
+    )
 
 
 Grid = Callable[[int, int], tuple[int, int]] | None
@@ -171,7 +175,7 @@ def time_bare(plans: list[SequencePlan], files: list[SourceFiles], grid: Grid, b
     return time.perf_counter() - started
 
 
-def make_stream(config: DataConfig, sources: Sources, tokenizers) -> Stream:
+def make_stream(config: DataConfig, sources: PreparedSources, tokenizers) -> Stream:
     return Stream(
         config,
         sources,

@@ -134,7 +134,7 @@ def _resume(run: Run, trainer: Trainer, from_step: int | None, adjustments: Sequ
 
 
 def _prepare(config: RunConfig) -> None:
-    """Prepare what is missing; whether what is there fits the config is for `Sources.check` to say."""
+    """Prepare what is missing; whether what is there fits the config is for `PreparedSources.check` to say."""
     sources, text = config.data.sources, config.tokenizers.text
     named = [*(source.shards for source in sources.values()), *([text.path] if text.path is not None else [])]
     if any(map(is_missing, named)):

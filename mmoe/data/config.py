@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from mmoe.config.base import Address, Config, Options
 from mmoe.config.nature import Nature
 from mmoe.data.load.video import Backend
-from mmoe.data.plan.blocks import Limits
+from mmoe.data.plan.blocks import SequenceBudget
 from mmoe.data.plan.mixture import StageConfig, check_stages
 from mmoe.data.storage.store import StorageConfig
 from mmoe.schema.bounds import Bounds
@@ -63,7 +63,7 @@ class DataConfig(Config):
         """Give the VISION vectors that a sequence has room for."""
         return self.patches_per_sequence or self.sequence_length
 
-    def limits(self, seed: int, isolated_pair_share: float | None = None) -> Limits:
+    def limits(self, seed: int, isolated_pair_share: float | None = None) -> SequenceBudget:
         """What a sequence holds; `isolated_pair_share` in place of the configured one."""
         share = self.isolated_pair_share if isolated_pair_share is None else isolated_pair_share
-        return Limits(seed, self.sequence_length, self.patch_budget, share)
+        return SequenceBudget(seed, self.sequence_length, self.patch_budget, share)

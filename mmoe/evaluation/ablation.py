@@ -8,7 +8,7 @@ import numpy as np
 
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.load.decode import Index, RowPlace
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import ConfigError, DataError
 from mmoe.schema.modality import Modality
 
@@ -80,7 +80,7 @@ def blank(modality: Modality) -> Donors:
     return Donors(Ablation("blank", modality, {}), {}, {})
 
 
-def shuffle(sources: Sources, split: str, modality: Modality, seed: int) -> Donors:
+def shuffle(sources: PreparedSources, split: str, modality: Modality, seed: int) -> Donors:
     """Every row of a split shows what another recording of the same source and split saw (or heard)."""
     _check("shuffle", modality)
     donors: dict[RowPlace, tuple[int, int]] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
 from mmoe.data.load.tables import load_array
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.data.storage.store import Storage
 from mmoe.evaluation.inference import Inference
 from mmoe.schema.batch import PackedBatch
@@ -58,7 +58,7 @@ class Chunks:
         )
 
 
-def read_chunks(sources: Sources, tokenizers: Tokenizers, split: str) -> Chunks:
+def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) -> Chunks:
     """Every chunk of a split from the action tables alone; no picture or sound is opened."""
     dims, chunk = tokenizers.dims[Modality.ACTION], tokenizers.config.action.chunk
     keys, recording, parts = [], [], []

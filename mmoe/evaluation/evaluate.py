@@ -14,7 +14,7 @@ from mmoe.addresses import check_address
 from mmoe.config.load import flatten
 from mmoe.data.config import DataConfig
 from mmoe.data.index.shard_index import ShardIndex
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import ablation
 from mmoe.evaluation.ablation import Ablation
@@ -205,7 +205,7 @@ def _other_shards(run: Run, shards: str) -> Run:
         )
     source = run.config.data.sources[names[0]].model_copy(update={"shards": shards})
     data: DataConfig = run.config.data.model_copy(update={"sources": {names[0]: source}})
-    sources = Sources(data)
+    sources = PreparedSources(data)
     sources.check(run.tokenizers)
     return replace(run, config=run.config.model_copy(update={"data": data}), sources=sources)
 
@@ -216,7 +216,7 @@ def _content(manifest: SourceManifest) -> tuple[str, set[str], Rig, dict[str, tu
     return manifest.kind, modalities, manifest.rig, {name: stats.names for name, stats in manifest.vectors.items()}
 
 
-def _enough_pairs(sources: Sources, only: list[str]) -> dict[str, int]:
+def _enough_pairs(sources: PreparedSources, only: list[str]) -> dict[str, int]:
     """By source with pairs: how many of its held-out documents fill all pools of retrieval without repeating a pair."""
     documents = {}
     for files in sources.files("heldout"):
@@ -230,7 +230,7 @@ def _enough_pairs(sources: Sources, only: list[str]) -> dict[str, int]:
     return documents
 
 
-def _counted(sources: Sources, documents: set[tuple[int, int, int]]) -> dict[str, dict[str, int]]:
+def _counted(sources: PreparedSources, documents: set[tuple[int, int, int]]) -> dict[str, dict[str, int]]:
     """By source: samples held out, and those that a sequence could hold."""
     seen = [document[0] for document in documents]
     return {

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.data.load.decode import Decoder, StandIn
+from mmoe.data.load.decode import SampleLoader, StandIn
 from mmoe.data.load.heldout import dealt
 from mmoe.data.load.stream import make_collator
 from mmoe.data.plan.measure import measure_index
@@ -69,7 +69,7 @@ def rank_candidates(model: Inference, only: list[str], stand_in: StandIn | None 
     """
     run = model.run
     files, backend = run.sources.files("heldout"), run.config.data.video_backend
-    decoder = Decoder(files, run.tokenizers, backend, stand_in, storage=run.sources.storage)
+    decoder = SampleLoader(files, run.tokenizers, backend, stand_in, storage=run.sources.storage)
     reports = {}
     for number, name in enumerate(run.sources.names):
         if name not in only:
@@ -93,7 +93,7 @@ def accuracies(scores: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     }
 
 
-def _questions(run: Run, decoder: Decoder, source: int) -> tuple[list[_Question], list[np.ndarray], int]:
+def _questions(run: Run, decoder: SampleLoader, source: int) -> tuple[list[_Question], list[np.ndarray], int]:
     """The rows that can be asked, the distinct texts (token ids) of their source, and how many rows do not fit a
     sequence with all they would be asked about."""
     start, room = decoder.tokenizers.vocabulary.ranges["text"].start, run.config.data.sequence_length
@@ -138,7 +138,7 @@ def _candidates(own: int, texts: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rank(
-    model: Inference, decoder: Decoder, questions: list[_Question], texts: list[np.ndarray], left_out: int
+    model: Inference, decoder: SampleLoader, questions: list[_Question], texts: list[np.ndarray], left_out: int
 ) -> dict[str, Any]:
     report = {"texts": len(texts), "left_out": left_out}
     if not questions:
@@ -162,7 +162,7 @@ def _rank(
 
 
 def score_texts(
-    model: Inference, decoder: Decoder, candidates: list[_Candidate], what: str
+    model: Inference, decoder: SampleLoader, candidates: list[_Candidate], what: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """For each candidate ln p of its text and the closing token (summed), and how many tokens these are; on rank 0,
     None elsewhere."""
@@ -187,7 +187,7 @@ def score_texts(
 class _Batches:
     """The documents of candidates in order, packed before they are decoded, in batches that replicas share."""
 
-    def __init__(self, run: Run, decoder: Decoder, candidates: list[_Candidate]) -> None:
+    def __init__(self, run: Run, decoder: SampleLoader, candidates: list[_Candidate]) -> None:
         self.decoder, self.size = decoder, run.config.training.heldout_sequences
         self._collate = make_collator(run.config.data, run.tokenizers, run.config.losses.label_weights())
         data = run.config.data
@@ -230,7 +230,7 @@ def _micro_batches(
         yield batch
 
 
-def _alone(decoder: Decoder, ids: np.ndarray) -> Document:
+def _alone(decoder: SampleLoader, ids: np.ndarray) -> Document:
     """The text as a document of its own."""
     builder = DocumentBuilder.from_tokenizers(decoder.tokenizers)
     builder.structure(Structure.BOS)

@@ -9,7 +9,7 @@ from mmoe.data.index.shard_index import is_prepared
 from mmoe.data.plan.assignment import assign_to_replicas, balance
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.planner import Planner
-from mmoe.data.plan.prepared import Sources, sizes
+from mmoe.data.plan.prepared import PreparedSources, sizes
 from mmoe.data.storage.store import Storage
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.manifest import SourceManifest
@@ -55,7 +55,7 @@ def mixture_of(data: DataConfig, tokenizers: TokenizersConfig, end: int) -> Mixt
 def inspect(config: RunConfig, steps: int, replicas: int) -> Inspection:
     """Plan so many steps from the start of the run and look at what is in them; nothing is decoded."""
     group, micro = config.contrastive_group, config.batch_of(replicas).micro_batch_sequences
-    sources = Sources(config.data)
+    sources = PreparedSources(config.data)
     tokenizers = config.tokenizers.build(sources.manifests, sources.storage.read)
     sources.check(tokenizers)
     limits = config.data.limits(config.training.seed)

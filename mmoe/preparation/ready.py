@@ -25,7 +25,7 @@ NO_INPUT = "-"  # of a simulation
 def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, make: Callable = prepare) -> None:
     """Fit the text tokenizer where its file is missing, then `make` (as `prepare`) every source that is missing.
 
-    What exists is left as it is; whether it fits this config is for `Sources.check` to say. Raises ConfigError
+    What exists is left as it is; whether it fits this config is for `PreparedSources.check` to say. Raises ConfigError
     before anything is made where a source cannot be prepared, since nothing says from what.
     """
     missing = {name: source for name, source in sources.items() if is_missing(source.shards)}

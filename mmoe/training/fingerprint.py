@@ -8,7 +8,7 @@ lies is not part of it: a folder may move.
 from pathlib import Path
 from typing import Any
 
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import CheckpointError
 from mmoe.hashing import blake2b, canonical_json
 from mmoe.schema.manifest import SourceManifest
@@ -19,7 +19,7 @@ from mmoe.tokenizers.bundle import Tokenizers
 Fingerprint = dict[str, dict[str, Any]]  # of every source and tokenizer, each as named parts
 
 
-def fingerprint(sources: Sources, tokenizers: Tokenizers) -> Fingerprint:
+def fingerprint(sources: PreparedSources, tokenizers: Tokenizers) -> Fingerprint:
     """JSON-able: by source and tokenizer, a digest of each part that numbers follow from."""
     found = {f"source {name}": _of_source(manifest) for name, manifest in sources.manifests.items()}
     vectors = {kind.name: dims.names for kind, dims in tokenizers.dims.items()}

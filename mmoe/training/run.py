@@ -13,7 +13,7 @@ from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.config.base import change_addresses
 from mmoe.config.load import absolute, dump, flatten, load, override
 from mmoe.data.load.heldout import HeldoutBatches
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import ConfigError
 from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import ModelInputs, MultimodalModel
@@ -29,9 +29,9 @@ from mmoe.training.fingerprint import check_unchanged, fingerprint
 CONFIG = "config.yaml"  # in the run's folder, and a copy in every checkpoint
 
 
-def open_sources(config: RunConfig) -> tuple[Sources, Tokenizers]:
+def open_sources(config: RunConfig) -> tuple[PreparedSources, Tokenizers]:
     """Open and check the sources of a run, which must be prepared, and build its tokenizers."""
-    sources = Sources(config.data)
+    sources = PreparedSources(config.data)
     tokenizers = config.tokenizers.build(sources.manifests, sources.storage.read)
     sources.check(tokenizers)
     return sources, tokenizers
@@ -115,7 +115,7 @@ class Run:
     config: RunConfig
     resolved: ResolvedRun
     folder: Path
-    sources: Sources
+    sources: PreparedSources
     tokenizers: Tokenizers
     model: MultimodalModel
     device: torch.device

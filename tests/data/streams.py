@@ -7,7 +7,7 @@ import torch
 
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.load.stream import Stream
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.modality import Modality
 from mmoe.tokenizers.actions import ActionConfig
@@ -34,12 +34,12 @@ def write_folders(root: Path) -> Path:
 
 def setup(
     folders: Path, *, discrete: bool = False, share: float = 0.5, names: tuple[str, ...] = tuple(MAKERS), **data
-) -> tuple[DataConfig, Sources, Tokenizers]:
+) -> tuple[DataConfig, PreparedSources, Tokenizers]:
     given = {"sequence_length": LENGTH, "window_documents": 40, "isolated_pair_share": share} | data
     config = DataConfig(
         sources={name: SourceConfig(kind="text", shards=str(folders / name)) for name in names}, **given
     )
-    sources = Sources(config)
+    sources = PreparedSources(config)
     tokenizers = TokenizersConfig(
         vision=VisionConfig(patch=8, max_patches=12),
         audio=fit_codec(folders / "codec.safetensors"),

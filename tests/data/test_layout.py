@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.plan.measure import epoch_positions, measure_index
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.ablation import Ablation
@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_measures_are_those_of_the_layout(folders, name, isolated, discrete):
     _, sources, tokenizers = setup(folders, discrete=discrete, names=(name,))
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav")
+    decoder = SampleLoader(sources.files("train"), tokenizers, "pyav")
     for shard in range(len(sources.files("train")[0].tars)):
         index = decoder.index(0, shard)
         measures = measure_index(index, tokenizers, name)
@@ -47,7 +47,7 @@ def test_measures_are_those_of_the_layout(folders, name, isolated, discrete):
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_the_manifest_alone_sizes_an_epoch(folders, name):
     _, sources, tokenizers = setup(folders, names=(name,))
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav")
+    decoder = SampleLoader(sources.files("train"), tokenizers, "pyav")
     tables = [decoder.index(0, shard) for shard in range(len(sources.files("train")[0].tars))]
     exact = sum(int(measure_index(table, tokenizers, name).length.sum()) for table in tables)
     found = epoch_positions(sources.manifests[name].splits["train"], tokenizers, name)
@@ -119,12 +119,12 @@ def test_cu_seqlens_name_every_border_and_padding_tail(folders):
 def test_blank_and_shuffled_pictures_change_nothing_but_the_patches(folders):
     _config, sources, tokenizers = setup(folders, names=("clip",))
     files = sources.files("heldout")
-    index = Decoder(files, tokenizers, "pyav").index(0, 0)
+    index = SampleLoader(files, tokenizers, "pyav").index(0, 0)
     donors = {(0, 0, row): (0, (row + 1) % len(index)) for row in range(len(index))}
     units = int(index.row_segments(0)["slice"].max()) + 1
     ref = DocumentRef(0, 0, 0, 0, 0, units, False, True)
     plain, blank, mixed = (
-        Decoder(files, tokenizers, "pyav", ablation)(ref)[0]
+        SampleLoader(files, tokenizers, "pyav", ablation)(ref)[0]
         for ablation in (
             None,
             Ablation("blank", Modality.VISION, {}),

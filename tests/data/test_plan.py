@@ -93,8 +93,8 @@ def test_a_document_that_fits_is_never_cut_and_cuts_are_counted(folders, patches
         block, _ = source.at(0)
         patch = np.array([block.counts[a:b, PATCHES].sum() for a, b in zip(block.offsets, block.offsets[1:])])
         fits = (block.lengths <= LENGTH) & (patch <= most)
-        assert (block.fate[fits & (block.lengths > 0)] == FITS).all()
-        cut = np.flatnonzero((block.fate == CUT_TEXT) | (block.fate == CUT_SLICES))
+        assert (block.outcome[fits & (block.lengths > 0)] == FITS).all()
+        cut = np.flatnonzero((block.outcome == CUT_TEXT) | (block.outcome == CUT_SLICES))
         for document in cut:
             parts = block.parts[block.offsets[document] : block.offsets[document + 1]]
             counts = block.counts[block.offsets[document] : block.offsets[document + 1]]

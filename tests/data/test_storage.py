@@ -15,10 +15,10 @@ from mmoe.addresses import join, with_suffix
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.index.shard_index import PLANNED, SegmentTable, ShardIndex
 from mmoe.data.index.shards import read_member
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.load.stream import Stream
 from mmoe.data.plan.planner import DocumentRef
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.data.storage import store
 from mmoe.data.storage.store import Storage, StorageConfig, StorageError
 from mmoe.errors import DataError
@@ -86,7 +86,7 @@ def setup(root: str, folder, workers: int = 0, **settings):
         workers=workers,
         storage=StorageConfig(**settings),
     )
-    sources = Sources(config)
+    sources = PreparedSources(config)
     tokenizers = TokenizersConfig(
         vision=VisionConfig(patch=8, max_patches=12),
         audio=fit_codec(folder / "codec.safetensors"),
@@ -136,7 +136,7 @@ def test_the_stream_from_a_bucket_is_the_stream_from_disk(folder, uploaded, work
 class Rows(Dataset):
     """Documents by number, decoded wherever the loader decodes them."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: SampleLoader):
         self.decoder = decoder
 
     def __getitem__(self, row: int) -> np.ndarray:
@@ -149,7 +149,7 @@ class Rows(Dataset):
 def test_workers_open_connections_of_their_own(folder, uploaded, method):
     """The parent has read from the bucket: its event loop is there when the worker is forked, and is not used."""
     ours, theirs = (
-        Decoder(sources.files("train"), tokenizers, "pyav", storage=sources.storage)
+        SampleLoader(sources.files("train"), tokenizers, "pyav", storage=sources.storage)
         for _, sources, tokenizers in (setup(str(folder), folder), setup(uploaded, folder))
     )
     rows = range(12)
@@ -164,7 +164,7 @@ def test_workers_open_connections_of_their_own(folder, uploaded, method):
 
 def test_members_of_a_document_are_one_request(folder, uploaded):
     _, sources, tokenizers = setup(uploaded, folder)
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav", storage=sources.storage)
+    decoder = SampleLoader(sources.files("train"), tokenizers, "pyav", storage=sources.storage)
     index = decoder.index(3, 0)
     slices = int(index.row_segments(0)["slice"].max()) + 1
     assert index.member_offsets[1] > 3
@@ -194,9 +194,9 @@ def test_a_bad_shard_is_said_when_its_part_is_decoded_and_a_dead_store_at_once(f
         sequence_length=160,
         storage=StorageConfig(attempts=2, backoff_s=0.01),
     )
-    sources = Sources(config)
+    sources = PreparedSources(config)
     server.files["/bucket/clip/train/shard-000001.tar"] += bytes(10240)
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav", storage=sources.storage)
+    decoder = SampleLoader(sources.files("train"), tokenizers, "pyav", storage=sources.storage)
     good, bad = (DocumentRef(0, shard, 0, 0, 0, 1, False, True) for shard in range(2))
     decoder.prefetch([bad, good, good])
     assert len(decoder(good)[0]) == len(decoder(good)[0]) > 0

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mmoe.data.config import DataConfig, SourceConfig
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.load.heldout import HeldoutBatches
 from mmoe.data.load.quarantine import FEW
 from mmoe.data.plan.planner import DocumentRef
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import ConfigError, DataError
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.modality import Modality
@@ -140,12 +140,12 @@ def test_a_truncated_tar_is_one_sentence_with_file_and_remedy(folders, tmp_path)
     config = DataConfig(
         sources={"audio": SourceConfig(kind="text", shards=str(tmp_path / "audio"))}, sequence_length=LENGTH
     )
-    sources = Sources(config)
+    sources = PreparedSources(config)
     tokenizers = TokenizersConfig(audio=fit_codec(folders / "codec.safetensors")).build(sources.manifests)
     tar = tmp_path / "audio" / "train" / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes()[:600])
     with pytest.raises(DataError, match="shard-000000.tar"):
-        Decoder(sources.files("train"), tokenizers, "pyav")(DocumentRef(0, 0, 0, 0, 0, 1, False, True))
+        SampleLoader(sources.files("train"), tokenizers, "pyav")(DocumentRef(0, 0, 0, 0, 0, 1, False, True))
 
 
 # what breaks on the way
@@ -160,7 +160,7 @@ def damaged(folders, tmp_path):
     fit_codec(tmp_path / "codec.safetensors")
     whole = take(stream(tmp_path, names=("text", "audio")), 6)
     _, sources, tokenizers = setup(tmp_path, names=("text", "audio"))
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav")
+    decoder = SampleLoader(sources.files("train"), tokenizers, "pyav")
     bad = []
     for shard, row in ((0, 1), (1, 2), (3, 0)):
         index = decoder.index(1, shard)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.load.stream import make_collator
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.evaluation.inference import inference
@@ -30,7 +30,7 @@ class Oracle(nn.Module):
         self.run, self.size = run, run.tokenizers.vocabulary.size
         texts = run.tokenizers.vocabulary.ranges["text"]
         self.text: dict[tuple[int, ...], np.ndarray] = {}
-        decoder = Decoder(run.sources.files("heldout"), run.tokenizers, "pyav")
+        decoder = SampleLoader(run.sources.files("heldout"), run.tokenizers, "pyav")
         for source in range(4):
             for shard in range(len(decoder.sources[source].tars)):
                 index = decoder.index(source, shard)
@@ -91,7 +91,7 @@ def test_a_candidate_must_win_alone():
 
 def candidates(run, refs):
     """The rows with their own texts, and their documents."""
-    decoder = Decoder(run.sources.files("heldout"), run.tokenizers, "pyav")
+    decoder = SampleLoader(run.sources.files("heldout"), run.tokenizers, "pyav")
     start = run.tokenizers.vocabulary.ranges["text"].start
     documents = [decoder(ref)[0] for ref in refs]
     made = [
@@ -124,7 +124,7 @@ def test_scores_are_those_of_each_document_alone(run):
 
 @pytest.mark.parametrize("source", ["audio", "image"])
 def test_what_a_candidate_takes_is_known_before_it_is_decoded(run, source):
-    decoder = Decoder(run.sources.files("heldout"), run.tokenizers, "pyav")
+    decoder = SampleLoader(run.sources.files("heldout"), run.tokenizers, "pyav")
     questions, texts, _ = _questions(run, decoder, run.sources.names.index(source))
     for question in questions[:3]:
         for candidate in question.ask(texts):

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmoe.config.base import Config
 from mmoe.config.load import validate
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.plan.measure import epoch_positions, measure_index
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError, DataError
@@ -173,7 +173,7 @@ def test_preparation_checks_it_and_counts_what_it_refuses(folder):
 def test_a_plan_counts_what_is_decoded(folder, tmp_path):
     run = Run.build(tree(folder, tmp_path / "run"))
     number = run.sources.names.index("scans")
-    decoder, names = Decoder(run.sources.files("train"), run.tokenizers, "pyav"), {"range_start", "range"}
+    decoder, names = SampleLoader(run.sources.files("train"), run.tokenizers, "pyav"), {"range_start", "range"}
     index = decoder.index(number, 0)
     measures, code = measure_index(index, run.tokenizers, "scans"), Modality.named("RANGE")
     for row in range(len(index)):

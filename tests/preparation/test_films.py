@@ -7,10 +7,10 @@ import pytest
 
 from mmoe.config.base import Config
 from mmoe.data.config import DataConfig, SourceConfig
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.load.frames import UNPROVEN
 from mmoe.data.plan.planner import DocumentRef
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import BackendError, Refused
 from mmoe.optional import status
 from mmoe.preparation import sources
@@ -109,11 +109,11 @@ def test_what_preparation_accepts_training_decodes_by_either_backend(tmp_path):
     found = proven(tmp_path / "drive", manifest)
     assert len(found) > 30 and all(is_proven == member.endswith(".mp4") for (_, member), is_proven in found.items())
     config = DataConfig(sources={"drive": SourceConfig(kind="-", shards=str(tmp_path / "drive"))}, sequence_length=512)
-    prepared = Sources(config)
+    prepared = PreparedSources(config)
     audio = AudioConfig(path=str(tmp_path / "drive/audio_codec.safetensors"), **SMALL_CODEC["audio"])
     vision = VisionConfig(patch=16, max_patches=2)
     tokenizers = TokenizersConfig(vision=vision, audio=audio).build(prepared.manifests)
-    ours, theirs = (Decoder(prepared.files("train"), tokenizers, backend) for backend in ("auto", "decord"))
+    ours, theirs = (SampleLoader(prepared.files("train"), tokenizers, backend) for backend in ("auto", "decord"))
     for row in range(manifest.splits["train"].samples):
         segments = ours.index(0, 0).row_segments(row)
         ref = DocumentRef(0, 0, row, 0, 0, int(segments["slice"].max()) + 1, False, True)
@@ -125,10 +125,10 @@ def test_training_by_decord_refuses_a_film_that_was_not_proven(tmp_path):
     options = {"recordings": 3, "slices": [1, 1], "prepare": SMALL_CODEC}
     run("simulated_drive", "-", tmp_path / "drive", **options)
     config = DataConfig(sources={"drive": SourceConfig(kind="-", shards=str(tmp_path / "drive"))}, sequence_length=512)
-    prepared = Sources(config)
+    prepared = PreparedSources(config)
     audio = AudioConfig(path=str(tmp_path / "drive/audio_codec.safetensors"), **SMALL_CODEC["audio"])
     tokenizers = TokenizersConfig(vision=VisionConfig(patch=8), audio=audio).build(prepared.manifests)
     ref = DocumentRef(0, 0, 0, 0, 0, 1, False, True)
-    assert Decoder(prepared.files("train"), tokenizers, "auto")(ref)
+    assert SampleLoader(prepared.files("train"), tokenizers, "auto")(ref)
     with pytest.raises(Refused, match=r"drive-\d+\.front\w*\.mp4 is not read by decord.*data.video_backend=auto"):
-        Decoder(prepared.files("train"), tokenizers, "decord")(ref)
+        SampleLoader(prepared.files("train"), tokenizers, "decord")(ref)

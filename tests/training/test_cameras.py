@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmoe.config.load import validate
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import DataError
 from mmoe.evaluation.evaluate import evaluate
@@ -59,7 +59,7 @@ def build(folder, *names, run="run") -> Run:
 
 def decoded(run: Run, source: int):
     """The first clip of a source and its segments of pictures."""
-    decoder = Decoder(run.sources.files("train"), run.tokenizers, "pyav")
+    decoder = SampleLoader(run.sources.files("train"), run.tokenizers, "pyav")
     index = decoder.index(source, 0)
     seen = index.row_segments(0)
     (document,) = decoder(DocumentRef(source, 0, 0, 0, 0, 2, isolated=False, is_last=True))

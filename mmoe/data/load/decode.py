@@ -47,7 +47,7 @@ class SourceFiles:
 _INDICES_A_SOURCE = 20  # in memory: those of the block of shards that documents are drawn from, and some of the next
 
 
-class Decoder:
+class SampleLoader:
     """Decodes document parts; holds no state but caches, so any worker gives the same document."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Decoder:
 
     def __reduce__(self) -> tuple:
         settings = (self.sources, self.tokenizers, self.video_backend, self.stand_in, self.skip, self.storage)
-        return Decoder, settings
+        return SampleLoader, settings
 
     def prefetch(self, refs: Iterable[DocumentRef]) -> None:
         """Begin to read what these parts need of remote shards, all at once; decoding one then waits for its own.
@@ -116,7 +116,7 @@ def _key(ref: DocumentRef) -> tuple:
 class _Row:
     """One document part being decoded."""
 
-    def __init__(self, decoder: Decoder, ref: DocumentRef) -> None:
+    def __init__(self, decoder: SampleLoader, ref: DocumentRef) -> None:
         self.decoder, self.ref, self.tokenizers = decoder, ref, decoder.tokenizers
         self.source = decoder.sources[ref.source].name
         self.index = decoder.index(ref.source, ref.shard)

@@ -6,13 +6,13 @@ from typing import TypeVar
 import numpy as np
 
 from mmoe.data.config import DataConfig
-from mmoe.data.load.decode import Decoder, StandIn
+from mmoe.data.load.decode import SampleLoader, StandIn
 from mmoe.data.load.quarantine import ENDED_WORKER
 from mmoe.data.load.stream import SequenceDataset, load_batches, make_collator
 from mmoe.data.load.workers import Activity, Place, WorkerError
 from mmoe.data.plan.blocks import PART_DTYPE, rng
 from mmoe.data.plan.planner import SequencePlan, plan_once
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.counts import Counts, zeros
 from mmoe.schema.modality import Modality
@@ -45,7 +45,7 @@ class HeldoutBatches:
     def __init__(
         self,
         config: DataConfig,
-        sources: Sources,
+        sources: PreparedSources,
         tokenizers: Tokenizers,
         *,
         seed: int,
@@ -66,7 +66,7 @@ class HeldoutBatches:
         if most_batches is not None and len(self.plans) > most_batches:
             chosen = rng(seed, len(self.plans)).choice(len(self.plans), most_batches, replace=False)
             self.plans = [self.plans[number] for number in np.sort(chosen).tolist()]
-        decoder = Decoder(sources.files(split), tokenizers, config.video_backend, stand_in, skip, sources.storage)
+        decoder = SampleLoader(sources.files(split), tokenizers, config.video_backend, stand_in, skip, sources.storage)
         self._activity = Activity(config.workers)
         collator = make_collator(config, tokenizers, label_weights, skip)
         collator.check_room(micro_sequences, config.workers, config.prefetch)

@@ -12,13 +12,13 @@ import torch
 
 from mmoe.data.config import DataConfig
 from mmoe.data.load.collate import Collator
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.load.loader import batches
 from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
 from mmoe.data.load.workers import Activity, Place
 from mmoe.data.plan.assignment import assign_to_replicas, balance, check_dealing
 from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan
-from mmoe.data.plan.prepared import Sources
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.data.storage.store import StorageError
 from mmoe.errors import DataError, MmoeError
 from mmoe.modalities.document import Document
@@ -52,7 +52,7 @@ class SequenceDataset:
     """
 
     def __init__(
-        self, decoder: Decoder, collator: Collator, group: int, activity: Activity, bounds: Bounds, strict: bool
+        self, decoder: SampleLoader, collator: Collator, group: int, activity: Activity, bounds: Bounds, strict: bool
     ) -> None:
         self.decoder, self.collator, self.group, self.bounds = decoder, collator, group, bounds
         self.activity, self.strict = activity, strict
@@ -139,7 +139,7 @@ class Stream:
     def __init__(
         self,
         config: DataConfig,
-        sources: Sources,
+        sources: PreparedSources,
         tokenizers: Tokenizers,
         *,
         seed: int,
@@ -166,7 +166,7 @@ class Stream:
         self.quarantine = Quarantine(sources.names, config.error_budget, quarantine)
         self.collator = make_collator(config, tokenizers, label_weights)
         self.collator.check_room(micro_sequences, config.workers, config.prefetch)
-        decoder = Decoder(sources.files("train"), tokenizers, config.video_backend, storage=sources.storage)
+        decoder = SampleLoader(sources.files("train"), tokenizers, config.video_backend, storage=sources.storage)
         self.activity = Activity(config.workers)
         self.dataset = SequenceDataset(
             decoder, self.collator, group_sequences, self.activity, config.bounds, strict=False

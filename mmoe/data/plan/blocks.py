@@ -38,7 +38,7 @@ PART_DTYPE = np.dtype(
 )
 
 FITS, CUT_TEXT, CUT_SLICES, TOO_LONG, SLICE_TOO_LONG = range(5)
-FATES = (
+OUTCOMES = (
     "",
     "cut at a text token",
     "cut at a slice",
@@ -48,7 +48,7 @@ FATES = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class SequenceBudget:
     """What a sequence holds, and which pairs become two documents."""
 
     seed: int
@@ -58,20 +58,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Block:
+class ShuffleBlock:
     """Documents in drawn order: document d is ``parts[offsets[d]:offsets[d + 1]]``; `counts` [parts, columns] i64.
 
-    `lengths` [documents] i64 is the positions a document takes in all its parts, `fate` u1 what became of it.
+    `lengths` [documents] i64 is the positions a document takes in all its parts, `outcome` u1 what became of it.
     """
 
     parts: np.ndarray
     counts: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
-    fate: np.ndarray
+    outcome: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.fate)
+        return len(self.outcome)
 
 
 class PlannedSource:
@@ -84,7 +84,7 @@ class PlannedSource:
         folder: str,
         manifest: SourceManifest,
         split: str,
-        limits: Limits,
+        limits: SequenceBudget,
         tokenizers: Tokenizers,
         storage: Storage,
         block_shards: int = 16,
@@ -100,10 +100,10 @@ class PlannedSource:
         self.mean_length = epoch_positions(entry, tokenizers, name) / self.rows
         self._storage, self._block_shards = storage, block_shards
         self._epoch = (-1, np.zeros(0, np.int64), np.zeros(0, np.int64))  # its number, shard order, ends of its blocks
-        self._blocks: dict[tuple[int, int], Block] = {}  # of those last asked for: one that ends, and the next
+        self._blocks: dict[tuple[int, int], ShuffleBlock] = {}  # of those last asked for: one that ends, and the next
         self._measured: dict[int, tuple[SegmentTable, Measures]] = {}  # by shard, of a source that is one block
 
-    def at(self, counter: int) -> tuple[Block, int]:
+    def at(self, counter: int) -> tuple[ShuffleBlock, int]:
         """The block that document number `counter` of the endless order lies in, and its place there."""
         epoch, within = divmod(counter, self.rows)
         if self._epoch[0] != epoch:
@@ -122,11 +122,11 @@ class PlannedSource:
             self._blocks[epoch, number] = self._build(shards, rows, epoch * self.rows + start)
         return self._blocks[epoch, number], within - start
 
-    def once(self, shard: int, rows: np.ndarray, counter: int) -> Block:
+    def once(self, shard: int, rows: np.ndarray, counter: int) -> ShuffleBlock:
         """The given rows of a shard in their order, as documents number `counter` and after."""
         return self._build(np.array([shard]), rows, counter)
 
-    def _build(self, shards: np.ndarray, rows: np.ndarray, counter: int) -> Block:
+    def _build(self, shards: np.ndarray, rows: np.ndarray, counter: int) -> ShuffleBlock:
         """The block of `rows` [documents], numbered through the `shards`; document d draws its key at counter + d."""
         tables, measured = zip(*self._measure(shards.tolist()), strict=True)
         measures = Measures.concatenate(list(measured))
@@ -139,20 +139,20 @@ class PlannedSource:
             isolated &= units(self.limits.seed, self.number, counter, len(rows)) < self.limits.isolated_pair_share
         length = np.where(isolated, measures.isolated, measures.length)
         fits = (length <= self.limits.sequence_length) & (measures.count("patches") <= self.limits.patches_per_sequence)
-        fate = np.select(
+        outcome = np.select(
             [fits, measures.text_only, measures.slices > 0], [FITS, CUT_TEXT, CUT_SLICES], default=TOO_LONG
         ).astype(np.uint8)
 
-        whole = np.flatnonzero(fate == FITS)
+        whole = np.flatnonzero(outcome == FITS)
         last = np.where(measures.text_only, length - 2, np.maximum(measures.slices, 1))[whole]
         pieces = [_Pieces(whole, np.zeros_like(whole), last, _counts(measures.take(whole), isolated[whole]))]
-        if (fate == CUT_TEXT).any():
-            pieces.append(self._cut_texts(np.flatnonzero(fate == CUT_TEXT), length))
-        if (fate == CUT_SLICES).any():
+        if (outcome == CUT_TEXT).any():
+            pieces.append(self._cut_texts(np.flatnonzero(outcome == CUT_TEXT), length))
+        if (outcome == CUT_SLICES).any():
             borders = np.concatenate([[0], np.cumsum(self.shard_rows[shards])])
-            cut, dropped = self._cut_clips(np.flatnonzero(fate == CUT_SLICES), tables, borders, rows, isolated)
+            cut, dropped = self._cut_clips(np.flatnonzero(outcome == CUT_SLICES), tables, borders, rows, isolated)
             pieces.append(cut)
-            fate[dropped] = SLICE_TOO_LONG
+            outcome[dropped] = SLICE_TOO_LONG
         joined = _Pieces.join(pieces)
         document = joined.document
         order = np.lexsort((joined.first, document))
@@ -166,7 +166,7 @@ class PlannedSource:
         parts["part"] = np.arange(len(document)) - offsets[document]
         parts["is_last"][offsets[1:][np.diff(offsets) > 0] - 1] = True
         total = np.bincount(document, weights=counts[:, POSITIONS], minlength=len(rows)).astype(np.int64)
-        return Block(parts, counts, offsets, total, fate)
+        return ShuffleBlock(parts, counts, offsets, total, outcome)
 
     def _measure(self, shards: list[int]) -> list[tuple[SegmentTable, Measures]]:
         """Segments and measures of the shards; those far away are read at the same time."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmoe.data.plan.blocks import FATES, FITS, Block, Limits, PlannedSource, rng
+from mmoe.data.plan.blocks import FITS, OUTCOMES, PlannedSource, SequenceBudget, ShuffleBlock, rng
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.packing import best_fit
 from mmoe.errors import ConfigError
@@ -75,7 +75,9 @@ class PlanState:
 class Planner:
     """Plans the sequences of a run over several sources, without end."""
 
-    def __init__(self, sources: list[PlannedSource], mixture: Mixture, limits: Limits, window_documents: int) -> None:
+    def __init__(
+        self, sources: list[PlannedSource], mixture: Mixture, limits: SequenceBudget, window_documents: int
+    ) -> None:
         self.sources, self.mixture, self.limits, self.window_documents = sources, mixture, limits, window_documents
         none = [0] * len(sources)
         self._state = PlanState(drawn=none, served=none.copy(), owed=none.copy())
@@ -148,10 +150,10 @@ class Planner:
                 counts.append(block.counts[rows])
                 drawn[number] += last - first
                 served[number] += int(block.lengths[first:last].sum())
-                for fate in np.flatnonzero(np.bincount(block.fate[first:last])).tolist():
-                    if fate != FITS:
-                        reason = f"{self.sources[number].name} / {FATES[fate]}"
-                        lost[reason] += int((block.fate[first:last] == fate).sum())
+                for outcome in np.flatnonzero(np.bincount(block.outcome[first:last])).tolist():
+                    if outcome != FITS:
+                        reason = f"{self.sources[number].name} / {OUTCOMES[outcome]}"
+                        lost[reason] += int((block.outcome[first:last] == outcome).sum())
         planned = np.rint(shares * served.sum()).astype(np.int64)
         after = PlanState(
             window=start.window + 1,
@@ -163,7 +165,7 @@ class Planner:
         )
         return after, np.concatenate(parts), np.concatenate(counts)
 
-    def _draw(self, start: PlanState, shares: np.ndarray, room: float) -> list[list[tuple[Block, int, int]]]:
+    def _draw(self, start: PlanState, shares: np.ndarray, room: float) -> list[list[tuple[ShuffleBlock, int, int]]]:
         """The documents of a window as spans of blocks, by source; no more positions than `room`, but one document.
 
         Taking the next document from the source furthest behind its share is a merge of the sources by
@@ -187,7 +189,7 @@ class Planner:
             if not short.any():
                 break
             wanted = np.where(short, 2 * wanted, wanted)
-        taken: list[list[tuple[Block, int, int]]] = [[] for _ in self.sources]
+        taken: list[list[tuple[ShuffleBlock, int, int]]] = [[] for _ in self.sources]
         for i, found, left in zip(active.tolist(), spans, number.tolist(), strict=True):
             for block, first, last in found:
                 if left > 0:
@@ -195,7 +197,7 @@ class Planner:
                 left -= last - first
         return taken
 
-    def _upcoming(self, number: int, counter: int, documents: int) -> list[tuple[Block, int, int]]:
+    def _upcoming(self, number: int, counter: int, documents: int) -> list[tuple[ShuffleBlock, int, int]]:
         """The next documents of a source, as spans of its blocks."""
         spans = []
         while documents > 0:
@@ -216,7 +218,9 @@ class Planner:
                 )
 
 
-def plan_once(sources: list[PlannedSource], limits: Limits, most_documents: int | None = None) -> list[SequencePlan]:
+def plan_once(
+    sources: list[PlannedSource], limits: SequenceBudget, most_documents: int | None = None
+) -> list[SequencePlan]:
     """Every document of every source exactly once, packed as one window and left in packing order.
 
     `most_documents`: of a source that has more, a seeded choice of so many.
@@ -235,7 +239,7 @@ def plan_once(sources: list[PlannedSource], limits: Limits, most_documents: int 
 
 
 def pack(
-    parts: np.ndarray, counts: np.ndarray, limits: Limits, generator: np.random.Generator | None, first: int
+    parts: np.ndarray, counts: np.ndarray, limits: SequenceBudget, generator: np.random.Generator | None, first: int
 ) -> list[SequencePlan]:
     """Sequences of `parts` [n] with their `counts` [n, columns], numbered from `first`.
 

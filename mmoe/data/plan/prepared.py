@@ -6,7 +6,7 @@ import shlex
 from mmoe.addresses import join, local_path
 from mmoe.data.config import DataConfig
 from mmoe.data.load.decode import SourceFiles
-from mmoe.data.plan.blocks import Limits, PlannedSource
+from mmoe.data.plan.blocks import PlannedSource, SequenceBudget
 from mmoe.data.plan.measure import epoch_positions
 from mmoe.data.plan.mixture import Mixture, SourceSize
 from mmoe.data.storage.store import Storage
@@ -17,7 +17,7 @@ from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.text import check_fingerprint
 
 
-class Sources:
+class PreparedSources:
     """The prepared sources with their manifests, in config order; the order numbers them."""
 
     def __init__(self, config: DataConfig) -> None:
@@ -34,7 +34,7 @@ class Sources:
             check_fingerprint(tokenizers.text, manifest.text_fingerprint, folder)
 
     def planned(
-        self, split: str, limits: Limits, tokenizers: Tokenizers, only: list[str] | None = None
+        self, split: str, limits: SequenceBudget, tokenizers: Tokenizers, only: list[str] | None = None
     ) -> list[PlannedSource]:
         """Give the orders of documents of a split, of the sources in `only` where given; each keeps its number."""
         return [

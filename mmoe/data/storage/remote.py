@@ -110,7 +110,7 @@ class Remote:
         return system
 
     def _options(self, scheme: str) -> dict[str, Any]:
-        """Limits laid over what fsspec's own configuration says of this kind of address."""
+        """SequenceBudget laid over what fsspec's own configuration says of this kind of address."""
         aliases = next((names for names in (("s3", "s3a"), ("http", "https")) if scheme in names), (scheme,))
         given = {key: value for name in aliases for key, value in fsspec.config.conf.get(name, {}).items()}
         if scheme in ("s3", "s3a"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmoe.data.load.decode import Decoder
+from mmoe.data.load.decode import SampleLoader
 from mmoe.data.plan.measure import measure_index
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.schema.batch import IGNORE
@@ -36,7 +36,7 @@ def test_what_is_decoded_is_what_was_planned(tmp_path, kind):
     small = {"audio": {"codebooks": 2, "mel": {"codebook_size": 8}}}
     run(kind, tmp_path / "in", tmp_path / kind, slices=3, prepare=small | {"heldout_share": 0.3})
     _, sources, tokenizers = setup(tmp_path, names=(kind,))
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav")
+    decoder = SampleLoader(sources.files("train"), tokenizers, "pyav")
     seen = np.zeros(len(Modality), int)
     for shard in range(len(sources.files("train")[0].tars)):
         index = decoder.index(0, shard)
@@ -65,7 +65,7 @@ def test_a_caption_and_the_pictures_of_its_clip_are_the_two_sides_of_one_pair(tm
     write_videos(tmp_path / "in")
     run("video", tmp_path / "in", tmp_path / "video", audio_stream="none", prepare={"heldout_share": 0.3})
     _, sources, tokenizers = setup(tmp_path, names=("video",))
-    decoder = Decoder(sources.files("train"), tokenizers, "pyav")
+    decoder = SampleLoader(sources.files("train"), tokenizers, "pyav")
     index = decoder.index(0, 0)
     spans = []
     for row in range(len(index)):
