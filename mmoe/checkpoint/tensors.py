@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmoe.checkpoint.files import CheckedFileSystem
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.metadata import CheckedReader, placed_tensors
-from mmoe.checkpoint.tree import join, places, prune, split
+from mmoe.checkpoint.tree import join, select_paths, split, tensor_paths
 from mmoe.checkpoint.upgrade import from_format_1
 from mmoe.errors import CheckpointError
 from mmoe.runtime.agreement import ProcessGroupRanks
 
-Form = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its global shape and dtype
+TensorSpec = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its global shape and dtype
 # What torch raises for files that are not what `.metadata` says of them.
 _WRONG = (
     RuntimeError,
@@ -55,7 +55,7 @@ def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any],
     if manifest.format == 1:
         document = from_format_1(document)
     given = ranks.every(lambda: _tensors(folder, document, state))
-    stored = places(document)
+    stored = tensor_paths(document)
     if manifest.format == 1:  # a parameter without a gradient had no state: this run's is the initial one
         given = {name: given[name] for name in given if name in stored or not name.startswith("optimizer.")}
     reader = CheckedReader(folder, {name: size for name, (size, _) in manifest.files.items()})
@@ -66,11 +66,13 @@ def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any],
     theirs = {name: (tuple(saved[key].size), saved[key].properties.dtype) for name, key in stored.items()}
     sharded = ranks.first(lambda: {part for part in document if _match(folder, part, union(forms), theirs)})
     for part in state.keys() - sharded:
-        given |= {name: torch.empty(theirs[name][0], dtype=theirs[name][1]) for name in places(document[part], part)}
+        given |= {
+            name: torch.empty(theirs[name][0], dtype=theirs[name][1]) for name in tensor_paths(document[part], part)
+        }
     tensors = {stored[name]: tensor for name, tensor in given.items()}
     with _single_process(), _read(folder), _unwrapped(ranks):
         dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=not ranks.grouped)
-    state.update(join(prune({part: document[part] for part in state}, tensors.keys()), tensors))
+    state.update(join(select_paths({part: document[part] for part in state}, tensors.keys()), tensors))
 
 
 def _tensors(folder: Path, document: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
@@ -80,7 +82,7 @@ def _tensors(folder: Path, document: dict[str, Any], state: dict[str, Any]) -> d
     return split(state)[1]
 
 
-def _match(folder: Path, section: str, ours: dict[str, Form], theirs: dict[str, Form]) -> bool:
+def _match(folder: Path, section: str, ours: dict[str, TensorSpec], theirs: dict[str, TensorSpec]) -> bool:
     """Whether this run holds tensors of `section`; raises CheckpointError unless they are then the saved ones."""
     given, saved = (
         {name: form for name, form in forms.items() if name == section or name.startswith(f"{section}.")}

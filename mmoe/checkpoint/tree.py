@@ -36,20 +36,20 @@ def join(document: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: join(value, tensors) for key, value in document.items()}
 
 
-def places(document: Any, path: str = "") -> dict[str, str]:
+def tensor_paths(document: Any, path: str = "") -> dict[str, str]:
     """The name of every tensor a document refers to, by the dotted path where it stands: equal after `split`."""
     if isinstance(document, dict):
         if TENSOR in document:
             return {path: document[TENSOR]}
         if TUPLE in document or INTEGER_KEYS in document:
             (within,) = document.values()
-            return places(within, path)
+            return tensor_paths(within, path)
         children: Iterable[tuple[Any, Any]] = document.items()
     elif isinstance(document, list):
         children = enumerate(document)
     else:
         return {}
-    nested = (places(value, f"{path}.{key}" if path else str(key)) for key, value in children)
+    nested = (tensor_paths(value, f"{path}.{key}" if path else str(key)) for key, value in children)
     return {place: name for part in nested for place, name in part.items()}
 
 
@@ -73,7 +73,7 @@ def check_document(document: Any, path: str = "") -> None:
 
 def names(document: Any) -> set[str]:
     """The names of all tensors a document refers to."""
-    return set(places(document).values())
+    return set(tensor_paths(document).values())
 
 
 def merge(document: Any, other: Any) -> Any:
@@ -84,12 +84,12 @@ def merge(document: Any, other: Any) -> Any:
     return both | {key: value for key, value in other.items() if key not in document and names(value)}
 
 
-def prune(document: Any, kept: Set[str]) -> Any:
+def select_paths(document: Any, kept: Set[str]) -> Any:
     """`document` without the entries of its dicts that refer to tensors, but to none of `kept`."""
     if not isinstance(document, dict) or TENSOR in document:
         return document
     held = {key: names(value) for key, value in document.items()}
-    return {key: prune(value, kept) for key, value in document.items() if not held[key] or held[key] & kept}
+    return {key: select_paths(value, kept) for key, value in document.items() if not held[key] or held[key] & kept}
 
 
 def _encode(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from mmoe.config.base import Config
 from mmoe.models.attention.backend import ATTENTION_BACKENDS, AttentionBackend
 from mmoe.models.attention.module import Attention
+from mmoe.models.batch_context import BatchContext
 from mmoe.models.embeddings import Embeddings, ModelInputs
 from mmoe.models.heads import ActionHead, ContrastHead
 from mmoe.models.init import initialise
 from mmoe.models.layers import RMSNorm, SwiGLU
-from mmoe.models.layout import Layout
 from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, balance_loss
 from mmoe.models.moe.layer import WIDEST, LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
@@ -107,12 +107,12 @@ class Block(nn.Module):
             else SwiGLU(size, config.hidden)
         )
 
-    def forward(self, x_BLD: Tensor, layout: Layout) -> tuple[Tensor, LayerRouting | None]:
+    def forward(self, x_BLD: Tensor, context: BatchContext) -> tuple[Tensor, LayerRouting | None]:
         """Send [B, L, D] through attention and network; also what was routed (None where it is dense)."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), layout.rotary, layout.attention)
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context.rotary, context.attention)
         normed = self.network_norm(x_BLD)
         if isinstance(self.network, MoELayer):
-            out, routing = self.network(normed, layout.tokens)
+            out, routing = self.network(normed, context.tokens)
         else:
             out, routing = self.network(normed), None
         return x_BLD + out, routing
@@ -182,16 +182,16 @@ class Decoder(nn.Module):
         blocks = [block for block in self.blocks if isinstance(block, Block)]  # not the nn.Identity of another stage
         return [block.network.router for block in blocks if isinstance(block.network, MoELayer)]
 
-    def forward(self, x_BLD: Tensor, layout: Layout) -> ModelOutput:
+    def forward(self, x_BLD: Tensor, context: BatchContext) -> ModelOutput:
         """The embedded batch through all blocks."""
-        x_BLD, routed = self.run_layers(x_BLD, layout, range(len(self.blocks)))
+        x_BLD, routed = self.run_layers(x_BLD, context, range(len(self.blocks)))
         return ModelOutput(self.norm(x_BLD), *collect_routing(routed))
 
-    def run_layers(self, x_BLD: Tensor, layout: Layout, layers: range) -> tuple[Tensor, list[LayerRouting]]:
+    def run_layers(self, x_BLD: Tensor, context: BatchContext, layers: range) -> tuple[Tensor, list[LayerRouting]]:
         """The blocks of `layers`, without the last norm, and what each layer of experts routed."""
         routed: list[LayerRouting] = []
         for number in layers:
-            x_BLD, routing = self.blocks[number](x_BLD, layout)
+            x_BLD, routing = self.blocks[number](x_BLD, context)
             if routing is not None:
                 routed.append(routing)
         return x_BLD, routed
@@ -226,10 +226,10 @@ class MultimodalModel(nn.Module):
         self.contrastive = ContrastHead(size, config.contrast_dim)
         self.heads = nn.ModuleDict(dict(heads or {}))
 
-    def forward(self, batch: PackedBatch, layout: Layout | None = None) -> ModelOutput:
-        """Without a `layout` the batch is whole; with one, the batch holds the positions that the layout is of."""
+    def forward(self, batch: PackedBatch, context: BatchContext | None = None) -> ModelOutput:
+        """Without a `context` the batch is whole; with one, the batch holds the positions that the context is of."""
         x_BLD = self.embeddings(batch)
-        return self.decoder(x_BLD, layout or Layout.of(batch, self.decoder.config, x_BLD.dtype))
+        return self.decoder(x_BLD, context or BatchContext.from_batch(batch, self.decoder.config, x_BLD.dtype))
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V]: scores of the id that follows each chosen position."""

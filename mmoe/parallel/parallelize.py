@@ -27,8 +27,8 @@ from mmoe.precision.config import PrecisionConfig
 def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, precision: PrecisionConfig) -> None:
     """Spread `model`, or a pipeline stage of it, in place: tensor, expert, checkpointing, compilation, FSDP2.
 
-    Context parallelism changes no module: it is in the `Layout` that the model is called with. Gradients add up over
-    the ranks and are never averaged: every loss is divided by the planned count of the whole step already.
+    Context parallelism changes no module: it is in the `BatchContext` that the model is called with. Gradients add up
+    over the ranks and are never averaged: every loss is divided by the planned count of the whole step already.
     """
     dims, blocks = mesh.dims, [block for block in model.decoder.blocks if isinstance(block, Block)]
     if dims.tp > 1:

@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mmoe.errors import ConfigError
+from mmoe.models.batch_context import BatchContext
 from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel, collect_routing
 from mmoe.models.embeddings import ModelInputs
-from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoELayer
 from mmoe.parallel.setting import RankSetting
 from mmoe.parallel.tensor import check_vocabulary
@@ -76,14 +76,14 @@ class StageModel(MultimodalModel):
             self.register_module("embeddings", None)
 
     def forward(  # type: ignore[override]  # a stage is called by its `Pipeline` alone
-        self, stage: int, layout: Layout, entering: PackedBatch | Tensor
+        self, stage: int, context: BatchContext, entering: PackedBatch | Tensor
     ) -> ModelOutput:
         """One `stage`, from the batch (of the positions here) or from the hidden states of the stage before.
 
         `routing` and the router losses are of this stage's own layers, means over them.
         """
         x_BLD = self.embeddings(entering) if isinstance(entering, PackedBatch) else entering
-        x_BLD, routed = self.decoder.run_layers(x_BLD, layout, self.layers[stage])
+        x_BLD, routed = self.decoder.run_layers(x_BLD, context, self.layers[stage])
         return ModelOutput(self.decoder.norm(x_BLD) if self.is_last(stage) else x_BLD, *collect_routing(routed))
 
     def table(self, ranks: int, micro_batches: int) -> Table:

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from mmoe.losses.report import LossReport
+from mmoe.models.batch_context import BatchContext
 from mmoe.models.decoder import ModelOutput, RouterLosses
-from mmoe.models.layout import Layout
 from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, router_losses
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.collectives import all_reduce_no_grad
@@ -190,10 +190,10 @@ class Pipeline:
         """`stage` of the model on the positions here; after the last one the hidden states are whole."""
         config, dtype = self.setting.model, self.setting.precision.parameter_dtype
         if self.mesh.dims.sequence_ranks == 1:
-            return self.model(stage, Layout.of(batch, config, dtype), batch if x_BHD is None else x_BHD)
+            return self.model(stage, BatchContext.from_batch(batch, config, dtype), batch if x_BHD is None else x_BHD)
         sharding = Sharding.of(batch, self.mesh)
         entering = sharding.local(batch) if x_BHD is None else x_BHD
-        output = self.model(stage, sharding.layout(batch, config, dtype), entering)
+        output = self.model(stage, sharding.context(batch, config, dtype), entering)
         return replace(output, hidden=sharding.whole(output.hidden)) if self.model.is_last(stage) else output
 
     def _added(self, passed: Tensor, stage: int, own: RouterLosses | None) -> Tensor:

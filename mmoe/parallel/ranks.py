@@ -184,8 +184,8 @@ class MeshExecutor:
         if self.mesh.dims.sequence_ranks == 1:
             return model(batch)
         sharding = Sharding.of(batch, self.mesh)
-        layout = sharding.layout(batch, model.decoder.config, self.setting.precision.parameter_dtype)
-        output = model(sharding.local(batch), layout)
+        context = sharding.context(batch, model.decoder.config, self.setting.precision.parameter_dtype)
+        output = model(sharding.local(batch), context)
         return replace(output, hidden=sharding.whole(output.hidden))
 
     def batches(self, batches: SharedBatches) -> Iterator[PackedBatch]:

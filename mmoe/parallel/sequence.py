@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmoe.errors import ConfigError
 from mmoe.models.attention.backend import BatchAttention
+from mmoe.models.batch_context import BatchContext
 from mmoe.models.decoder import ModelConfig
-from mmoe.models.layout import Layout
 from mmoe.models.moe.tokens import Tokens
 from mmoe.models.rotary import RotaryTables
 from mmoe.parallel.collectives import all_gather_replicated, all_gather_scatter_grad
@@ -81,7 +81,7 @@ class Sharding(Positions):
         found = Positions.for_rank(batch.document, dims.cp, dims.tp, mesh.rank("sequence"))
         return cls(found.attended_cBM, found.streamed_nBH, found.rank, mesh)
 
-    def layout(self, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> Layout:
+    def context(self, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> BatchContext:
         """For the blocks on this rank, of the whole `batch`."""
         cp, bidirectional = self.mesh.rank("cp"), config.bidirectional_slices
         attended_BM = self.attended_cBM[cp]
@@ -92,7 +92,7 @@ class Sharding(Positions):
             attention = ContextAttention.from_batch(batch, bidirectional, backend, self.attended_cBM, cp, group)
         else:
             attention = config.attention_class.from_batch(batch, bidirectional)
-        return Layout(
+        return BatchContext(
             RotaryTables.of(position, config.head_width, config.rope_theta, dtype),
             attention,
             SplitTokens.split(Tokens.of(batch), self),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.checkpoint.tree import join, merge, names, places, prune, split
+from mmoe.checkpoint.tree import join, merge, names, select_paths, split, tensor_paths
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="."), max_size=5).filter(lambda s: not s.startswith("$"))
 LEAVES = (
@@ -50,7 +50,7 @@ def same(a: object, b: object) -> bool:
 def test_join_undoes_split_through_json(state: dict) -> None:
     document, tensors = split(state)
     document = json.loads(json.dumps(document))
-    assert places(document) == {name: name for name in tensors} and names(document) == set(tensors)
+    assert tensor_paths(document) == {name: name for name in tensors} and names(document) == set(tensors)
     assert same(join(document, tensors), state)
 
 
@@ -78,8 +78,8 @@ def test_a_pruned_document_keeps_what_is_not_a_tensor() -> None:
     x = torch.zeros(1)
     state = {"model": {"a": x, "b": {"c": x, "d": 1}}, "trainer": {"step": 3, "empty": {}}, "pairs": {1: (x, 2)}}
     document, tensors = split(state)
-    assert prune(document, {"model.a"}) == split({"model": {"a": x}, "trainer": state["trainer"]})[0]
-    kept = join(prune(document, {"model.b.c", "pairs.1.0"}), tensors)
+    assert select_paths(document, {"model.a"}) == split({"model": {"a": x}, "trainer": state["trainer"]})[0]
+    kept = join(select_paths(document, {"model.b.c", "pairs.1.0"}), tensors)
     assert kept == {"model": {"b": {"c": x, "d": 1}}, "trainer": state["trainer"], "pairs": {1: (x, 2)}}
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmoe.models.batch_context import BatchContext
 from mmoe.models.decoder import ModelConfig, ModelOutput, MultimodalModel
-from mmoe.models.layout import Layout
 from mmoe.models.moe.layer import MoEConfig
 from mmoe.schema.batch import PackedBatch, Values
 from mmoe.schema.modality import Modality
@@ -49,8 +49,8 @@ def with_inputs(model: MultimodalModel, batch: PackedBatch) -> tuple[ModelOutput
     embedded = model.embeddings(batch)
     inputs = [embedded] + [v.values for v in values.values()]
     positions = [torch.arange(batch.document.numel())] + [v.index for v in values.values()]
-    layout = Layout.of(batch, model.decoder.config, embedded.dtype)
-    return model.decoder(embedded, layout), inputs, positions
+    context = BatchContext.from_batch(batch, model.decoder.config, embedded.dtype)
+    return model.decoder(embedded, context), inputs, positions
 
 
 @RULES

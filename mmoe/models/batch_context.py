@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchContext:
     """`rotary` and `attention` are of the positions that attention sees, `tokens` of those the experts see.
 
     In one process these are all positions of the batch. Where a sequence lies on several ranks, they hold what
@@ -29,7 +29,7 @@ class Layout:
     tokens: Tokens
 
     @classmethod
-    def of(cls, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> Layout:
+    def from_batch(cls, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> BatchContext:
         """Of a batch that is whole; `dtype` is that of its embedding."""
         return cls(
             RotaryTables.of(batch.position, config.head_width, config.rope_theta, dtype),
