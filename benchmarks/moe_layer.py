@@ -144,7 +144,9 @@ def timed_parts(layer: MoELayer) -> Iterator[dict[str, list[float]]]:
         mock.patch.object(dispatcher, "dispatch", timed("dispatch", dispatcher.dispatch)),
         mock.patch.object(layer.experts, "forward", timed("experts", layer.experts.forward)),
         mock.patch.object(dispatcher, "combine", timed("combine", dispatcher.combine)),
-        mock.patch.object(layer_module.RoutingStatistics, "of", timed("statistics", layer_module.RoutingStatistics.of)),
+        mock.patch.object(
+            layer_module.RoutingStatistics, "of", timed("statistics", layer_module.RoutingStatistics.from_routing)
+        ),
     ):
         yield times
 

@@ -68,8 +68,8 @@ class Side:
 
     def __init__(self, layout: str | None):
         device, config = torch.device("cpu"), config_of(layout)
-        self.resolved = ResolvedRun.of(config, None if layout is None else RANKS)
-        self.assumed = Assumed.of(config.tokenizers, 1, VOCABULARY)
+        self.resolved = ResolvedRun.from_config(config, None if layout is None else RANKS)
+        self.assumed = Assumed.from_config(config.tokenizers, 1, VOCABULARY)
         self.mesh: Mesh | None = None
         ranks: StepExecutor = LocalExecutor()
         if layout is None:
@@ -82,8 +82,8 @@ class Side:
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4
         batch, patches = self.resolved.batch, config.tokenizers.vision.max_patches
-        self.documents = Documents.of(config.data, patches, batch.micro_batch_sequences, DOCUMENTS)
-        self.setting = StepSetting.of(self.resolved, self.assumed.vocabulary, device, ranks)
+        self.documents = Documents.from_config(config.data, patches, batch.micro_batch_sequences, DOCUMENTS)
+        self.setting = StepSetting.from_run(self.resolved, self.assumed.vocabulary, device, ranks)
         counts = self.documents.counts(batch.sequences, self.assumed)
         self.denominators = self.setting.terms.denominators(counts, batch.sequences)
         self.batch = self.documents.batch(self.assumed)
@@ -155,7 +155,10 @@ def measure(layouts: list[str]) -> tuple[dict[str, list[float]], dict[str, tuple
 def main() -> None:
     layouts = sys.argv[1:] or list(LAYOUTS)
     rounds, traffic = measure(layouts)
-    console, dims = Console(width=110), {name: ParallelDims.of(config_of(name).parallel, RANKS) for name in layouts}
+    console, dims = (
+        Console(width=110),
+        {name: ParallelDims.from_config(config_of(name).parallel, RANKS) for name in layouts},
+    )
     table = Table("", "s a step", "positions/s", "of two alone", title=f"{RANKS} processes of one thread")
     figures: dict[str, Any] = {}
     targets: dict[str, Any] = {}

@@ -198,7 +198,7 @@ def layout_of(name: str, reference: RunConfig, dims: dict[str, int], config: Run
     if micro is not None and share:
         changes["training"] = {"micro_batch_sequences": max(n for n in range(1, micro + 1) if share % n == 0)}
     found = changed(reference, changes)
-    ResolvedRun.of(found, processes)
+    ResolvedRun.from_config(found, processes)
     return Layout(name, found, processes)
 
 

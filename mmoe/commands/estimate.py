@@ -30,7 +30,7 @@ def estimate(
     from mmoe.planning.dry_run_plan import Plan
 
     started = time.perf_counter()
-    plan = Plan.of(config_at(config, overrides), world_size, imbalance, documents, vocabulary)
+    plan = Plan.from_config(config_at(config, overrides), world_size, imbalance, documents, vocabulary)
     ranks = plan.ranks(rank or [])
     _introduce(plan, console)
     for cost in plan.costs(ranks):
@@ -42,7 +42,7 @@ def _introduce(plan: "Plan", console: Console) -> None:
     from mmoe.models.flops import ParameterCounts
 
     inputs = plan.assumed.inputs
-    counts = ParameterCounts.of(plan.run.model, inputs, plan.run.heads(inputs))
+    counts = ParameterCounts.from_config(plan.run.model, inputs, plan.run.heads(inputs))
     console.print(plan.dims.table())
     console.print(plan.run.batch.table())
     console.print(f"assumed: {plan.assumed.sentence()}; {plan.documents.sentence()}", soft_wrap=True)

@@ -36,7 +36,7 @@ class Baselines:
     record: dict[str, Any]
 
     @classmethod
-    def of(cls, run: Run) -> "Baselines":
+    def from_run(cls, run: Run) -> "Baselines":
         """Those that an earlier evaluation left in the run's folder, if its data is the same; else fitted now."""
         path, key = run.folder / FILE, _key(run)
         if path.is_file():

@@ -73,7 +73,7 @@ def evaluate(
             f"{run.folder}: nothing can be evaluated ({reasons}); prepare a source with a held-out split "
             "(prepare.heldout_share)"
         )
-    found = _Measured.of(view, only, donors.ablation if donors else None, progress)
+    found = _Measured.from_run(view, only, donors.ablation if donors else None, progress)
     result: dict[str, Any] = {}
 
     def conclude() -> None:  # fits baselines, so it may take long
@@ -117,7 +117,7 @@ class _Measured:
     ranking: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, run: Run, only: list[str], taken: Ablation | None, progress: Progress | None) -> "_Measured":
+    def from_run(cls, run: Run, only: list[str], taken: Ablation | None, progress: Progress | None) -> "_Measured":
         """Run the model over everything that is held out of the sources `only`; all ranks together."""
         tokens = TokenScores(run.tokenizers.vocabulary, run.sources.names)
         actions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -171,7 +171,7 @@ def _actions(
     predicted = align(parts, predictions, chunks)
     seen = np.unique(places(parts, chunks))  # not by NaN: what a broken model predicts counts, too
     chunks, predicted = chunks.take(seen), predicted[seen]
-    baselines = Baselines.of(run)
+    baselines = Baselines.from_run(run)
     if features is None:
         acting = [view.sources.names[number] for number in np.unique(chunks.source)]
         features = read_features(view, acting)

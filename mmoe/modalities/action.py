@@ -22,7 +22,7 @@ class ActionSpec(ModalitySpec):
         steps = np.clip(segments["stop"] - segments["start"], 0, tokenizers.config.action.chunk)
         elements = steps.astype(np.int64) * tokenizer.dims
         tokens = np.full(len(segments), tokenizer.tokens, np.int64)
-        plan = Planned.of(tokens, 1, action_elements=elements)  # action_end
+        plan = Planned.without_targets(tokens, 1, action_elements=elements)  # action_end
         if not tokenizers.discrete_actions:
             return plan
         return Planned(plan.tokens, plan.around, elements, plan.closing, {"action_elements": np.zeros_like(elements)})

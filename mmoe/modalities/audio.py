@@ -20,7 +20,7 @@ class AudioSpec(ModalitySpec):
         codec = _codec(tokenizers)
         samples = (segments["stop"] - segments["start"]).astype(np.int64)
         tokens = codec.num_frames(samples, segments["rate"]) * codec.codebooks
-        plan = Planned.of(tokens, 2)  # audio_start, audio_end
+        plan = Planned.without_targets(tokens, 2)  # audio_start, audio_end
         return Planned(plan.tokens, plan.around, plan.tokens, plan.tokens > 0)
 
     def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:

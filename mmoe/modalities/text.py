@@ -15,7 +15,7 @@ class TextSpec(ModalitySpec):
     def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
         """Plan the ranges of stored ids."""
         tokens = (segments["stop"] - segments["start"]).astype(np.int64)
-        plan = Planned.of(tokens)
+        plan = Planned.without_targets(tokens)
         return Planned(tokens, plan.around, tokens, plan.closing)
 
     def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:

@@ -21,7 +21,7 @@ class VectorSpec(ModalitySpec):
 
     def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
         """Plan one position each."""
-        return Planned.of(np.ones(len(segments), np.int64))
+        return Planned.without_targets(np.ones(len(segments), np.int64))
 
     def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
         """Count the segments."""

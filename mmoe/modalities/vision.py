@@ -28,7 +28,7 @@ class VisionSpec(ModalitySpec):
         tokens = tubelets * tokenizers.vision.num_tokens(segments["height"], segments["width"])
         sliced = segments["slice"] >= 0
         around = np.where(sliced, segments["camera"] >= 0, 2)  # cam_*, or image_start and image_end
-        return Planned.of(tokens, around, patches=tokens)
+        return Planned.without_targets(tokens, around, patches=tokens)
 
     def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
         """Count the patches and what stands around each picture."""

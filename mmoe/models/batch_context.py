@@ -32,7 +32,7 @@ class BatchContext:
     def from_batch(cls, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> BatchContext:
         """Of a batch that is whole; `dtype` is that of its embedding."""
         return cls(
-            RotaryTables.of(batch.position, config.head_width, config.rope_theta, dtype),
+            RotaryTables.from_positions(batch.position, config.head_width, config.rope_theta, dtype),
             config.attention_class.from_batch(batch, config.bidirectional_slices),
-            Tokens.of(batch),
+            Tokens.from_batch(batch),
         )

@@ -37,7 +37,7 @@ class ModelInputs:
     further: tuple[tuple[Modality, int], ...] = ()  # modalities that are not built in, and the size of their vectors
 
     @classmethod
-    def of(
+    def from_data(
         cls, vocabulary_size: int, dims: Mapping[Modality, int], action: ActionConfig, cameras: int
     ) -> "ModelInputs":
         """Take the numbers of a vector of each modality in `dims`, 0 where no source has it; those of a patch end with

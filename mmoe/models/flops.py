@@ -31,7 +31,7 @@ class ParameterCounts:
     others: int
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: ModelConfig, inputs: ModelInputs, heads: Mapping[str, nn.Module] | None = None
     ) -> ParameterCounts:
         """Count the parameters of a model of `config` with `heads`, which is built without memory."""
@@ -58,7 +58,7 @@ def attention_forward(config: ModelConfig, documents: Iterable[int]) -> int:
 def model_flops(config: ModelConfig, inputs: ModelInputs, documents: list[int]) -> int:
     """Forward and backward of documents of so many positions: 6 N a token and attention (Chowdhery et al. 2022,
     appendix B, with causal documents in place of a full window)."""
-    multiplied = ParameterCounts.of(config, inputs).multiplied
+    multiplied = ParameterCounts.from_config(config, inputs).multiplied
     return training_flops(config, multiplied, sum(documents), sum(length**2 for length in documents))
 
 

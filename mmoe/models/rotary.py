@@ -21,7 +21,7 @@ class RotaryTables:
     sin: Tensor
 
     @classmethod
-    def of(cls, position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> "RotaryTables":
+    def from_positions(cls, position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> "RotaryTables":
         """From `position` [B, L, 3] (integers); computed once a batch, in `dtype` or float32, the wider one."""
         dtype = torch.promote_types(dtype, torch.float32)
         even = torch.arange(0, head_dim, 2, device=position.device)

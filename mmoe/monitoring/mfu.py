@@ -48,7 +48,7 @@ class ModelFlops:
         self.peak = config.monitoring.peak_flops or device_peak(name, config.precision.compute)
         self._model = config.model
         inputs = model_inputs(run.tokenizers)
-        self._multiplied = ParameterCounts.of(config.model, inputs).multiplied
+        self._multiplied = ParameterCounts.from_config(config.model, inputs).multiplied
 
     def of(self, counts: Counts) -> int:
         """Count the operations of a step over all devices, by the lengths of its documents."""

@@ -21,7 +21,7 @@ class BatchArithmetic:
     budget_positions: int
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         *,
         sequence_length: int,

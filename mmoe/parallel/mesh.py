@@ -41,7 +41,7 @@ class ParallelDims:
     ep: int = 1
 
     @classmethod
-    def of(cls, config: ParallelConfig, world: int) -> "ParallelDims":
+    def from_config(cls, config: ParallelConfig, world: int) -> "ParallelDims":
         """Those of `world` processes; raises ConfigError, with the arithmetic, where they do not multiply to it."""
         dims = {axis: getattr(config, axis) for axis in DEGREES}
         given = {axis: degree for axis, degree in dims.items() if axis not in ("dp_shard", "ep")}

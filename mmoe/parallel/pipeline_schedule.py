@@ -191,7 +191,7 @@ class Pipeline:
         config, dtype = self.setting.model, self.setting.precision.parameter_dtype
         if self.mesh.dims.sequence_ranks == 1:
             return self.model(stage, BatchContext.from_batch(batch, config, dtype), batch if x_BHD is None else x_BHD)
-        sharding = Sharding.of(batch, self.mesh)
+        sharding = Sharding.from_batch(batch, self.mesh)
         entering = sharding.local(batch) if x_BHD is None else x_BHD
         output = self.model(stage, sharding.context(batch, config, dtype), entering)
         return replace(output, hidden=sharding.whole(output.hidden)) if self.model.is_last(stage) else output

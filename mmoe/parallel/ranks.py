@@ -183,7 +183,7 @@ class MeshExecutor:
         """Run the model on the positions of this rank, and gather the hidden states of all."""
         if self.mesh.dims.sequence_ranks == 1:
             return model(batch)
-        sharding = Sharding.of(batch, self.mesh)
+        sharding = Sharding.from_batch(batch, self.mesh)
         context = sharding.context(batch, model.decoder.config, self.setting.precision.parameter_dtype)
         output = model(sharding.local(batch), context)
         return replace(output, hidden=sharding.whole(output.hidden))

@@ -75,7 +75,7 @@ class Sharding(Positions):
     mesh: Mesh
 
     @classmethod
-    def of(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
+    def from_batch(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
         """Raises ConfigError where the ranks cannot share a sequence evenly."""
         dims = mesh.dims
         found = Positions.for_rank(batch.document, dims.cp, dims.tp, mesh.rank("sequence"))
@@ -93,9 +93,9 @@ class Sharding(Positions):
         else:
             attention = config.attention_class.from_batch(batch, bidirectional)
         return BatchContext(
-            RotaryTables.of(position, config.head_width, config.rope_theta, dtype),
+            RotaryTables.from_positions(position, config.head_width, config.rope_theta, dtype),
             attention,
-            SplitTokens.split(Tokens.of(batch), self),
+            SplitTokens.split(Tokens.from_batch(batch), self),
         )
 
     def whole(self, hidden_BHD: Tensor) -> Tensor:

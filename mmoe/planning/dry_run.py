@@ -98,7 +98,7 @@ def _step(
     with tracker, DryMode(trace.note, flops.note):
         tracker.track_inputs(tuple(tree_leaves(vars(batch))))
         ranks = DryRanks(mesh, run, assumed.sources, model, passes)
-        setting = replace(StepSetting.of(run, assumed.vocabulary, DEVICE, ranks), micro_batches=micro_batches)
+        setting = replace(StepSetting.from_run(run, assumed.vocabulary, DEVICE, ranks), micro_batches=micro_batches)
         model.train()
         step_gradients(model, [batch] * micro_batches, denominators, setting, seed=0)
         passes.mark()

@@ -31,7 +31,7 @@ class Assumed:
     sources: int
 
     @classmethod
-    def of(cls, tokenizers: TokenizersConfig, sources: int, vocabulary_size: int | None) -> "Assumed":
+    def from_config(cls, tokenizers: TokenizersConfig, sources: int, vocabulary_size: int | None) -> "Assumed":
         """With `vocabulary_size` ids; None: what the text tokenizer has where its file exists, else 131,072 in all."""
         bins = tokenizers.action.bins if tokenizers.action.mode == "discrete" else 0
         text = tokenizers.text
@@ -41,7 +41,7 @@ class Assumed:
             others = Vocabulary(0, action_bins=bins).size
             vocabulary = Vocabulary((vocabulary_size or VOCABULARY) - others, action_bins=bins)
         dims = {Modality.VISION: VisionTokenizer(tokenizers.vision).vector_dim, **DIMENSIONS}
-        inputs = ModelInputs.of(vocabulary.size, dims, tokenizers.action, len(STANDARD.cameras))
+        inputs = ModelInputs.from_data(vocabulary.size, dims, tokenizers.action, len(STANDARD.cameras))
         return cls(inputs, vocabulary, sources)
 
     def sentence(self) -> str:
@@ -66,7 +66,7 @@ class Documents:
     patch_budget: int  # vectors that a sequence's share of a batch has room for
 
     @classmethod
-    def of(cls, data: DataConfig, max_patches: int, sequences: int, count: int) -> "Documents":
+    def from_config(cls, data: DataConfig, max_patches: int, sequences: int, count: int) -> "Documents":
         """Fill `sequences` with `count` documents each, whose pictures have `max_patches` at most.
 
         Raises ConfigError where so many documents do not fill a sequence.

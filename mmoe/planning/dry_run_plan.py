@@ -37,15 +37,17 @@ class Plan:
     load: Load
 
     @classmethod
-    def of(cls, config: RunConfig, world: int, imbalance: float, documents: int, vocabulary: int | None) -> Plan:
+    def from_config(
+        cls, config: RunConfig, world: int, imbalance: float, documents: int, vocabulary: int | None
+    ) -> Plan:
         """Raises ConfigError where the config cannot run on `world` ranks."""
-        run, patches = ResolvedRun.of(config, world), config.tokenizers.vision.max_patches
+        run, patches = ResolvedRun.from_config(config, world), config.tokenizers.vision.max_patches
         return cls(
             run,
             config.optim,
-            Assumed.of(config.tokenizers, len(config.data.sources), vocabulary),
-            Documents.of(config.data, patches, run.batch.micro_batch_sequences, documents),
-            Load.of(imbalance, config.model, run.dims),
+            Assumed.from_config(config.tokenizers, len(config.data.sources), vocabulary),
+            Documents.from_config(config.data, patches, run.batch.micro_batch_sequences, documents),
+            Load.from_imbalance(imbalance, config.model, run.dims),
         )
 
     @property
@@ -87,7 +89,7 @@ class Plan:
 
     def memory(self, rank: int) -> StateMemory:
         """By the formula."""
-        return StateMemory.of(self.run, self.optim, self._model(rank), self.place(rank))
+        return StateMemory.from_setting(self.run, self.optim, self._model(rank), self.place(rank))
 
     def flops(self, rank: int) -> int:
         """Of a step, by the formula."""

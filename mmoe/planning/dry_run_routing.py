@@ -22,7 +22,7 @@ class Load:
     imbalance: float = 1.0
 
     @classmethod
-    def of(cls, imbalance: float, model: ModelConfig, dims: ParallelDims) -> "Load":
+    def from_imbalance(cls, imbalance: float, model: ModelConfig, dims: ParallelDims) -> "Load":
         """Raises ConfigError where no routing has that imbalance."""
         if model.moe is not None and not 1 <= imbalance <= dims.ep:
             raise ConfigError(

@@ -25,7 +25,7 @@ class StateMemory:
     whole_gradients: int
 
     @classmethod
-    def of(cls, setting: RankSetting, optim: OptimConfig, model: nn.Module, place: Place) -> StateMemory:
+    def from_setting(cls, setting: RankSetting, optim: OptimConfig, model: nn.Module, place: Place) -> StateMemory:
         """Of a rank at `place` whose part of the model is `model` (on meta)."""
         found = shards(setting.model, setting.precision, model, setting.dims, place)
         dtype = setting.precision.parameter_dtype

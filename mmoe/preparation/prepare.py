@@ -145,7 +145,7 @@ def prepare(
         except DataError as error:
             raise with_list(error, listed, output) from error
         with reading("source", str(input), "repair its description"):
-            source = source.of(Path(input), reader)
+            source = source.described(Path(input), reader)
     references = find_references(config.dedup, text_tokenizer)
     with bounded_by(config.bounds), Job(output) as job:
         if fresh:

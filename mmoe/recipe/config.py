@@ -47,7 +47,7 @@ class RunConfig(Config):
 
     def batch_of(self, replicas: int) -> BatchArithmetic:
         """mu_tok, D, A, GB_tok and the number of steps. Raises ConfigError where the batch does not divide."""
-        return BatchArithmetic.of(
+        return BatchArithmetic.from_config(
             sequence_length=self.data.sequence_length,
             micro_batch_sequences=self.training.micro_batch_sequences,
             global_batch_positions=self.training.global_batch_positions,

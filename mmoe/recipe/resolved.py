@@ -30,12 +30,12 @@ class ResolvedRun(RankSetting):
     schedule: Schedule
 
     @classmethod
-    def of(cls, config: RunConfig, world: int | None = None) -> ResolvedRun:
+    def from_config(cls, config: RunConfig, world: int | None = None) -> ResolvedRun:
         """Derive it for `world` processes of a group, or for one without a group, whatever the config's degrees are.
 
         Raises ConfigError where the degrees, the model or the batch cannot be spread so.
         """
-        dims = ParallelDims() if world is None else ParallelDims.of(config.parallel, world)
+        dims = ParallelDims() if world is None else ParallelDims.from_config(config.parallel, world)
         check_layout(config.model, dims)
         check_length(config.data.sequence_length, dims.cp, dims.tp)
         batch = config.batch_of(dims.replicas)
@@ -47,7 +47,7 @@ class ResolvedRun(RankSetting):
             config.precision,
             dims,
             batch,
-            scope=ContrastiveScope.of(config.contrastive_group, batch.micro_batch_sequences, dims.replicas),
+            scope=ContrastiveScope.narrowest(config.contrastive_group, batch.micro_batch_sequences, dims.replicas),
             contrastive_group=config.contrastive_group,
             schedule=config.optim.build_schedule(batch),
         )
@@ -58,10 +58,10 @@ class ResolvedRun(RankSetting):
 
         The batch is that of one replica. Raises ConfigError where the degrees or the model cannot be spread so.
         """
-        alone = cls.of(config)
+        alone = cls.from_config(config)
         if world is None:
             return alone
-        dims, parallel = ParallelDims.of(config.parallel, world), config.parallel
+        dims, parallel = ParallelDims.from_config(config.parallel, world), config.parallel
         check_layout(config.model, dims)
         check_length(config.data.sequence_length, dims.cp, dims.tp)
         check_stages(config.model.layers, parallel.stages_per_rank, dims.pp, micro_batches=dims.pp)

@@ -159,7 +159,7 @@ class Planned:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokens: np.ndarray, around: np.ndarray | int = 0, **columns: np.ndarray) -> Planned:
+    def without_targets(cls, tokens: np.ndarray, around: np.ndarray | int = 0, **columns: np.ndarray) -> Planned:
         """Plan payloads of so many positions, of which none is a target."""
         none = np.zeros(len(tokens), np.int64)
         return cls(tokens.astype(np.int64), none + around, none, none.astype(bool), columns)

@@ -50,7 +50,9 @@ class StepSetting:
     cached: bool  # contrastive groups are wider than what is embedded at the same time: the step has a first pass
 
     @classmethod
-    def of(cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: StepExecutor) -> "StepSetting":
+    def from_run(
+        cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: StepExecutor
+    ) -> "StepSetting":
         """Derive the setting of a run's steps from what is resolved of it."""
         return cls(
             run.loss_terms, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.needs_embedding_pass

@@ -32,7 +32,7 @@ class Trainer:
         self.run, self.state, self.callbacks = run, TrainState.from_run(run), Callbacks(callbacks)
         self.batch, self.last_step = run.resolved.batch, run.resolved.batch.iterations
         self.stop_at = self.last_step if stop_at is None else min(stop_at, self.last_step)
-        self.setting = StepSetting.of(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
+        self.setting = StepSetting.from_run(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
         self.saved = 0  # the step of the last checkpoint
         self.stop_requested = False  # by a signal to this process

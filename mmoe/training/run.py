@@ -40,7 +40,9 @@ def open_sources(config: RunConfig) -> tuple[PreparedSources, Tokenizers]:
 def model_inputs(tokenizers: Tokenizers) -> ModelInputs:
     """Say what a model is given by these tokenizers."""
     dims = tokenizers.value_dims | {Modality.ACTION: tokenizers.dims[Modality.ACTION].size}
-    return ModelInputs.of(tokenizers.vocabulary.size, dims, tokenizers.config.action, len(tokenizers.rig.cameras))
+    return ModelInputs.from_data(
+        tokenizers.vocabulary.size, dims, tokenizers.config.action, len(tokenizers.rig.cameras)
+    )
 
 
 def is_run(folder: str | Path) -> bool:
@@ -123,7 +125,7 @@ class Run:
 
     @classmethod
     def build(
-        cls, config: RunConfig, resolve: Callable[[RunConfig, int | None], ResolvedRun] = ResolvedRun.of
+        cls, config: RunConfig, resolve: Callable[[RunConfig, int | None], ResolvedRun] = ResolvedRun.from_config
     ) -> "Run":
         """Open the sources, which must be prepared, and initialise the model.
 

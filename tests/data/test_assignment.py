@@ -32,7 +32,7 @@ def test_every_sequence_is_dealt_once_and_groups_stay_within_their_reach(shape, 
     assert dealt.shape == (replicas, micro * accumulation)
     assert sorted(dealt.flatten().tolist()) == list(range(sequences))
     steps = (dealt // group).reshape(replicas, accumulation, micro)  # the group of each sequence
-    scope = ContrastiveScope.of(group, micro, replicas)
+    scope = ContrastiveScope.narrowest(group, micro, replicas)
     if scope is ContrastiveScope.MICRO_BATCH:
         wholes = dealt.reshape(-1, group)
         assert (wholes[:, 0] % group == 0).all() and (np.diff(wholes, axis=1) == 1).all()
@@ -54,7 +54,7 @@ def test_every_sequence_is_dealt_once_and_groups_stay_within_their_reach(shape, 
     ],
 )
 def test_the_reach_is_the_narrowest_that_whole_groups_fill(group, micro, replicas, scope):
-    assert ContrastiveScope.of(group, micro, replicas) is scope
+    assert ContrastiveScope.narrowest(group, micro, replicas) is scope
 
 
 @given(shape=shapes(), seed=st.integers(0, 2**32))
@@ -62,7 +62,7 @@ def test_replicas_differ_by_no_more_than_the_sequences_of_one_round_do(shape, se
     """Of one kind of work, where groups are gathered: of a micro-step's sequences by cost, R at a time, the most uneven
     round."""
     micro, replicas, accumulation, group = shape
-    assume(ContrastiveScope.of(group, micro, replicas) is ContrastiveScope.MICRO_STEP)
+    assume(ContrastiveScope.narrowest(group, micro, replicas) is ContrastiveScope.MICRO_STEP)
     costs = np.random.default_rng(seed).integers(0, 1000, micro * replicas * accumulation)
     work = costs[assign_to_replicas(costs[:, None], group, micro, replicas)].reshape(replicas, accumulation, micro)
     for k in range(accumulation):
@@ -76,7 +76,7 @@ def by_attention(costs: np.ndarray, group: int, micro: int, replicas: int) -> np
     def falling(units):
         return units[np.argsort(-costs[units].sum(axis=1), kind="stable")]
 
-    scope, spans = ContrastiveScope.of(group, micro, replicas), np.arange(len(costs))
+    scope, spans = ContrastiveScope.narrowest(group, micro, replicas), np.arange(len(costs))
     spans = spans.reshape(1, -1, group if scope is ContrastiveScope.MICRO_BATCH else 1)
     if scope is ContrastiveScope.MICRO_STEP:
         spans = falling(spans.reshape(-1, group)).reshape(-1, micro * replicas, 1)

@@ -93,10 +93,10 @@ def setting_of(case: Case, world: int) -> RankSetting:
         moe.setdefault("engine", "loop")
     model = validate(ModelConfig, {**MODEL, **case.model, "moe": moe}, "case")
     parallel = validate(ParallelConfig, case.parallel, "case")
-    dims = ParallelDims.of(parallel, world) if world > 1 else ParallelDims()
+    dims = ParallelDims.from_config(parallel, world) if world > 1 else ParallelDims()
     accumulation = case.sequences // (case.micro * dims.replicas)
     batch = BatchArithmetic(LENGTH, case.micro, accumulation, dims.replicas, LENGTH * case.sequences)
-    scope = ContrastiveScope.of(group_of(case, losses), case.micro, dims.replicas)
+    scope = ContrastiveScope.narrowest(group_of(case, losses), case.micro, dims.replicas)
     return RankSetting(model, losses, parallel, PrecisionConfig(compute=case.compute), dims, batch, scope)
 
 
@@ -162,7 +162,7 @@ class Worker:
             model, ranks = spread(run, case.inputs, 3, 7, mesh_of(run.dims), device)
         else:
             model = run.model.build(case.inputs, 7, run.heads(case.inputs)).to(run.precision.parameter_dtype)
-        return cls(case, StepSetting.of(run, VOCABULARY, device, ranks), model.train())
+        return cls(case, StepSetting.from_run(run, VOCABULARY, device, ranks), model.train())
 
     def gradients(self, seed: int = 3) -> StepGradients:
         ranks = self.setting.ranks

@@ -96,21 +96,21 @@ def test_features_hold_what_stands_before_the_action_and_nothing_after(run):
 
 def test_one_fit_serves_every_evaluation_until_the_data_changes(build_run, monkeypatch):
     run = build_run(names=("text", "clip"))
-    first = Baselines.of(run)
+    first = Baselines.from_run(run)
     fits = []
     fit = Baselines.fit.__func__
     monkeypatch.setattr(Baselines, "fit", classmethod(lambda cls, run: fits.append(run) or fit(cls, run)))
-    again = Baselines.of(run)
+    again = Baselines.from_run(run)
     assert not fits and again.record == first.record
     np.testing.assert_array_equal(again.ridges["clip"][1].weights, first.ridges["clip"][1].weights)
     np.testing.assert_array_equal(again.means["clip"], first.means["clip"])
     path = run.folder / "baselines.npz"
     path.write_bytes(path.read_bytes()[:100])
-    Baselines.of(run)
+    Baselines.from_run(run)
     assert len(fits) == 1
     other = build_run(names=("text", "clip"), training__seed=1)
     (other.folder / "baselines.npz").write_bytes(path.read_bytes())
-    Baselines.of(other)
+    Baselines.from_run(other)
     assert len(fits) == 2
 
 

@@ -88,7 +88,9 @@ def test_it_is_in_the_records_of_one_and_of_two_and_survives_a_resume(two, folde
 
 def test_a_dry_run_has_its_head_and_its_report(folder, tmp_path):
     def cost(**changes):
-        plan = Plan.of(config(folder, tmp_path / "run", precision={"compute": "float32"}, **changes), 2, 1.0, 2, 512)
+        plan = Plan.from_config(
+            config(folder, tmp_path / "run", precision={"compute": "float32"}, **changes), 2, 1.0, 2, 512
+        )
         return plan.costs([0])[0]
 
     with_term, without = cost(losses=LOSSES), cost(losses={"contrastive": {"weight": 0.3}})

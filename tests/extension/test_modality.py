@@ -53,7 +53,7 @@ class RangeSpec(ModalitySpec):
 
     def planned(self, segments, tokenizers, source) -> Planned:
         cells = (segments["height"] // CELL * (segments["width"] // CELL)).astype(np.int64)
-        return Planned.of(cells, 1, range_cells=cells)
+        return Planned.without_targets(cells, 1, range_cells=cells)
 
     def positions(self, group, tokenizers, source) -> int:
         return group.count * (group.height // CELL * (group.width // CELL) + 1)

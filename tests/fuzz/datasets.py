@@ -65,7 +65,7 @@ def run(data: bytes, folder: Path) -> None:
     config = source.config()
     refused: list[str] = []
     items = list(source.items(work, config, lambda key, refusal: refused.append(str(refusal))))
-    names = source.of(work, config).vector_names
+    names = source.described(work, config).vector_names
     for item in items:
         row = make_row(item, TEXT, "pyav", names)
         if isinstance(row, DataError):

@@ -119,7 +119,7 @@ class Planned:
     pairs: int
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> "Planned":
+    def without_targets(cls, batch: PackedBatch) -> "Planned":
         kinds = VOCABULARY.modality_of(batch.labels[batch.labels >= 0].numpy())
         labels = np.bincount(kinds, minlength=len(Modality))
         return cls(labels, int(batch.action_mask.sum()), len(batch.pairs.group))
@@ -132,7 +132,7 @@ def model() -> Heads:
 
 WHOLE = batch_of([0, 1, 2, 3])
 TERMS = CONFIG.build()
-PLANNED = TERMS.denominators(Planned.of(WHOLE), sequences=B)
+PLANNED = TERMS.denominators(Planned.without_targets(WHOLE), sequences=B)
 
 
 def run(
@@ -143,7 +143,7 @@ def run(
     loads: ExpertLoadAccumulator | None = None,
 ) -> LossReport:
     terms = config.build()
-    planned = terms.denominators(Planned.of(WHOLE), sequences=B) | (planned or {})
+    planned = terms.denominators(Planned.without_targets(WHOLE), sequences=B) | (planned or {})
     return terms.compute(model, model(batch), batch, planned, VOCABULARY, loads or ExpertLoadAccumulator())
 
 

@@ -41,7 +41,7 @@ def test_documents_equal_the_dense_reference_in_values_and_gradients(seed, bidir
     attention = Attention(32, 4, kv_heads, 8, qk_norm, 1e-6).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    rotary = RotaryTables.of(batch.position, 8, 10_000.0, torch.float64)
+    rotary = RotaryTables.from_positions(batch.position, 8, 10_000.0, torch.float64)
     x = torch.randn(*batch.shape, 32, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(*batch.shape, 32, dtype=torch.float64)
     results = []

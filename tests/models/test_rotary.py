@@ -8,7 +8,7 @@ HEAD = 16
 
 
 def rotate(position: torch.Tensor, x: torch.Tensor, theta: float = 10_000.0) -> torch.Tensor:
-    return RotaryTables.of(position, HEAD, theta, x.dtype).rotate(x)
+    return RotaryTables.from_positions(position, HEAD, theta, x.dtype).rotate(x)
 
 
 def test_plain_text_is_ordinary_rope_to_the_bit():
@@ -38,5 +38,5 @@ def test_scores_depend_on_the_difference_of_positions_on_each_axis_alone():
 def test_tables_are_float32_or_wider():
     position = torch.full((1, 1, 3), 8191)
     for dtype, expected in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:
-        tables = RotaryTables.of(position, HEAD, 10_000.0, dtype)
+        tables = RotaryTables.from_positions(position, HEAD, 10_000.0, dtype)
         assert tables.cos.dtype is tables.sin.dtype is expected

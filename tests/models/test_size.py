@@ -34,13 +34,13 @@ MOE = {"experts": 4, "top_k": 2, "hidden": 16}
 )
 def test_the_closed_form_counts_what_the_model_has(changes):
     model, inputs = validate(ModelConfig, SMALL | changes, "test"), ModelInputs(vocabulary_size=300, patch_dim=8)
-    assert parameter_count(model, inputs) == ParameterCounts.of(model, inputs).total
+    assert parameter_count(model, inputs) == ParameterCounts.from_config(model, inputs).total
 
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made(tmp_path):
     huge = config(tmp_path, tmp_path / "run", model__d_model=1 << 20, model__hidden=1 << 20, model__layers=1000)
     with pytest.raises(ConfigError, match=r"parameters: [\d,]+.\d GiB on each of 1 processes, .*model.d_model"):
-        build(ResolvedRun.of(huge), ModelInputs(vocabulary_size=300), 1, 0, torch.device("cpu"))
+        build(ResolvedRun.from_config(huge), ModelInputs(vocabulary_size=300), 1, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

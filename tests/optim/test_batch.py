@@ -16,7 +16,7 @@ TRILLION = 10**12
 
 
 def arithmetic(length: int, sequences: int | None, size: int, replicas: int, budget: int = TRILLION) -> BatchArithmetic:
-    return BatchArithmetic.of(
+    return BatchArithmetic.from_config(
         sequence_length=length,
         micro_batch_sequences=sequences,
         global_batch_positions=size,
@@ -31,7 +31,7 @@ def test_iterations_of_a_trillion_positions(power: int, iterations: int) -> None
 
 
 def test_worked_example() -> None:
-    replicas = ParallelDims.of(ParallelConfig(tp=4), 64).replicas
+    replicas = ParallelDims.from_config(ParallelConfig(tp=4), 64).replicas
     batch = arithmetic(4096, 4, 4_194_304, replicas)
     assert (replicas, batch.micro_batch_positions, batch.accumulation) == (16, 16_384, 16)
 
@@ -49,7 +49,7 @@ def test_worked_example() -> None:
 )
 def test_dense_family_on_64_gpus(length: int, sequences: int, size: int, micro: int, accumulation: int) -> None:
     """With tensor parallel 8 only 8 replicas see different data: not the source's A = 1, 4, 8 but 8 times that."""
-    batch = arithmetic(length, sequences, size, ParallelDims.of(ParallelConfig(tp=8), 64).replicas)
+    batch = arithmetic(length, sequences, size, ParallelDims.from_config(ParallelConfig(tp=8), 64).replicas)
     assert (batch.micro_batch_positions, batch.accumulation) == (micro, accumulation)
 
 

@@ -23,9 +23,9 @@ def test_degrees_multiply_to_the_processes(dims: dict[str, int], ep: int, rest: 
     config = ParallelConfig(**dims | ({"dp_shard": -1} if rest else {}), ep=ep)
     if lent % ep:
         with pytest.raises(ConfigError, match=f"parallel.ep is {ep}, which does not divide .* = {lent} ranks"):
-            ParallelDims.of(config, world)
+            ParallelDims.from_config(config, world)
         return
-    found = ParallelDims.of(config, world)
+    found = ParallelDims.from_config(config, world)
     assert found == ParallelDims(**dims, ep=ep) and found.world == world
     assert found.pp * found.dp_replicate * found.edp * found.ep == world
     assert found.pp * found.replicas * found.sequence_ranks == world
@@ -37,26 +37,26 @@ def test_any_other_number_of_processes_is_refused_with_the_arithmetic(dims: dict
     product = prod(dims.values())
     if world != product:
         with pytest.raises(ConfigError) as caught:
-            ParallelDims.of(ParallelConfig(**dims), world)
+            ParallelDims.from_config(ParallelConfig(**dims), world)
         assert f"dp_shard {dims['dp_shard']} = {product}" in str(caught.value)
         assert f"there are {world} processes" in str(caught.value)
     others = product // dims["dp_shard"]
     if world % others:
         with pytest.raises(ConfigError, match=f"= {others} does not divide {world}; .* or start ") as caught:
-            ParallelDims.of(ParallelConfig(**dims | {"dp_shard": -1}), world)
+            ParallelDims.from_config(ParallelConfig(**dims | {"dp_shard": -1}), world)
         advised = int(str(caught.value).split("start ")[1].split()[0])
-        assert ParallelDims.of(ParallelConfig(**dims | {"dp_shard": -1}), advised).world == advised
+        assert ParallelDims.from_config(ParallelConfig(**dims | {"dp_shard": -1}), advised).world == advised
 
 
 def test_the_sentences_in_full() -> None:
     with pytest.raises(ConfigError) as caught:
-        ParallelDims.of(ParallelConfig(tp=3, pp=2, dp_shard=2), 8)
+        ParallelDims.from_config(ParallelConfig(tp=3, pp=2, dp_shard=2), 8)
     assert str(caught.value) == (
         "parallel: pp 2 x dp_replicate 1 x cp 1 x tp 3 x dp_shard 2 = 12, but there are 8 processes; change a degree, "
         "set dp_shard to -1 (the rest), or start 12 processes with torchrun --nproc-per-node"
     )
     with pytest.raises(ConfigError) as caught:
-        ParallelDims.of(ParallelConfig(tp=2, ep=3), 4)
+        ParallelDims.from_config(ParallelConfig(tp=2, ep=3), 4)
     assert str(caught.value) == (
         "parallel.ep is 3, which does not divide the dp_shard 2 x cp 1 x tp 2 = 4 ranks that it borrows; "
         "change one of them"

@@ -14,4 +14,4 @@ training.global_batch_positions=2048 optim.lr.peak=1e-4 parallel.ep=1
 
 def plan(world: int, overrides: str = "", imbalance: float = 1.0, documents: int = 4) -> Plan:
     config = load(RunConfig, "configs/moe_10b.yaml", [*SMALL, *overrides.split()])
-    return Plan.of(config, world, imbalance, documents, 500)
+    return Plan.from_config(config, world, imbalance, documents, 500)

@@ -13,7 +13,7 @@ INPUTS = ModelInputs(131_072)
 
 
 def test_the_main_run_has_the_parameters_of_its_recipe() -> None:
-    counts = ParameterCounts.of(MAIN, INPUTS)
+    counts = ParameterCounts.from_config(MAIN, INPUTS)
     assert counts.total == pytest.approx(9.925e9, abs=0.5e6)
     # The other two figures of the recipe leave the routers out.
     routers = MAIN.layers * MAIN.d_model * MAIN.moe.experts

@@ -18,14 +18,14 @@ def demo(*overrides: str) -> RunConfig:
 
 
 def test_one_process_without_a_group_does_all_whatever_the_degrees_are() -> None:
-    alone = ResolvedRun.of(demo())
+    alone = ResolvedRun.from_config(demo())
     assert alone.dims == ParallelDims() and alone.batch.replicas == 1
     with pytest.raises(ConfigError, match="parallel.ep is 2, which does not divide"):
-        ResolvedRun.of(demo(), 1)
+        ResolvedRun.from_config(demo(), 1)
 
 
 def test_the_steps_and_the_rates_of_a_run_do_not_depend_on_its_ranks() -> None:
-    one, two = ResolvedRun.of(demo()), ResolvedRun.of(demo(), 2)
+    one, two = ResolvedRun.from_config(demo()), ResolvedRun.from_config(demo(), 2)
     assert two.dims == ParallelDims(dp_shard=2, ep=2)
     assert (one.batch.micro_batch_sequences, two.batch.micro_batch_sequences) == (8, 4)
     assert (one.schedule, one.contrastive_group) == (two.schedule, two.contrastive_group)
@@ -39,11 +39,11 @@ def test_the_steps_and_the_rates_of_a_run_do_not_depend_on_its_ranks() -> None:
 )
 def test_all_is_embedded_first_where_a_group_is_wider_than_a_micro_step(group: int, scope: ContrastiveScope) -> None:
     overrides = ["training.micro_batch_sequences=2", f"losses.contrastive.group_sequences={group}"]
-    run = ResolvedRun.of(demo(*overrides), 2)
+    run = ResolvedRun.from_config(demo(*overrides), 2)
     assert run.scope is scope and run.needs_embedding_pass is (scope is ContrastiveScope.STEP)
-    assert not ResolvedRun.of(demo(*overrides, "losses.contrastive.weight=0"), 2).needs_embedding_pass
+    assert not ResolvedRun.from_config(demo(*overrides, "losses.contrastive.weight=0"), 2).needs_embedding_pass
 
 
 def test_a_batch_that_replicas_cannot_share_is_refused() -> None:
     with pytest.raises(ConfigError, match="is not a multiple of .* 3 data replicas"):
-        ResolvedRun.of(demo("parallel.ep=1", "training.micro_batch_sequences=1", "model.moe=null"), 3)
+        ResolvedRun.from_config(demo("parallel.ep=1", "training.micro_batch_sequences=1", "model.moe=null"), 3)

@@ -267,12 +267,12 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Payload:
-    """A `mmoe.schema.modality.Payload`: the segment `shown` of the row `of`, in place of a row's own."""
+    """A `mmoe.schema.modality.Payload`: the segment `shown` of the row `owner`, in place of a row's own."""
 
     row: _Row
     segment: np.void
     pair: int
-    of: _Row
+    owner: _Row
     shown: np.void | None
 
     @property
@@ -281,7 +281,7 @@ class _Payload:
 
     @property
     def where(self) -> str:
-        return self.of.place(self._held)
+        return self.owner.place(self._held)
 
     @property
     def _held(self) -> np.void:
@@ -297,11 +297,11 @@ class _Payload:
         return int(numbers[camera])
 
     def content(self) -> bytes:
-        return self.of.content(self._held)
+        return self.owner.content(self._held)
 
     def pictures(self, least: tuple[int, int]) -> np.ndarray:
-        if is_video(self.of.member_name(self._held)):
-            return self.of.frames(self._held, least)
+        if is_video(self.owner.member_name(self._held)):
+            return self.owner.frames(self._held, least)
         with needs("decoding pictures"):
             from mmoe.data.load.media import load_image
         return load_image(self.content(), self.where, least)[None]
@@ -312,4 +312,4 @@ class _Payload:
         return load_audio(self.content(), int(self._held["start"]), int(self._held["stop"]), self.where)
 
     def table(self) -> np.ndarray:
-        return self.of.array(self._held)
+        return self.owner.array(self._held)

@@ -27,7 +27,7 @@ class ContrastiveScope(Enum):
     STEP = "step"  # it is wider than any forward pass: its embeddings are cached in a pass of their own
 
     @classmethod
-    def of(cls, group: int, micro_sequences: int, replicas: int) -> "ContrastiveScope":
+    def narrowest(cls, group: int, micro_sequences: int, replicas: int) -> "ContrastiveScope":
         """The narrowest that groups of so many sequences fill without a rest."""
         if micro_sequences % group == 0:
             return cls.MICRO_BATCH
@@ -61,7 +61,7 @@ def assign_to_replicas(costs: np.ndarray, group: int, micro_sequences: int, repl
     if replicas == 1:
         costs = costs[:, :1]
     average = np.maximum(costs.sum(axis=0) / replicas, np.finfo(float).tiny)
-    scope = ContrastiveScope.of(group, micro_sequences, replicas)
+    scope = ContrastiveScope.narrowest(group, micro_sequences, replicas)
     unit = group if scope is ContrastiveScope.MICRO_BATCH else 1  # sequences that are dealt as one
     spans = np.arange(len(costs)).reshape(1, -1, unit)  # units among which the costliest come first
     if scope is ContrastiveScope.MICRO_STEP:

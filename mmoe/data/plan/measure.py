@@ -46,7 +46,7 @@ class Measures:
 def plan_segments(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
     """What each of the segments [n], of whatever modalities, takes in a sequence, by what their modalities say."""
     kind, n = segments["modality"], len(segments)
-    plan = Planned.of(np.zeros(n, np.int64))
+    plan = Planned.without_targets(np.zeros(n, np.int64))
     tokens, around, labels, closing = (array.copy() for array in (plan.tokens, plan.around, plan.labels, plan.closing))
     columns: dict[str, np.ndarray] = {}
     for code in np.unique(kind):

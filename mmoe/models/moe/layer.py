@@ -117,7 +117,7 @@ class LayerRouting:
     statistics: RoutingStatistics | None
 
     @classmethod
-    def of(
+    def from_routing(
         cls, routing: Routing, tokens: Tokens, load_BE: Tensor, statistics: RoutingStatistics | None
     ) -> "LayerRouting":
         """Make the losses of a routing whose choices by sequence are `load_BE`."""
@@ -164,8 +164,8 @@ class MoELayer(nn.Module):
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         load_BE = expert_load(routing, tokens)
-        statistics = RoutingStatistics.of(routing, placement, tokens, load_BE) if self.training else None
-        return tokens.put(y_TD), LayerRouting.of(routing, tokens, load_BE, statistics)
+        statistics = RoutingStatistics.from_routing(routing, placement, tokens, load_BE) if self.training else None
+        return tokens.put(y_TD), LayerRouting.from_routing(routing, tokens, load_BE, statistics)
 
     def _noise(self, tokens: Tokens) -> Tensor | None:
         """[T, E] to choose with, in training: a step that seeds torch anew has noise of its own."""

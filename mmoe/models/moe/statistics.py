@@ -36,7 +36,7 @@ class RoutingStatistics:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, routing: Routing, placement: Placed, tokens: Tokens, load_BE: Tensor) -> "RoutingStatistics":
+    def from_routing(cls, routing: Routing, placement: Placed, tokens: Tokens, load_BE: Tensor) -> "RoutingStatistics":
         """Of one layer (N = 1), `load_BE` its `expert_load`. Nothing here waits for the device."""
         logits, probability, expert_TK = routing.logits_TE, routing.probability_TE, routing.expert_TK
         experts, top_k = logits.shape[1], expert_TK.shape[1]

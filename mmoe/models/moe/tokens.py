@@ -28,7 +28,7 @@ class Tokens:
     sources: int
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> "Tokens":
+    def from_batch(cls, batch: PackedBatch) -> "Tokens":
         """Find the valid positions of a batch."""
         valid = batch.valid.flatten()
         position = valid.nonzero().squeeze(1)

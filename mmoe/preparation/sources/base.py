@@ -65,7 +65,7 @@ class Source:
     describe: Callable[[Path, Any], Vectors] | None = None
     notes: tuple[str, ...] = ()
 
-    def of(self, input: Path, config: Config) -> "Source":
+    def described(self, input: Path, config: Config) -> "Source":
         """This source with the rig of this config, and the vector names and the action period of this input."""
         source = replace(self, rig=getattr(config, "rig", self.rig))
         if self.describe is None:

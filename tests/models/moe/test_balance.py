@@ -44,7 +44,7 @@ def by_loops(groups: list[list[tuple[list[float], list[int]]]], chosen_in: list 
 
 def tokens_of(layer: MoELayer, x: torch.Tensor, batch) -> list[list[tuple[list[float], list[int]]]]:
     """(scores, choices) of the valid tokens, by sequence."""
-    tokens = Tokens.of(batch)
+    tokens = Tokens.from_batch(batch)
     routing = layer.router(tokens.take(x))
     rows = list(zip(routing.scores_TE.tolist(), routing.expert_TK.tolist()))
     return [[rows[t] for t in (tokens.sequence_T == b).nonzero().flatten()] for b in range(batch.shape[0])]
@@ -58,7 +58,7 @@ def test_every_level_is_what_its_formula_says(score, capacity_factor):
     loads, before = ExpertLoadAccumulator(), []
     for number, batch in enumerate(batches):
         x = hidden(batch, number)
-        _, routed = layer(x, Tokens.of(batch))
+        _, routed = layer(x, Tokens.from_batch(batch))
         sequences = tokens_of(layer, x, batch)
         together = [row for sequence in sequences for row in sequence]
         before += together
@@ -78,7 +78,7 @@ def test_ranks_add_their_loads_and_then_agree():
     length = pack(sequences).shape[1]
     whole, *halves = (pack(part, length) for part in (sequences, sequences[:2], sequences[2:]))
     x = hidden(whole)
-    routed = [layer(y, Tokens.of(batch))[1] for y, batch in zip((x, x[:2], x[2:]), (whole, *halves))]
+    routed = [layer(y, Tokens.from_batch(batch))[1] for y, batch in zip((x, x[:2], x[2:]), (whole, *halves))]
     counts = [r.load_E[None] for r in routed]
     for mine, other in ((1, 2), (2, 1)):
         loads = ExpertLoadAccumulator(reduce=lambda load, other=other: load + counts[other])
@@ -104,7 +104,7 @@ def test_descent_lowers_the_most_and_raises_the_least_chosen_expert(seed, score,
     x[..., 0] = 1.0
     logits = []
     layer.router.register_forward_hook(lambda module, args, out: (logits.append(out.logits_TE), None)[1])
-    _, routed = layer(x, Tokens.of(batch))
+    _, routed = layer(x, Tokens.from_batch(batch))
     loss = routed.balance_loss if level == "s" else balance_loss(routed.load_E, routed.probability_E)
     (gradient,) = torch.autograd.grad(loss, logits[0])
     assert routed.load_E.tolist() == [int(batch.valid.sum())] * 2 + [0] * 4
@@ -115,7 +115,7 @@ def test_descent_lowers_the_most_and_raises_the_least_chosen_expert(seed, score,
 def test_padding_alone_is_balanced_at_zero():
     batch = pack([[], []], length=8)
     layer = build(bias_rate=0.1, noise=1.0, score="sigmoid")
-    out, routed = layer(hidden(batch), Tokens.of(batch))
+    out, routed = layer(hidden(batch), Tokens.from_batch(batch))
     assert (out == 0).all()
     level = balance_loss(routed.load_E, routed.probability_E)
     assert routed.balance_loss == level == routed.z_loss == routed.load_E.sum() == 0
@@ -184,11 +184,11 @@ def test_an_evaluation_changes_no_bias_and_a_step_that_was_recomputed_counts_onc
     layer = build(bias_rate=0.5)
     batch = random_batch(2)
     x = hidden(batch)
-    counted = layer(x, Tokens.of(batch))[1].load_E
+    counted = layer(x, Tokens.from_batch(batch))[1].load_E
     loads = []
 
     def run(y):
-        out, routed = layer(y, Tokens.of(batch))
+        out, routed = layer(y, Tokens.from_batch(batch))
         loads.append(routed.load_E)
         return out, routed.load_E
 
@@ -196,5 +196,5 @@ def test_an_evaluation_changes_no_bias_and_a_step_that_was_recomputed_counts_onc
         out, load = checkpoint(run, x.requires_grad_(), use_reentrant=False)
         out.sum().backward()
     assert len(loads) == 2 and torch.equal(load, counted)
-    layer.eval()(x, Tokens.of(batch))
+    layer.eval()(x, Tokens.from_batch(batch))
     assert (layer.router.choice_bias == 0).all()

@@ -52,7 +52,7 @@ def kept_by_brute_force(routing: Routing, tokens: Tokens, capacity: int, drop: s
 def test_capacity_drops_the_lowest_scores_or_the_later_tokens_of_each_sequence(
     seed, experts, top_k, factor, levels, drop, multiple
 ):
-    tokens = Tokens.of(random_batch(seed % 50, sequences=3, documents=2))
+    tokens = Tokens.from_batch(random_batch(seed % 50, sequences=3, documents=2))
     routing = random_routing(len(tokens.position_T), experts, top_k, seed, levels)
     dispatcher = CapacityDispatcher(experts, factor, drop, multiple)
     capacity = dispatcher.capacity(tokens.length, top_k)
@@ -73,7 +73,7 @@ def test_capacity_drops_the_lowest_scores_or_the_later_tokens_of_each_sequence(
     multiple=st.sampled_from([1, 8, 16]),
 )
 def test_dropless_gives_every_choice_a_row(seed, experts, top_k, multiple):
-    tokens = Tokens.of(random_batch(seed % 50))
+    tokens = Tokens.from_batch(random_batch(seed % 50))
     routing = random_routing(len(tokens.position_T), experts, top_k, seed)
     placement = DroplessDispatcher(experts, multiple).plan(routing, tokens)
     assert not placement.dropped_TK.any()
@@ -109,7 +109,7 @@ def check_rows(placement, routing, experts):
     ids=["dropless", "padded", "capacity", "position"],
 )
 def test_dispatch_and_combine_copy_rows_and_their_gradients(dispatcher):
-    tokens = Tokens.of(random_batch(0))
+    tokens = Tokens.from_batch(random_batch(0))
     routing = random_routing(len(tokens.position_T), 4, 2, 0)
     placement = dispatcher.plan(routing, tokens)
     x = torch.randn(len(tokens.position_T), 6, dtype=torch.float64, requires_grad=True)
@@ -152,7 +152,7 @@ def test_tokens_are_taken_from_their_positions_and_put_back(padded):
         length = int(batch.valid.sum(1).min())
         names = ("token_ids", "document", "modality", "source")
         batch = replace(batch, **{name: getattr(batch, name)[:, :length] for name in names})
-    tokens = Tokens.of(batch)
+    tokens = Tokens.from_batch(batch)
     x = torch.randn(*batch.shape, 3, dtype=torch.float64, requires_grad=True)
     taken = tokens.take(x)
     assert torch.equal(taken, x[batch.valid])

@@ -72,7 +72,7 @@ def close(a: list[torch.Tensor], b: list[torch.Tensor], tolerance: float) -> Non
 @pytest.mark.parametrize("mode", MODES)
 def test_values_and_every_gradient_equal_a_loop_over_tokens_in_float64(mode):
     layer = build(**MODES[mode])
-    ours = results(layer, lambda x, batch, layer=layer: layer(x, Tokens.of(batch))[0])
+    ours = results(layer, lambda x, batch, layer=layer: layer(x, Tokens.from_batch(batch))[0])
     close(ours, results(layer, lambda x, batch: by_token(layer, x, batch.valid)), 1e-12)
 
 
@@ -82,12 +82,15 @@ def test_values_and_every_gradient_equal_a_loop_over_tokens_in_float64(mode):
 )
 def test_modes_agree_where_nothing_overflows(mode, engine, dtype, tolerance):
     layers = [build(dtype, engine=engine, **changes) for changes in ({}, MODES[mode])]
-    close(*(results(layer, lambda x, batch, layer=layer: layer(x, Tokens.of(batch))[0]) for layer in layers), tolerance)
+    close(
+        *(results(layer, lambda x, batch, layer=layer: layer(x, Tokens.from_batch(batch))[0]) for layer in layers),
+        tolerance,
+    )
 
 
 def test_values_of_the_modes_agree_to_1e_6_in_float32():
     layers = [build(torch.float32, **changes) for changes in MODES.values()]
-    outs = [results(layer, lambda x, batch, layer=layer: layer(x, Tokens.of(batch))[0])[0] for layer in layers]
+    outs = [results(layer, lambda x, batch, layer=layer: layer(x, Tokens.from_batch(batch))[0])[0] for layer in layers]
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-6)
 
@@ -114,7 +117,7 @@ def test_gradcheck(mode):
     layer, batch = build(hidden=3, **MODES[mode]), random_batch(0)
     at = batch.valid[:1].nonzero()[:4, 1]
     names = ("token_ids", "document", "modality", "source")
-    tokens = Tokens.of(replace(batch, **{name: getattr(batch, name)[:1, at] for name in names}))
+    tokens = Tokens.from_batch(replace(batch, **{name: getattr(batch, name)[:1, at] for name in names}))
     torch.manual_seed(3)
     x = torch.randn(1, len(at), D, dtype=torch.float64, requires_grad=True)
     scores = layer.router(x[0]).scores_TE.sort(1, descending=True).values
@@ -138,7 +141,7 @@ def test_no_token_and_one_token(engine, shape, count, mode):
     batch = replace(batch, document=document)
     layer = build(torch.float32, engine=engine, **shape | MODES[mode])
     x = torch.randn(*batch.shape, D, requires_grad=True)
-    out, routed = layer(x, Tokens.of(batch))
+    out, routed = layer(x, Tokens.from_batch(batch))
     torch.testing.assert_close(out, by_token(layer, x, batch.valid), rtol=1e-4, atol=1e-5)
     (out.sum() + routed.balance_loss + routed.z_loss).backward()  # an expanded gradient, too
     for name, parameter in [("x", x), *layer.named_parameters()]:

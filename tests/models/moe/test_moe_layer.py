@@ -50,7 +50,7 @@ def reference(layer: MoELayer, x_BLD: torch.Tensor, batch: PackedBatch, normalis
 def test_layer_equals_a_dense_loop_in_values_and_gradients(shared, normalise):
     batch = random_batch(0)
     layer, x = build(shared_experts=shared, normalise=normalise), inputs(batch)
-    ours, theirs = layer(x, Tokens.of(batch))[0], reference(layer, x, batch, normalise)
+    ours, theirs = layer(x, Tokens.from_batch(batch))[0], reference(layer, x, batch, normalise)
     weights = torch.randn_like(ours)
     variables = [x, *layer.parameters()]
     results = ([out, *torch.autograd.grad((out * weights).sum(), variables)] for out in (ours, theirs))
@@ -63,7 +63,7 @@ def test_capacity_equals_dropless_when_nothing_overflows():
     results = []
     for factor in (None, 2.0):  # E / K: room for every token of a sequence at one expert
         layer, x = build(capacity_factor=factor, shared_experts=1), inputs(batch)
-        out, routing = layer(x, Tokens.of(batch))
+        out, routing = layer(x, Tokens.from_batch(batch))
         assert routing.statistics.drops_NMSE.sum() == 0
         weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         results.append([out, *torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()])])
@@ -77,7 +77,7 @@ def test_dropped_tokens_get_nothing_but_the_shared_expert():
     with torch.no_grad():
         layer.router.weight[:2] = 0
         layer.router.weight[2:] = -x[batch.valid].mean(0) * 50  # most tokens want experts 0 and 1
-    tokens = Tokens.of(batch)
+    tokens = Tokens.from_batch(batch)
     out, routing = layer(x, tokens)
     placement = layer.dispatcher.plan(layer.router(tokens.take(x)), tokens)
     dropped = placement.dropped_TK.all(1)
@@ -92,7 +92,7 @@ def test_dropped_tokens_get_nothing_but_the_shared_expert():
 def test_gradcheck(capacity_factor):
     batch = pack([random_sequences(11, 1, 1)[0][:1]])
     layer = build(experts=3, hidden=3, capacity_factor=capacity_factor, shared_experts=1)
-    tokens = Tokens.of(batch)
+    tokens = Tokens.from_batch(batch)
     names = [name for name, _ in layer.named_parameters()]
     x = inputs(batch)
 
@@ -108,7 +108,7 @@ def test_gradcheck(capacity_factor):
 def test_losses_are_per_sequence_and_meaned():
     batch = random_batch(3, sequences=3)
     layer, x = build(), inputs(batch)
-    _, routed = layer(x, Tokens.of(batch))
+    _, routed = layer(x, Tokens.from_batch(batch))
     balance, z = [], []
     for b in range(3):
         logits = (x[b] @ layer.router.weight.T)[batch.valid[b]]
@@ -125,18 +125,18 @@ def test_balance_loss_is_one_when_balanced_and_grows_to_e_over_k():
     layer, x = build(), inputs(batch)
     with torch.no_grad():
         layer.router.weight.zero_()
-    assert layer(x, Tokens.of(batch))[1].balance_loss.item() == pytest.approx(1)
+    assert layer(x, Tokens.from_batch(batch))[1].balance_loss.item() == pytest.approx(1)
     ones = torch.ones_like(x)
     with torch.no_grad():
         layer.router.weight[:2] = 10
-    assert layer(ones, Tokens.of(batch))[1].balance_loss.item() == pytest.approx(2)
+    assert layer(ones, Tokens.from_batch(batch))[1].balance_loss.item() == pytest.approx(2)
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_statistics_count_valid_tokens_before_any_drop(capacity_factor):
     batch = random_batch(4, sequences=3, documents=5)
     layer, x = build(capacity_factor=capacity_factor), inputs(batch)
-    tokens = Tokens.of(batch)
+    tokens = Tokens.from_batch(batch)
     statistics = layer(x, tokens)[1].statistics
     routing = layer.router(tokens.take(x))
     dropped = layer.dispatcher.plan(routing, tokens).dropped_TK
@@ -169,7 +169,7 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole():
     whole, *halves = (pack(part, length) for part in (sequences, sequences[:2], sequences[2:]))
     x = inputs(whole)
     parts = [x, x[:2], x[2:]]
-    total, a, b = (layer(x, Tokens.of(batch))[1].statistics for x, batch in zip(parts, (whole, *halves)))
+    total, a, b = (layer(x, Tokens.from_batch(batch))[1].statistics for x, batch in zip(parts, (whole, *halves)))
     for name, value in vars(a + b).items():
         torch.testing.assert_close(value, getattr(total, name))
     assert torch.equal((b + a).load_NMSE, total.load_NMSE)
@@ -180,7 +180,7 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole():
 def test_no_statistics_in_evaluation_and_padding_gets_zeros():
     batch = random_batch(6)
     layer, x = build(shared_experts=1).eval(), inputs(batch)
-    out, routed = layer(x, Tokens.of(batch))
+    out, routed = layer(x, Tokens.from_batch(batch))
     assert routed.statistics is None
     assert (out[~batch.valid] == 0).all()
 
@@ -191,7 +191,7 @@ def test_padding_is_never_routed():
     changed = torch.where(batch.valid[..., None], x, x * 100 + 7)
     for factor in (None, 1.0):
         layer = build(capacity_factor=factor)
-        (a, routed_a), (b, routed_b) = (layer(y, Tokens.of(batch)) for y in (x, changed))
+        (a, routed_a), (b, routed_b) = (layer(y, Tokens.from_batch(batch)) for y in (x, changed))
         assert torch.equal(a, b)
         assert torch.equal(routed_a.statistics.load_NMSE, routed_b.statistics.load_NMSE)
         assert routed_a.balance_loss == routed_b.balance_loss
@@ -202,9 +202,9 @@ def test_capacity_of_a_sequence_does_not_depend_on_the_others():
     length = pack(sequences).shape[1]
     together = pack(sequences, length)
     layer, x = build(capacity_factor=1.0), inputs(together)
-    out, _ = layer(x, Tokens.of(together))
+    out, _ = layer(x, Tokens.from_batch(together))
     for b, sequence in enumerate(sequences):
-        alone, _ = layer(x[b : b + 1], Tokens.of(pack([sequence], length)))
+        alone, _ = layer(x[b : b + 1], Tokens.from_batch(pack([sequence], length)))
         torch.testing.assert_close(alone[0], out[b], rtol=1e-12, atol=1e-12)
 
 
@@ -224,4 +224,4 @@ def test_impossible_configs_are_refused(changes, words):
 def test_source_tables_follow_the_batch():
     batch = random_batch(0)
     few = replace(batch, source=batch.source.clamp(max=0), documents=[[(0, 0, 0, 0)] * len(d) for d in batch.documents])
-    assert Tokens.of(few).sources == 1
+    assert Tokens.from_batch(few).sources == 1

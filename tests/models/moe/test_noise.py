@@ -71,9 +71,9 @@ def test_a_token_has_its_noise_in_every_batch_that_its_sequence_is_part_of(seed)
 
 def test_padding_has_no_noise_and_the_tokens_keep_theirs():
     batch = random_batch(0)
-    tokens = Tokens.of(batch)
+    tokens = Tokens.from_batch(batch)
     assert torch.equal(tokens.key_T, token_keys(batch.token_ids)[batch.valid])
-    assert Tokens.of(pack([[], []], length=8)).key_T.shape == (0,)
+    assert Tokens.from_batch(pack([[], []], length=8)).key_T.shape == (0,)
 
 
 def routed(layer: MoELayer, x, tokens) -> torch.Tensor:
@@ -87,7 +87,7 @@ def routed(layer: MoELayer, x, tokens) -> torch.Tensor:
 def test_a_layer_has_noise_in_training_alone_and_another_one_in_every_step_and_layer():
     torch.manual_seed(0)
     batch = random_batch(1)
-    tokens, x = Tokens.of(batch), torch.randn(*batch.shape, 16)
+    tokens, x = Tokens.from_batch(batch), torch.randn(*batch.shape, 16)
     layer, second = MoELayer(16, NOISY, 0), MoELayer(16, NOISY, 1)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
@@ -107,7 +107,7 @@ def test_a_layer_has_noise_in_training_alone_and_another_one_in_every_step_and_l
 def test_recomputation_has_the_same_noise():
     torch.manual_seed(0)
     batch = random_batch(2)
-    tokens, x = Tokens.of(batch), torch.randn(*batch.shape, 16, requires_grad=True)
+    tokens, x = Tokens.from_batch(batch), torch.randn(*batch.shape, 16, requires_grad=True)
     layer = MoELayer(16, NOISY)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)

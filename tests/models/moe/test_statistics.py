@@ -55,16 +55,16 @@ def test_a_factor_is_what_was_written_and_not_its_rounding_up():
 @pytest.mark.parametrize("seed", range(3))
 def test_would_drop_is_what_a_layer_of_that_capacity_drops(seed):
     batch = random_batch(seed, sequences=3)
-    tokens = Tokens.of(batch)
+    tokens = Tokens.from_batch(batch)
     routing = random_routing(len(tokens.position_T), 8, 3, seed)
     routing.expert_TK[: len(tokens.position_T) // 2] %= 5  # some are overloaded
-    dropless = RoutingStatistics.of(
+    dropless = RoutingStatistics.from_routing(
         routing, DroplessDispatcher(8).plan(routing, tokens), tokens, expert_load(routing, tokens)
     )
     drops = []
     for factor in CAPACITY_FACTORS:
         placement = CapacityDispatcher(8, factor).plan(routing, tokens)
-        limited = RoutingStatistics.of(routing, placement, tokens, expert_load(routing, tokens))
+        limited = RoutingStatistics.from_routing(routing, placement, tokens, expert_load(routing, tokens))
         assert torch.equal(limited.would_drop_NC, dropless.would_drop_NC)
         assert limited.drops_NMSE.sum() == placement.dropped_TK.sum()
         drops.append(int(limited.drops_NMSE.sum()))
@@ -168,10 +168,10 @@ def test_router_gradients_of_a_frozen_router_are_zero_and_a_dense_model_has_none
 
 
 def test_entropy_of_certainty_is_zero():
-    tokens = Tokens.of(random_batch(0))
+    tokens = Tokens.from_batch(random_batch(0))
     routing = random_routing(len(tokens.position_T), 4, 1, 0)
     routing.probability_TE.copy_(torch.nn.functional.one_hot(routing.expert_TK[:, 0], 4))
-    found = RoutingStatistics.of(
+    found = RoutingStatistics.from_routing(
         routing, DroplessDispatcher(4).plan(routing, tokens), tokens, expert_load(routing, tokens)
     )
     assert found.entropy_N.tolist() == [0]

@@ -137,17 +137,17 @@ def test_pictures_inside_parquet_are_taken_as_they_are(tmp_path):
 def test_dimensions_have_the_names_of_the_info(tmp_path, names, expected):
     write_lerobot(tmp_path, [2, 2], names=names, fps=30)
     source = SOURCES.find("lerobot")
-    described = source.of(tmp_path, source.config())
+    described = source.described(tmp_path, source.config())
     assert described.vector_names == {"STATE": expected, "ACTION": ("x", "y", "grip")}
     assert described.action_period_ns == 33_333_333
-    without = source.of(tmp_path, source.config(state=None))
+    without = source.described(tmp_path, source.config(state=None))
     assert set(without.vector_names) == {"ACTION"}
 
 
 def test_names_that_do_not_fit_the_shape_are_an_error(tmp_path):
     write_lerobot(tmp_path, [2, 2], names=["x", "y"])
     with pytest.raises(DataError, match=r"'observation.state' has shape \[3\] but names \['x', 'y'\]"):
-        SOURCES.find("lerobot").of(tmp_path, SOURCES.find("lerobot").config())
+        SOURCES.find("lerobot").described(tmp_path, SOURCES.find("lerobot").config())
 
 
 def test_preparation_names_the_dimensions_and_says_that_the_clock_is_synthetic(tmp_path):
@@ -261,7 +261,7 @@ def test_a_damaged_description_is_an_error_that_names_it(tmp_path, change):
     source = SOURCES.find("lerobot")
     with pytest.raises(DataError, match=str(tmp_path)):
         list(source.items(tmp_path, source.config(), lambda *refusal: None))
-        source.of(tmp_path, source.config())
+        source.described(tmp_path, source.config())
 
 
 def test_a_damaged_row_of_the_episodes_is_refused_alone(tmp_path):
