@@ -178,8 +178,8 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
         """Place the choices of the tokens here, and tell the ranks how many rows will travel."""
         local = self.local.plan(routing, tokens)
         dropped_TK, expert_HK, dropped_HK = local.dropped_TK, routing.expert_TK, local.dropped_TK
-        if tokens.here_T is not None:
-            expert_HK, dropped_HK = expert_HK[tokens.here_T], dropped_HK[tokens.here_T]
+        if tokens.local_index_T is not None:
+            expert_HK, dropped_HK = expert_HK[tokens.local_index_T], dropped_HK[tokens.local_index_T]
         experts = self.local.experts
         expert = torch.where(dropped_HK, experts, expert_HK).flatten()  # dropped ones are sorted behind all others
         sent_SF = count(expert, experts + 1)[:-1].view(self.ranks, -1)
@@ -191,7 +191,7 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
         return AllToAllPermutation(
             row_HK=row.view_as(expert_HK),
             choice_R=choice[:rows],
-            here_T=tokens.here_T,
+            here_T=tokens.local_index_T,
             arrived=self._arrived(arrived_SF, sum(received)),
             exchange=AllToAll(received, sent, self.group),
             dropped_TK=dropped_TK,

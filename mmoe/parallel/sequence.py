@@ -131,22 +131,22 @@ class SplitTokens(Tokens):
         return cls(**shared, sharding=sharding, valid_H=valid, numbers_T=number[valid])
 
     @property
-    def here_T(self) -> Tensor:
+    def local_index_T(self) -> Tensor:
         """Give the numbers (of T) of the tokens here."""
         return self.numbers_T
 
-    def take(self, x_BHD: Tensor) -> Tensor:
+    def gather_valid(self, x_BHD: Tensor) -> Tensor:
         """Give the rows [H, D] of the tokens among the positions here."""
         return x_BHD.flatten(0, 1).index_select(0, self.valid_H)
 
-    def put(self, y_TD: Tensor) -> Tensor:
+    def scatter_valid(self, y_TD: Tensor) -> Tensor:
         """Put each token here at its position, zeros at padding."""
         shape = self.sharding.here_BH.shape
         return y_TD.new_zeros(shape.numel(), y_TD.shape[1]).index_copy(0, self.valid_H, y_TD).unflatten(0, shape)
 
-    def all_gather_replicated(self, x_TX: Tensor) -> Tensor:
+    def all_gather_tokens(self, x_TX: Tensor) -> Tensor:
         """Gather the rows [T, X] of all tokens of the sequences."""
-        parts = all_gather_replicated(self.put(x_TX), self.sharding.mesh.group("sequence"))
+        parts = all_gather_replicated(self.scatter_valid(x_TX), self.sharding.mesh.group("sequence"))
         return self.sharding.arrange(parts).flatten(0, 1)[self.position_T]
 
 

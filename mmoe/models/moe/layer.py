@@ -154,8 +154,8 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, LayerRouting]:
         """[B, L, D] -> [B, L, D] and what was routed. Padding is not routed and gets zeros."""
-        for_router_TD, for_experts_TD, *for_shared = fan_out(tokens.take(x_BLD), self._readers)
-        routing = self.router(for_router_TD, tokens.join, self._noise(tokens))
+        for_router_TD, for_experts_TD, *for_shared = fan_out(tokens.gather_valid(x_BLD), self._readers)
+        routing = self.router(for_router_TD, tokens.all_gather_tokens, self._noise(tokens))
         placement = self.dispatcher.plan(routing, tokens)
         on_their_way = self.dispatcher.dispatch(for_experts_TD, placement)
         shared_TD = self._shared(*for_shared)  # while the rows travel
@@ -165,7 +165,7 @@ class MoELayer(nn.Module):
             y_TD = y_TD + shared_TD
         load_BE = expert_load(routing, tokens)
         statistics = RoutingStatistics.from_routing(routing, placement, tokens, load_BE) if self.training else None
-        return tokens.put(y_TD), LayerRouting.from_routing(routing, tokens, load_BE, statistics)
+        return tokens.scatter_valid(y_TD), LayerRouting.from_routing(routing, tokens, load_BE, statistics)
 
     def _noise(self, tokens: Tokens) -> Tensor | None:
         """[T, E] to choose with, in training: a step that seeds torch anew has noise of its own."""

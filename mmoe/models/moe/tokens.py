@@ -57,23 +57,23 @@ class Tokens:
         """i64, of each token; the same in every batch that its sequence may be part of. Worked out for all layers."""
         return token_keys(self.id_BL).flatten()[self.position_T]
 
-    def take(self, x_BLD: Tensor) -> Tensor:
-        """[T, D]: the tokens' rows."""
+    def gather_valid(self, x_BLD: Tensor) -> Tensor:
+        """Gather the rows of the tokens, [B, L, D] -> [T, D]."""
         x_ND = x_BLD.flatten(0, 1)
         return x_ND if self._unpadded else permute_tokens(x_ND, self.position_T, self.number_N)
 
-    def put(self, y_TD: Tensor) -> Tensor:
-        """[B, L, D]: each token at its position, zeros at padding."""
+    def scatter_valid(self, y_TD: Tensor) -> Tensor:
+        """Scatter each token to its position, [T, D] -> [B, L, D], with zeros at padding."""
         y_ND = y_TD if self._unpadded else permute_tokens(y_TD, self.number_N, self.position_T)
         return y_ND.unflatten(0, (self.sequences, self.length))
 
     @property
-    def here_T(self) -> Tensor | None:
+    def local_index_T(self) -> Tensor | None:
         """Numbers (of T) of the tokens whose hidden states are here; None for all of them."""
         return None
 
-    def join(self, x_TX: Tensor) -> Tensor:
-        """[T, X] of all tokens of the sequences from the rows of those that are here."""
+    def all_gather_tokens(self, x_TX: Tensor) -> Tensor:
+        """Gather the rows of all tokens of the sequences, [T, X], from those that are here."""
         return x_TX
 
     @property

@@ -45,7 +45,7 @@ def by_loops(groups: list[list[tuple[list[float], list[int]]]], chosen_in: list 
 def tokens_of(layer: MoELayer, x: torch.Tensor, batch) -> list[list[tuple[list[float], list[int]]]]:
     """(scores, choices) of the valid tokens, by sequence."""
     tokens = Tokens.from_batch(batch)
-    routing = layer.router(tokens.take(x))
+    routing = layer.router(tokens.gather_valid(x))
     rows = list(zip(routing.scores_TE.tolist(), routing.expert_TK.tolist()))
     return [[rows[t] for t in (tokens.sequence_T == b).nonzero().flatten()] for b in range(batch.shape[0])]
 

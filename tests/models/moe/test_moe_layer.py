@@ -79,13 +79,13 @@ def test_dropped_tokens_get_nothing_but_the_shared_expert():
         layer.router.weight[2:] = -x[batch.valid].mean(0) * 50  # most tokens want experts 0 and 1
     tokens = Tokens.from_batch(batch)
     out, routing = layer(x, tokens)
-    placement = layer.dispatcher.plan(layer.router(tokens.take(x)), tokens)
+    placement = layer.dispatcher.plan(layer.router(tokens.gather_valid(x)), tokens)
     dropped = placement.dropped_TK.all(1)
     assert dropped.any() and not dropped.all()
     assert routing.statistics.drops_NMSE.sum() == placement.dropped_TK.sum()
-    taken = tokens.take(out)
-    torch.testing.assert_close(taken[dropped], layer.shared(tokens.take(x))[dropped])
-    assert ((taken - layer.shared(tokens.take(x)))[~dropped].abs().amax(1) > 0).all()
+    taken = tokens.gather_valid(out)
+    torch.testing.assert_close(taken[dropped], layer.shared(tokens.gather_valid(x))[dropped])
+    assert ((taken - layer.shared(tokens.gather_valid(x)))[~dropped].abs().amax(1) > 0).all()
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
@@ -100,7 +100,7 @@ def test_gradcheck(capacity_factor):
         out, routing = torch.func.functional_call(layer, dict(zip(names, parameters)), (x, tokens))
         return out, routing.balance_loss, routing.z_loss
 
-    scores = layer.router(tokens.take(x)).scores_TE.sort(1, descending=True).values
+    scores = layer.router(tokens.gather_valid(x)).scores_TE.sort(1, descending=True).values
     assert (scores[:, 1] - scores[:, 2]).min() > 1e-4  # away from top-k ties
     assert torch.autograd.gradcheck(run, (x, *layer.parameters()), fast_mode=True)
 
@@ -138,7 +138,7 @@ def test_statistics_count_valid_tokens_before_any_drop(capacity_factor):
     layer, x = build(capacity_factor=capacity_factor), inputs(batch)
     tokens = Tokens.from_batch(batch)
     statistics = layer(x, tokens)[1].statistics
-    routing = layer.router(tokens.take(x))
+    routing = layer.router(tokens.gather_valid(x))
     dropped = layer.dispatcher.plan(routing, tokens).dropped_TK
     load, drops = torch.zeros(1, 7, SOURCES, 4).long(), torch.zeros(1, 7, SOURCES, 4).long()
     modality, source = batch.modality[batch.valid].tolist(), batch.source[batch.valid].tolist()
