@@ -42,7 +42,7 @@ def test_every_sequence_is_dealt_once_and_groups_stay_within_their_reach(shape, 
 
 
 @pytest.mark.parametrize(
-    ("group", "micro", "replicas", "reach"),
+    ("group", "micro", "replicas", "scope"),
     [
         (1, 1, 1, ContrastiveScope.MICRO_BATCH),
         (2, 4, 1, ContrastiveScope.MICRO_BATCH),

@@ -272,14 +272,14 @@ def test_video_times_and_frames_are_those_written(backend):
 
 
 @pytest.mark.parametrize("degrees", MATRICES)
-def test_both_backends_agree_on_rotated_video(dims):
-    data = turned(video(pictures(12, 64, 96)), dims)  # decord fails on turned ones of other widths
+def test_both_backends_agree_on_rotated_video(degrees):
+    data = turned(video(pictures(12, 64, 96)), degrees)  # decord fails on turned ones of other widths
     ours, theirs = VideoFrames(data, "pyav", "v"), VideoFrames(data, "decord", "v")
-    assert ours.size == theirs.size == ((64, 96) if dims % 180 == 0 else (96, 64))
+    assert ours.size == theirs.size == ((64, 96) if degrees % 180 == 0 else (96, 64))
     assert (ours.frames(np.arange(12)) == theirs.frames(np.arange(12))).all()
     assert np.abs(ours.times_ns - theirs.times_ns).max() < 1000
     upright = VideoFrames(turned(data, 0), "decord", "v").frames(np.arange(12))
-    assert (np.rot90(upright, -dims // 90, axes=(1, 2)) == ours.frames(np.arange(12))).all()
+    assert (np.rot90(upright, -degrees // 90, axes=(1, 2)) == ours.frames(np.arange(12))).all()
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, TokenPermutation, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.checkpoint.manager import CheckpointManager
@@ -51,7 +51,7 @@ def meshes() -> tuple[DeviceMesh, DeviceMesh]:
 def placed(layout: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of `tensors` that this rank of four holds under `layout`."""
 
-    def on(mesh: DeviceMesh, *placements: TokenPermutation) -> Callable[[Tensor], Tensor]:
+    def on(mesh: DeviceMesh, *placements: Placement) -> Callable[[Tensor], Tensor]:
         return lambda tensor: distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
     rank, names = dist.get_rank(), set(tensors)

@@ -71,7 +71,7 @@ def test_the_table_shows_every_axis_and_what_ep_borrows() -> None:
 
 
 @pytest.mark.parametrize(
-    "degrees, ranks, named",
+    "dims, ranks, named",
     [
         ({"tp": 2, "pp": 2}, 4, "parallel.pp=2, parallel.tp=2"),
         ({"ep": 4, "cp": 2}, 4, "parallel.cp=2, parallel.ep=4"),

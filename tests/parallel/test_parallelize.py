@@ -1,5 +1,6 @@
 """Layouts that a model cannot take are refused before any process group is needed, in one sentence."""
 
+import re
 from itertools import product
 from typing import Any
 
@@ -25,7 +26,7 @@ def model(**changes: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize(
-    ("degrees", "changes", "sentence"),
+    ("dims", "changes", "sentence"),
     [
         ({"tp": 3}, {}, "model.heads is 4, not a multiple of parallel.tp 3; change it, or parallel.tp"),
         (
@@ -38,7 +39,7 @@ def model(**changes: Any) -> ModelConfig:
             {"cp": 2},
             {"attention": "dense"},
             "parallel.cp is 2, but model.attention is dense, which has no form for positions of several ranks; "
-            "set it to sdpa_documents, or parallel.cp to 1",
+            "set it to .*sdpa_documents, or parallel.cp to 1",  # and what tests have registered
         ),
         ({"ep": 2}, {"moe": None}, "parallel.ep is 2, but the model has no experts; set it to 1"),
         (
@@ -68,7 +69,7 @@ def model(**changes: Any) -> ModelConfig:
 def test_a_layout_that_the_model_cannot_take(dims: dict[str, int], changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_layout(model(**changes), ParallelDims(**dims))
-    assert str(caught.value) == sentence
+    assert re.fullmatch(re.escape(sentence).replace(re.escape(".*"), ".*"), str(caught.value))
 
 
 def test_a_vocabulary_that_two_kinds_of_shards_would_cut_differently() -> None:
@@ -92,7 +93,7 @@ def part(size: int, parts: int, number: int) -> int:
     return max(0, min(each, size - number * each))
 
 
-@pytest.mark.parametrize("degrees", [{"tp": 4}, {"dp_shard": 4, "ep": 4}, {"dp_shard": 8, "tp": 2}, {"cp": 8}], ids=str)
+@pytest.mark.parametrize("dims", [{"tp": 4}, {"dp_shard": 4, "ep": 4}, {"dp_shard": 8, "tp": 2}, {"cp": 8}], ids=str)
 def test_a_layout_that_it_can_take(dims: dict[str, int]) -> None:
     check_layout(model(), ParallelDims(**dims))
 

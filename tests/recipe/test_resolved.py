@@ -33,7 +33,7 @@ def test_the_steps_and_the_rates_of_a_run_do_not_depend_on_its_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "reach"),
+    ("group", "scope"),
     [(2, ContrastiveScope.MICRO_BATCH), (4, ContrastiveScope.MICRO_STEP), (8, ContrastiveScope.STEP)],
     ids=str,
 )

@@ -142,7 +142,7 @@ def check(before: RunConfig, now: RunConfig, step: int, *given: str, changes=())
         ({"losses__router_z": 0.5}, "losses.router_z", "0.001 -> 0.5", "losses decides what is minimized"),
         ({"optim__matrices": None}, "optim.matrices", ".*momentum.* -> None", "optim decides what a step does"),
         ({"training__seed": 1}, "training.seed", "0 -> 1", "training decides how the run begins"),
-        ({"precision__compute": "float64"}, "precision.compute", "float32 -> float64", "precision decides"),
+        ({"precision__compute": "bfloat16"}, "precision.compute", "float32 -> bfloat16", "precision decides"),
         ({"tokenizers__vision__patch": 4}, "tokenizers.vision.patch", "8 -> 4", "tokenizers decides which ids"),
         (
             {"data__sources": {name: {"kind": "text", "shards": f"/d/{name}"} for name in reversed(MAKERS)}},

@@ -184,7 +184,7 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
 def _strip_rgb(image: Image.Image, where: str) -> np.ndarray:
     if image.mode == "F":
         raise DataError(f"{where} holds floating-point pixels, whose range is unknown; convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits a pixel (some decoders upcast them to 32)
+    if image.mode.startswith("I"):  # 16 bits a pixel (some decoders widen them to 32)
         grey = np.asarray(image)
         if grey.min(initial=0) < 0 or grey.max(initial=0) > 0xFFFF:
             raise DataError(f"{where} holds pixels of more than 16 bits, whose range is unknown; convert it to 16 bits")

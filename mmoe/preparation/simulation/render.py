@@ -244,17 +244,17 @@ class Scene:
         right = np.sin(axis) * dx - np.cos(axis) * dy
         aspect = np.arctan2(dy, dx) - thing_heading
         along = np.cos(aspect)
-        upcast = np.abs(along) + np.abs(np.sin(aspect)) * self._ratio
+        widen = np.abs(along) + np.abs(np.sin(aspect)) * self._ratio
 
         seen = (depth > 1.5) & (depth < 2 * SIGHT)
         scale = view.focal / np.where(seen, depth, 1.0)
         owner = self._owner
         across, bottom, top, low, high = self._shape
-        scale, right, upcast = scale[:, owner], right[:, owner], upcast[:, owner]
-        middle = self.width / 2 + scale * (right + across * upcast)
+        scale, right, widen = scale[:, owner], right[:, owner], widen[:, owner]
+        middle = self.width / 2 + scale * (right + across * widen)
         foot = np.rint(view.horizon - scale * (low - CAMERA_HEIGHT)).astype(np.int32)
         head = np.rint(view.horizon - scale * (high - CAMERA_HEIGHT)).astype(np.int32)
-        half_foot, half_head = scale * bottom * upcast, scale * top * upcast
+        half_foot, half_head = scale * bottom * widen, scale * top * widen
         widest = np.maximum(half_foot, half_head)
         inside = (middle + widest > 0) & (middle - widest < self.width) & (foot > 0) & (head < self.height)
         fade = 1 - np.exp(-depth / HAZE)[:, owner, None]

@@ -152,15 +152,15 @@ def test_a_silent_sound_is_counted_and_may_be_left_out(tmp_path):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_rotated_video_is_upright(tmp_path, backend, dims):
+def test_rotated_video_is_upright(tmp_path, backend, degrees):
     plain = video(pictures(25, 64, 96), crf=1)
-    (tmp_path / "v.mp4").write_bytes(turned(plain, dims))
+    (tmp_path / "v.mp4").write_bytes(turned(plain, degrees))
     sample = only(read("video", tmp_path, video_backend=backend)[0])
     with av.open(str(tmp_path / "v.mp4")) as file:
         stored = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
     for segment, number in zip(by_kind(sample, Modality.VISION), (12, 24), strict=True):
         ours = load_image(sample.members[segment.member], "x")
-        theirs = np.rot90(stored[number], -dims // 90)
+        theirs = np.rot90(stored[number], -degrees // 90)
         assert ours.shape[:2] == (segment.height, segment.width) == theirs.shape[:2]
         assert np.abs(ours.astype(int) - theirs).mean() < 3
 
