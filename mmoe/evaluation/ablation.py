@@ -12,7 +12,7 @@ from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import ConfigError, DataError
 from mmoe.schema.modality import Modality
 
-POSSIBLE = (Modality.VISION, Modality.AUDIO, Modality.INERTIAL, Modality.STATE)
+NOT_SHOWN = (Modality.STRUCTURE, Modality.TEXT, Modality.ACTION)  # others are inputs alone, which may be exchanged
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,6 @@ def _rows(index: ShardIndex, shard: int, modality: Modality) -> list[_Row]:
 
 
 def _check(option: str, modality: Modality) -> None:
-    if modality not in POSSIBLE:
-        names = ", ".join(kind.name.lower() for kind in POSSIBLE)
+    if modality in NOT_SHOWN:
+        names = ", ".join(kind.name.lower() for kind in Modality if kind not in NOT_SHOWN)
         raise ConfigError(f"--{option} {modality.name.lower()} is not possible; choose from {names}")

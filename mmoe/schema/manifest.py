@@ -18,6 +18,7 @@ from mmoe.addresses import join, local_path
 from mmoe.config.base import Config
 from mmoe.errors import DataError, brief
 from mmoe.files import Read, read_file, write_atomically
+from mmoe.schema.modality import check_known
 from mmoe.schema.rig import STANDARD, Rig
 from mmoe.schema.vectors import VectorStats
 
@@ -138,7 +139,7 @@ class SourceManifest(Config):
             found = _Format.model_validate_json(content).format
             if found != FORMAT:
                 raise DataError(f"{path} has format {found}, this version reads {FORMAT}; prepare it again")
-            return cls.model_validate_json(content)
+            manifest = cls.model_validate_json(content)
         except ValidationError as error:
             fault = error.errors()[0]
             key = brief(".".join(map(str, fault["loc"])) or "all of it", quoted=False)
@@ -146,6 +147,9 @@ class SourceManifest(Config):
             raise DataError(
                 f"{path} is not a source manifest ({key}: {said}); copy it again or prepare the source again"
             ) from error
+
+        check_known((group.modality for split in manifest.splits.values() for group in split.groups), path)
+        return manifest
 
     def save(self, folder: str | Path) -> None:
         """Write the manifest into `folder`."""

@@ -8,7 +8,7 @@ those of the built-in ones are in `mmoe.modalities`, loaded when they are asked 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -106,13 +106,19 @@ class Modality(int, metaclass=_Modalities):
     __str__ = __repr__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _found, (self.name, None if self._spec is None else type(self._spec).__module__)
+        further = Modality._members[BUILT_IN:]
+        return _found, (self.name, int(self), tuple(type(kind._spec).__module__ for kind in further))
 
 
-def _found(name: str, module: str | None) -> Modality:
-    """The modality of this name, in a process that may not have imported the module that registers it."""
-    if name not in Modality.names and module is not None:
+def _found(name: str, code: int, modules: tuple[str, ...]) -> Modality:
+    """The modality of this name, in a process that may not have imported yet what registers it and those before it."""
+    for module in modules if name not in Modality.names else ():
         importlib.import_module(module)
+    if name not in Modality.names or Modality.named(name) != code:
+        raise ConfigError(
+            f"modality {name} has code {code} in one process and not in another; register modalities when their module "
+            "is imported, and name their modules in extensions in one order"
+        )
     return Modality.named(name)
 
 
@@ -126,16 +132,21 @@ def modality_tokens() -> tuple[str, ...]:
     return tuple(name for kind in Modality if kind >= BUILT_IN for name in kind.spec.tokens)
 
 
-def renumbered(codes: np.ndarray, names: list[str], where: str) -> np.ndarray:
-    """Map codes that a file holds, u8 [n], to those of this process, by its `names` of those that are not built in.
-
-    Raises DataError for a modality that nothing here has registered.
-    """
+def check_known(names: Iterable[str], where: str) -> None:
+    """Raises DataError for segments of a modality that nothing in this process has registered."""
     if missing := [name for name in names if name not in Modality.names]:
         raise DataError(
             f"{where} holds segments of modality {missing[0]}, which is not known here; name the module that registers "
             "it in extensions"
         )
+
+
+def renumbered(codes: np.ndarray, names: list[str], where: str) -> np.ndarray:
+    """Map codes that a file holds, u8 [n], to those of this process, by its `names` of those that are not built in.
+
+    Raises DataError for a modality that nothing here has registered.
+    """
+    check_known(names, where)
     if not names:
         return codes
     table = np.arange(256, dtype=np.uint8)

@@ -1,6 +1,11 @@
 """A modality from this file alone, a range image: prepared, planned, decoded, trained on one process and on two."""
 
+import importlib
 import io
+import os
+import pickle
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +30,7 @@ from mmoe.schema.modality import BUILT_IN, Modality, ModalitySpec, Planned, renu
 from mmoe.schema.sample import Sample, Segment
 from mmoe.tokenizers.text import TextTokenizer
 from mmoe.training.run import Run
+from tests.conftest import REPOSITORY
 from tests.data.synthetic import write_sources
 from tests.distributed.pool import Pool
 from tests.distributed.test_training import LAYOUTS, figures, train
@@ -220,6 +226,37 @@ def test_shards_are_read_by_name_whatever_is_registered_beside_it(folder):
     del Modality._members[BUILT_IN + 1 :]
     with pytest.raises(DataError, match="modality OTHER, which is not known here; name the module .* in extensions"):
         renumbered(codes, ["OTHER"], "x")
+
+
+def test_a_source_of_a_modality_that_nothing_registers_is_refused(folder):
+    kept = Modality._members[BUILT_IN:]
+    del Modality._members[BUILT_IN:]
+    try:
+        with pytest.raises(DataError, match="source.json holds segments of modality RANGE, which is not known here"):
+            SourceManifest.load(folder / "scans")
+    finally:
+        Modality._members[BUILT_IN:] = kept
+
+
+def test_a_process_that_imports_but_the_second_of_two_numbers_both_alike(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("first_of_two", "second_of_two"):
+        module = f"class Spec(ModalitySpec):\n    name = {name.upper()!r}\n\n\nModality.register(Spec())\n"
+        (tmp_path / f"{name}.py").write_text("from mmoe.schema.modality import Modality, ModalitySpec\n\n\n" + module)
+    kept = Modality._members[BUILT_IN:]
+    del Modality._members[BUILT_IN:]
+    try:
+        importlib.import_module("first_of_two")
+        importlib.import_module("second_of_two")
+        held = pickle.dumps(Modality.named("SECOND_OF_TWO"))
+    finally:
+        Modality._members[BUILT_IN:] = kept
+    script = f"import pickle; print(int(pickle.loads({held!r})), len(pickle.loads({held!r}).__class__))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(BUILT_IN + 1), str(BUILT_IN + 2)]
+    with pytest.raises(ConfigError, match="has code 8 in one process and not in another"):
+        pickle.loads(held)
 
 
 @pytest.mark.parametrize("name, said", [("TEXT", "there is a modality TEXT"), ("range image", "in capitals")])
