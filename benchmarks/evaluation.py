@@ -38,7 +38,7 @@ SHARE = 0.75  # of one process's memory, that a rank of two may take
 LINES = 2000
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # read at a process's start
 ENVIRONMENT = os.environ | GIVE_BACK | {"OMP_NUM_THREADS": "1"}
-MODEL = {"d_model": 768, "layers": 16, "heads": 12, "kv_heads": 12, "hidden": 2304}
+MODEL = {"d_model": 768, "n_layers": 16, "n_heads": 12, "n_kv_heads": 12, "intermediate_size": 2304}
 
 
 def tree(root: Path) -> dict:

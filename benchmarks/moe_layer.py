@@ -53,7 +53,7 @@ def random_tokens() -> Tokens:
 
 
 def moe_layer(experts: int, capacity_factor: float | None = None) -> MoELayer:
-    config = MoEConfig(experts=experts, top_k=TOP_K, hidden=HIDDEN, capacity_factor=capacity_factor)
+    config = MoEConfig(n_experts=experts, top_k=TOP_K, intermediate_size=HIDDEN, capacity_factor=capacity_factor)
     return initialise(MoELayer(WIDTH, config)).bfloat16()
 
 

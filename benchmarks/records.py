@@ -90,17 +90,17 @@ def records(config: RunConfig, sources: list[int], cadence: int) -> Iterator[Ste
     """Records whose tables are due every `cadence` steps, and those of scalars between them."""
     random, moe = np.random.default_rng(0), config.model.moe
     assert moe is not None, "a dense model has no tables"
-    layers = sum(moe.in_layer(layer) for layer in range(config.model.layers))
+    layers = sum(moe.in_layer(layer) for layer in range(config.model.n_layers))
     names = list(config.data.sources)
     kinds = [
         (kind, s) for s in sources for kind in (Modality.STRUCTURE, *MODALITIES[config.data.sources[names[s]].kind])
     ]
-    share_NMSE = np.zeros((layers, len(Modality), len(names), moe.experts))
+    share_NMSE = np.zeros((layers, len(Modality), len(names), moe.n_experts))
     for (kind, source), share in zip(kinds, random.dirichlet(np.ones(len(kinds)))):
-        share_NMSE[:, kind, source] = share * random.dirichlet(np.full(moe.experts, 2.0), layers)
+        share_NMSE[:, kind, source] = share * random.dirichlet(np.full(moe.n_experts, 2.0), layers)
     choices = config.training.global_batch_positions * 0.97 * moe.top_k * cadence
     every = MonitoringConfig().log_every_steps
-    means = {name: random.normal(size=(layers, moe.experts)) for name in MEANS}
+    means = {name: random.normal(size=(layers, moe.n_experts)) for name in MEANS}
     for number in range(RECORDS):
         end = (number + 1) * cadence
         for step in range(number * cadence // every * every + every, end, every):

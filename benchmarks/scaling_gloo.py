@@ -46,8 +46,9 @@ DOCUMENTS = 4  # of a sequence of 1024
 SHARE = 0.85
 LAYOUTS = {"dp2": [], "ep2": ["parallel.ep=2"], "dp2_zero3": ["parallel.zero=3"]}
 MODEL = """
-model.d_model=512 model.layers=4 model.heads=8 model.kv_heads=4 model.head_dim=64 model.hidden=1024
-model.moe.experts=8 model.moe.hidden=512 model.moe.top_k=2 data.sequence_length=1024 data.patches_per_sequence=256
+model.d_model=512 model.n_layers=4 model.n_heads=8 model.n_kv_heads=4 model.head_dim=64 model.intermediate_size=1024
+model.moe.n_experts=8 model.moe.intermediate_size=512 model.moe.top_k=2
+data.sequence_length=1024 data.patches_per_sequence=256
 tokenizers.vision.max_patches=64 losses.contrastive.group_sequences=1 training.micro_batch_sequences=8 parallel.ep=1
 parallel.zero=2
 optim.lr.peak=3e-4

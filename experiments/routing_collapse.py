@@ -55,7 +55,7 @@ class Setting:
 
 
 def losses(z: float = 0.0, **levels: float) -> LossConfig:
-    return LossConfig(balance=BalanceConfig(**{"sequence": 0.0} | levels), router_z=z)
+    return LossConfig(load_balance=BalanceConfig(**{"sequence": 0.0} | levels), z_loss=z)
 
 
 SETTINGS = [
@@ -129,8 +129,8 @@ def packed(ids: Tensor) -> PackedBatch:
 
 def collapsed_model(setting: Setting, seed: int, batch: PackedBatch) -> MultimodalModel:
     """The model with initial weights that send every token of `batch` (and its like) to experts 0 and 1."""
-    moe = MoEConfig(experts=EXPERTS, top_k=TOP_K, hidden=SIZE, bias_rate=setting.bias_rate)
-    config = ModelConfig(d_model=SIZE, layers=LAYERS, heads=2, kv_heads=2, hidden=SIZE, moe=moe)
+    moe = MoEConfig(n_experts=EXPERTS, top_k=TOP_K, intermediate_size=SIZE, bias_update_rate=setting.bias_rate)
+    config = ModelConfig(d_model=SIZE, n_layers=LAYERS, n_heads=2, n_kv_heads=2, intermediate_size=SIZE, moe=moe)
     model = config.build(ModelInputs(vocabulary_size=VOCABULARY.size), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

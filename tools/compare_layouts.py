@@ -1,7 +1,7 @@
 """Does this config compute the same in every layout? The first step of its real data, against one process.
 
     python tools/compare_layouts.py configs/demo.yaml --layouts dp2 tp2 ep2 pp2 cp2
-    python tools/compare_layouts.py configs/demo.yaml model.layers=2 --layouts ep2,tp2 hsdp2,dp2 --precision float64
+    python tools/compare_layouts.py configs/demo.yaml model.n_layers=2 --layouts ep2,tp2 hsdp2,dp2 --precision float64
 
 A layout is a comma-separated list of degrees: dp (parallel.dp_shard), hsdp (dp_replicate), tp, cp, pp, ep. It takes
 as many processes of this machine as dp x hsdp x tp x cp x pp; ep borrows from dp, cp and tp, and raises dp where none
@@ -126,7 +126,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. model.layers=2")
+    parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. model.n_layers=2")
     parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help="e.g. dp2 tp2 ep2,dp2")
     parser.add_argument("--precision", choices=TOLERANCE, default="float32", help="default: %(default)s")
     parser.add_argument("--tolerance", type=float, help="relative; default: 1e-5 in float32, 1e-11 in float64")
@@ -147,17 +147,17 @@ def plan(arguments: argparse.Namespace) -> tuple[RunConfig, list[Layout], dict[s
         "parallel": single | {"compile": False},
         "data": {"workers": 0},  # the processes here may have no children
     }
-    if levels := [level for level in ("micro_batch", "global_batch") if getattr(config.losses.balance, level)]:
+    if levels := [level for level in ("micro_batch", "global_batch") if getattr(config.losses.load_balance, level)]:
         for level in levels:
             console.print(
-                Text(f"losses.balance.{level}", "bold"),
+                Text(f"losses.load_balance.{level}", "bold"),
                 "is set to 0: it depends on how a step is cut into micro-batches",
                 highlight=False,
                 soft_wrap=True,
             )
-        changes = merge(changes, {"losses": {"balance": dict.fromkeys(levels, 0.0)}})
+        changes = merge(changes, {"losses": {"load_balance": dict.fromkeys(levels, 0.0)}})
     if config.model.moe is not None and arguments.precision == "float64":
-        changes = merge(changes, {"model": {"moe": {"engine": "loop"}}})
+        changes = merge(changes, {"model": {"moe": {"expert_backend": "loop"}}})
     reference = changed(config, changes)
     layouts, refused = [], {}
     for name in arguments.layouts:

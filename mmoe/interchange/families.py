@@ -56,9 +56,9 @@ FAMILIES = {
 # Ours -> theirs, where only the name differs.
 SIZES = {
     "d_model": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
@@ -89,17 +89,19 @@ _UNUSED |= {"unsloth_fixed", "unsloth_version", "model_max_length"}
 _OWN_PREFIX = "mmoe_"  # of keys that an export adds
 
 # Keys of ours that are translated, and keys that change nothing of what text goes through when it is read.
-TRANSLATED = {*SIZES, "head_dim", "hidden", "rope_theta", "qk_norm", "moe"}
+TRANSLATED = {*SIZES, "head_dim", "intermediate_size", "rope_theta", "qk_norm", "moe"}
 NEUTRAL = {"bidirectional_slices", "attention", "init_std", "contrast_dim"}
-TRANSLATED_MOE = {"experts", "top_k", "hidden", "normalise", "every", "dense_first", "score"}
-NEUTRAL_MOE = {"engine", "dispatcher", "noise", "drop", "group_multiple"}
+TRANSLATED_MOE = {
+    "n_experts", "top_k", "intermediate_size", "norm_topk_prob", "layer_freq", "first_k_dense", "score_func"
+}  # fmt: skip
+NEUTRAL_MOE = {"expert_backend", "dispatcher", "router_noise", "drop_policy", "token_group_alignment"}
 REMEDIES = {
-    "shared_experts": "train with 0 (more top_k gives the same active parameters)",
+    "n_shared_experts": "train with 0 (more top_k gives the same active parameters)",
     "capacity_factor": "it drops nothing: evaluate the run with null in its config.yaml, and export it so",
-    "score": "train with softmax",
-    "scale": "train with 1.0",
+    "score_func": "train with softmax",
+    "routed_scaling_factor": "train with 1.0",
     "groups": "train with null",
-    "bias_rate": "train with 0.0 and a balance loss",
+    "bias_update_rate": "train with 0.0 and a balance loss",
 }
 
 
@@ -109,26 +111,26 @@ def family_of(config: ModelConfig) -> Family:
     family = next(f for f in FAMILIES.values() if f.qk_norm == config.qk_norm and (f.experts is None) == (moe is None))
     name = family.architecture.removesuffix("ForCausalLM")
     _refuse_unknown(name, "model", config, TRANSLATED | NEUTRAL)
-    if family.model_type == "llama" and config.d_model % config.heads:
+    if family.model_type == "llama" and config.d_model % config.n_heads:
         raise _inexpressible(
             name,
-            "model.heads",
-            f"{config.heads}, of which model.d_model {config.d_model} is not a multiple",
+            "model.n_heads",
+            f"{config.n_heads}, of which model.d_model {config.d_model} is not a multiple",
             "train with heads that divide d_model, or with model.qk_norm true, which makes it a Qwen3, which can",
         )
     if moe is None:
         return family
     _refuse_unknown(name, "model.moe", moe, TRANSLATED_MOE | NEUTRAL_MOE)
-    if moe.score not in ("softmax", "softmax_topk"):
-        raise _inexpressible(name, "model.moe.score", moe.score, REMEDIES["score"])
+    if moe.score_func not in ("softmax", "softmax_topk"):
+        raise _inexpressible(name, "model.moe.score_func", moe.score_func, REMEDIES["score_func"])
     if family.model_type == "mixtral":
-        dense = [number for number in range(config.layers) if not moe.in_layer(number)]
+        dense = [number for number in range(config.n_layers) if not moe.in_layer(number)]
         remedy = "train with model.qk_norm true, which makes it a Qwen3Moe, which has that"
         if dense:
-            key, value = ("every", moe.every) if moe.every > 1 else ("dense_first", moe.dense_first)
+            key, value = ("layer_freq", moe.layer_freq) if moe.layer_freq > 1 else ("first_k_dense", moe.first_k_dense)
             raise _inexpressible(name, f"model.moe.{key}", f"{value} (layer {dense[0]} is dense)", remedy)
-        if not moe.normalise:
-            raise _inexpressible(name, "model.moe.normalise", False, remedy)
+        if not moe.norm_topk_prob:
+            raise _inexpressible(name, "model.moe.norm_topk_prob", False, remedy)
     return family
 
 
@@ -149,7 +151,7 @@ def to_huggingface(config: ModelConfig, vocabulary_size: int, positions: int) ->
     family = family_of(config)
     tree: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     tree |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
-    tree |= {"head_dim": config.head_width, "intermediate_size": config.hidden}
+    tree |= {"head_dim": config.head_width, "intermediate_size": config.intermediate_size}
     tree |= {"vocab_size": vocabulary_size, "max_position_embeddings": positions, **FIXED}
     # transformers before 5 reads the first, later ones the second
     tree |= {"rope_theta": config.rope_theta}
@@ -158,11 +160,15 @@ def to_huggingface(config: ModelConfig, vocabulary_size: int, positions: int) ->
     if moe is None:
         return tree
     if family.model_type == "mixtral":
-        tree |= {"intermediate_size": moe.hidden, "num_local_experts": moe.experts, "sliding_window": None}
+        tree |= {"intermediate_size": moe.intermediate_size, "num_local_experts": moe.n_experts, "sliding_window": None}
     else:
-        tree |= {"moe_intermediate_size": moe.hidden, "num_experts": moe.experts, "use_sliding_window": False}
-        tree |= {"decoder_sparse_step": moe.every, "mlp_only_layers": list(range(moe.dense_first))}
-        tree |= {"norm_topk_prob": moe.normalise or moe.score == "softmax_topk"}
+        tree |= {
+            "moe_intermediate_size": moe.intermediate_size,
+            "num_experts": moe.n_experts,
+            "use_sliding_window": False,
+        }
+        tree |= {"decoder_sparse_step": moe.layer_freq, "mlp_only_layers": list(range(moe.first_k_dense))}
+        tree |= {"norm_topk_prob": moe.norm_topk_prob or moe.score_func == "softmax_topk"}
     return tree | {"num_experts_per_tok": moe.top_k}
 
 
@@ -190,9 +196,9 @@ def from_huggingface(tree: dict[str, Any], where: str) -> tuple[Family, ModelCon
         sizes = {ours: tree[theirs] for ours, theirs in SIZES.items() if theirs != "num_key_value_heads"}
         config = ModelConfig(
             **sizes,
-            kv_heads=tree["num_key_value_heads"] or tree["num_attention_heads"],
+            n_kv_heads=tree["num_key_value_heads"] or tree["num_attention_heads"],
             head_dim=tree["head_dim"],
-            hidden=tree["intermediate_size"],
+            intermediate_size=tree["intermediate_size"],
             rope_theta=rope_theta,
             qk_norm=family.qk_norm,
             moe=None if family.experts is None else _experts(family, tree, where),
@@ -241,12 +247,12 @@ def _experts(family: Family, tree: dict[str, Any], where: str) -> MoEConfig | No
     experts = tree["num_experts"] if "num_experts" in tree else tree["num_local_experts"]
     fast = not any(width % GroupedMMEngine.multiple for width in (hidden, tree["hidden_size"]))
     moe = MoEConfig(
-        experts=experts,
+        n_experts=experts,
         top_k=tree["num_experts_per_tok"],
-        hidden=hidden,
-        normalise=mixtral or tree.get("norm_topk_prob", False),
-        every=1 if mixtral else tree.get("decoder_sparse_step", 1),
-        engine="grouped_mm" if fast else "loop",
+        intermediate_size=hidden,
+        norm_topk_prob=mixtral or tree.get("norm_topk_prob", False),
+        layer_freq=1 if mixtral else tree.get("decoder_sparse_step", 1),
+        expert_backend="grouped_mm" if fast else "loop",
     )
     only_dense = set() if mixtral else set(tree.get("mlp_only_layers") or ())
     layers = range(tree["num_hidden_layers"])
@@ -255,7 +261,7 @@ def _experts(family: Family, tree: dict[str, Any], where: str) -> MoEConfig | No
         return None
     # The same layers, described by how many dense ones come first.
     first = 0 if sparse == [number for number in layers if moe.in_layer(number)] else sparse[0]
-    moe = moe.model_copy(update={"dense_first": first})
+    moe = moe.model_copy(update={"first_k_dense": first})
     if sparse != [number for number in layers if moe.in_layer(number)]:
         raise _unsupported(where, "mlp_only_layers", sorted(only_dense), "ours can only have dense layers first")
     return moe

@@ -116,7 +116,7 @@ class Stacked:
 def rows(config: ModelConfig, experts: ExpertNames | None) -> list[Row]:
     """The text path of a model of `config`, in the order of its forward pass."""
     table: list[Row] = _same("", "", {"embeddings.token": MODEL["embeddings.token"]})
-    for number in range(config.layers):
+    for number in range(config.n_layers):
         ours, theirs = f"decoder.blocks.{number}.", f"model.layers.{number}."
         table += _same(ours, theirs, LAYER | (QK_NORM if config.qk_norm else {}))
         if config.moe is None or experts is None or not config.moe.in_layer(number):
@@ -127,9 +127,9 @@ def rows(config: ModelConfig, experts: ExpertNames | None) -> list[Row]:
         for part, (name, each) in enumerate({"gate": experts.gate, "up": experts.up}.items()):
             fused = f"{theirs}{MODULE_GATE_UP}"
             each = f"{theirs}{each}.weight"
-            table.append(Stacked(f"{ours}network.experts.{name}", each, config.moe.experts, fused, part, parts=2))
+            table.append(Stacked(f"{ours}network.experts.{name}", each, config.moe.n_experts, fused, part, parts=2))
         down = f"{theirs}{experts.down}.weight"
-        table.append(Stacked(f"{ours}network.experts.down", down, config.moe.experts, f"{theirs}{MODULE_DOWN}"))
+        table.append(Stacked(f"{ours}network.experts.down", down, config.moe.n_experts, f"{theirs}{MODULE_DOWN}"))
     table += _same("", "", {"decoder.norm": MODEL["decoder.norm"]})
     return table if config.tie_embeddings else table + _same("", "", UNTIED)
 

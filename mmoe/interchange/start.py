@@ -104,7 +104,7 @@ def _text_rows(run: Run, name: str, theirs: Tensor) -> Tensor:
     text = run.tokenizers.vocabulary.ranges["text"]
     model = run.config.model
     shape = torch.Size((run.tokenizers.vocabulary.size, model.d_model))
-    table = initial_value(name, shape, run.config.training.seed, model.init_std, model.layers)
+    table = initial_value(name, shape, run.config.training.seed, model.init_std, model.n_layers)
     table[text.start : text.stop] = theirs[: len(text)].to(table)
     return table
 
@@ -129,37 +129,40 @@ def _check_same_function(source: ModelConfig, target: ModelConfig, where: str) -
         raise ConfigError(f"training.start_from: the weights of {where} have experts and model.moe is null; set it")
     if target.moe is None:
         return
-    upcycled = [n for n in range(target.layers) if target.moe.in_layer(n) and not _has_experts(source, n)]
-    if lost := [n for n in range(target.layers) if _has_experts(source, n) and not target.moe.in_layer(n)]:
+    upcycled = [n for n in range(target.n_layers) if target.moe.in_layer(n) and not _has_experts(source, n)]
+    if lost := [n for n in range(target.n_layers) if _has_experts(source, n) and not target.moe.in_layer(n)]:
         raise ConfigError(
             f"training.start_from: layer {lost[0]} has experts in {where}, and is dense in model.moe; "
-            "set model.moe.every and dense_first so that it has them"
+            "set model.moe.layer_freq and first_k_dense so that it has them"
         )
     if source.moe is not None:
         _check_same_experts(source.moe, target.moe, where)
-    if upcycled and target.moe.hidden != source.hidden:
+    if upcycled and target.moe.intermediate_size != source.intermediate_size:
         raise ConfigError(
-            f"training.start_from: model.moe.hidden is {target.moe.hidden}, but an expert begins as a copy of the "
-            f"dense network of {where}, which is {source.hidden} wide; set model.moe.hidden to that"
+            f"training.start_from: model.moe.intermediate_size is {target.moe.intermediate_size}, but an expert begins "
+            f"as a copy of the dense network of {where}, which is {source.intermediate_size} wide; set "
+            "model.moe.intermediate_size to that"
         )
-    if upcycled and (target.moe.scale != 1 or not target.moe.normalise):
+    if upcycled and (target.moe.routed_scaling_factor != 1 or not target.moe.norm_topk_prob):
         raise ConfigError(
             "training.start_from: copies of a dense network stand for it only when their weights add up to 1; "
-            "set model.moe.normalise to true and model.moe.scale to 1.0"
+            "set model.moe.norm_topk_prob to true and model.moe.routed_scaling_factor to 1.0"
         )
 
 
 def _function(config: ModelConfig) -> dict[str, object]:
     """What decides about the function of the dense part."""
-    return config.model_dump(exclude=NEUTRAL | {"moe", "head_dim", "hidden"}) | {"head_dim": config.head_width}
+    return config.model_dump(exclude=NEUTRAL | {"moe", "head_dim", "intermediate_size"}) | {
+        "head_dim": config.head_width
+    }
 
 
 def _check_same_experts(source: MoEConfig, target: MoEConfig, where: str) -> None:
-    exclude = NEUTRAL_MOE | {"every", "dense_first", "capacity_factor"}
+    exclude = NEUTRAL_MOE | {"layer_freq", "first_k_dense", "capacity_factor"}
     theirs, ours = source.model_dump(exclude=exclude), target.model_dump(exclude=exclude)
-    same_scores = {"softmax", "softmax_topk"} if source.normalise and target.normalise else set()
+    same_scores = {"softmax", "softmax_topk"} if source.norm_topk_prob and target.norm_topk_prob else set()
     for key, value in ours.items():
-        if value != theirs[key] and not (key == "score" and {value, theirs[key]} <= same_scores):
+        if value != theirs[key] and not (key == "score_func" and {value, theirs[key]} <= same_scores):
             raise ConfigError(
                 f"training.start_from: model.moe.{key} is {value}, but the weights of {where} are of {theirs[key]}; "
                 "set it to that"
@@ -181,26 +184,26 @@ class _Expanded(Mapping[str, Tensor]):
         self, weights: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig, noise: float, seed: int
     ) -> None:
         self.weights, self.target, self.noise, self.seed = weights, target, noise, seed
-        numbers = [n for n in range(target.layers) if _has_experts(target, n) and not _has_experts(source, n)]
+        numbers = [n for n in range(target.n_layers) if _has_experts(target, n) and not _has_experts(source, n)]
         layers = [f"decoder.blocks.{n}.network." for n in numbers]
         self._experts = {f"{at}experts.{matrix}": f"{at}{matrix}.weight" for at in layers for matrix in MATRICES}
-        shared = layers if target.moe is not None and target.moe.shared_experts else []
+        shared = layers if target.moe is not None and target.moe.n_shared_experts else []
         self._zeros = {f"{at}shared.down.weight" for at in shared}
         self._names = sorted((weights.keys() - self._experts.values()) | self._experts.keys() | self._zeros)
 
     def __getitem__(self, name: str) -> Tensor:
         moe = self.target.moe
         if moe is not None and name in self._experts:
-            return self._copies(name, self.weights[self._experts[name]].T, moe.experts)
+            return self._copies(name, self.weights[self._experts[name]].T, moe.n_experts)
         if moe is not None and name in self._zeros:
-            return torch.zeros(self.target.d_model, moe.shared_experts * moe.hidden)
+            return torch.zeros(self.target.d_model, moe.n_shared_experts * moe.intermediate_size)
         return self.weights[name]
 
     def _copies(self, name: str, dense: Tensor, experts: int) -> Tensor:
         copies = dense.expand(experts, *dense.shape)
         if not self.noise:
             return copies
-        normal = initial_value(f"{name}.upcycling", copies.shape, self.seed, 1.0, self.target.layers)
+        normal = initial_value(f"{name}.upcycling", copies.shape, self.seed, 1.0, self.target.n_layers)
         return copies + self.noise * dense.std() * normal.to(dense) / normal.std()
 
     def __iter__(self) -> Iterator[str]:

@@ -54,7 +54,7 @@ def _upcycle(run: Run, moe: MoEConfig, origin: StartConfig) -> Upcycled:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
     batches = [batch.to(run.device) for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
     take_weights(run, origin.model_copy(update={"noise": 0.0}))  # refuses what does not fit
-    copies, dense = loss(run.model, batches), _dense_loss(run, moe.hidden, origin, batches)
+    copies, dense = loss(run.model, batches), _dense_loss(run, moe.intermediate_size, origin, batches)
     start(run, origin)
     losses = Upcycled(dense, copies, loss(run.model, batches) if origin.noise else copies)
     run.save_config()
@@ -71,7 +71,7 @@ def _upcycle(run: Run, moe: MoEConfig, origin: StartConfig) -> Upcycled:
 
 def _dense_loss(run: Run, hidden: int, origin: StartConfig, batches: list[PackedBatch]) -> float:
     """Of the model as it was, with networks `hidden` wide: built anew beside `run`, with the same ids."""
-    model = run.config.model.model_copy(update={"moe": None, "hidden": hidden})
+    model = run.config.model.model_copy(update={"moe": None, "intermediate_size": hidden})
     config = run.config.model_copy(update={"model": model})
     dense = Run.build(config)
     take_weights(dense, origin)

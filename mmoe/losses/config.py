@@ -27,8 +27,8 @@ class LossConfig(Config):
     ce: CrossEntropyConfig = CrossEntropyConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     action: ActionLossConfig = ActionLossConfig()
-    balance: BalanceConfig = BalanceConfig()
-    router_z: float = Field(default=0.001, ge=0)  # of the routers' z-loss
+    load_balance: BalanceConfig = BalanceConfig()
+    z_loss: float = Field(default=0.001, ge=0)  # of the routers' z-loss
     terms: ChosenTerms = ()  # further ones, by kind
 
     def label_weights(self) -> np.ndarray:
@@ -45,7 +45,7 @@ class LossConfig(Config):
 
     def build(self) -> LossTerms:
         """Build the terms. Raises ConfigError for two of one name."""
-        weights = {f"balance_{level}": weight for level, weight in self.balance} | {"router_z": self.router_z}
-        routers = [RouterTerm(name, weights[name]) for name in router_losses(self.balance)]
+        weights = {f"balance_{level}": weight for level, weight in self.load_balance} | {"router_z": self.z_loss}
+        routers = [RouterTerm(name, weights[name]) for name in router_losses(self.load_balance)]
         own = [self.ce.build(), self.contrastive.build(), self.action.build()]
-        return LossTerms([*own, *routers, *(term.build() for term in self.terms)], self.balance)
+        return LossTerms([*own, *routers, *(term.build() for term in self.terms)], self.load_balance)

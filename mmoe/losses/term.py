@@ -90,7 +90,7 @@ class LossTerm:
         self.name, self.weight = name, weight
 
     def head(self, inputs: ModelInputs, d_model: int) -> nn.Module | None:
-        """Build the term's own module, which becomes ``model.heads[name]``; None where it needs none."""
+        """Build the term's own module, which becomes ``model.n_heads[name]``; None where it needs none."""
         return None
 
     def denominator(self, counts: Counts, sequences: int) -> float:

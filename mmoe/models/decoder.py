@@ -32,11 +32,11 @@ class ModelConfig(Config):
     """Configures the decoder: its sizes, attention, embeddings and experts."""
 
     d_model: int = Field(gt=0, le=WIDEST)
-    layers: int = Field(gt=0, le=10_000)
-    heads: int = Field(gt=0, le=WIDEST)
-    kv_heads: int = Field(gt=0, le=WIDEST)
+    n_layers: int = Field(gt=0, le=10_000)
+    n_heads: int = Field(gt=0, le=WIDEST)
+    n_kv_heads: int = Field(gt=0, le=WIDEST)
     head_dim: int | None = Field(default=None, gt=0, le=WIDEST)  # null: d_model / heads
-    hidden: int = Field(gt=0, le=WIDEST)  # SwiGLU width of dense layers
+    intermediate_size: int = Field(gt=0, le=WIDEST)  # SwiGLU width of dense layers
     rope_theta: float = Field(default=10_000.0, gt=0)
     qk_norm: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
@@ -49,21 +49,22 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _shape(self) -> "ModelConfig":
-        if self.heads % self.kv_heads:
+        if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"heads is {self.heads}, not a multiple of kv_heads {self.kv_heads}; every key/value head serves the "
-                "same number of query heads: change one of them"
+                f"n_heads is {self.n_heads}, not a multiple of n_kv_heads {self.n_kv_heads}; every key/value head "
+                "serves the same number of query heads: change one of them"
             )
-        if self.head_dim is None and self.d_model % self.heads:
+        if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
-                f"d_model {self.d_model} is not a multiple of heads {self.heads}; change one of them or set head_dim"
+                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; change one of them or set "
+                "head_dim"
             )
         if self.head_width % 2:
             raise ValueError(f"head_dim is {self.head_width}, but rotary positions turn pairs; make it even")
-        if self.moe is not None and not any(map(self.moe.in_layer, range(self.layers))):
+        if self.moe is not None and not any(map(self.moe.in_layer, range(self.n_layers))):
             raise ValueError(
-                f"moe.every {self.moe.every} and moe.dense_first {self.moe.dense_first} leave none of the "
-                f"{self.layers} layers with experts; lower them or set moe to null"
+                f"moe.layer_freq {self.moe.layer_freq} and moe.first_k_dense {self.moe.first_k_dense} leave none of "
+                f"the {self.n_layers} layers with experts; lower them or set moe to null"
             )
         if self.moe is not None:
             self.moe.check_width("d_model", self.d_model)
@@ -83,12 +84,12 @@ class ModelConfig(Config):
     @property
     def head_width(self) -> int:
         """Give the width of a head: `head_dim`, or what d_model has for each head."""
-        return self.head_dim or self.d_model // self.heads
+        return self.head_dim or self.d_model // self.n_heads
 
     def build(self, inputs: ModelInputs, seed: int, heads: Mapping[str, nn.Module] | None = None) -> "MultimodalModel":
         """The model with its initial weights, float32 on the CPU; `heads` as `MultimodalModel` takes them."""
         model = MultimodalModel(self, inputs, heads)
-        initialise(model, seed, self.init_std, self.layers)
+        initialise(model, seed, self.init_std, self.n_layers)
         return model
 
 
@@ -99,12 +100,12 @@ class Block(nn.Module):
         super().__init__()
         size, eps = config.d_model, config.norm_eps
         self.attention_norm = RMSNorm(size, eps)
-        self.attention = Attention(size, config.heads, config.kv_heads, config.head_width, config.qk_norm, eps)
+        self.attention = Attention(size, config.n_heads, config.n_kv_heads, config.head_width, config.qk_norm, eps)
         self.network_norm = RMSNorm(size, eps)
         self.network: nn.Module = (
             MoELayer(size, config.moe, number)
             if config.moe is not None and config.moe.in_layer(number)
-            else SwiGLU(size, config.hidden)
+            else SwiGLU(size, config.intermediate_size)
         )
 
     def forward(self, x_BLD: Tensor, context: BatchContext) -> tuple[Tensor, LayerRouting | None]:
@@ -173,7 +174,7 @@ class Decoder(nn.Module):
         self.config = config
         for name in config.attention_class.requires:
             require(name, "model.attention")
-        self.blocks = nn.ModuleList([Block(config, number) for number in range(config.layers)])
+        self.blocks = nn.ModuleList([Block(config, number) for number in range(config.n_layers)])
         self.norm: nn.Module = RMSNorm(config.d_model, config.norm_eps)
 
     @property

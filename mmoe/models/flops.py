@@ -44,7 +44,7 @@ class ParameterCounts:
         decoder = sum(size for name, size in sizes.items() if name.startswith("decoder."))
         tables = table + sizes.get("unembedding.weight", 0)
         total = decoder + tables
-        chosen = 0 if config.moe is None else experts * config.moe.top_k // config.moe.experts
+        chosen = 0 if config.moe is None else experts * config.moe.top_k // config.moe.n_experts
         active = total - experts + chosen
         looked_up = 0 if config.tie_embeddings else table
         return cls(total, active, active - norms - looked_up, experts, sum(sizes.values()) - total)
@@ -69,7 +69,7 @@ def training_flops(config: ModelConfig, multiplied: int, positions: int, squares
 
 
 def _attention(config: ModelConfig, squares: int) -> int:
-    return 2 * squares * config.heads * config.head_width * config.layers
+    return 2 * squares * config.n_heads * config.head_width * config.n_layers
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,18 @@ class RankWork:
 def computed_flops(model: ModelConfig, vocabulary: int, layers: list[int], head: bool, work: RankWork) -> int:
     """Operations of a micro-batch in `layers` of the model, and in the `head` where the rank has it."""
     size, moe = model.d_model, model.moe
-    attention = size * model.head_width * (2 * model.heads + 2 * model.kv_heads)
+    attention = size * model.head_width * (2 * model.n_heads + 2 * model.n_kv_heads)
     positions = work.sequences * sum(work.documents) / work.sequence_ranks
     products = 0.0
     for layer in layers:
         products += positions * attention
         if moe is None or not moe.in_layer(layer):
-            products += positions * 3 * size * model.hidden
+            products += positions * 3 * size * model.intermediate_size
             continue
-        products += positions * (size * moe.experts + 3 * size * moe.hidden * moe.shared_experts)
-        products += work.rows * 3 * size * moe.hidden
+        products += positions * (size * moe.n_experts + 3 * size * moe.intermediate_size * moe.n_shared_experts)
+        products += work.rows * 3 * size * moe.intermediate_size
     backend = model.attention_class
-    scores = backend.flops(work.documents, model.heads, model.head_width) * work.sequences * len(layers)
+    scores = backend.flops(work.documents, model.n_heads, model.head_width) * work.sequences * len(layers)
     total = (3 + work.again) * 2 * products
     total += (1 + work.again + backend.backward_flops) * scores / work.sequence_ranks
     if head:

@@ -41,7 +41,7 @@ class OptimConfig(Config):
         table.columns[1].justify = "right"
         table.add_row("peak rate", f"{schedule.peak:.3g}", rule)
         table.add_row("last rate", f"{schedule(batch.iterations - 1):.3g}", f"{schedule.kind} over the run's steps")
-        for name in ("warmup", "cooldown", "decay"):
+        for name in ("warmup", "hold", "decay"):
             span, steps = getattr(self.schedule, name), getattr(schedule, name)
             if span is not None:
                 positions = steps * batch.global_batch_positions

@@ -43,8 +43,8 @@ class ScheduleConfig(Config):
     ========= ============================================================================================
     kind      after the warmup
     ========= ============================================================================================
-    cosine    half a cosine down to `minimum`, then constant for `cooldown`
-    linear    a straight line down to `minimum`, then constant for `cooldown`
+    cosine    half a cosine down to `minimum`, then constant for `hold`
+    linear    a straight line down to `minimum`, then constant for `hold`
     one_cycle as cosine, with a warmup that is half a cosine too (Smith and Topin 2017; the rate only)
     wsd       constant at the peak, and a straight line down to `minimum` over the last `decay`
     constant  constant at the peak
@@ -57,20 +57,20 @@ class ScheduleConfig(Config):
     warmup: Span = Span(fraction=0.02)
     start: float = Field(default=0.01, ge=0, le=1)  # the least rate of the warmup
     minimum: float = Field(default=0.1, ge=0, le=1)
-    cooldown: Span | None = None
+    hold: Span | None = None
     decay: Span | None = None
 
     @model_validator(mode="after")
     def _spans(self) -> "ScheduleConfig":
-        if self.cooldown is not None and self.kind not in ("cosine", "linear", "one_cycle"):
+        if self.hold is not None and self.kind not in ("cosine", "linear", "one_cycle"):
             raise ValueError(
-                f"optim.schedule.cooldown is time at the minimum after a decay to it, which kind {self.kind} "
+                f"optim.schedule.hold is time at the minimum after a decay to it, which kind {self.kind} "
                 "does not have; remove it, or name kind cosine, linear or one_cycle"
             )
         if (self.decay is not None) != (self.kind == "wsd"):
             raise ValueError(
                 "optim.schedule.decay and optim.schedule.kind: wsd belong together (the other shapes decay "
-                "until the cooldown or the end); set both or neither, e.g. decay: {fraction: 0.2}"
+                "until the hold or the end); set both or neither, e.g. decay: {fraction: 0.2}"
             )
         return self
 
@@ -78,7 +78,7 @@ class ScheduleConfig(Config):
         """Raises ConfigError where the spans do not fit the run's steps."""
         spans = {
             name: span.resolve(batch) if span is not None else 0
-            for name, span in (("warmup", self.warmup), ("cooldown", self.cooldown), ("decay", self.decay))
+            for name, span in (("warmup", self.warmup), ("hold", self.hold), ("decay", self.decay))
         }
         if sum(spans.values()) > batch.iterations:
             parts = " + ".join(f"{name} {steps}" for name, steps in spans.items() if steps)
@@ -91,7 +91,7 @@ class ScheduleConfig(Config):
 
 @dataclass(frozen=True)
 class Schedule:
-    """``schedule(step)`` is the rate of the 0-based `step`; the last step before a cooldown has the minimum.
+    """``schedule(step)`` is the rate of the 0-based `step`; the last step before a hold has the minimum.
 
     The warmup follows ``peak * max(start, (step + 1) / warmup)``, so its last step has the peak. After the last
     step of the run the rate stays.
@@ -103,7 +103,7 @@ class Schedule:
     start: float
     minimum: float
     warmup: int
-    cooldown: int
+    hold: int
     decay: int
 
     def __call__(self, step: int) -> float:
@@ -114,7 +114,7 @@ class Schedule:
         shape, begin = _SHAPES[self.kind], self.warmup
         if self.kind == "wsd":
             begin = self.iterations - self.decay
-        end = self.iterations - self.cooldown
+        end = self.iterations - self.hold
         progress = (step + 1 - begin) / max(end - begin, 1)
         return self.peak * (self.minimum + (1 - self.minimum) * shape(min(max(progress, 0.0), 1.0)))
 

@@ -42,8 +42,8 @@ def _check_memory(setting: RankSetting, inputs: ModelInputs, device: torch.devic
     if needed > free:
         raise ConfigError(
             f"the model has {count:,} parameters: {in_gib(needed)} on each of {world} processes, and {in_gib(free)} of "
-            f"{where} are free for one; lower model.layers, model.d_model, model.hidden, model.moe.experts or the "
-            "vocabulary, or spread it over more processes"
+            f"{where} are free for one; lower model.n_layers, model.d_model, model.intermediate_size, "
+            "model.moe.n_experts or the vocabulary, or spread it over more processes"
         )
 
 
@@ -54,6 +54,6 @@ def spread(
     model = on_meta(setting, inputs, mesh.rank("pp"))
     parallelize(model, mesh, setting.parallel, setting.precision)
     shards = torch.device("cpu") if setting.parallel.offload else device
-    materialise(model, seed, setting.model.init_std, setting.model.layers, shards, device)
+    materialise(model, seed, setting.model.init_std, setting.model.n_layers, shards, device)
     pipeline = Pipeline(model, mesh, setting, device) if isinstance(model, StageModel) else None
     return model, MeshExecutor(mesh, setting, sources, device, pipeline)

@@ -58,7 +58,7 @@ def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> Non
 
 def _saved_ops(config: ModelConfig) -> frozenset[Any]:
     """What selective recomputation keeps, as the parts of a block say."""
-    of_experts = EXPERT_ENGINES.find(config.moe.engine).saved_ops if config.moe is not None else frozenset()
+    of_experts = EXPERT_ENGINES.find(config.moe.expert_backend).saved_ops if config.moe is not None else frozenset()
     return config.attention_class.saved_ops | of_experts
 
 
@@ -76,12 +76,15 @@ def check_layout(config: ModelConfig, dims: ParallelDims) -> None:
         if dims.ep > 1:
             raise ConfigError(f"parallel.ep is {dims.ep}, but the model has no experts; set it to 1")
         return
-    if config.moe.experts % dims.ep:
+    if config.moe.n_experts % dims.ep:
         raise ConfigError(
-            f"parallel.ep is {dims.ep}, which does not divide the {config.moe.experts} experts of model.moe; "
+            f"parallel.ep is {dims.ep}, which does not divide the {config.moe.n_experts} experts of model.moe; "
             "lower it to a divisor"
         )
-    for name, width in (("model.d_model", config.d_model), ("model.moe.hidden", config.moe.hidden)):
+    for name, width in (
+        ("model.d_model", config.d_model),
+        ("model.moe.intermediate_size", config.moe.intermediate_size),
+    ):
         if width % dims.edp:
             raise ConfigError(
                 f"{name} is {width}, which the {dims.edp} ranks that share an expert (dp_shard x cp x tp / "

@@ -46,7 +46,7 @@ class StageModel(MultimodalModel):
         self.here = range(rank, stages, ranks)
         self.tied = config.tie_embeddings
         kept = {layer for stage in self.here for layer in self.layers[stage]}
-        for layer in range(config.layers):
+        for layer in range(config.n_layers):
             if layer not in kept:
                 self.decoder.blocks[layer] = nn.Identity()
         if not self.is_last(self.here[-1]):
@@ -103,7 +103,7 @@ def check_stages(layers: int, each: int, pp: int, micro_batches: int) -> None:
     """Raises ConfigError where the layers or the micro-batches do not fit `pp` ranks with `each` so many stages."""
     if pp * each > layers:
         raise ConfigError(
-            f"parallel.pp {pp} x parallel.stages_per_rank {each} = {pp * each} stages, but model.layers is {layers} "
+            f"parallel.pp {pp} x parallel.stages_per_rank {each} = {pp * each} stages, but model.n_layers is {layers} "
             "and every stage needs one; lower parallel.pp or parallel.stages_per_rank"
         )
     rounds = max(1, micro_batches // pp)

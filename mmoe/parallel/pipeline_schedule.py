@@ -69,11 +69,11 @@ class Pipeline:
     def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, device: torch.device) -> None:
         self.model, self.mesh, self.setting, self.device = model, mesh, setting, device
         moe = setting.model.moe
-        routed = [layer for layer in range(setting.model.layers) if moe is not None and moe.in_layer(layer)]
+        routed = [layer for layer in range(setting.model.n_layers) if moe is not None and moe.in_layer(layer)]
         here = {stage: [routed.index(n) for n in model.layers[stage] if n in routed] for stage in model.here}
         self.rows = [row for rows in here.values() for row in rows]  # of this rank's routers among all
         self._shares = {stage: len(rows) / max(len(routed), 1) for stage, rows in here.items()}
-        self._names = router_losses(setting.losses.balance) if routed else ()
+        self._names = router_losses(setting.losses.load_balance) if routed else ()
         self._step: _Step | None = None
         self._form: tuple[int, tuple[int, int]] | None = None  # micro-batches and shape that the schedule is for
         self._schedule: Schedule | None = None
@@ -200,7 +200,7 @@ class Pipeline:
         """Router losses so far, with those of this stage's layers."""
         if own is None:
             return passed.clone()
-        terms = own.terms(self._current.loads[stage], self.setting.losses.balance)
+        terms = own.terms(self._current.loads[stage], self.setting.losses.load_balance)
         return passed + self._shares[stage] * torch.stack([terms[name] for name in self._names])
 
     def _losses(self, leaving: tuple[Tensor, ...], number: int) -> Tensor:

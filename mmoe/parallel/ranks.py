@@ -274,4 +274,4 @@ class MeshExecutor:
         model = self.setting.model
         if model.moe is None:
             return 0, 0
-        return sum(map(model.moe.in_layer, range(model.layers))), model.moe.experts
+        return sum(map(model.moe.in_layer, range(model.n_layers))), model.moe.n_experts

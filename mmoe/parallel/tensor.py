@@ -35,14 +35,16 @@ from mmoe.precision.upcast import upcast
 def check_tensor(config: ModelConfig, tp: int) -> None:
     """Raises ConfigError where `tp` ranks cannot share the matrices of the model."""
     remedy = "change it, or parallel.tp"
-    if config.heads % tp:
-        raise ConfigError(f"model.heads is {config.heads}, not a multiple of parallel.tp {tp}; {remedy}")
-    if config.kv_heads % tp and tp % config.kv_heads:
+    if config.n_heads % tp:
+        raise ConfigError(f"model.n_heads is {config.n_heads}, not a multiple of parallel.tp {tp}; {remedy}")
+    if config.n_kv_heads % tp and tp % config.n_kv_heads:
         raise ConfigError(
-            f"model.kv_heads is {config.kv_heads}, neither a multiple nor a divisor of parallel.tp {tp}; {remedy}"
+            f"model.n_kv_heads is {config.n_kv_heads}, neither a multiple nor a divisor of parallel.tp {tp}; {remedy}"
         )
-    if config.hidden % tp:
-        raise ConfigError(f"model.hidden is {config.hidden}, not a multiple of parallel.tp {tp}; {remedy}")
+    if config.intermediate_size % tp:
+        raise ConfigError(
+            f"model.intermediate_size is {config.intermediate_size}, not a multiple of parallel.tp {tp}; {remedy}"
+        )
 
 
 def check_vocabulary(size: int, tp: int, fsdp: int) -> None:

@@ -108,14 +108,14 @@ def advise(
             f"{folder}/{FOLDER} has no would_drop after step {begin} of {last}; choose a larger part of the run with "
             "--last, or train it again with the sinks jsonl and arrays"
         )
-    width = 2 * model.d_model + 4 * moe.hidden
-    rows = capacities(sequence_length, moe.top_k, moe.experts).numpy()
+    width = 2 * model.d_model + 4 * moe.intermediate_size
+    rows = capacities(sequence_length, moe.top_k, moe.n_experts).numpy()
     return CapacityAdvice(
         factors=CAPACITY_FACTORS,
         drops=np.asarray(drops),
         choices=np.asarray(choices),
         rows=rows,
-        bytes=rows * moe.experts * width * BYTES[precision.compute],
+        bytes=rows * moe.n_experts * width * BYTES[precision.compute],
         first=int(steps[0]),
         last=int(steps[-1]),
     )

@@ -48,7 +48,7 @@ class Communication:
         self.shards = shards(setting.model, setting.precision, model, self.dims, self.place)
         self.wide = setting.precision.parameter_dtype.itemsize
         self.narrow = 2 if setting.precision.compute == "bfloat16" else self.wide
-        stages = model.layers if isinstance(model, StageModel) else [range(setting.model.layers)]
+        stages = model.layers if isinstance(model, StageModel) else [range(setting.model.n_layers)]
         self.here = model.here if isinstance(model, StageModel) else range(1)
         self.first, self.last = self.here[0] == 0, self.here[-1] == len(stages) - 1
         self.copy = model.copy if isinstance(model, StageModel) else None
@@ -136,7 +136,7 @@ class Communication:
 
     def _context(self, again: int, back: int) -> None:
         model = self.setting.model
-        heads = max(model.kv_heads // self.dims.tp, 1)
+        heads = max(model.n_kv_heads // self.dims.tp, 1)
         elements = self._positions * heads * model.head_width
         for width in (max(self.wide, 4), self.narrow):  # rotated keys are wide, values are not
             self._there_and_back("cp", elements * width, len(self.layers), again, back)
@@ -146,7 +146,7 @@ class Communication:
         if self.last:
             self._there_and_back("sequence", self._positions * model.d_model * self.narrow, 1, 1, back)
         if model.moe is not None:
-            logits = self._positions * model.moe.experts * max(self.wide, 4)
+            logits = self._positions * model.moe.n_experts * max(self.wide, 4)
             self._add("sequence", "all_gather", logits, len(self.routed) * again)
 
     @property
@@ -168,11 +168,11 @@ class Communication:
             return 0
         if (rows := self._fixed_rows) is not None:
             return rows
-        here = moe.experts // self.dims.ep
+        here = moe.n_experts // self.dims.ep
         return (
             micro.received
-            if moe.group_multiple == 1
-            else rounded_up(micro.received + here * (moe.group_multiple - 1), moe.group_multiple)
+            if moe.token_group_alignment == 1
+            else rounded_up(micro.received + here * (moe.token_group_alignment - 1), moe.token_group_alignment)
         )
 
     def _experts(self, micro: MicroBatch, again: int, back: int) -> None:
@@ -183,7 +183,7 @@ class Communication:
         if (fixed := self._fixed_rows) is not None:
             self._add("ep", "all_to_all", fixed * row, 2 * layers * (again + back))
             return
-        self._add("ep", "all_to_all", moe.experts * WIDE, layers * again)
+        self._add("ep", "all_to_all", moe.n_experts * WIDE, layers * again)
         for rows in (micro.sent, micro.received):
             self._add("ep", "all_to_all", rows * row, layers * (again + back))
 
@@ -191,7 +191,7 @@ class Communication:
         """Hidden states and, with experts, the router losses: to the next stage, and their gradients back."""
         setting = self.setting
         hidden = self._positions // self.dims.sequence_ranks * setting.model.d_model
-        levels = len(router_losses(setting.losses.balance))
+        levels = len(router_losses(setting.losses.load_balance))
         stages = self.dims.pp * setting.parallel.stages_per_rank
         for stage in self.here:
             for size in (hidden, *([levels] if setting.model.moe is not None and back else [])):
@@ -220,8 +220,8 @@ class Communication:
 
     def _balance(self) -> None:
         moe = self.setting.model.moe
-        if moe is not None and self.setting.losses.balance.global_batch and self.routed:
-            self._add("data", "all_reduce", len(self.routed) * moe.experts * WIDE)
+        if moe is not None and self.setting.losses.load_balance.global_batch and self.routed:
+            self._add("data", "all_reduce", len(self.routed) * moe.n_experts * WIDE)
 
     def _finish(self, sources: int) -> None:
         """Gradients of what tp has copies of, the norm, and the reports."""
@@ -230,8 +230,8 @@ class Communication:
             self._add("pp", collective, sum(s.held(self.place) for s in self.shards if s.name == TIED) * self.wide)
         self._add("tp", "all_reduce", sum(s.held(self.place) for s in self.shards if s.copied) * self.wide)
         moe, model = self.setting.model.moe, self.setting.model
-        layers = sum(map(moe.in_layer, range(model.layers))) if moe is not None else 0
-        experts = moe.experts if moe is not None else 0
+        layers = sum(map(moe.in_layer, range(model.n_layers))) if moe is not None else 0
+        experts = moe.n_experts if moe is not None else 0
         self._add("all", "all_reduce", (1 + layers * experts) * WIDE)
         kinds = len(Modality)
         self._add("all", "all_reduce", report_size(self.setting.loss_terms, sources) * WIDE)

@@ -67,7 +67,7 @@ def shards(
     narrow = 2 if precision.compute == "bfloat16" else precision.parameter_dtype.itemsize
     for name, parameter in model.named_parameters():
         shape, unit = list(parameter.shape), unit_of(name)
-        cut = cut_of(name, config.kv_heads, dims.tp)
+        cut = cut_of(name, config.n_kv_heads, dims.tp)
         if cut is not None:
             ranks, rank = (dims.tp, place.tp) if cut.axis == "tp" else (dims.ep, 0)
             size = -(-shape[cut.dim] // ranks)

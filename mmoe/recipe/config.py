@@ -88,7 +88,7 @@ class RunConfig(Config):
     def _engine(self) -> "RunConfig":
         if self.model.moe is not None:
             try:
-                check_dtype(self.model.moe.engine, self.precision.product_dtype)
+                check_dtype(self.model.moe.expert_backend, self.precision.product_dtype)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self

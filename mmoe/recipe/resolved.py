@@ -39,7 +39,7 @@ class ResolvedRun(RankSetting):
         check_layout(config.model, dims)
         check_length(config.data.sequence_length, dims.cp, dims.tp)
         batch = config.batch_of(dims.replicas)
-        check_stages(config.model.layers, config.parallel.stages_per_rank, dims.pp, batch.accumulation)
+        check_stages(config.model.n_layers, config.parallel.stages_per_rank, dims.pp, batch.accumulation)
         return cls(
             config.model,
             config.losses,
@@ -64,7 +64,7 @@ class ResolvedRun(RankSetting):
         dims, parallel = ParallelDims.from_config(config.parallel, world), config.parallel
         check_layout(config.model, dims)
         check_length(config.data.sequence_length, dims.cp, dims.tp)
-        check_stages(config.model.layers, parallel.stages_per_rank, dims.pp, micro_batches=dims.pp)
+        check_stages(config.model.n_layers, parallel.stages_per_rank, dims.pp, micro_batches=dims.pp)
         return replace(alone, dims=dims)
 
 

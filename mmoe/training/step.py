@@ -98,8 +98,8 @@ def _update(state: TrainState, gradients: StepGradients, lr: float, run: Run) ->
         group["lr"] = lr
     state.optimizer.step()
     routers, moe = model.decoder.routers, config.model.moe  # a pipeline stage may have none
-    if routers and moe is not None and moe.bias_rate:
-        update_expert_bias(routers, gradients.loads.total(), moe.bias_rate)
+    if routers and moe is not None and moe.bias_update_rate:
+        update_expert_bias(routers, gradients.loads.total(), moe.bias_update_rate)
 
 
 def _check_finite(gradients: StepGradients, routing: RoutingWindow, step: int, run: Run) -> None:

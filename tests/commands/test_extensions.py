@@ -77,7 +77,7 @@ data:
   sources: {{poem: {{kind: lines, input: {root}/poem.txt, shards: {root}/poem, options: {{first: 3}}}}}}
   sequence_length: 128
   window_documents: 16
-model: {{d_model: 16, layers: 1, heads: 2, kv_heads: 1, hidden: 32}}
+model: {{d_model: 16, n_layers: 1, n_heads: 2, n_kv_heads: 1, intermediate_size: 32}}
 losses: {{contrastive: {{weight: 0.0}}}}
 optim: {{lr: {{peak: 3e-3}}, matrices: {{kind: plain}}}}
 training:

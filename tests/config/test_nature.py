@@ -29,19 +29,20 @@ KEYS = {
         "tokenizers.audio.mel": "sample_rate window hop mels stack codebook_size normalise_level",
         "tokenizers.action": "mode chunk bins binning",
         "model": (
-            "d_model layers heads kv_heads head_dim hidden rope_theta qk_norm norm_eps bidirectional_slices attention "
-            "tie_embeddings init_std contrast_dim"
+            "d_model n_layers n_heads n_kv_heads head_dim intermediate_size rope_theta qk_norm norm_eps "
+            "bidirectional_slices attention tie_embeddings init_std contrast_dim"
         ),
         "model.moe": (
-            "experts top_k hidden shared_experts shared_gate dispatcher capacity_factor drop group_multiple engine "
-            "score normalise scale noise bias_rate every dense_first"
+            "n_experts top_k intermediate_size n_shared_experts shared_gate dispatcher capacity_factor drop_policy "
+            "token_group_alignment expert_backend "
+            "score_func norm_topk_prob routed_scaling_factor router_noise bias_update_rate layer_freq first_k_dense"
         ),
         "model.moe.groups": "count per_token score",
         "losses.ce": "text audio action structure",
         "losses.contrastive": "weight tau group_sequences",
         "losses.action": "weight",
-        "losses.balance": "sequence micro_batch global_batch",
-        "losses": "router_z terms",
+        "losses.load_balance": "sequence micro_batch global_batch",
+        "losses": "z_loss terms",
         "optim.optimizer": "kind name betas eps implementation",
         "optim.matrices": "kind name momentum",
         "precision": "compute",
@@ -52,7 +53,7 @@ KEYS = {
         "optim.lr": "peak reference_batch_positions scaling_rule power",
         "optim.schedule": "kind start minimum decay",
         "optim.schedule.warmup": "steps positions fraction",
-        "optim.schedule.cooldown": "steps positions fraction",
+        "optim.schedule.hold": "steps positions fraction",
         "optim.optimizer": "weight_decay",
         "optim.matrices": "weight_decay",
         "optim.clip": "max_norm",
@@ -93,7 +94,7 @@ def full():
         data__sources={"text": {"kind": "text", "shards": "/data/text"}},
         tokenizers__text={"path": "/text.json"},
         model__moe__groups={"count": 2, "per_token": 1},
-        optim__schedule={"cooldown": {"steps": 1}},
+        optim__schedule={"hold": {"steps": 1}},
         training__start_from={"weights": "/weights"},
     )
 

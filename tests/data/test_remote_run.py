@@ -47,7 +47,7 @@ def config(root: str, folder, **data) -> str:
             "audio": {"path": f"{root}/codec.safetensors", "mel": MEL.model_dump()},
             "action": {"chunk": 4},
         },
-        "model": {"d_model": 16, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 32},
+        "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "intermediate_size": 32},
         "losses": {"contrastive": {"group_sequences": 1}},
         "optim": {"lr": {"peak": 1e-3}},
         "parallel": {"threads": 1},

@@ -37,13 +37,20 @@ from tests.models.random_batch import INPUTS, VOCABULARY, pack, random_document,
 
 MODEL: dict[str, Any] = {
     "d_model": 32,
-    "layers": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "hidden": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "intermediate_size": 48,
     "qk_norm": True,
     "bidirectional_slices": True,
-    "moe": {"experts": 4, "top_k": 2, "hidden": 32, "shared_experts": 1, "every": 2, "noise": 0.3},
+    "moe": {
+        "n_experts": 4,
+        "top_k": 2,
+        "intermediate_size": 32,
+        "n_shared_experts": 1,
+        "layer_freq": 2,
+        "router_noise": 0.3,
+    },
 }
 LENGTH = 32  # of a sequence, for arithmetic; batches are as long as their documents make them
 # The documents of poor sequences; two kinds joined by + are the sides of a pair.
@@ -56,7 +63,7 @@ POOR = {
     "no actions": ["image+text", "audio+text"],
     "no pairs": ["image", "audio", "clip"],
 }
-LOSSES: dict[str, Any] = {"contrastive": {"weight": 0.3}, "action": {"weight": 0.7}, "balance": {"sequence": 0.05}}
+LOSSES: dict[str, Any] = {"contrastive": {"weight": 0.3}, "action": {"weight": 0.7}, "load_balance": {"sequence": 0.05}}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def setting_of(case: Case, world: int) -> RankSetting:
     changed = case.model.get("moe", {})
     moe = None if changed is None else {**MODEL["moe"], **changed}
     if moe and case.compute == "float64":
-        moe.setdefault("engine", "loop")
+        moe.setdefault("expert_backend", "loop")
     model = validate(ModelConfig, {**MODEL, **case.model, "moe": moe}, "case")
     parallel = validate(ParallelConfig, case.parallel, "case")
     dims = ParallelDims.from_config(parallel, world) if world > 1 else ParallelDims()
@@ -158,7 +165,7 @@ class Worker:
         ranks: Any = LocalExecutor()
         if world > 1:
             check_layout(run.model, run.dims)
-            check_stages(run.model.layers, run.parallel.stages_per_rank, run.dims.pp, run.batch.accumulation)
+            check_stages(run.model.n_layers, run.parallel.stages_per_rank, run.dims.pp, run.batch.accumulation)
             model, ranks = spread(run, case.inputs, 3, 7, mesh_of(run.dims), device)
         else:
             model = run.model.build(case.inputs, 7, run.heads(case.inputs)).to(run.precision.parameter_dtype)
@@ -224,8 +231,8 @@ def train(case: Case, world: int, muon: bool, steps: int) -> dict[str, np.ndarra
             group["lr"] = 1e-3
         optimizer.step()
         optimizer.zero_grad()
-        if moe is not None and moe.bias_rate and model.decoder.routers:
-            update_expert_bias(model.decoder.routers, step.loads.total(), moe.bias_rate)
+        if moe is not None and moe.bias_update_rate and model.decoder.routers:
+            update_expert_bias(model.decoder.routers, step.loads.total(), moe.bias_update_rate)
     weights = worker.of_all_stages({name: whole(value).numpy() for name, value in model.state_dict().items()})
     return weights if worker.setting.ranks.first else {}
 

@@ -29,7 +29,7 @@ from tests.training.test_trainer import config
 
 EXACT = {
     "precision": {"compute": "float64"},
-    "model__moe__engine": "loop",
+    "model__moe__expert_backend": "loop",
     "model__moe__capacity_factor": 1.0,  # tokens are dropped, so that packing must be that of one process
     "optim__matrices": None,
     "losses__contrastive": {"weight": 0.3},
@@ -229,7 +229,7 @@ def train(configuration: RunConfig, evaluates: bool) -> tuple[list, str, list]:
     return told.losses, state_digest(trainer.state), trainer.state.position, told.figures
 
 
-NOISY = {"model__moe__noise": 0.5, "model__moe__bias_rate": 0.01}
+NOISY = {"model__moe__router_noise": 0.5, "model__moe__bias_update_rate": 0.01}
 
 
 def check_blind(without: tuple, evaluated: tuple) -> list:

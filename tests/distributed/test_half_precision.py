@@ -17,9 +17,9 @@ from tests.distributed.compare import one_process
 from tests.distributed.pool import Pool
 from tests.distributed.step import Case, run_step
 
-MOE = {"every": 1, "noise": 0.0, "shared_experts": 1}
+MOE = {"layer_freq": 1, "router_noise": 0.0, "n_shared_experts": 1}
 ALONE = {"contrastive": {"weight": 0.3, "group_sequences": 1}}  # no sum over sequences before the last
-CASE = Case(compute="bfloat16", sequences=4, losses=ALONE, model={"layers": 3, "moe": MOE})
+CASE = Case(compute="bfloat16", sequences=4, losses=ALONE, model={"n_layers": 3, "moe": MOE})
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
@@ -36,7 +36,7 @@ SLOW = [{"dp_replicate": 2}, {"activation_checkpointing": "full"}, {"zero": 1}]
     "parallel", [{}, {"pp": 2}, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)], ids=str
 )
 def test_the_same_micro_batches_give_the_same_gradients(two: Pool, parallel: dict[str, Any], gate: bool) -> None:
-    case = replace(CASE, model={"layers": 4, "moe": {**MOE, "shared_gate": gate}})
+    case = replace(CASE, model={"n_layers": 4, "moe": {**MOE, "shared_gate": gate}})
     found = two.run(run_step, replace(case, parallel=parallel), 2)[0]
     assert max(distance(found, one_process(case)).values()) < 2e-6
 

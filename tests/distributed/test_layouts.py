@@ -121,7 +121,7 @@ def test_contrastive_groups_of_any_width_on_four(four: Pool, parallel: dict[str,
 @pytest.mark.parametrize("compute", ["float64", "float32"])
 def test_fewer_key_value_heads_than_tensor_ranks(four: Pool, two: Pool, compute: str, kv_heads: int) -> None:
     for pool in (two, four):
-        check(pool, Case(compute, model={"kv_heads": kv_heads}, parallel={"tp": pool.world}))
+        check(pool, Case(compute, model={"n_kv_heads": kv_heads}, parallel={"tp": pool.world}))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -133,17 +133,17 @@ def test_a_table_of_85_rows_tied_or_not(four: Pool, parallel: dict[str, Any], ti
 @pytest.mark.parametrize("level", ["micro_batch", "global_batch"])
 @pytest.mark.parametrize("parallel", [{"tp": 2}, {"cp": 2}, {"tp": 2, "ep": 2}], ids=str)
 def test_wider_balance_losses_of_ranks_that_share_sequences(two: Pool, parallel: dict[str, Any], level: str) -> None:
-    check(two, Case(micro=2, losses={"balance": {level: 0.05}}, parallel=parallel))
+    check(two, Case(micro=2, losses={"load_balance": {level: 0.05}}, parallel=parallel))
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"cp": 2}, {"zero": 1}], ids=str)
 def test_a_model_without_experts(two: Pool, parallel: dict[str, Any]) -> None:
-    check(two, Case(model={"moe": None}, losses={"balance": {"sequence": 0.0}}, parallel=parallel))
+    check(two, Case(model={"moe": None}, losses={"load_balance": {"sequence": 0.0}}, parallel=parallel))
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"cp": 2}], ids=str)
 def test_a_model_whose_layers_all_have_experts_without_shared_ones(two: Pool, parallel: dict[str, Any]) -> None:
-    moe = {"every": 1, "shared_experts": 0, "score": "sigmoid"}
+    moe = {"layer_freq": 1, "n_shared_experts": 0, "score_func": "sigmoid"}
     check(two, Case(model={"moe": moe}, parallel=parallel))
 
 

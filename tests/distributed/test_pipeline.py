@@ -14,7 +14,7 @@ from tests.distributed.test_steps import check_weights
 INTERLEAVED = {"schedule": "interleaved_1f1b", "stages_per_rank": 2}
 LOSSES: dict[str, Any] = {
     "contrastive": {"weight": 0.3, "group_sequences": 1},
-    "balance": {"sequence": 0.05, "micro_batch": 0.02},
+    "load_balance": {"sequence": 0.05, "micro_batch": 0.02},
 }
 SCHEDULES = {"1f1b": {"pp": 2}, "interleaved": {"pp": 2, **INTERLEAVED}}
 FOUR: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ FOUR: dict[str, dict[str, Any]] = {
 def case_of(parallel: dict[str, Any], **changes: Any) -> Case:
     """Four layers, experts in every second one; eight sequences of four micro-batches a replica at least."""
     chosen = {"sequences": 8, "model": {}, "losses": LOSSES, **changes}
-    return Case(**chosen | {"model": {"layers": 4, **chosen["model"]}, "parallel": parallel})
+    return Case(**chosen | {"model": {"n_layers": 4, **chosen["model"]}, "parallel": parallel})
 
 
 @pytest.mark.parametrize("compute", ["float64", "float32"])
@@ -62,7 +62,7 @@ def test_four_ranks_in_float32(four: Pool, parallel: dict[str, Any]) -> None:
 
 def check_drops(pool: Pool, parallel: dict[str, Any], compute: str) -> None:
     """Experts in every layer: each stage, and of several on a rank each one, drops choices of its own."""
-    expected = check(pool, case_of(parallel, compute=compute, model={"moe": {"every": 1, "capacity_factor": 1.0}}))
+    expected = check(pool, case_of(parallel, compute=compute, model={"moe": {"layer_freq": 1, "capacity_factor": 1.0}}))
     assert (expected["routing"]["drops_NMSE"].sum((1, 2, 3)) > 0).all()
 
 
@@ -116,14 +116,14 @@ def test_fewer_micro_batches_than_stages(two: Pool, four: Pool, parallel: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moe", [{"every": 1}, {"every": 3}, {"every": 4}, None], ids=str)
+@pytest.mark.parametrize("moe", [{"layer_freq": 1}, {"layer_freq": 3}, {"layer_freq": 4}, None], ids=str)
 @pytest.mark.parametrize("parallel", SCHEDULES.values(), ids=SCHEDULES)
 def test_layers_of_experts_anywhere(two: Pool, parallel: dict[str, Any], moe: dict[str, int] | None) -> None:
     """On all stages, on one in the middle or at the end, on none; statistics and loads have the whole model's rows."""
     check(two, case_of(parallel, model={"moe": moe}))
 
 
-GLOBAL_BATCH = {**LOSSES, "balance": {"global_batch": 0.1}}
+GLOBAL_BATCH = {**LOSSES, "load_balance": {"global_batch": 0.1}}
 
 
 @pytest.mark.parametrize("parallel", SCHEDULES.values(), ids=SCHEDULES)
@@ -156,10 +156,10 @@ def test_wide_contrastive_groups_on_four(four: Pool, parallel: dict[str, Any]) -
 @pytest.mark.parametrize("parallel", SCHEDULES.values(), ids=SCHEDULES)
 def test_five_optimizer_steps(two: Pool, parallel: dict[str, Any]) -> None:
     """With the bias rule; both copies of the tied table move alike, bit by bit (`Worker.of_all_stages`)."""
-    moe = {"capacity_factor": 1.0, "bias_rate": 0.01}
-    check_weights(two, Case(model={"layers": 4, "moe": moe}, parallel=parallel), True)
+    moe = {"capacity_factor": 1.0, "bias_update_rate": 0.01}
+    check_weights(two, Case(model={"n_layers": 4, "moe": moe}, parallel=parallel), True)
 
 
 def test_a_stage_without_experts_has_no_bias_to_move(two: Pool) -> None:
-    moe = {"every": 1, "dense_first": 1, "bias_rate": 0.01}
+    moe = {"layer_freq": 1, "first_k_dense": 1, "bias_update_rate": 0.01}
     check_weights(two, Case(model={"moe": moe}, parallel={"pp": 2}), False)

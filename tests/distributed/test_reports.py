@@ -79,7 +79,7 @@ def test_what_peers_counted_too_is_counted_once(two: Pool) -> None:
 
 @pytest.mark.parametrize("parallel", [{"tp": 2}, {"cp": 2}], ids=str)
 def test_drops_late_in_a_sequence_are_counted_where_the_first_rank_has_none(two: Pool, parallel: dict) -> None:
-    moe = {"capacity_factor": 1.3, "drop": "position"}
+    moe = {"capacity_factor": 1.3, "drop_policy": "position"}
     expected = check(two, Case(model={"moe": moe}, parallel=parallel))
     assert expected["routing"]["drops_NMSE"].sum() > 0
 

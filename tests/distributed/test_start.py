@@ -20,7 +20,9 @@ LAYOUTS = {"dp2": {}, "ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "zer
 FOUR = {"ep2,tp2": {"ep": 2, "tp": 2}, "pp2,ep2": {"pp": 2, "ep": 2}, "hsdp": {"dp_replicate": 2}}
 COMMON = {"training__micro_batch_sequences": 1, "training__budget_positions": 1280}
 DENSE = COMMON | {"model__moe": None}
-EXPERTS = COMMON | {"model__moe": {"experts": 4, "top_k": 2, "hidden": 48, "every": 2, "shared_experts": 1}}
+EXPERTS = COMMON | {
+    "model__moe": {"n_experts": 4, "top_k": 2, "intermediate_size": 48, "layer_freq": 2, "n_shared_experts": 1}
+}
 
 
 @pytest.fixture(scope="module")

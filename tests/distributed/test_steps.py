@@ -21,7 +21,9 @@ TOLERANCE = {**compare.TOLERANCE, "float32": 2e-5}
 
 def case_of(parallel: dict[str, Any], capacity_factor: float | None = 1.0, **changes: Any) -> Case:
     """With the bias rule."""
-    return Case(model={"moe": {"capacity_factor": capacity_factor, "bias_rate": 0.01}}, parallel=parallel, **changes)
+    return Case(
+        model={"moe": {"capacity_factor": capacity_factor, "bias_update_rate": 0.01}}, parallel=parallel, **changes
+    )
 
 
 def check_weights(pool: Pool, case: Case, muon: bool) -> None:

@@ -28,7 +28,7 @@ from tests.training.test_trainer import config
 
 EXACT = {
     "precision": {"compute": "float64"},
-    "model__moe__engine": "loop",
+    "model__moe__expert_backend": "loop",
     "model__moe__capacity_factor": 1.0,
     "optim__matrices": None,
     "losses__contrastive": {"weight": 0.3},

@@ -9,7 +9,7 @@ from mmoe.recipe.config import RunConfig
 from mmoe.training.run import Run
 from tests.data.synthetic import MAKERS, fit_codec, write_source
 
-MODEL = {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 32, "contrast_dim": 8}
+MODEL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "intermediate_size": 32, "contrast_dim": 8}
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def built_in() -> dict[str, np.ndarray]:
     return trained(case(), 1)
 
 
-NAMED = [{"dispatcher": "last_first"}, {"dispatcher": "gathering"}, {"engine": "batched"}]
+NAMED = [{"dispatcher": "last_first"}, {"dispatcher": "gathering"}, {"expert_backend": "batched"}]
 
 
 @pytest.mark.parametrize("moe", NAMED, ids=str)
@@ -159,7 +159,7 @@ def test_packages_offer_them_and_yaml_names_them(monkeypatch, tmp_path) -> None:
         EntryPoint("theirs", f"{__name__}:BatchedEngine", "mmoe.expert_engines"),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if point.group == group])
-    named = ["model.moe.dispatcher=theirs", "model.moe.capacity_factor=null", "model.moe.engine=theirs"]
+    named = ["model.moe.dispatcher=theirs", "model.moe.capacity_factor=null", "model.moe.expert_backend=theirs"]
     config = load(RunConfig, "configs/moe_10b.yaml", named)
     assert config.model.moe.dispatcher_class is LastFirstDispatcher
     (tmp_path / "config.yaml").write_text(dump(config))
@@ -183,9 +183,15 @@ def test_a_capacity_factor_chooses_among_the_built_in_ones() -> None:
             {"dispatcher": "last_first", "capacity_factor": 1.0},
             "dispatcher is last_first, which has no use for a capacity_factor; set that to null, or dispatcher to",
         ),
-        ({"engine": "loops"}, "moe.engine: 'loops' is not a kind of expert engine; did you mean loop"),
-        ({"engine": "wide"}, "hidden is 32, but moe.engine wide needs a multiple of 64; round it or set .* or loop"),
-        ({"engine": "wide", "hidden": 64}, "d_model is 32, but moe.engine wide needs a multiple of 64"),
+        ({"expert_backend": "loops"}, "moe.expert_backend: 'loops' is not a kind of expert engine; did you mean loop"),
+        (
+            {"expert_backend": "wide"},
+            "intermediate_size is 32, but moe.expert_backend wide needs a multiple of 64; round it or set .* or loop",
+        ),
+        (
+            {"expert_backend": "wide", "intermediate_size": 64},
+            "d_model is 32, but moe.expert_backend wide needs a multiple of 64",
+        ),
     ],
     ids=str,
 )
@@ -196,9 +202,9 @@ def test_what_does_not_fit_is_refused_with_what_does(moe, words) -> None:
 
 def test_a_precision_that_an_engine_lacks_is_refused_with_the_config() -> None:
     for engine in ("wide", "grouped_mm"):
-        words = f"model.moe.engine is {engine}, which has no float64 kernel; set it to batched or loop"
+        words = f"model.moe.expert_backend is {engine}, which has no float64 kernel; set it to batched or loop"
         with pytest.raises(ConfigError, match=words):
-            load(RunConfig, "configs/moe_10b.yaml", [f"model.moe.engine={engine}", "precision.compute=float64"])
+            load(RunConfig, "configs/moe_10b.yaml", [f"model.moe.expert_backend={engine}", "precision.compute=float64"])
 
 
 def test_a_dry_run_sends_and_computes_by_the_formula() -> None:
@@ -215,7 +221,7 @@ def test_parameters_that_the_table_does_not_know_belong_to_their_block_or_the_ro
 
 def _in_float64(moe: dict[str, Any]) -> Case:
     """The case gives float64 the engine `loop`; an engine of this file stays."""
-    return case({"engine": "loop"} | moe)
+    return case({"expert_backend": "loop"} | moe)
 
 
 def _model(moe: dict[str, Any]) -> ModelConfig:

@@ -160,7 +160,7 @@ def pair(tmp_path_factory):
 def tree(folder: Path, run: Path, **parallel) -> RunConfig:
     exact = {
         "precision": {"compute": "float64"},
-        "model__moe__engine": "loop",
+        "model__moe__expert_backend": "loop",
         "optim__matrices": None,
         "training__micro_batch_sequences": 1,
         "losses": {"contrastive": {"weight": 0.3}, "terms": [{"kind": "range", "weight": 0.5}]},

@@ -26,7 +26,7 @@ from tests.models.random_batch import text_batch
 from tests.models.test_parity import random_model
 
 QUIET = Console(quiet=True)
-EXPERTS = {"experts": 4, "top_k": 2, "hidden": 32}
+EXPERTS = {"n_experts": 4, "top_k": 2, "intermediate_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,15 @@ def config(root, run, *, moe=None, **model) -> RunConfig:
             "window_documents": 16,
         },
         "tokenizers": {"text": {"path": f"{root}/text.json", "vocabulary_size": 300}},
-        "model": {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 32, "moe": moe, **model},
+        "model": {
+            "d_model": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "n_kv_heads": 1,
+            "intermediate_size": 32,
+            "moe": moe,
+            **model,
+        },
         "losses": {"contrastive": {"weight": 0.0}},
         "optim": {"lr": {"peak": 3e-3}, "matrices": {"kind": "muon"}},
         "training": {
@@ -117,7 +125,7 @@ def test_a_run_with_limited_groups_starts_from_another_and_a_difference_is_named
     moe = {**EXPERTS, "groups": GROUPS}
     first = train(config(root, "grouped", moe=moe))
     origin = StartConfig(weights=str(first.folder))
-    run = Run.build(config(root, "grouped-again", moe={**moe, "score": "softmax_topk"}))
+    run = Run.build(config(root, "grouped-again", moe={**moe, "score_func": "softmax_topk"}))
     start(run, origin)
     router = "decoder.blocks.0.network.router.weight"
     assert torch.equal(run.model.state_dict()[router], first.model.state_dict()[router])
@@ -132,7 +140,7 @@ def test_foreign_weights_take_the_text_ids(root, tmp_path):
     theirs = random_model("llama")
     theirs.resize_token_embeddings(300)
     theirs.save_pretrained(tmp_path)
-    shape = {"d_model": 48, "layers": 3, "heads": 6, "kv_heads": 2, "hidden": 64, "rope_theta": 5e5}
+    shape = {"d_model": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "intermediate_size": 64, "rope_theta": 5e5}
     run = Run.build(config(root, "foreign", **shape, tie_embeddings=False))
     start(run, StartConfig(weights=str(tmp_path)))
     text = run.tokenizers.vocabulary.ranges["text"]
@@ -147,9 +155,9 @@ def test_foreign_weights_take_the_text_ids(root, tmp_path):
     "moe",
     [
         EXPERTS,
-        {**EXPERTS, "shared_experts": 1},
-        {**EXPERTS, "capacity_factor": 2.0, "every": 2},  # 2.0 * L * 2 / 4: room for every token at one expert
-        {**EXPERTS, "score": "sigmoid"},
+        {**EXPERTS, "n_shared_experts": 1},
+        {**EXPERTS, "capacity_factor": 2.0, "layer_freq": 2},  # 2.0 * L * 2 / 4: room for every token at one expert
+        {**EXPERTS, "score_func": "sigmoid"},
     ],
     ids=["dropless", "shared", "capacity", "sigmoid"],
 )
@@ -184,10 +192,14 @@ def test_noise_makes_experts_differ_and_its_cost_is_reported(root, caplog):
 @pytest.mark.parametrize(
     "moe, model, sentence",
     [
-        ({**EXPERTS, "hidden": 16}, {}, "model.moe.hidden is 16, but an expert begins as a copy .* 32 wide"),
-        ({**EXPERTS, "normalise": False}, {}, "weights add up to 1"),
+        (
+            {**EXPERTS, "intermediate_size": 16},
+            {},
+            "model.moe.intermediate_size is 16, but an expert begins as a copy .* 32 wide",
+        ),
+        ({**EXPERTS, "norm_topk_prob": False}, {}, "weights add up to 1"),
         (EXPERTS, {"rope_theta": 5.0}, "model.rope_theta is 5.0, but the weights .* 10000.0; set it"),
-        (EXPERTS, {"kv_heads": 2}, "model.kv_heads is 2"),
+        (EXPERTS, {"n_kv_heads": 2}, "model.n_kv_heads is 2"),
     ],
 )
 def test_what_cannot_be_copied_is_refused(moe, model, sentence, root):

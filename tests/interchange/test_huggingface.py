@@ -17,16 +17,26 @@ from mmoe.models.moe.layer import MoEConfig
 from tests.models.random_batch import INPUTS, text_batch
 from tests.models.test_parity import MODELS, random_model
 
-OURS = {"d_model": 48, "hidden": 64, "layers": 3, "heads": 6, "kv_heads": 2, "rope_theta": 3e4, "norm_eps": 1e-5}
+OURS = {
+    "d_model": 48,
+    "intermediate_size": 64,
+    "n_layers": 3,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "rope_theta": 3e4,
+    "norm_eps": 1e-5,
+}
 TEXT_ALONE = ModelInputs(70)
-MOE = {"experts": 6, "top_k": 3, "hidden": 24}
+MOE = {"n_experts": 6, "top_k": 3, "intermediate_size": 24}
 CONFIGS = {
     "llama": ModelConfig(**OURS, tie_embeddings=False),
     "qwen3": ModelConfig(**OURS, head_dim=16, qk_norm=True),
-    "mixtral": ModelConfig(**{**OURS, "hidden": 24}, moe=MoEConfig(**MOE), tie_embeddings=False),
-    "mixtral-softmax-after": ModelConfig(**{**OURS, "hidden": 24}, moe=MoEConfig(**MOE, score="softmax_topk")),
-    "qwen3_moe": ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE, every=2, normalise=False)),
-    "qwen3_moe-dense-first": ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE, dense_first=1)),
+    "mixtral": ModelConfig(**{**OURS, "intermediate_size": 24}, moe=MoEConfig(**MOE), tie_embeddings=False),
+    "mixtral-softmax-after": ModelConfig(
+        **{**OURS, "intermediate_size": 24}, moe=MoEConfig(**MOE, score_func="softmax_topk")
+    ),
+    "qwen3_moe": ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE, layer_freq=2, norm_topk_prob=False)),
+    "qwen3_moe-dense-first": ModelConfig(**OURS, qk_norm=True, moe=MoEConfig(**MOE, first_k_dense=1)),
 }
 
 
@@ -106,24 +116,28 @@ def test_configs_come_back(name):
     tree = json.loads(json.dumps(to_huggingface(CONFIGS[name], 70, 50)))
     _, back = from_huggingface(tree, "config.json")
     expected = CONFIGS[name].model_copy(update={"head_dim": CONFIGS[name].head_width})
-    if expected.moe is not None and expected.moe.score == "softmax_topk":  # the same function by its other name
-        expected = expected.model_copy(update={"moe": expected.moe.model_copy(update={"score": "softmax"})})
+    if expected.moe is not None and expected.moe.score_func == "softmax_topk":  # the same function by its other name
+        expected = expected.model_copy(update={"moe": expected.moe.model_copy(update={"score_func": "softmax"})})
     assert back == expected
 
 
 @pytest.mark.parametrize(
     "moe, qk_norm, sentence",
     [
-        ({"shared_experts": 1}, True, "model.moe.shared_experts is 1, which a Qwen3Moe .* cannot express; train with"),
-        ({"shared_experts": 2}, False, "model.moe.shared_experts is 2, which a Mixtral"),
+        (
+            {"n_shared_experts": 1},
+            True,
+            "model.moe.n_shared_experts is 1, which a Qwen3Moe .* cannot express; train with",
+        ),
+        ({"n_shared_experts": 2}, False, "model.moe.n_shared_experts is 2, which a Mixtral"),
         ({"capacity_factor": 1.25}, True, "model.moe.capacity_factor is 1.25, .* null in its config.yaml"),
-        ({"score": "sigmoid"}, True, "model.moe.score is sigmoid"),
-        ({"scale": 2.0}, True, "model.moe.scale is 2.0"),
+        ({"score_func": "sigmoid"}, True, "model.moe.score_func is sigmoid"),
+        ({"routed_scaling_factor": 2.0}, True, "model.moe.routed_scaling_factor is 2.0"),
         ({"groups": {"count": 2, "per_token": 1}}, True, "model.moe.groups is"),
-        ({"bias_rate": 0.001}, True, "model.moe.bias_rate is 0.001"),
-        ({"every": 2}, False, "model.moe.every is 2 .layer 0 is dense., .* Mixtral .* model.qk_norm true"),
-        ({"dense_first": 1}, False, "model.moe.dense_first is 1 .layer 0 is dense.,"),
-        ({"normalise": False}, False, "model.moe.normalise is False, .* Mixtral"),
+        ({"bias_update_rate": 0.001}, True, "model.moe.bias_update_rate is 0.001"),
+        ({"layer_freq": 2}, False, "model.moe.layer_freq is 2 .layer 0 is dense., .* Mixtral .* model.qk_norm true"),
+        ({"first_k_dense": 1}, False, "model.moe.first_k_dense is 1 .layer 0 is dense.,"),
+        ({"norm_topk_prob": False}, False, "model.moe.norm_topk_prob is False, .* Mixtral"),
     ],
 )
 def test_what_a_family_cannot_express_is_refused_before_anything_is_written(moe, qk_norm, sentence, tmp_path):
@@ -198,7 +212,7 @@ def test_heads_that_do_not_divide_the_width_run_in_transformers(name, tmp_path):
 
 
 def test_a_llama_whose_heads_do_not_divide_its_width_is_refused_with_a_remedy(tmp_path):
-    sentence = "model.heads is 6, of which model.d_model 40 .* a Llama .* cannot express; .* model.qk_norm true"
+    sentence = "model.n_heads is 6, of which model.d_model 40 .* a Llama .* cannot express; .* model.qk_norm true"
     with pytest.raises(ConfigError, match=sentence):
         save(randomised(ModelConfig(**UNEVEN)), tmp_path / "out", positions=50)
     assert not (tmp_path / "out").exists()

@@ -19,8 +19,8 @@ TAU = 0.07
 
 @pytest.fixture
 def model() -> MultimodalModel:
-    moe = {"experts": 4, "top_k": 2, "hidden": 16, "every": 2, "engine": "loop"}
-    config = ModelConfig(d_model=24, layers=2, heads=2, kv_heads=1, hidden=32, contrast_dim=8, moe=moe)
+    moe = {"n_experts": 4, "top_k": 2, "intermediate_size": 16, "layer_freq": 2, "expert_backend": "loop"}
+    config = ModelConfig(d_model=24, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=32, contrast_dim=8, moe=moe)
     return config.build(INPUTS, seed=0).double()
 
 

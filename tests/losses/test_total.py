@@ -26,8 +26,8 @@ CONFIG = LossConfig(
     ce=CrossEntropyConfig(text=1.0, audio=0.5, action=2.0, structure=0.25, chunk=5),
     contrastive=ContrastiveConfig(weight=0.3, group_sequences=1),
     action=ActionLossConfig(weight=0.7),
-    balance=BalanceConfig(sequence=0.02),
-    router_z=0.004,
+    load_balance=BalanceConfig(sequence=0.02),
+    z_loss=0.004,
 )
 
 
@@ -187,7 +187,7 @@ def test_any_cut_into_micro_batches_gives_the_same_step(model: Heads, cut: list[
 def test_each_level_of_balance_counts_by_its_own_coefficient(model: Heads) -> None:
     """Two micro-batches: the second's global level knows the loads of both."""
     levels = BalanceConfig(sequence=0.0, micro_batch=0.5, global_batch=0.25)
-    config = CONFIG.model_copy(update={"balance": levels, "router_z": 0.0})
+    config = CONFIG.model_copy(update={"load_balance": levels, "z_loss": 0.0})
     parts, loads, load = [batch_of([0]), batch_of([1, 2, 3])], ExpertLoadAccumulator(), torch.zeros(2, 3)
     for batch in parts:
         report, auxiliary = run(model, batch, config=config, loads=loads), model(batch).auxiliary
@@ -273,7 +273,7 @@ def test_label_weights_follow_the_modality_of_the_target() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"balance": {"sequence": -1.0}}, {"balance": 0.01}, {"tau": 0.1}, {"contrastive": {"tau": 0.0}}]
+    "wrong", [{"load_balance": {"sequence": -1.0}}, {"load_balance": 0.01}, {"tau": 0.1}, {"contrastive": {"tau": 0.0}}]
 )
 def test_impossible_configs_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError):

@@ -11,8 +11,8 @@ from mmoe.models.moe.layer import MoEConfig
 from mmoe.schema.batch import PackedBatch
 from tests.models.random_batch import INPUTS, pack, random_batch, random_sequences
 
-SHAPE = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 48}
-MOE = {"experts": 4, "top_k": 2, "hidden": 16}
+SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "intermediate_size": 48}
+MOE = {"n_experts": 4, "top_k": 2, "intermediate_size": 16}
 
 
 def build(**changes) -> MultimodalModel:
@@ -51,7 +51,7 @@ class SeenDtypes(TorchDispatchMode):
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_float64_stays_float64_end_to_end(capacity_factor):
-    moe = MoEConfig(**MOE, engine="loop", shared_experts=1, capacity_factor=capacity_factor)
+    moe = MoEConfig(**MOE, expert_backend="loop", n_shared_experts=1, capacity_factor=capacity_factor)
     model = build(moe=moe, qk_norm=True, bidirectional_slices=True).double()
     batch = next(b for b in map(random_batch, range(50)) if len(b.action_index) and len(b.pairs.group))
     with SeenDtypes() as dtypes:
@@ -97,7 +97,7 @@ def test_the_model_is_the_same_with_either_attention_backend(bidirectional):
         for name in ("sdpa_documents", "dense")
     )
     for name, value in documents.items():
-        if name == "hidden":
+        if name == "intermediate_size":
             value, dense[name] = value[batch.valid], dense[name][batch.valid]
         torch.testing.assert_close(value, dense[name], rtol=1e-5, atol=1e-5)
 
@@ -129,7 +129,7 @@ def test_a_batch_of_padding_alone_gives_zero_losses():
 
 
 def test_experts_stand_in_the_layers_that_the_config_says():
-    config = ModelConfig(**SHAPE | {"layers": 7}, moe=MoEConfig(**MOE, every=2, dense_first=2))
+    config = ModelConfig(**SHAPE | {"n_layers": 7}, moe=MoEConfig(**MOE, layer_freq=2, first_k_dense=2))
     names = {name for name, _ in config.build(INPUTS, 0).named_parameters()}
     layers = {int(name.split(".")[2]) for name in names if "experts" in name}
     assert layers == {3, 5}
@@ -137,7 +137,7 @@ def test_experts_stand_in_the_layers_that_the_config_says():
 
 
 def test_router_losses_are_means_over_the_layers_of_experts():
-    model = build(layers=3, moe=MoEConfig(**MOE, dense_first=1))
+    model = build(n_layers=3, moe=MoEConfig(**MOE, first_k_dense=1))
     layers = [block.network for block in model.decoder.blocks[1:]]
     routed = []
     for layer in layers:
@@ -193,11 +193,11 @@ def test_heads_that_have_no_input_are_not_built():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"kv_heads": 3}, "multiple of kv_heads"),
-        ({"heads": 6, "kv_heads": 2}, "set head_dim"),
-        ({"heads": 1, "kv_heads": 1, "head_dim": 5}, "make it even"),
-        ({"d_model": 36, "heads": 2, "moe": MoEConfig(**MOE)}, "grouped_mm needs a multiple of 8"),
-        ({"moe": MoEConfig(**MOE, dense_first=2)}, "leave none"),
+        ({"n_kv_heads": 3}, "multiple of n_kv_heads"),
+        ({"n_heads": 6, "n_kv_heads": 2}, "set head_dim"),
+        ({"n_heads": 1, "n_kv_heads": 1, "head_dim": 5}, "make it even"),
+        ({"d_model": 36, "n_heads": 2, "moe": MoEConfig(**MOE)}, "grouped_mm needs a multiple of 8"),
+        ({"moe": MoEConfig(**MOE, first_k_dense=2)}, "leave none"),
         ({"attention": "flash"}, "sdpa_documents"),
     ],
 )

@@ -6,8 +6,10 @@ from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
 from tests.models.random_batch import INPUTS, random_batch
 
-MOE = MoEConfig(experts=4, top_k=2, hidden=32, every=2, shared_experts=1)
-CONFIG = ModelConfig(d_model=64, layers=2, heads=4, kv_heads=2, hidden=128, moe=MOE, tie_embeddings=False, qk_norm=True)
+MOE = MoEConfig(n_experts=4, top_k=2, intermediate_size=32, layer_freq=2, n_shared_experts=1)
+CONFIG = ModelConfig(
+    d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, intermediate_size=128, moe=MOE, tie_embeddings=False, qk_norm=True
+)
 
 
 def values(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -15,8 +15,10 @@ from tests.models.random_batch import INPUTS, pack, random_batch, random_sequenc
 
 MODELS = {
     "dense": None,
-    "dropless": MoEConfig(experts=4, top_k=2, hidden=16, shared_experts=1),
-    "capacity": MoEConfig(experts=4, top_k=2, hidden=16, capacity_factor=2.0),  # = E / K: nothing is dropped
+    "dropless": MoEConfig(n_experts=4, top_k=2, intermediate_size=16, n_shared_experts=1),
+    "capacity": MoEConfig(
+        n_experts=4, top_k=2, intermediate_size=16, capacity_factor=2.0
+    ),  # = E / K: nothing is dropped
 }
 RULES = pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
 
@@ -25,10 +27,10 @@ def build(kind: str, bidirectional: bool) -> MultimodalModel:
     """Four layers with every parameter random: nothing is hidden behind a zero at initialisation."""
     config = ModelConfig(
         d_model=32,
-        layers=4,
-        heads=4,
-        kv_heads=2,
-        hidden=48,
+        n_layers=4,
+        n_heads=4,
+        n_kv_heads=2,
+        intermediate_size=48,
         bidirectional_slices=bidirectional,
         moe=MODELS[kind],
     )

@@ -17,8 +17,8 @@ from mmoe.recipe.resolved import ResolvedRun
 from mmoe.schema.modality import Modality
 from tests.training.test_trainer import config
 
-SMALL = {"d_model": 32, "layers": 3, "heads": 4, "kv_heads": 2, "hidden": 48}
-MOE = {"experts": 4, "top_k": 2, "hidden": 16}
+SMALL = {"d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "intermediate_size": 48}
+MOE = {"n_experts": 4, "top_k": 2, "intermediate_size": 16}
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ MOE = {"experts": 4, "top_k": 2, "hidden": 16}
         {},
         {"qk_norm": True, "tie_embeddings": False, "head_dim": 6},
         {"moe": MOE},
-        {"moe": MOE | {"every": 2, "shared_experts": 2, "dense_first": 1}},
-        {"moe": MOE | {"shared_experts": 1, "shared_gate": True}},
+        {"moe": MOE | {"layer_freq": 2, "n_shared_experts": 2, "first_k_dense": 1}},
+        {"moe": MOE | {"n_shared_experts": 1, "shared_gate": True}},
     ],
     ids=str,
 )
@@ -38,7 +38,9 @@ def test_the_closed_form_counts_what_the_model_has(changes):
 
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made(tmp_path):
-    huge = config(tmp_path, tmp_path / "run", model__d_model=1 << 20, model__hidden=1 << 20, model__layers=1000)
+    huge = config(
+        tmp_path, tmp_path / "run", model__d_model=1 << 20, model__intermediate_size=1 << 20, model__n_layers=1000
+    )
     with pytest.raises(ConfigError, match=r"parameters: [\d,]+.\d GiB on each of 1 processes, .*model.d_model"):
         build(ResolvedRun.from_config(huge), ModelInputs(vocabulary_size=300), 1, 0, torch.device("cpu"))
 

@@ -62,7 +62,12 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
 
 def test_of_the_real_model_only_camera_and_time_matrices_do_not_decay() -> None:
     config = ModelConfig(
-        d_model=16, layers=2, heads=2, kv_heads=1, hidden=16, moe=MoEConfig(experts=2, top_k=1, hidden=16)
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        intermediate_size=16,
+        moe=MoEConfig(n_experts=2, top_k=1, intermediate_size=16),
     )
     model = config.build(ModelInputs(50, patch_dim=8, state_dim=3, action_chunk=2, action_dim=2), seed=0)
     _, others = parameter_groups(trainable(model), 0.1)

@@ -15,8 +15,8 @@ from mmoe.optim.optimizer import build_optimizer
 
 @pytest.fixture
 def model():
-    moe = MoEConfig(experts=4, top_k=2, hidden=16, every=2)
-    config = ModelConfig(d_model=16, layers=2, heads=2, kv_heads=1, hidden=32, moe=moe)
+    moe = MoEConfig(n_experts=4, top_k=2, intermediate_size=16, layer_freq=2)
+    config = ModelConfig(d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=32, moe=moe)
     return config.build(ModelInputs(40, patch_dim=8, state_dim=3, action_chunk=2, action_dim=2), seed=0)
 
 

@@ -92,7 +92,7 @@ def test_every_schedule_rises_to_the_peak_and_never_again(
     if kind == "wsd":
         spans["decay"] = Span(fraction=shares[1])
     elif kind != "constant":
-        spans["cooldown"] = Span(fraction=shares[1])
+        spans["hold"] = Span(fraction=shares[1])
     config = ScheduleConfig(kind=kind, warmup=Span(fraction=shares[0]), start=start, minimum=minimum, **spans)
     try:
         schedule = config.build(PEAK, batch(steps))
@@ -108,8 +108,8 @@ def test_every_schedule_rises_to_the_peak_and_never_again(
         assert rates[0] >= start * PEAK * (1 - 1e-12)
     if kind == "constant" or (kind == "wsd" and not schedule.decay):
         assert rates[-1] == pytest.approx(PEAK)
-    elif warmup < steps - schedule.cooldown or schedule.cooldown:
-        assert rates[steps - schedule.cooldown - 1 :][-1] == pytest.approx(minimum * PEAK, abs=1e-15)
+    elif warmup < steps - schedule.hold or schedule.hold:
+        assert rates[steps - schedule.hold - 1 :][-1] == pytest.approx(minimum * PEAK, abs=1e-15)
     assert schedule(steps + 50) == rates[-1]
 
 
@@ -119,7 +119,7 @@ def test_the_warmup_starts_at_one_percent() -> None:
 
 
 def test_the_cooldown_is_constant_and_follows_the_last_step_of_the_decay() -> None:
-    rates = ours(kind="cosine", cooldown=Span(steps=30))
+    rates = ours(kind="cosine", hold=Span(steps=30))
     assert rates[T - 31 :] == pytest.approx([0.1 * PEAK] * 31)
     assert rates[T - 32] > 0.1 * PEAK
 
@@ -158,7 +158,7 @@ def test_a_span_is_given_in_exactly_one_unit(fields: dict) -> None:
     [
         ({"kind": "wsd"}, "optim.schedule.decay and optim.schedule.kind: wsd belong together"),
         ({"kind": "cosine", "decay": {"steps": 3}}, "optim.schedule.decay and optim.schedule.kind: wsd"),
-        ({"kind": "constant", "cooldown": {"steps": 3}}, "optim.schedule.cooldown is time at the minimum"),
+        ({"kind": "constant", "hold": {"steps": 3}}, "optim.schedule.hold is time at the minimum"),
     ],
 )
 def test_spans_that_the_shape_does_not_have_are_refused(fields: dict, sentence: str) -> None:
@@ -167,5 +167,5 @@ def test_spans_that_the_shape_does_not_have_are_refused(fields: dict, sentence: 
 
 
 def test_spans_longer_than_the_run_are_refused() -> None:
-    with pytest.raises(ConfigError, match="warmup 150 .* cooldown 60 steps do not fit the 200 steps"):
-        ScheduleConfig(warmup=Span(steps=150), cooldown=Span(steps=60)).build(PEAK, batch())
+    with pytest.raises(ConfigError, match="warmup 150 .* hold 60 steps do not fit the 200 steps"):
+        ScheduleConfig(warmup=Span(steps=150), hold=Span(steps=60)).build(PEAK, batch())

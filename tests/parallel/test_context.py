@@ -25,7 +25,7 @@ def batch_of(seed: int, cp: int) -> PackedBatch:
 
 
 def positions(batch: PackedBatch, cp: int) -> torch.Tensor:
-    return Positions.deal(batch.document, cp, 1, rank=0).attended_cBM
+    return Positions.for_rank(batch.document, cp, 1, rank=0).attended_cBM
 
 
 def attend(batch: PackedBatch, cp: int, bidirectional: bool, qkv: list[torch.Tensor]) -> torch.Tensor:
@@ -36,7 +36,7 @@ def attend(batch: PackedBatch, cp: int, bidirectional: bool, qkv: list[torch.Ten
     for rank in range(cp):
         plan = ContextAttention.from_batch(batch, bidirectional, DocumentAttention, everywhere, rank, None)
         gathered = iter(parts[1:])
-        with patch.object(context, "gather", lambda x, group, gathered=gathered: next(gathered)):
+        with patch.object(context, "all_gather_scatter_grad", lambda x, group, gathered=gathered: next(gathered)):
             own = plan.attend(*(part[rank] for part in parts))
         out.scatter_(1, everywhere[rank][..., None, None].expand_as(own), own)
     return out
@@ -89,7 +89,7 @@ def test_vectors_go_to_the_rank_of_their_position_and_nowhere_else(cp: int) -> N
     for kind, values in batch.values.items():
         found = []
         for rank in range(cp):
-            dealt = Positions.deal(batch.document, cp, 1, rank)
+            dealt = Positions.for_rank(batch.document, cp, 1, rank)
             here = dealt.local(batch)
             index = here.values[kind].index
             assert (here.modality.flatten()[index[index >= 0]] == kind).all()

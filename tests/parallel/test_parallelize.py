@@ -28,13 +28,17 @@ def model(**changes: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("dims", "changes", "sentence"),
     [
-        ({"tp": 3}, {}, "model.heads is 4, not a multiple of parallel.tp 3; change it, or parallel.tp"),
+        ({"tp": 3}, {}, "model.n_heads is 4, not a multiple of parallel.tp 3; change it, or parallel.tp"),
         (
             {"tp": 2},
-            {"heads": 6, "kv_heads": 3, "head_dim": 8},
-            "model.kv_heads is 3, neither a multiple nor a divisor of parallel.tp 2; change it, or parallel.tp",
+            {"n_heads": 6, "n_kv_heads": 3, "head_dim": 8},
+            "model.n_kv_heads is 3, neither a multiple nor a divisor of parallel.tp 2; change it, or parallel.tp",
         ),
-        ({"tp": 4}, {"hidden": 50}, "model.hidden is 50, not a multiple of parallel.tp 4; change it, or parallel.tp"),
+        (
+            {"tp": 4},
+            {"intermediate_size": 50},
+            "model.intermediate_size is 50, not a multiple of parallel.tp 4; change it, or parallel.tp",
+        ),
         (
             {"cp": 2},
             {"attention": "dense"},
@@ -60,9 +64,9 @@ def model(**changes: Any) -> ModelConfig:
         ),
         (
             {"dp_shard": 16, "cp": 2},
-            {"moe": {**MODEL["moe"], "hidden": 48}},
-            "model.moe.hidden is 48, which the 32 ranks that share an expert (dp_shard x cp x tp / ep) do not divide; "
-            "raise parallel.ep, or use dp_replicate for some of dp_shard",
+            {"moe": {**MODEL["moe"], "intermediate_size": 48}},
+            "model.moe.intermediate_size is 48, which the 32 ranks that share an expert (dp_shard x cp x tp / ep) do "
+            "not divide; raise parallel.ep, or use dp_replicate for some of dp_shard",
         ),
     ],
 )

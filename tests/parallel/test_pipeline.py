@@ -14,8 +14,8 @@ from mmoe.parallel.pipeline import TIED, StageModel, check_stages, costs, deal_l
 from tests.models.random_batch import INPUTS
 
 CONFIG = ModelConfig.model_validate(
-    {"d_model": 16, "layers": 6, "heads": 2, "kv_heads": 2, "hidden": 32}
-    | {"moe": {"experts": 4, "top_k": 2, "hidden": 16, "every": 2, "engine": "loop"}}
+    {"d_model": 16, "n_layers": 6, "n_heads": 2, "n_kv_heads": 2, "intermediate_size": 32}
+    | {"moe": {"n_experts": 4, "top_k": 2, "intermediate_size": 16, "layer_freq": 2, "expert_backend": "loop"}}
 )
 
 
@@ -84,9 +84,9 @@ def test_costs_count_what_a_token_goes_through() -> None:
 
 def test_too_few_layers_are_refused() -> None:
     check_stages(layers=4, each=1, pp=4, micro_batches=4)
-    with pytest.raises(ConfigError, match=r"pp 4 x parallel.stages_per_rank 1 = 4 stages, but model.layers is 3"):
+    with pytest.raises(ConfigError, match=r"pp 4 x parallel.stages_per_rank 1 = 4 stages, but model.n_layers is 3"):
         check_stages(layers=3, each=1, pp=4, micro_batches=4)
-    with pytest.raises(ConfigError, match=r"pp 2 x parallel.stages_per_rank 2 = 4 stages, but model.layers is 3"):
+    with pytest.raises(ConfigError, match=r"pp 2 x parallel.stages_per_rank 2 = 4 stages, but model.n_layers is 3"):
         check_stages(layers=3, each=2, pp=2, micro_batches=4)
 
 

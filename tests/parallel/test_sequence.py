@@ -16,7 +16,7 @@ def documents(lengths: list[int], length: int) -> np.ndarray:
 
 
 def shard(rows: list[np.ndarray], cp: int, tp: int = 1) -> Positions:
-    return Positions.deal(torch.from_numpy(np.stack(rows)), cp, tp, rank=0)
+    return Positions.for_rank(torch.from_numpy(np.stack(rows)), cp, tp, rank=0)
 
 
 def keys_seen(document: np.ndarray) -> np.ndarray:

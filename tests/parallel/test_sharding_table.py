@@ -10,8 +10,22 @@ from tests.models.random_batch import INPUTS
 
 @pytest.fixture(scope="module")
 def model() -> MultimodalModel:
-    moe = {"experts": 4, "top_k": 2, "hidden": 16, "every": 2, "shared_experts": 1, "shared_gate": True}
-    shape = {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 2, "hidden": 32, "tie_embeddings": False}
+    moe = {
+        "n_experts": 4,
+        "top_k": 2,
+        "intermediate_size": 16,
+        "layer_freq": 2,
+        "n_shared_experts": 1,
+        "shared_gate": True,
+    }
+    shape = {
+        "d_model": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "intermediate_size": 32,
+        "tie_embeddings": False,
+    }
     with torch.device("meta"):
         return MultimodalModel(ModelConfig.model_validate(shape | {"moe": moe}), INPUTS)
 

@@ -9,7 +9,7 @@ from tests.planning.dry_run_small import plan
 WIDER = "losses.contrastive.group_sequences=16"  # than a micro-step: two forward passes
 QUICK = [
     (4, 3, "parallel.dp_replicate=2 parallel.ep=2 parallel.activation_checkpointing=full"),
-    (4, 0, "parallel.ep=2 losses.contrastive.group_sequences=2 losses.balance.global_batch=0.1"),
+    (4, 0, "parallel.ep=2 losses.contrastive.group_sequences=2 losses.load_balance.global_batch=0.1"),
     (8, 7, "parallel.cp=2 parallel.tp=2 parallel.ep=4 model.moe.capacity_factor=null"),
     (4, 3, "parallel.pp=2 parallel.zero=1"),
 ]
@@ -18,8 +18,8 @@ SLOW = [
     (4, 0, f"{WIDER} parallel.zero=2"),
     (4, 0, f"{WIDER} parallel.tp=2"),
     (4, 1, f"{WIDER} parallel.cp=2 parallel.ep=4 model.moe.capacity_factor=null"),
-    (8, 4, f"{WIDER} parallel.pp=4 model.layers=8 model.moe.every=1"),
-    (8, 4, f"{WIDER} parallel.pp=4 parallel.zero=1 model.layers=8 model.moe.every=1"),
+    (8, 4, f"{WIDER} parallel.pp=4 model.n_layers=8 model.moe.layer_freq=1"),
+    (8, 4, f"{WIDER} parallel.pp=4 parallel.zero=1 model.n_layers=8 model.moe.layer_freq=1"),
     (4, 0, ""),
     (4, 0, "parallel.zero=2"),
     (4, 3, "parallel.zero=1"),
@@ -34,8 +34,8 @@ SLOW = [
     (4, 0, "parallel.pp=2 parallel.ep=2"),
     (4, 0, "parallel.pp=2 parallel.tp=2 model.tie_embeddings=true"),
     (4, 3, "parallel.pp=2 parallel.tp=2 model.tie_embeddings=true"),
-    (4, 0, "parallel.pp=4 model.layers=4 training.global_batch_positions=256"),
-    (2, 1, "parallel.pp=2 parallel.stages_per_rank=2 parallel.schedule=interleaved_1f1b model.layers=4"),
+    (4, 0, "parallel.pp=4 model.n_layers=4 training.global_batch_positions=256"),
+    (2, 1, "parallel.pp=2 parallel.stages_per_rank=2 parallel.schedule=interleaved_1f1b model.n_layers=4"),
 ]
 
 

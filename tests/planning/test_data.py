@@ -81,7 +81,7 @@ data:
   window_documents: 100
 tokenizers: {{vision: {{patch: 8, max_patches: 12}}, audio: {{path: {tmp_path}/codec.safetensors, codebooks: 2, mel: {{
   sample_rate: 4000, window: 128, hop: 40, mels: 8, stack: 4, codebook_size: 8}}}}, action: {{chunk: 4}}}}
-model: {{d_model: 32, layers: 1, heads: 2, kv_heads: 2, hidden: 32}}
+model: {{d_model: 32, n_layers: 1, n_heads: 2, n_kv_heads: 2, intermediate_size: 32}}
 losses: {{contrastive: {{group_sequences: 1}}}}
 optim: {{lr: {{peak: 1.0e-3}}}}
 training: {{run: r, micro_batch_sequences: 2, global_batch_positions: {8 * LENGTH}, budget_positions: {800 * LENGTH}}}

@@ -63,7 +63,7 @@ def test_a_pipeline_embeds_groups_wider_than_a_micro_step_first() -> None:
 
 def test_the_command_reports_a_rank_of_each_stage() -> None:
     command = ["estimate", "configs/moe_10b.yaml", "--world-size", "8", "parallel.pp=4"]
-    result = CliRunner().invoke(app, [*command, *SMALL, "model.layers=4"])
+    result = CliRunner().invoke(app, [*command, *SMALL, "model.n_layers=4"])
     assert result.exit_code == 0, result.output
     assert [f"rank {rank}, stage {rank // 2}" in result.output for rank in (0, 4, 6)] == [True] * 3
     assert result.output.count("equal to the formula") == 3

@@ -16,7 +16,7 @@ def test_the_main_run_has_the_parameters_of_its_recipe() -> None:
     counts = ParameterCounts.from_config(MAIN, INPUTS)
     assert counts.total == pytest.approx(9.925e9, abs=0.5e6)
     # The other two figures of the recipe leave the routers out.
-    routers = MAIN.layers * MAIN.d_model * MAIN.moe.experts
+    routers = MAIN.n_layers * MAIN.d_model * MAIN.moe.n_experts
     assert counts.active - routers == pytest.approx(2.525e9, abs=0.5e6)
     assert counts.multiplied - routers == pytest.approx(2.257e9, abs=0.5e6)
 
@@ -33,7 +33,10 @@ def test_attention_depends_on_the_lengths_of_documents() -> None:
     assert attention_forward(MAIN, [4096, 4096]) * 2 == attention_forward(MAIN, [8192])
 
 
-WIDE = "model.d_model=256 model.hidden=512 model.moe.hidden=512 model.heads=8 model.kv_heads=4 model.head_dim=32"
+WIDE = (
+    "model.d_model=256 model.intermediate_size=512 model.moe.intermediate_size=512 model.n_heads=8 model.n_kv_heads=4 "
+    "model.head_dim=32"
+)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ WIDE = "model.d_model=256 model.hidden=512 model.moe.hidden=512 model.heads=8 mo
     ids=str,
 )
 def test_counted_operations_are_those_of_the_formula(world: int, overrides: str) -> None:
-    shape = "model.layers=4 data.sequence_length=512 training.global_batch_positions=8192"
+    shape = "model.n_layers=4 data.sequence_length=512 training.global_batch_positions=8192"
     step = plan(world, f"{WIDE} {shape} {overrides}")
     # What the formula leaves out is a larger share of a small model: embeddings of patches and time, the heads.
     assert step.flops(world - 1) == pytest.approx(step.cost(world - 1).flops, rel=0.08)

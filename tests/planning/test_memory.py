@@ -14,7 +14,7 @@ from tests.planning.dry_run_small import plan
         (4, "parallel.tp=2 parallel.ep=4"),
         (4, "parallel.tp=4 optim.matrices.kind=muon"),
         (4, "parallel.ep=4 optim.optimizer.implementation=foreach optim.matrices.kind=tests.signs"),
-        (3, "training.global_batch_positions=1536 model.d_model=48 model.moe.hidden=48"),
+        (3, "training.global_batch_positions=1536 model.d_model=48 model.moe.intermediate_size=48"),
         (4, "parallel.pp=2 model.tie_embeddings=true"),
     ],
     ids=str,
@@ -41,7 +41,7 @@ def test_checkpointing_and_shards_save_what_they_should() -> None:
 
 
 def test_an_early_pipeline_stage_keeps_more_passes() -> None:
-    step = plan(4, "parallel.pp=4 model.layers=4")
+    step = plan(4, "parallel.pp=4 model.n_layers=4")
     first, last = step.cost(0), step.cost(3)
     assert (first.kept, last.kept) == (4, 1)
     assert first.micro_batches > 4

@@ -33,7 +33,7 @@ def test_a_changed_batch_must_say_what_the_rate_does():
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("model.kv_heads=3", "model: heads is 4, not a multiple of kv_heads 3"),
+        ("model.n_kv_heads=3", "model: n_heads is 4, not a multiple of n_kv_heads 3"),
         ("model.moe.top_k=9", "model.moe: top_k is 9, but there are 8 experts"),
         ("data.sequence_length=1000", "not a multiple of 1000"),
         ("training.budget_positions=10", "less than one step"),

@@ -59,7 +59,7 @@ def write(folder, *records: StepRecord) -> RunRecords:
 
 @pytest.fixture(scope="module")
 def reported(build_run):
-    run = build_run(names=("audio", "clip"), model__moe={"experts": 3, "top_k": 2, "hidden": 16})
+    run = build_run(names=("audio", "clip"), model__moe={"n_experts": 3, "top_k": 2, "intermediate_size": 16})
     write(run.folder, *map(metrics, (10, 20, 30)))
     evaluate(run)
     evaluate(run, shuffle=Modality.VISION)

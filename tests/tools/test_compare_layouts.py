@@ -13,12 +13,12 @@ from tests.conftest import REPOSITORY, load_script
 TOOL = REPOSITORY / "tools" / "compare_layouts.py"
 SMALL = [
     "data.sources.drive.options.recordings=8",
-    "model.layers=2",
+    "model.n_layers=2",
     "model.d_model=32",
-    "model.hidden=64",
-    "model.moe.hidden=32",
-    "model.moe.noise=0.1",
-    "losses.balance.micro_batch=0.1",
+    "model.intermediate_size=64",
+    "model.moe.intermediate_size=32",
+    "model.moe.router_noise=0.1",
+    "losses.load_balance.micro_batch=0.1",
     "training.micro_batch_sequences=2",
 ]
 
@@ -46,8 +46,8 @@ def test_layouts_agree_and_one_that_cannot_be_is_named(folder: Path) -> None:
     assert "decoder.blocks.network.experts.up" in families and "embeddings.token.weight" in families
     assert result["figures"]["layouts"]["hsdp2"]["moved_choices"] == 0
     assert list(result["figures"]["not_compared"]) == ["tp3"]
-    assert "tp3 refused model.heads is 4, not a multiple of parallel.tp 3" in done.stdout
-    assert "losses.balance.micro_batch is set to 0" in done.stdout
+    assert "tp3 refused model.n_heads is 4, not a multiple of parallel.tp 3" in done.stdout
+    assert "losses.load_balance.micro_batch is set to 0" in done.stdout
     assert "1 of 1" in done.stdout  # the micro-batch of two sequences is cut for two replicas
     assert done.returncode == 1 and not (folder / "run").exists()
 

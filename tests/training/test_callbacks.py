@@ -98,7 +98,7 @@ def test_a_hook_that_forgets_to_return_its_wish_is_named(folder, tmp_path):
 
 @pytest.mark.parametrize("hook", ["before_step", "before_update"])
 def test_a_skipped_step_is_counted_and_changes_nothing_but_the_data_that_follows(folder, tmp_path, hook):
-    changes = {"model__moe__bias_rate": 0.01, "model__moe__score": "sigmoid"}
+    changes = {"model__moe__bias_update_rate": 0.01, "model__moe__score_func": "sigmoid"}
     log, skips = Log(), Wishes(Decision.SKIP, step=3, hook=hook)
     run = trainer(config(folder, tmp_path / "run", **changes), log, skips, stop_at=2)
     run.train()

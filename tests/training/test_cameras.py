@@ -44,7 +44,7 @@ def build(folder, *names, run="run") -> Run:
             "sequence_length": 256,
         },
         "tokenizers": {"vision": {"patch": 16, "max_patches": 8}, "action": {"chunk": 3}},
-        "model": {"d_model": 16, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 16},
+        "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "intermediate_size": 16},
         "losses": {"contrastive": {"weight": 0.0}},
         "optim": {"lr": {"peak": 1e-2}},
         "training": {

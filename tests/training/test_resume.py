@@ -139,7 +139,7 @@ def check(before: RunConfig, now: RunConfig, step: int, *given: str, changes=())
     [
         ({"data__window_documents": 41}, "data.window_documents", "40 -> 41", "data decides what every step"),
         ({"model__d_model": 64}, "model.d_model", "32 -> 64", "model decides which function"),
-        ({"losses__router_z": 0.5}, "losses.router_z", "0.001 -> 0.5", "losses decides what is minimized"),
+        ({"losses__z_loss": 0.5}, "losses.z_loss", "0.001 -> 0.5", "losses decides what is minimized"),
         ({"optim__matrices": None}, "optim.matrices", ".*momentum.* -> None", "optim decides what a step does"),
         ({"training__seed": 1}, "training.seed", "0 -> 1", "training decides how the run begins"),
         ({"precision__compute": "bfloat16"}, "precision.compute", "float32 -> bfloat16", "precision decides"),
@@ -295,9 +295,9 @@ def test_the_record_tells_the_config_of_every_step_of_the_course_that_counts(tmp
     first = configured(Path("/d"), run, 30, optim__schedule={"kind": "cosine"})
     (run / "config.yaml").write_text(dump(first))
     course, done = [first] * 21, 0  # the config in force when so many steps were done
-    for step, peak, cooldown, steps in moves:
+    for step, peak, hold, steps in moves:
         step = min(step, done + 5)
-        schedule = {"kind": "cosine", "cooldown": cooldown}
+        schedule = {"kind": "cosine", "hold": hold}
         now = configured(Path("/d"), run, steps, optim__lr__peak=peak, optim__schedule=schedule)
         record_changes(History.read(run), step, now)
         (run / "config.yaml").write_text(dump(now))
@@ -339,7 +339,7 @@ def test_a_rate_that_is_set_twice_before_a_step_is_said_beside_the_one_that_was_
 def test_what_is_set_must_be_the_rate_of_a_run_on_its_way(folder, tmp_path):
     original = configured(folder, tmp_path / "run", 4)
     for setting, why in (
-        ("model.layers=4", "model.layers is identity, which no run changes on its way .model decides"),
+        ("model.n_layers=4", "model.n_layers is identity, which no run changes on its way .model decides"),
         ("optim.optimizer.betas=[0.8, 0.9]", "optim.optimizer.betas is identity"),
         ("optim.matrices=null", "optim.matrices is identity"),
         ("training.budget_positions=6400", "is extendable, which needs no --set"),

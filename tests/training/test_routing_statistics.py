@@ -23,7 +23,7 @@ STEPS = 3
 
 
 def records(folder, run, *callbacks, recompute=False, **changes) -> RunReader:
-    tree = config(folder, run, precision__compute="float64", model__moe__engine="loop", **changes)
+    tree = config(folder, run, precision__compute="float64", model__moe__expert_backend="loop", **changes)
     with PeakMemory() as memory:
         made = trainer(tree, *callbacks, MetricsCallback(memory), stop_at=STEPS)
         if recompute:
@@ -41,7 +41,7 @@ def table(reader: RunReader, name: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def reference(folder, tmp_path_factory):
     """Two layers of experts with a capacity that drops, a step in one micro-batch."""
-    changes = {"training__micro_batch_sequences": 4, "model__moe__every": 1, "model__moe__capacity_factor": 1.0}
+    changes = {"training__micro_batch_sequences": 4, "model__moe__layer_freq": 1, "model__moe__capacity_factor": 1.0}
     found = records(folder, tmp_path_factory.mktemp("reference") / "run", **changes)
     return changes, found
 
@@ -76,7 +76,7 @@ def test_the_sums_of_tables_lose_nothing_whatever_their_cadence_and_over_a_resum
     """Tables every third step: a run that stops after two writes them there, and one that was killed does not."""
     changes, expected = reference
     changes = changes | {"monitoring__tables_every_steps": 3, "monitoring__log_every_steps": 2}
-    tree = config(folder, tmp_path / "run", precision__compute="float64", model__moe__engine="loop", **changes)
+    tree = config(folder, tmp_path / "run", precision__compute="float64", model__moe__expert_backend="loop", **changes)
     tree = tree.model_copy(update={"checkpoint": tree.checkpoint.model_copy(update={"every_steps": 1})})
     with PeakMemory() as memory:
 

@@ -46,11 +46,11 @@ def config(folder, run, **changes) -> RunConfig:
         },
         "model": {
             "d_model": 32,
-            "layers": 2,
-            "heads": 2,
-            "kv_heads": 1,
-            "hidden": 48,
-            "moe": {"experts": 4, "top_k": 2, "hidden": 16, "every": 2},
+            "n_layers": 2,
+            "n_heads": 2,
+            "n_kv_heads": 1,
+            "intermediate_size": 48,
+            "moe": {"n_experts": 4, "top_k": 2, "intermediate_size": 16, "layer_freq": 2},
         },
         "losses": {"contrastive": {"group_sequences": 1}},
         "optim": {"lr": {"peak": 3e-3}, "matrices": {"kind": "muon"}},
@@ -84,11 +84,11 @@ def trainer(configuration, *callbacks, stop_at=None) -> Trainer:
     [
         {},
         {
-            "model__moe__score": "sigmoid",
-            "model__moe__bias_rate": 0.01,
-            "model__moe__noise": 0.5,
+            "model__moe__score_func": "sigmoid",
+            "model__moe__bias_update_rate": 0.01,
+            "model__moe__router_noise": 0.5,
             "model__moe__groups": {"count": 2, "per_token": 1},
-            "losses__balance": {"sequence": 0.001, "micro_batch": 0.01, "global_batch": 0.01},
+            "losses__load_balance": {"sequence": 0.001, "micro_batch": 0.01, "global_batch": 0.01},
         },
     ],
     ids=["default", "bias-noise-groups"],
@@ -117,7 +117,7 @@ def test_the_bias_follows_the_loads_of_a_whole_step_and_no_optimizer_holds_it(fo
         config(
             folder,
             tmp_path / "run",
-            model__moe__bias_rate=0.25,
+            model__moe__bias_update_rate=0.25,
             optim__optimizer={"kind": "adamw", "weight_decay": 0.5},
         )
     )
@@ -159,7 +159,7 @@ def test_cutting_a_step_into_micro_batches_changes_no_gradient(folder, tmp_path)
                 tmp_path / f"micro{micro}",
                 training__micro_batch_sequences=micro,
                 precision__compute="float64",
-                model__moe__engine="loop",
+                model__moe__expert_backend="loop",
             )
         )
         gradients = {}
@@ -244,7 +244,7 @@ def test_a_step_that_diverges_changes_no_weight_and_says_so(folder, tmp_path):
 
 
 def test_a_diverged_step_names_the_router_whose_logits_were_not_finite(folder, tmp_path):
-    run = trainer(config(folder, tmp_path / "run", model__moe={"experts": 4, "top_k": 2, "hidden": 16}))
+    run = trainer(config(folder, tmp_path / "run", model__moe={"n_experts": 4, "top_k": 2, "intermediate_size": 16}))
     with torch.no_grad():
         run.run.model.decoder.routers[1].weight[2] = float("nan")
     before = [p.clone() for p in run.run.model.parameters()]

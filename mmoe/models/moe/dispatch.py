@@ -25,7 +25,7 @@ from mmoe.models.moe.tokens import Tokens
 if TYPE_CHECKING:
     from mmoe.models.moe.layer import MoEConfig
 
-Drop = Literal["probability", "position"]
+Drop = Literal["probs", "position"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class LocalDispatcher(ABC):
     @classmethod
     def from_config(cls, config: MoEConfig) -> LocalDispatcher:
         """Make the dispatcher of a layer of experts."""
-        return cls(config.experts, config.group_multiple, config.capacity_factor)
+        return cls(config.n_experts, config.token_group_alignment, config.capacity_factor)
 
     def rows(self, sequences: int, length: int, top_k: int) -> int | None:
         """Count the rows of all experts for a batch of such a shape; None where they depend on what is routed."""
@@ -178,9 +178,7 @@ class CapacityDispatcher(LocalDispatcher):
     exchange = "fixed"
     capacity_factor: float
 
-    def __init__(
-        self, experts: int, capacity_factor: float, drop: Drop = "probability", group_multiple: int = 1
-    ) -> None:
+    def __init__(self, experts: int, capacity_factor: float, drop: Drop = "probs", group_multiple: int = 1) -> None:
         super().__init__(experts, group_multiple, capacity_factor)
         self.drop = drop
 
@@ -188,7 +186,7 @@ class CapacityDispatcher(LocalDispatcher):
     def from_config(cls, config: MoEConfig) -> CapacityDispatcher:
         """Make the dispatcher of a layer of experts, which has a capacity factor."""
         assert config.capacity_factor is not None  # MoEConfig refuses the class without one
-        return cls(config.experts, config.capacity_factor, config.drop, config.group_multiple)
+        return cls(config.n_experts, config.capacity_factor, config.drop_policy, config.token_group_alignment)
 
     def capacity(self, length: int, top_k: int) -> int:
         """Rows of one expert for one sequence of `length` positions."""

@@ -25,40 +25,45 @@ WIDEST = 1 << 24  # of any dimension: beyond it a config is a slip of the pen
 class MoEConfig(Config):
     """Configures the experts, their router, and which layers have them."""
 
-    experts: int = Field(gt=0, le=WIDEST)
+    n_experts: int = Field(gt=0, le=WIDEST)
     top_k: int = Field(gt=0)  # experts per token
-    hidden: int = Field(gt=0, le=WIDEST)  # SwiGLU width of one expert
-    shared_experts: int = Field(default=0, ge=0, le=WIDEST)  # experts of the same width that every token goes through
+    intermediate_size: int = Field(gt=0, le=WIDEST)  # SwiGLU width of one expert
+    n_shared_experts: int = Field(default=0, ge=0, le=WIDEST)  # experts of the same width that every token goes through
     shared_gate: bool = False  # times the sigmoid of a product with the token (Qwen2-MoE, 2024)
     dispatcher: Annotated[str, AfterValidator(DISPATCHERS.known)] | None = None  # null: by whether there is a capacity
     capacity_factor: float | None = Field(default=None, ge=1)  # null: dropless
-    drop: Drop = "probability"  # what an overfull expert drops: its lowest scores, or the later tokens (`position`)
-    group_multiple: int = Field(default=1, gt=0)  # rows of an expert's group, rounded up with zeros; FP8 needs 16
-    engine: Annotated[str, AfterValidator(EXPERT_ENGINES.known)] = "grouped_mm"
-    score: Score = "softmax"  # what makes scores of the logits; see Router
-    normalise: bool = True  # the weights of a token's experts add up to `scale`
-    scale: float = Field(default=1.0, gt=0)
+    # What an overfull expert drops: its lowest probabilities (`probs`), or the later tokens (`position`).
+    drop_policy: Drop = "probs"
+    token_group_alignment: int = Field(
+        default=1, gt=0
+    )  # rows of an expert's group, rounded up with zeros; FP8 needs 16
+    expert_backend: Annotated[str, AfterValidator(EXPERT_ENGINES.known)] = "grouped_mm"
+    score_func: Score = "softmax"  # what makes scores of the logits; see Router
+    norm_topk_prob: bool = True  # the weights of a token's experts add up to `scale`
+    routed_scaling_factor: float = Field(default=1.0, gt=0)
     groups: GroupLimitConfig | None = None  # a token's experts come from few groups; null: from anywhere
-    noise: float = Field(default=0.0, ge=0)  # standard deviation of noise on the logits, to choose in training
-    bias_rate: float = Field(default=0.0, ge=0)  # step of the auxiliary-loss-free bias; 0: there is none
-    every: int = Field(default=1, gt=0)  # layers every, 2 every, ... (counted from 1) have experts
-    dense_first: int = Field(default=0, ge=0)  # but not the first ones
+    router_noise: float = Field(default=0.0, ge=0)  # standard deviation of noise on the logits, to choose in training
+    bias_update_rate: float = Field(default=0.0, ge=0)  # step of the auxiliary-loss-free bias; 0: there is none
+    layer_freq: int = Field(default=1, gt=0)  # layers every, 2 every, ... (counted from 1) have experts
+    first_k_dense: int = Field(default=0, ge=0)  # but not the first ones
 
     @model_validator(mode="after")
     def _shape(self) -> "MoEConfig":
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k is {self.top_k}, but there are {self.experts} experts; lower top_k or add experts")
-        if self.score == "softmax_topk" and not self.normalise:
+        if self.top_k > self.n_experts:
             raise ValueError(
-                "score is softmax_topk, whose weights always add up to scale, but normalise is false; "
-                "set score to softmax for weights that do not"
+                f"top_k is {self.top_k}, but there are {self.n_experts} experts; lower top_k or add experts"
+            )
+        if self.score_func == "softmax_topk" and not self.norm_topk_prob:
+            raise ValueError(
+                "score_func is softmax_topk, whose weights always add up to the scaling factor, but norm_topk_prob is "
+                "false; set score_func to softmax for weights that do not"
             )
         if self.groups is not None:
             self._check_groups(self.groups)
-        if self.shared_gate and not self.shared_experts:
-            raise ValueError("shared_gate is true, but there are no shared_experts to gate; set one of them")
-        if self.drop == "position" and self.capacity_factor is None:
-            raise ValueError("drop is position, but nothing is dropped without a capacity_factor; set one")
+        if self.shared_gate and not self.n_shared_experts:
+            raise ValueError("shared_gate is true, but there are no n_shared_experts to gate; set one of them")
+        if self.drop_policy == "position" and self.capacity_factor is None:
+            raise ValueError("drop_policy is position, but nothing is dropped without a capacity_factor; set one")
         by_capacity = self.dispatcher_class.by_capacity
         if by_capacity != (self.capacity_factor is not None):
             needed, remedy = ("needs a", "set one") if by_capacity else ("has no use for a", "set that to null")
@@ -66,26 +71,27 @@ class MoEConfig(Config):
             raise ValueError(
                 f"dispatcher is {self.dispatcher}, which {needed} capacity_factor; {remedy}, or dispatcher to {others}"
             )
-        self.check_width("hidden", self.hidden)
+        self.check_width("intermediate_size", self.intermediate_size)
         return self
 
     def check_width(self, key: str, width: int) -> None:
         """Raises ValueError where the engine cannot multiply matrices of this width, naming those that can."""
-        if width % (multiple := EXPERT_ENGINES.find(self.engine).multiple):
+        if width % (multiple := EXPERT_ENGINES.find(self.expert_backend).multiple):
             others = EXPERT_ENGINES.kinds_that(lambda engine: width % engine.multiple == 0)
             raise ValueError(
-                f"{key} is {width}, but moe.engine {self.engine} needs a multiple of {multiple}; round it or set "
-                f"moe.engine to {others}"
+                f"{key} is {width}, but moe.expert_backend {self.expert_backend} needs a multiple of {multiple}; "
+                f"round it or set moe.expert_backend to {others}"
             )
 
     def _check_groups(self, groups: GroupLimitConfig) -> None:
-        if self.experts % groups.count:
+        if self.n_experts % groups.count:
             raise ValueError(
-                f"groups.count is {groups.count}, which does not divide the {self.experts} experts; change one of them"
+                f"groups.count is {groups.count}, which does not divide the {self.n_experts} experts; change one of "
+                "them"
             )
         if groups.per_token > groups.count:
             raise ValueError(f"groups.per_token is {groups.per_token}, but there are {groups.count} groups; lower it")
-        reachable = groups.per_token * self.experts // groups.count
+        reachable = groups.per_token * self.n_experts // groups.count
         if self.top_k > reachable:
             raise ValueError(
                 f"top_k is {self.top_k}, but the groups of a token have {reachable} experts; raise groups.per_token"
@@ -98,7 +104,7 @@ class MoEConfig(Config):
 
     def in_layer(self, number: int) -> bool:
         """Whether layer `number` (from 0) has experts."""
-        return number >= self.dense_first and (number + 1) % self.every == 0
+        return number >= self.first_k_dense and (number + 1) % self.layer_freq == 0
 
 
 @dataclass(frozen=True)
@@ -139,16 +145,18 @@ class MoELayer(nn.Module):
         self.config, self.number = config, number
         self.router = Router(
             size,
-            config.experts,
+            config.n_experts,
             config.top_k,
-            config.normalise,
-            config.scale,
-            config.score,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+            config.score_func,
             config.groups,
-            biased=config.bias_rate > 0,
+            biased=config.bias_update_rate > 0,
         )
-        self.experts: nn.Module = Experts(config.experts, size, config.hidden, config.engine)
-        self.shared = SwiGLU(size, config.shared_experts * config.hidden) if config.shared_experts else None
+        self.experts: nn.Module = Experts(config.n_experts, size, config.intermediate_size, config.expert_backend)
+        self.shared = (
+            SwiGLU(size, config.n_shared_experts * config.intermediate_size) if config.n_shared_experts else None
+        )
         self.shared_gate = nn.Linear(size, 1, bias=False) if config.shared_gate else None
         self.dispatcher: Dispatcher[Any] = config.dispatcher_class.from_config(config)
 
@@ -169,9 +177,11 @@ class MoELayer(nn.Module):
 
     def _noise(self, tokens: Tokens) -> Tensor | None:
         """[T, E] to choose with, in training: a step that seeds torch anew has noise of its own."""
-        if not (self.training and self.config.noise):
+        if not (self.training and self.config.router_noise):
             return None
-        return self.config.noise * gaussian(tokens.key_T, self.config.experts, torch.initial_seed(), self.number)
+        return self.config.router_noise * gaussian(
+            tokens.key_T, self.config.n_experts, torch.initial_seed(), self.number
+        )
 
     @property
     def _readers(self) -> int:

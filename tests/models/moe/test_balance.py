@@ -17,7 +17,9 @@ D, E, K = 16, 5, 2
 
 
 def build(**changes) -> MoELayer:
-    layer = MoELayer(D, MoEConfig(**{"experts": E, "top_k": K, "hidden": 8, "engine": "loop"} | changes)).double()
+    layer = MoELayer(
+        D, MoEConfig(**{"n_experts": E, "top_k": K, "intermediate_size": 8, "expert_backend": "loop"} | changes)
+    ).double()
     torch.manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -53,7 +55,7 @@ def tokens_of(layer: MoELayer, x: torch.Tensor, batch) -> list[list[tuple[list[f
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_every_level_is_what_its_formula_says(score, capacity_factor):
-    layer = build(score=score, capacity_factor=capacity_factor)
+    layer = build(score_func=score, capacity_factor=capacity_factor)
     batches = [random_batch(seed, sequences=2 + seed) for seed in range(3)]  # the micro-batches of one step
     loads, before = ExpertLoadAccumulator(), []
     for number, batch in enumerate(batches):
@@ -95,7 +97,7 @@ def test_ranks_add_their_loads_and_then_agree():
 def test_descent_lowers_the_most_and_raises_the_least_chosen_expert(seed, score, level):
     """Summed over tokens, the gradient pushes the logit of the busiest expert down and that of an idle one up."""
     batch = random_batch(seed % 40, sequences=1)
-    layer = build(score=score, experts=6)
+    layer = build(score_func=score, n_experts=6)
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[:, 0] = torch.tensor([2.0, 1.5, 0.0, 0.0, 0.0, -0.5])  # experts 0 and 1 take all tokens
@@ -114,7 +116,7 @@ def test_descent_lowers_the_most_and_raises_the_least_chosen_expert(seed, score,
 
 def test_padding_alone_is_balanced_at_zero():
     batch = pack([[], []], length=8)
-    layer = build(bias_rate=0.1, noise=1.0, score="sigmoid")
+    layer = build(bias_update_rate=0.1, router_noise=1.0, score_func="sigmoid")
     out, routed = layer(hidden(batch), Tokens.from_batch(batch))
     assert (out == 0).all()
     level = balance_loss(routed.load_E, routed.probability_E)
@@ -168,8 +170,10 @@ def test_the_bias_evens_the_load_of_a_skewed_router():
 
 
 def test_loads_of_all_layers_are_one_tensor_in_the_order_of_the_routers():
-    moe = MoEConfig(experts=4, top_k=2, hidden=16, dense_first=1, bias_rate=0.5)
-    model = ModelConfig(d_model=32, layers=3, heads=4, kv_heads=2, hidden=48, moe=moe).build(INPUTS, seed=0)
+    moe = MoEConfig(n_experts=4, top_k=2, intermediate_size=16, first_k_dense=1, bias_update_rate=0.5)
+    model = ModelConfig(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, intermediate_size=48, moe=moe).build(
+        INPUTS, seed=0
+    )
     batch = random_batch(1)
     output = model(batch)
     assert output.auxiliary.load_NE.shape == output.auxiliary.probability_NE.shape == (2, 4)
@@ -181,7 +185,7 @@ def test_loads_of_all_layers_are_one_tensor_in_the_order_of_the_routers():
 
 
 def test_an_evaluation_changes_no_bias_and_a_step_that_was_recomputed_counts_once():
-    layer = build(bias_rate=0.5)
+    layer = build(bias_update_rate=0.5)
     batch = random_batch(2)
     x = hidden(batch)
     counted = layer(x, Tokens.from_batch(batch))[1].load_E

@@ -46,7 +46,7 @@ def kept_by_brute_force(routing: Routing, tokens: Tokens, capacity: int, drop: s
     top_k=st.integers(1, 3),
     factor=st.floats(0.3, 2.5),
     levels=st.sampled_from([3, 1000]),
-    drop=st.sampled_from(["probability", "position"]),
+    drop=st.sampled_from(["probs", "position"]),
     multiple=st.sampled_from([1, 16]),
 )
 def test_capacity_drops_the_lowest_scores_or_the_later_tokens_of_each_sequence(

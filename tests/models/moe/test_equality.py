@@ -16,15 +16,22 @@ from tests.models.random_batch import random_batch
 D = 8
 MODES = {
     "dropless": {},
-    "padded": {"group_multiple": 16},
+    "padded": {"token_group_alignment": 16},
     "capacity": {"capacity_factor": 2.0},  # E / K: nothing overflows
-    "position": {"capacity_factor": 2.0, "drop": "position"},
-    "capacity, padded": {"capacity_factor": 2.0, "group_multiple": 16},
+    "position": {"capacity_factor": 2.0, "drop_policy": "position"},
+    "capacity, padded": {"capacity_factor": 2.0, "token_group_alignment": 16},
 }
 
 
 def build(dtype=torch.float64, **changes) -> MoELayer:
-    shape = {"experts": 4, "top_k": 2, "hidden": 16, "engine": "loop", "shared_experts": 1, "shared_gate": True}
+    shape = {
+        "n_experts": 4,
+        "top_k": 2,
+        "intermediate_size": 16,
+        "expert_backend": "loop",
+        "n_shared_experts": 1,
+        "shared_gate": True,
+    }
     layer = MoELayer(D, MoEConfig(**shape | changes))
     torch.manual_seed(0)
     for parameter in layer.parameters():
@@ -81,7 +88,7 @@ def test_values_and_every_gradient_equal_a_loop_over_tokens_in_float64(mode):
     "engine, dtype, tolerance", [("loop", torch.float64, 1e-12), ("grouped_mm", torch.float32, 1e-5)]
 )
 def test_modes_agree_where_nothing_overflows(mode, engine, dtype, tolerance):
-    layers = [build(dtype, engine=engine, **changes) for changes in ({}, MODES[mode])]
+    layers = [build(dtype, expert_backend=engine, **changes) for changes in ({}, MODES[mode])]
     close(
         *(results(layer, lambda x, batch, layer=layer: layer(x, Tokens.from_batch(batch))[0]) for layer in layers),
         tolerance,
@@ -114,7 +121,7 @@ def test_grouped_mm_equals_the_loop(dtype, tolerance):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(mode):
-    layer, batch = build(hidden=3, **MODES[mode]), random_batch(0)
+    layer, batch = build(intermediate_size=3, **MODES[mode]), random_batch(0)
     at = batch.valid[:1].nonzero()[:4, 1]
     names = ("token_ids", "document", "modality", "source")
     tokens = Tokens.from_batch(replace(batch, **{name: getattr(batch, name)[:1, at] for name in names}))
@@ -131,7 +138,7 @@ def test_gradcheck(mode):
 
 
 @pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
-@pytest.mark.parametrize("shape", [{"experts": 1, "top_k": 1}, {"experts": 4, "top_k": 4}, {}], ids=str)
+@pytest.mark.parametrize("shape", [{"n_experts": 1, "top_k": 1}, {"n_experts": 4, "top_k": 4}, {}], ids=str)
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_token_and_one_token(engine, shape, count, mode):
@@ -139,7 +146,7 @@ def test_no_token_and_one_token(engine, shape, count, mode):
     document = torch.full_like(batch.document, -1)
     document[0, :count] = 0
     batch = replace(batch, document=document)
-    layer = build(torch.float32, engine=engine, **shape | MODES[mode])
+    layer = build(torch.float32, expert_backend=engine, **shape | MODES[mode])
     x = torch.randn(*batch.shape, D, requires_grad=True)
     out, routed = layer(x, Tokens.from_batch(batch))
     torch.testing.assert_close(out, by_token(layer, x, batch.valid), rtol=1e-4, atol=1e-5)
@@ -152,9 +159,9 @@ def test_no_token_and_one_token(engine, shape, count, mode):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"drop": "position"}, "without a capacity_factor"),
-        ({"shared_experts": 0}, "no shared_experts to gate"),
-        ({"engine": "transformer_engine", "hidden": 12}, "transformer_engine needs a multiple of 8"),
+        ({"drop_policy": "position"}, "without a capacity_factor"),
+        ({"n_shared_experts": 0}, "no n_shared_experts to gate"),
+        ({"expert_backend": "transformer_engine", "intermediate_size": 12}, "transformer_engine needs a multiple of 8"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(changes, words):
@@ -169,8 +176,8 @@ OPTIONAL = [("megablocks", "megablocks"), ("transformer_engine", "transformer-en
 def test_an_engine_that_is_not_there_stops_at_start(engine, backend):
     if optional.status(backend).available:
         pytest.skip(f"{backend} is installed here")
-    with pytest.raises(BackendError, match=f"model.moe.engine asks for {backend}, not available because"):
-        build(engine=engine)
+    with pytest.raises(BackendError, match=f"model.moe.expert_backend asks for {backend}, not available because"):
+        build(expert_backend=engine)
 
 
 @pytest.mark.gpu

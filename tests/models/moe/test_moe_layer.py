@@ -16,7 +16,7 @@ D = 16
 
 def build(**changes) -> MoELayer:
     """float64, with every parameter random."""
-    shape = {"experts": 4, "top_k": 2, "hidden": 8, "engine": "loop"}
+    shape = {"n_experts": 4, "top_k": 2, "intermediate_size": 8, "expert_backend": "loop"}
     layer = MoELayer(D, MoEConfig(**shape | changes)).double()
     torch.manual_seed(0)
     for parameter in layer.parameters():
@@ -49,7 +49,7 @@ def reference(layer: MoELayer, x_BLD: torch.Tensor, batch: PackedBatch, normalis
 @pytest.mark.parametrize("normalise", [True, False])
 def test_layer_equals_a_dense_loop_in_values_and_gradients(shared, normalise):
     batch = random_batch(0)
-    layer, x = build(shared_experts=shared, normalise=normalise), inputs(batch)
+    layer, x = build(n_shared_experts=shared, norm_topk_prob=normalise), inputs(batch)
     ours, theirs = layer(x, Tokens.from_batch(batch))[0], reference(layer, x, batch, normalise)
     weights = torch.randn_like(ours)
     variables = [x, *layer.parameters()]
@@ -62,7 +62,7 @@ def test_capacity_equals_dropless_when_nothing_overflows():
     batch = random_batch(2, sequences=3)
     results = []
     for factor in (None, 2.0):  # E / K: room for every token of a sequence at one expert
-        layer, x = build(capacity_factor=factor, shared_experts=1), inputs(batch)
+        layer, x = build(capacity_factor=factor, n_shared_experts=1), inputs(batch)
         out, routing = layer(x, Tokens.from_batch(batch))
         assert routing.statistics.drops_NMSE.sum() == 0
         weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,7 @@ def test_capacity_equals_dropless_when_nothing_overflows():
 
 def test_dropped_tokens_get_nothing_but_the_shared_expert():
     batch = random_batch(2, sequences=3)
-    layer, x = build(capacity_factor=1.0, shared_experts=1), inputs(batch)
+    layer, x = build(capacity_factor=1.0, n_shared_experts=1), inputs(batch)
     with torch.no_grad():
         layer.router.weight[:2] = 0
         layer.router.weight[2:] = -x[batch.valid].mean(0) * 50  # most tokens want experts 0 and 1
@@ -91,7 +91,7 @@ def test_dropped_tokens_get_nothing_but_the_shared_expert():
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_gradcheck(capacity_factor):
     batch = pack([random_sequences(11, 1, 1)[0][:1]])
-    layer = build(experts=3, hidden=3, capacity_factor=capacity_factor, shared_experts=1)
+    layer = build(n_experts=3, intermediate_size=3, capacity_factor=capacity_factor, n_shared_experts=1)
     tokens = Tokens.from_batch(batch)
     names = [name for name, _ in layer.named_parameters()]
     x = inputs(batch)
@@ -179,7 +179,7 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole():
 
 def test_no_statistics_in_evaluation_and_padding_gets_zeros():
     batch = random_batch(6)
-    layer, x = build(shared_experts=1).eval(), inputs(batch)
+    layer, x = build(n_shared_experts=1).eval(), inputs(batch)
     out, routed = layer(x, Tokens.from_batch(batch))
     assert routed.statistics is None
     assert (out[~batch.valid] == 0).all()
@@ -212,7 +212,7 @@ def test_capacity_of_a_sequence_does_not_depend_on_the_others():
     "changes, words",
     [
         ({"top_k": 5}, "there are 4 experts"),
-        ({"hidden": 12, "engine": "grouped_mm"}, "multiple of 8"),
+        ({"intermediate_size": 12, "expert_backend": "grouped_mm"}, "multiple of 8"),
         ({"capacity_factor": 0.9}, "greater than or equal to 1"),
     ],
 )

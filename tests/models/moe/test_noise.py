@@ -14,7 +14,7 @@ from mmoe.models.moe.noise import gaussian, token_keys
 from mmoe.models.moe.tokens import Tokens
 from tests.models.random_batch import pack, random_batch
 
-NOISY = MoEConfig(experts=8, top_k=2, hidden=16, noise=1.0)
+NOISY = MoEConfig(n_experts=8, top_k=2, intermediate_size=16, router_noise=1.0)
 
 
 def reference(key: int, experts: int, stream: int) -> list[int]:

@@ -219,14 +219,14 @@ def test_no_tokens_give_empty_choices():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"score": "softmax_topk", "normalise": False}, "set score to softmax"),
+        ({"score_func": "softmax_topk", "norm_topk_prob": False}, "set score_func to softmax"),
         ({"groups": {"count": 3, "per_token": 1}}, "does not divide the 8 experts"),
         ({"groups": {"count": 4, "per_token": 5}}, "there are 4 groups"),
         ({"groups": {"count": 4, "per_token": 1}, "top_k": 3}, "raise groups.per_token"),
-        ({"noise": -1.0}, "greater than or equal to 0"),
-        ({"bias_rate": -0.1}, "greater than or equal to 0"),
+        ({"router_noise": -1.0}, "greater than or equal to 0"),
+        ({"bias_update_rate": -0.1}, "greater than or equal to 0"),
     ],
 )
 def test_impossible_configs_are_refused(changes, words):
     with pytest.raises(ValidationError, match=words):
-        MoEConfig.model_validate({"experts": 8, "top_k": 2, "hidden": 16} | changes)
+        MoEConfig.model_validate({"n_experts": 8, "top_k": 2, "intermediate_size": 16} | changes)

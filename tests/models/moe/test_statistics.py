@@ -17,11 +17,13 @@ from tests.models.moe.test_dispatch import random_routing
 from tests.models.random_batch import INPUTS, pack, random_batch, random_sequences
 
 COUNTS = ("load_NMSE", "drops_NMSE", "would_drop_NC", "tokens_N")
-MOE = MoEConfig(experts=4, top_k=2, hidden=8, engine="loop", capacity_factor=1.0)
+MOE = MoEConfig(n_experts=4, top_k=2, intermediate_size=8, expert_backend="loop", capacity_factor=1.0)
 
 
 def build(**changes):
-    config = ModelConfig(d_model=16, layers=2, heads=2, kv_heads=1, hidden=16, **{"moe": MOE} | changes)
+    config = ModelConfig(
+        d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=16, **{"moe": MOE} | changes
+    )
     return config.build(INPUTS, seed=0).double()
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from mmoe.config.registry import ClassRegistry
 from mmoe.errors import ConfigError
 
-KEY = "model.moe.engine"
+KEY = "model.moe.expert_backend"
 
 
 class ExpertEngine(ABC):
     """Computes the experts of one layer, and says what it can do.
 
-    A class registered in `EXPERT_ENGINES` is a value of ``model.moe.engine``. What it says of itself:
+    A class registered in `EXPERT_ENGINES` is a value of ``model.moe.expert_backend``. What it says of itself:
 
     - `requires`: names of `mmoe.optional` (packages, ``cuda``), without which a run is refused at its start.
     - `multiple`: the widths D and F must be multiples of it.
