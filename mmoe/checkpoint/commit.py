@@ -1,4 +1,4 @@
-"""The names of a run's checkpoints, and the order of the renames that let no crash lose one.
+"""Names a run's checkpoints, and renames them in an order in which no crash loses one.
 
 ::
 
@@ -22,12 +22,15 @@ POINTER = "latest"  # of format 2, which named the newest checkpoint in it
 
 
 def path_of(folder: Path, step: int, suffix: str = "") -> Path:
-    """Name the checkpoint of `step`, or with a suffix what it is before or after."""
+    """Return the path of the checkpoint of `step` in `folder`.
+
+    `suffix` (`PARTIAL`, `REPLACED`, `LEFT`) names what that checkpoint is before or after it is committed.
+    """
     return folder / f"step-{step:08d}{suffix}"
 
 
 def committed(folder: Path) -> dict[int, Path]:
-    """Find the committed checkpoints by step; a replaced one counts until the newer one is in place."""
+    """Return the committed checkpoints of `folder` by step; a replaced one counts until the newer one is in place."""
     folders = _folders(folder)
     found = {_step_of(path.name.removesuffix(REPLACED)): path for path in folders if path.name.endswith(REPLACED)}
     found |= {_step_of(path.name): path for path in folders}
@@ -35,14 +38,14 @@ def committed(folder: Path) -> dict[int, Path]:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """Find the checkpoints that the run has left, the oldest first."""
+    """Return the checkpoints of `folder` that the run has left (`go_back`), the oldest first."""
     return sorted(path for path in _folders(folder) if path.name.endswith(LEFT))
 
 
 def latest(folder: Path) -> int | None:
-    """Find the newest step; None where nothing was saved yet.
+    """Return the step of the newest committed checkpoint in `folder`, or None where nothing was saved yet.
 
-    Raises CheckpointError where there are none but checkpoints that were set aside.
+    Raises CheckpointError where all the checkpoints there are were set aside.
     """
     if found := committed(folder):
         return max(found)
@@ -55,7 +58,7 @@ def latest(folder: Path) -> int | None:
 
 
 def clean(folder: Path) -> None:
-    """Undo what a crash left half done."""
+    """Undo what a crash left half done in `folder`: partial checkpoints, replaced ones and unfinished deletions."""
     for path in folder.iterdir():
         if path.name.endswith(REPLACED):
             final = path.with_name(path.name.removesuffix(REPLACED))
@@ -70,7 +73,7 @@ def clean(folder: Path) -> None:
 
 
 def commit(partial: Path) -> None:
-    """Rename what was written into place, durably; an older checkpoint of its step is deleted after that."""
+    """Rename the written folder `partial` into place, durably; delete an older checkpoint of its step after that."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
@@ -81,7 +84,7 @@ def commit(partial: Path) -> None:
 
 
 def go_back(folder: Path, step: int) -> None:
-    """Set aside the checkpoints that are newer than `step`."""
+    """Set aside the checkpoints in `folder` that are newer than `step`."""
     # The oldest first: until the last is renamed, a run that was killed here resumes where it stood.
     for newer, path in sorted(committed(folder).items()):
         if newer <= step:
@@ -95,7 +98,7 @@ def go_back(folder: Path, step: int) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint; where a crash ends that, what is left of it is none."""
+    """Delete the checkpoint `path`; where a crash ends the deletion, what is left does not count as a checkpoint."""
     doomed = path.with_name(path.name + PARTIAL)
     path.rename(doomed)
     shutil.rmtree(doomed)

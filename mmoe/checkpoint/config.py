@@ -1,4 +1,4 @@
-"""When a run is saved, and how much of that is kept."""
+"""Configures when a run is saved, and how much of that is kept."""
 
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from mmoe.config.nature import Nature
 
 
 class CheckpointConfig(Config):
-    """Say how often a run is saved, and how many of its checkpoints are kept."""
+    """Says how often a run is saved, and how many of its checkpoints are kept."""
 
     nature: ClassVar[Nature] = Nature.OPERATIONAL
 
@@ -17,5 +17,5 @@ class CheckpointConfig(Config):
     keep: int = Field(default=3, gt=0)  # the newest checkpoints that are not deleted
 
     def due(self, step: int, last_step: int) -> bool:
-        """Whether a checkpoint is written after `step` (1-based) of `last_step`."""
+        """Return whether a checkpoint is written after `step` (1-based) of a run that ends with `last_step`."""
         return step % self.every_steps == 0 or step == last_step

@@ -1,4 +1,4 @@
-"""Files that are either whole or known to be broken: checksums on the way out, checks on the way in."""
+"""Writes files that are either whole or known to be broken: checksums on the way out, checks on the way in."""
 
 import errno
 import io
@@ -34,15 +34,15 @@ class CheckedFile(io.RawIOBase):
         self.size = self.crc = 0
 
     def writable(self) -> bool:
-        """Say that it can be written to, as whoever is given a stream may ask."""
+        """Return True: torch asks whether a stream can be written to."""
         return True
 
     def tell(self) -> int:
-        """Give the bytes written so far."""
+        """Return the number of bytes written so far."""
         return self.size
 
     def write(self, data: Any) -> int:
-        """Write all of `data` and count it in; what the disk refuses is kept for `raise_failure`."""
+        """Write all of `data` and add it to size and checksum; an error of the disk is kept for `raise_failure`."""
         rest = view = memoryview(data).cast("B")
         self.size += len(view)
         self.crc = zlib.crc32(view, self.crc)
@@ -72,7 +72,10 @@ class CheckedFile(io.RawIOBase):
 
 
 class CheckedFileSystem(FileSystem):
-    """torch's file system over `CheckedFile`; `written`: (size, CRC-32) of every file, by its path."""
+    """A torch file system that writes every file as a `CheckedFile`.
+
+    `written` holds (size, CRC-32) of every file, by its path.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class CheckedFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        """Open `path` in ``wb``; the error of a failed write comes when the context ends."""
+        """Open `path` for writing (``mode`` is ``wb``); the error of a failed write is raised when the context ends."""
         if mode != "wb":
             raise ValueError(f"{path}: a checkpoint's files are only written here, not opened as {mode}")
         with CheckedFile(Path(path)) as stream:
@@ -103,7 +106,7 @@ class CheckedFileSystem(FileSystem):
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
+    """Make the names of the files in `folder` durable (fsync of the folder)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,11 +115,11 @@ def sync_folder(folder: Path) -> None:
 
 
 class DamagedError(CheckpointError):
-    """A file of a checkpoint that is missing, or not as it was written: an older checkpoint may still be whole."""
+    """Says that a file of a checkpoint is missing or not as it was written; an older checkpoint may still be whole."""
 
 
 def check(path: Path, size: int, crc: int) -> None:
-    """Raises DamagedError unless the file is there, of that size and CRC-32."""
+    """Check that the file `path` exists with `size` bytes and the CRC-32 `crc`; raises DamagedError if it does not."""
     if not path.is_file():
         raise DamagedError(f"{path} is missing from its checkpoint")
     found = path.stat().st_size
@@ -132,7 +135,7 @@ def check(path: Path, size: int, crc: int) -> None:
 
 @contextmanager
 def write_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turn what the disk refuses while `what` is saved in `folder` into one sentence, a CheckpointError."""
+    """Turn an error of the disk, met while `what` is saved in `folder`, into a CheckpointError of one sentence."""
     try:
         yield
     except OSError as error:
@@ -151,7 +154,7 @@ def write_errors(folder: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn what cannot be read of the checkpoint `path` into a CheckpointError; a failing disk is a DamagedError."""
+    """Turn an error of reading the checkpoint `path` into a CheckpointError; a failing disk becomes a DamagedError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A process group for checkpoints alone: a save must be able to run beside the collectives of the training loop."""
+"""Makes a process group for checkpoints alone, so that a save can run beside the collectives of the training loop."""
 
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,7 @@ _groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictio
 
 
 def checkpoint_ranks() -> ProcessGroupRanks:
-    """Give the ranks that save and load together: all of them, over a gloo group that nothing else sends in.
+    """Return the ranks that save and load together: all of them, over a gloo group that nothing else sends in.
 
     All ranks call this, on the thread that makes groups and in the same order as collectives of the default group: the
     first call for a default group makes the group, with that one's timeout. It is not made with a manager, since one

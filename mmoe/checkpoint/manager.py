@@ -1,4 +1,4 @@
-"""Checkpoints of a run in any layout: written beside the old ones and renamed into place.
+"""Saves and loads checkpoints of a run in any layout: written beside the old ones and renamed into place.
 
 ::
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Saves and loads states (`mmoe.checkpoint.tree`) under `folder`. Every failure is a CheckpointError.
+    """Saves and loads the states of a run (`mmoe.checkpoint.tree`) under `folder`; every failure is a CheckpointError.
 
     `latest_step`, `save`, `load` and `go_back` are for all ranks at once, which speak over a group of their own: what
     fails on one raises on all. The rest is for any one process.
@@ -53,19 +53,19 @@ class CheckpointManager:
         self.folder, self.config = Path(folder), config
 
     def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, ascending."""
+        """Return the steps of the committed checkpoints, ascending."""
         return sorted(committed(self.folder))
 
     def latest_step(self) -> int | None:
-        """The newest step; None where nothing was saved yet.
+        """Return the step of the newest checkpoint, the same on all ranks, or None where nothing was saved yet.
 
-        Raises CheckpointError where there are none but checkpoints that were set aside.
+        Raises CheckpointError where all the checkpoints there are were set aside.
         """
         # Rank 0's answer: what other machines see of a shared folder may be some seconds old.
         return checkpoint_ranks().first(lambda: latest(self.folder))
 
     def save(self, step: int, state: dict[str, Any], texts: Mapping[str, str] | None = None) -> Path:
-        """Write `state`, and `texts` as files of these names, as the checkpoint of `step`; returns its folder.
+        """Write `state` as the checkpoint of `step`, and `texts` (content by name) as files in it; returns its folder.
 
         An older checkpoint of that step is replaced. When anything fails, what was there before is left as it was,
         and the part that was written is removed.
@@ -74,7 +74,7 @@ class CheckpointManager:
         return self._write(ranks.every(lambda: Snapshot.take(step, state, texts or {})), ranks)
 
     def load(self, state: dict[str, Any], step: int | None = None, accept: Callable[[int], None] | None = None) -> int:
-        """Fill `state` from the checkpoint of `step` (None: the newest that is whole); returns its step.
+        """Fill `state` from the checkpoint of `step` (None: the newest that is whole) and return its step.
 
         `accept` is told of the step that was found, before anything is filled, on all ranks; what it raises is raised.
         Damaged ones that are passed over are said on stderr. The keys of `state` choose the sections to read. A
@@ -92,7 +92,7 @@ class CheckpointManager:
         return manifest.step
 
     def go_back(self, step: int) -> None:
-        """Make `step` the newest: whatever is newer is of a course that the run left, and is set aside.
+        """Make the checkpoint of `step` the newest by setting aside all newer ones, which the run has left.
 
         What is set aside is not loaded, and retention counts it as older than all else. Does nothing where nothing is
         newer.
@@ -101,7 +101,10 @@ class CheckpointManager:
             checkpoint_ranks().first(lambda: go_back(self.folder, step))
 
     def text(self, name: str) -> tuple[Path, str] | None:
-        """The file `name` that `save` was given, of the newest checkpoint where it is whole; for one process."""
+        """Return path and content of the text file `name` in the newest checkpoint that has it whole; None without one.
+
+        One process alone may call this; `name` is one of the `texts` that `save` was given.
+        """
         for _, path in sorted(committed(self.folder).items(), reverse=True):
             try:
                 check(path / name, *Manifest.read(path).files[name])

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a checkpoint is made of, and whether it still is."""
+"""Reads and writes `manifest.json`, which says what a checkpoint is made of and whether it still is."""
 
 import json
 import zlib
@@ -17,21 +17,24 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """The format of a checkpoint, its step, and of every other file (size in bytes, CRC-32) by name."""
+    """Holds the format of a checkpoint, its step, and of every other file (size in bytes, CRC-32) by name."""
 
     format: int
     step: int
     files: dict[str, tuple[int, int]]
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``, which tells by itself whether it is whole."""
+        """Return the text of ``manifest.json``, which holds a checksum of itself."""
         files = {name: {"bytes": size, "crc32": crc} for name, (size, crc) in self.files.items()}
         content = {"format": self.format, "step": self.step, "files": files}
         return json.dumps(content | {"crc32": _crc32(content)}, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """That of the checkpoint in `folder`. Raises DamagedError, and CheckpointError for another format."""
+        """Read the manifest of the checkpoint in `folder`.
+
+        Raises DamagedError where it is not as it was written, and CheckpointError for another format.
+        """
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""torch's placement of tensors (`.metadata`), read without running what is in it.
+"""Reads torch's placement of tensors (`.metadata`) without running what is in it.
 
 torch keeps it as a pickle, and a pickle may call anything. Here one may name the few classes that the placement is
 made of, and none of them is made: the pickle fills inert records, and torch's own objects are built from them once
@@ -53,9 +53,10 @@ T = TypeVar("T")
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """torch's reader of a checkpoint `folder` that holds the `files` (name -> bytes) of its manifest, and trusts none.
+    """A torch reader of the checkpoint `folder` that trusts none of its files and reads only those of its manifest.
 
-    Tensors themselves torch reads with ``weights_only``. Raises CheckpointError for a placement that is not one.
+    `files` are the manifest's, bytes by name. Tensors themselves torch reads with ``weights_only``. Raises
+    CheckpointError for a placement that is not one.
     """
 
     def __init__(self, folder: Path, files: dict[str, int]) -> None:
@@ -64,7 +65,7 @@ class CheckedReader(dcp.FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The placement, with no rank's part of it apart: this program writes one for all."""
+        """Return the placement of all ranks' tensors: this program writes one for all ranks, none for each."""
         if self._metadata is None:
             self._metadata = self._read()
         return self._metadata
@@ -81,7 +82,10 @@ class CheckedReader(dcp.FileSystemReader):
 
 
 def read_metadata(path: Path, files: Collection[str]) -> Metadata:
-    """The placement in `path`, of tensors that lie in `files` beside it. Raises CheckpointError, OSError."""
+    """Read the placement in the file `path`, of tensors that lie in `files` beside it.
+
+    Raises CheckpointError where it is none, and OSError.
+    """
     content = io.BytesIO(path.read_bytes())  # which reads no more than there is, whatever length it is asked for
     unpickler = _Unpickler(content, path)
     try:
@@ -172,7 +176,7 @@ def _metadata(root: Any, kinds: dict[str, type], files: Collection[str]) -> Meta
 
 
 def placed_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    """Give the placement of every tensor by its name; `read_metadata` admits nothing else."""
+    """Return the placement of every tensor by its name; `read_metadata` admits nothing else."""
     return {name: _is(tensor, TensorStorageMetadata) for name, tensor in metadata.state_dict_metadata.items()}
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is loaded: the one that was asked for or the newest whole one, every file of it checked."""
+"""Chooses the checkpoint to load, the one that was asked for or the newest whole one, with every file of it checked."""
 
 import functools
 import json
@@ -44,7 +44,10 @@ def find_whole(folder: Path, step: int | None, ranks: ProcessGroupRanks) -> tupl
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Read all of a checkpoint that is not a tensor; raises CheckpointError where it is not such a document."""
+    """Read ``state.json`` at `path`, all of a checkpoint that is not a tensor.
+
+    Raises CheckpointError where it is not such a document.
+    """
     state = path / "state.json"
     try:
         document = json.loads(state.read_text(encoding="utf-8"))

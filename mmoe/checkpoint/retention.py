@@ -1,4 +1,4 @@
-"""Which checkpoints are deleted after a save."""
+"""Deletes the checkpoints that are not kept after a save."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from mmoe.checkpoint.commit import committed, delete, set_aside
 
 
 def retire(folder: Path, keep: int, saved: int) -> None:
-    """Delete all checkpoints but the newest `keep`, those that were set aside first.
+    """Delete all checkpoints in `folder` but the newest `keep`, those that were set aside first.
 
     The one of the step just `saved` stays, even where it is older than those: a run may begin anew beside others.
     """

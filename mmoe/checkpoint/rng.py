@@ -1,4 +1,4 @@
-"""The random states of this process, as JSON: python, numpy, torch, and torch's current CUDA device."""
+"""Saves and restores the random states of this process, as JSON: python, numpy, torch, and its current CUDA device."""
 
 import base64
 import random
@@ -9,7 +9,7 @@ import torch
 
 
 def capture_rng() -> dict[str, Any]:
-    """A snapshot that `restore_rng` takes back bit for bit."""
+    """Return a snapshot of all random states, which `restore_rng` takes back bit for bit."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -23,7 +23,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Continue every generator from `state`.
+    """Restore every random generator from `state`, which `capture_rng` gave.
 
     A CUDA state is taken back where there is a CUDA device; a run that moves between devices is not bit-exact
     for other reasons than its random numbers.

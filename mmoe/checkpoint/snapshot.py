@@ -1,4 +1,4 @@
-"""A state at one moment, as the parts of a checkpoint: taken on the training thread, written by `writer`."""
+"""Holds a state at one moment as the parts of a checkpoint: taken on the training thread, written by `writer`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARGIN = 1 << 20  # bytes of names, headers and state.json
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What this rank holds of a state (`mmoe.checkpoint.tree`) after a step.
+    """Holds what this rank has of a state (`mmoe.checkpoint.tree`) after a step.
 
     `document` and `texts` (of files beside it, by name) are copies. `tensors` are those of the live state as `take`
     makes it, and `owner` is then the thread that may change them: it writes the snapshot before it goes on. One whose
@@ -33,21 +33,24 @@ class Snapshot:
 
     @classmethod
     def take(cls, step: int, state: dict[str, Any], texts: Mapping[str, str]) -> Snapshot:
-        """Split `state` without copying a tensor; raises TypeError naming the path of what cannot be saved."""
+        """Split `state` after `step` into a snapshot, without copying a tensor.
+
+        Raises TypeError naming the path of what cannot be saved.
+        """
         document, tensors = split(state)
         return cls(step, document, tensors, dict(texts), owner=threading.get_ident())
 
     @property
     def shares_memory(self) -> bool:
-        """Whether a change of the live state would change what is written."""
+        """True if a change of the live state would change what is written."""
         return self.owner is not None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor by name, of all its shards together."""
+        """Return the bytes of each tensor by name, of all its shards together."""
         return {name: tensor.numel() * tensor.element_size() for name, tensor in self.tensors.items()}
 
     def gather(self, ranks: ProcessGroupRanks) -> Holdings:
-        """Collect what the snapshots of all ranks hold.
+        """Collect on rank 0 what the snapshots of all `ranks` hold.
 
         Raises RuntimeError where this thread may not write one of them.
         """
@@ -65,7 +68,7 @@ class Snapshot:
 
 
 class Holdings(NamedTuple):
-    """What all ranks hold of a state: what rank 0 writes for all, and the room that all of it takes."""
+    """Holds what all ranks have of a state: what rank 0 writes for all, and the room that all of it takes."""
 
     documents: list[Any]  # of every rank, on rank 0; empty elsewhere
     size: int  # bytes, at most, the same on every rank

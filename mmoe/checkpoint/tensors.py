@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: written by all ranks together, and filled in under any layout."""
+"""Writes the tensors of a checkpoint by all ranks together, and fills them in under any layout."""
 
 import pickle
 import warnings
@@ -36,12 +36,15 @@ _WRONG = (
 
 
 def union(parts: Iterable[dict]) -> dict:
-    """Put several dicts into one; of a key that several have, the last value counts."""
+    """Join several dicts into one; of a key that several have, the last value counts."""
     return {key: value for part in parts for key, value in part.items()}
 
 
 def write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: ProcessGroupRanks) -> dict[str, tuple[int, int]]:
-    """Write this rank's share of the tensors; returns the size and CRC-32 of its files by name."""
+    """Write this rank's share of `tensors` into the folder `partial`, together with all `ranks`.
+
+    Returns (size in bytes, CRC-32) of this rank's files by name.
+    """
     # The file system makes each file durable as it is closed, so torch need not.
     writer = dcp.FileSystemWriter(partial, sync_files=False, overwrite=False)
     writer.fs = files = CheckedFileSystem()

@@ -1,4 +1,4 @@
-"""A state as two halves: its tensors by name, and everything else as JSON that says where they belong.
+"""Splits a state into two halves: its tensors by name, and everything else as JSON that says where they belong.
 
 A state is a tree of dicts (keys: strings or integers), lists and tuples whose leaves are tensors, strings,
 numbers, booleans and None. `split` and `join` are each other's inverse, types included.
@@ -16,13 +16,16 @@ TENSOR, TUPLE, INTEGER_KEYS = "$tensor", "$tuple", "$integer_keys"
 
 
 def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """JSON-able document and tensors by dotted path; raises TypeError naming the path of any other leaf."""
+    """Split `state` into a document that JSON can hold and its tensors by dotted path.
+
+    Raises TypeError naming the path of any other leaf.
+    """
     tensors: dict[str, Tensor] = {}
     return _encode(state, path, tensors), tensors
 
 
 def join(document: Any, tensors: dict[str, Tensor]) -> Any:
-    """The state that `split` took apart."""
+    """Rebuild the state that `split` took apart into `document` and `tensors`."""
     if isinstance(document, list):
         return [join(item, tensors) for item in document]
     if not isinstance(document, dict):
@@ -37,7 +40,7 @@ def join(document: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def tensor_paths(document: Any, path: str = "") -> dict[str, str]:
-    """The name of every tensor a document refers to, by the dotted path where it stands: equal after `split`."""
+    """Map the dotted path of every reference to a tensor in `document` to the tensor's name; equal after `split`."""
     if isinstance(document, dict):
         if TENSOR in document:
             return {path: document[TENSOR]}
@@ -54,7 +57,7 @@ def tensor_paths(document: Any, path: str = "") -> dict[str, str]:
 
 
 def check_document(document: Any, path: str = "") -> None:
-    """Raises ValueError naming the path of whatever `split` does not write."""
+    """Check that `document` is what `split` writes; raises ValueError naming the path of whatever is not."""
     if isinstance(document, list):
         for number, item in enumerate(document):
             check_document(item, f"{path}.{number}")
@@ -72,12 +75,12 @@ def check_document(document: Any, path: str = "") -> None:
 
 
 def names(document: Any) -> set[str]:
-    """The names of all tensors a document refers to."""
+    """Return the names of all tensors that `document` refers to."""
     return set(tensor_paths(document).values())
 
 
 def merge(document: Any, other: Any) -> Any:
-    """`document` with the tensors that only `other` refers to; all that is not a tensor is as in `document`."""
+    """Return `document` with the tensors that only `other` refers to; all that is not a tensor is as in `document`."""
     if not (isinstance(document, dict) and isinstance(other, dict)):
         return document
     both = {key: merge(value, other[key]) if key in other else value for key, value in document.items()}
@@ -85,7 +88,7 @@ def merge(document: Any, other: Any) -> Any:
 
 
 def select_paths(document: Any, kept: Set[str]) -> Any:
-    """`document` without the entries of its dicts that refer to tensors, but to none of `kept`."""
+    """Return `document` without the entries of its dicts that refer to tensors, but to none of the names `kept`."""
     if not isinstance(document, dict) or TENSOR in document:
         return document
     held = {key: names(value) for key, value in document.items()}

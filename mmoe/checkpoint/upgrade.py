@@ -1,4 +1,4 @@
-"""Documents of earlier formats, as today's format has them."""
+"""Turns documents of earlier checkpoint formats into those of today's."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from mmoe.optim.optimizer import is_block_matrix
 
 
 def from_format_1(document: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's states by parameter name; format 1 numbered them through the groups of each optimizer.
+    """Name the optimizer's states in a `document` of format 1 by parameter; it numbered them through each one's groups.
 
     Muon's groups had no names: its parameters were the matrices of the blocks that AdamW did not have, in the order
     of the model. A parameter that had no gradient yet had no state, and gets an empty one. The tensors keep the

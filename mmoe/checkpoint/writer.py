@@ -1,4 +1,4 @@
-"""A snapshot to files in a folder: every rank's tensors, what rank 0 writes for all, and their checksums."""
+"""Writes a snapshot to files in a folder: every rank's tensors, what rank 0 writes for all, and their checksums."""
 
 import errno
 import functools
@@ -28,7 +28,7 @@ def write(partial: Path, snapshot: Snapshot, documents: list[Any], ranks: Proces
 
 
 def check_room(partial: Path, needed: int) -> None:
-    """Raises OSError (ENOSPC) where `needed` bytes do not fit on the disk of `partial`."""
+    """Check that `needed` bytes fit on the disk of `partial`; raises OSError (ENOSPC) where they do not."""
     if shutil.disk_usage(partial.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
 

@@ -1,4 +1,4 @@
-"""What an evaluation takes away, and whose pictures or sounds stand in for it."""
+"""Takes something away from an evaluation: a modality is blank, or another recording's stands in for it."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What the decoder shows instead: `blank` gives zeros (silence), `shuffle` another recording's payload.
+    """Says what the decoder shows instead: `blank` gives zeros (silence), `shuffle` another recording's payload.
 
     `donors` maps (source, shard, row) to the (shard, row) whose pictures or sounds are used.
     """
@@ -35,7 +35,11 @@ class Ablation:
     donors: dict[RowPlace, tuple[int, int]]
 
     def __call__(self, row: RowPlace, index: Index, segments: np.ndarray, at: int) -> tuple[int, int, np.void] | None:
-        """Find what stands in for `segments[at]`: the donor's camera where it has that one, and its place in line."""
+        """Find the (shard, row, segment) that stands in for `segments[at]` of `row`, or None for nothing (blank).
+
+        It is of the donor's camera where it has that one, and by its place in line. Raises DataError for a donor that
+        has nothing of the modality.
+        """
         if self.mode == "blank":
             return None
         segment, source = segments[at], row[0]
@@ -57,15 +61,18 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Donors:
-    """`ablation` for the decoder, `left_out` sources in which some row has no donor (with the reason), and the
-    number of rows of each other source that got one."""
+    """Holds an ablation, and which sources it is possible for.
+
+    `ablation` is for the decoder; `left_out` are sources in which some row has no donor (with the reason), beside the
+    number of rows of each other source that got one.
+    """
 
     ablation: Ablation
     left_out: dict[str, str]
     rows: dict[str, int]
 
     def record(self) -> dict[str, Any]:
-        """Give what evaluation.json says of the ablation."""
+        """Return what evaluation.json says of the ablation."""
         return {
             "mode": self.ablation.mode,
             "modality": self.ablation.modality.name.lower(),
@@ -75,13 +82,16 @@ class Donors:
 
 
 def blank(modality: Modality) -> Donors:
-    """Zeros (or silence) for every payload of `modality`."""
+    """Make the ablation that shows zeros (or silence) for every payload of `modality`."""
     _check("blank", modality)
     return Donors(Ablation("blank", modality, {}), {}, {})
 
 
 def shuffle(sources: PreparedSources, split: str, modality: Modality, seed: int) -> Donors:
-    """Every row of a split shows what another recording of the same source and split saw (or heard)."""
+    """Make the ablation in which every row of `split` shows what another recording of its source and split has.
+
+    `seed` chooses the donors (`derange`).
+    """
     _check("shuffle", modality)
     donors: dict[RowPlace, tuple[int, int]] = {}
     left_out: dict[str, str] = {}
@@ -104,7 +114,7 @@ def shuffle(sources: PreparedSources, split: str, modality: Modality, seed: int)
 
 
 def derange(rows: list[_Row], rng: np.random.Generator) -> list[_Row] | None:
-    """For each row a donor of another recording that has (at least) its cameras; None where there is none.
+    """Choose for each row a donor of another recording that has (at least) its cameras; None where some row has none.
 
     Among rows with the same cameras the donors are a permutation, unless one recording holds more than half of
     them: then donors are drawn at random from all rows that may serve.

@@ -1,6 +1,6 @@
-"""Action errors beside baselines that do not look: every chunk of a split, with its targets and predictions.
+"""Measures action errors beside baselines that do not look: every chunk of a split, with targets and predictions.
 
-Shape suffixes: M chunks, H steps of a chunk, A action dimensions (the union over sources).
+Shape suffixes: M chunks, m chunks of a batch, H steps of a chunk, A action dimensions (the union over sources).
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Key = tuple[int, int, int, int]  # source, shard, row, and number of the chunk i
 
 @dataclass(frozen=True)
 class Chunks:
-    """The action chunks of a split as they were logged, in normalised units, ordered by key.
+    """Holds the action chunks of a split as they were logged, in normalized units, ordered by key.
 
     `target`, `mask` [M, H, A]; `last` [M, A] the action logged last before the reference, where `has_last` [M];
     `source` [M] numbers; `time_ns` [M] of the first step in clip time; `recording` names by chunk.
@@ -45,7 +45,7 @@ class Chunks:
         return len(self.keys)
 
     def take(self, at: np.ndarray) -> "Chunks":
-        """Give the chunks `at` these numbers, in this order."""
+        """Return the chunks with the numbers `at`, in this order."""
         return Chunks(
             [self.keys[i] for i in at],
             self.target[at],
@@ -59,7 +59,7 @@ class Chunks:
 
 
 def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) -> Chunks:
-    """Every chunk of a split from the action tables alone; no picture or sound is opened."""
+    """Read every chunk of a split from the action tables alone; no picture or sound is opened."""
     dims, chunk = tokenizers.dims[Modality.ACTION], tokenizers.config.action.chunk
     keys, recording, parts = [], [], []
     for number, files in enumerate(sources.files(split)):
@@ -95,7 +95,7 @@ def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) ->
 
 
 def chunk_starts(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Flat position [m] of the first `action` token of each chunk, and its document part [m, 4]."""
+    """Find the flat position [m] of the first `action` token of each chunk of a batch, and its document part [m, 4]."""
     length = batch.shape[1]
     action = (batch.modality == Modality.ACTION).flatten().cpu().numpy()
     starts = np.flatnonzero(action & ~np.r_[False, action[:-1]])  # `action_end` parts one chunk from the next
@@ -107,9 +107,10 @@ def chunk_starts(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
 def predict_actions(
     model: Inference, hidden: Tensor, batch: PackedBatch, starts: np.ndarray, parts: np.ndarray
 ) -> np.ndarray:
-    """Predict the chunks [m, H, A] in normalised units, at the `action` tokens `starts` [m] of the parts [m, 4].
+    """Predict the chunks [m, H, A] of a batch in normalized units.
 
-    A discrete action is the likeliest bin of each element.
+    They are predicted at the `action` tokens with the flat positions `starts` [m] of the document parts `parts` [m, 4],
+    from the hidden states `hidden` [B, L, D]. A discrete action is the likeliest bin of each element.
     """
     states = hidden.flatten(0, 1)
     if not model.run.tokenizers.discrete_actions:
@@ -123,7 +124,10 @@ def predict_actions(
 
 
 def logged_actions(run: Run, batch: PackedBatch, starts: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Give target and mask [m, H, A] of the chunks of a batch, in normalised units; of a discrete one, its bins."""
+    """Return target and mask [m, H, A] of the chunks of a batch, in normalized units.
+
+    `starts` [m] and `parts` [m, 4] are those of `chunk_starts`. A discrete action has the values of its bins.
+    """
     if not run.tokenizers.discrete_actions:
         return batch.action_target.double().cpu().numpy(), batch.action_mask.cpu().numpy()
     bins, labels = run.tokenizers.vocabulary.ranges["action"], batch.labels.flatten().cpu().numpy()
@@ -147,15 +151,18 @@ def _from_bins(
 
 
 def align(parts: np.ndarray, values: np.ndarray, chunks: Chunks) -> np.ndarray:
-    """`values` [m, ...] of chunks whose document parts are `parts` [m, 4] (in order within each part), rearranged
-    to [M, ...] as `chunks` are; NaN for a chunk that no part held (its row was too long and was left out)."""
+    """Rearrange the `values` [m, ...] of the chunks of document parts to [M, ...], in the order of `chunks`.
+
+    `parts` [m, 4] are in order within each part. A chunk that no part held (its row was too long and was left out) has
+    NaN.
+    """
     whole = np.full((len(chunks), *values.shape[1:]), np.nan)
     whole[places(parts, chunks)] = values
     return whole
 
 
 def places(parts: np.ndarray, chunks: Chunks) -> np.ndarray:
-    """The number in `chunks` of each chunk [m] of document parts [m, 4]."""
+    """Return the number in `chunks` of each chunk [m] of the document parts `parts` [m, 4]."""
     at = {key: number for number, key in enumerate(chunks.keys)}
     found = np.zeros(len(parts), np.int64)
     count, previous = 0, None
@@ -168,7 +175,7 @@ def places(parts: np.ndarray, chunks: Chunks) -> np.ndarray:
 
 
 def training_means(chunks: Chunks) -> np.ndarray:
-    """Mean target by source, chunk step and dimension: [sources, H, A]; 0 where nothing was logged."""
+    """Return the mean target by source, chunk step and dimension, [sources, H, A]; 0 where nothing was logged."""
     means = np.zeros((int(chunks.source.max(initial=-1)) + 1, *chunks.target.shape[1:]))
     for number in np.unique(chunks.source):
         mine = chunks.source == number
@@ -178,7 +185,7 @@ def training_means(chunks: Chunks) -> np.ndarray:
 
 
 def hold_last(chunks: Chunks, means: np.ndarray) -> np.ndarray:
-    """The last logged action held over all steps [M, H, A]; the training mean where none was logged."""
+    """Predict [M, H, A] by holding the last logged action over all steps; the training mean where none was logged."""
     held = np.broadcast_to(chunks.last[:, None], chunks.target.shape)
     return np.where(chunks.has_last[:, None, None], held, means[chunks.source])
 
@@ -186,7 +193,7 @@ def hold_last(chunks: Chunks, means: np.ndarray) -> np.ndarray:
 def error_tables(
     predictions: dict[str, np.ndarray], chunks: Chunks, names: tuple[str, ...], sources: list[str]
 ) -> dict[str, Any]:
-    """Mean squared error per element in normalised units for each of `predictions` {who: [M, H, A]}.
+    """Return the mean squared error an element, in normalized units, of each of `predictions` {who: [M, H, A]}.
 
     Keys: `all`, `by_source`, `by_dimension`, `by_source_and_dimension`, `by_step`; each leaf is {who: error}.
     Masked elements (padding, dimensions a source does not have) count nowhere.

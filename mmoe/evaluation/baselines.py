@@ -1,4 +1,7 @@
-"""The three predictors an action error stands beside, none of which sees a picture; fitted on the training split."""
+"""Fits the three predictors an action error stands beside on the training split; none of them sees a picture.
+
+Shape suffixes: M chunks, H steps of a chunk, A action dimensions, F features.
+"""
 
 import hashlib
 import io
@@ -29,7 +32,10 @@ _ARRAYS = ("mean", "std", "weights", "intercept")
 
 @dataclass(frozen=True)
 class Baselines:
-    """By source: `means` [H, A], and `ridges` with the feature keys [F] they read. `record` says what was fitted."""
+    """Holds the baselines by source: `means` [H, A], and `ridges` with the feature keys [F] that they read.
+
+    `record` says what was fitted.
+    """
 
     means: dict[str, np.ndarray]
     ridges: dict[str, tuple[np.ndarray, Ridge]]
@@ -37,7 +43,7 @@ class Baselines:
 
     @classmethod
     def from_run(cls, run: Run) -> "Baselines":
-        """Those that an earlier evaluation left in the run's folder, if its data is the same; else fitted now."""
+        """Read the baselines that an earlier evaluation left in the run's folder, or fit them if its data differs."""
         path, key = run.folder / FILE, _key(run)
         if path.is_file():
             try:
@@ -77,7 +83,10 @@ class Baselines:
         return cls({run.sources.names[n]: means[n] for n in np.unique(chunks.source).tolist()}, ridges, record)
 
     def predict(self, sources: list[str], features: FeatureRows, chunks: Chunks) -> dict[str, np.ndarray]:
-        """``mean``, ``hold_last`` and ``ridge`` [M, H, A] for `chunks`, whose sources are numbered as `sources`."""
+        """Predict ``mean``, ``hold_last`` and ``ridge``, each [M, H, A], for `chunks`.
+
+        `sources` names the sources by their number in `chunks`; `features` has a row a chunk.
+        """
         means = np.zeros((len(sources), *chunks.target.shape[1:]))
         ridge = np.full(chunks.target.shape, np.nan)
         for number, name in enumerate(sources):
@@ -103,7 +112,10 @@ class Baselines:
 
 
 def read_features(run: Run, only: list[str], **choices: Any) -> FeatureRows:
-    """Features of every chunk of the sources `only`, read without opening a picture; see `Run.heldout`."""
+    """Read the features of every chunk of the sources `only` without opening a picture.
+
+    `choices` are those of `Run.heldout`.
+    """
     rows, data = FeatureRows(), run.config.data
     if data.workers:  # nothing but decoding to do: every core may
         data = data.model_copy(update={"workers": len(os.sched_getaffinity(0))})

@@ -1,4 +1,4 @@
-"""Bounds on what a finite number of trials shows."""
+"""Computes bounds on what a finite number of trials shows."""
 
 import math
 
@@ -9,7 +9,10 @@ _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 
 def wilson_low(share: float, trials: float) -> float:
-    """Lower end of the two-sided 95 % interval of a proportion `share` seen in `trials` trials (Wilson 1927)."""
+    """Return the lower end of the two-sided 95 % interval of a proportion (Wilson 1927).
+
+    `share` is the proportion seen in `trials` trials.
+    """
     if trials <= 0:
         return 0.0
     square = Z95 * Z95
@@ -19,6 +22,6 @@ def wilson_low(share: float, trials: float) -> float:
 
 
 def mean_low(values: np.ndarray) -> float:
-    """Lower end of the two-sided 95 % interval of the mean of `values` [n], n >= 2, by Student's t."""
+    """Return the lower end of the two-sided 95 % interval of the mean of `values` [n], n >= 2, by Student's t."""
     t = _T95.get(len(values) - 1, 2.262)  # with more than ten values this errs on the wide side
     return float(values.mean() - t * values.std(ddof=1) / math.sqrt(len(values)))

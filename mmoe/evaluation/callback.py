@@ -1,4 +1,4 @@
-"""Evaluation within training: held-out cross-entropy and action error every n steps, on the model as it is spread."""
+"""Evaluates within training: held-out cross-entropy and action error every n steps, on the model as it is spread."""
 
 import time
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from mmoe.training.step import StepResult
 class Evaluation(Callback):
     """Measures the run on a bounded, seeded choice of held-out batches, and tells all callbacks.
 
-    Every rank has one. What training draws, reads and computes is as it would be without it.
+    Every rank has one. It changes nothing of what training draws, reads and computes.
     """
 
     name = "evaluation"

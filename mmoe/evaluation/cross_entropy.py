@@ -1,4 +1,4 @@
-"""Held-out cross-entropy beside the unigram entropy of the very same tokens."""
+"""Measures held-out cross-entropy beside the unigram entropy of the very same tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from mmoe.tokenizers.vocabulary import Vocabulary
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of tokens of which `counts` [ids] says how often each occurs, at least one of them.
+    """Return the entropy in nats of tokens; `counts` [ids] says how often each id occurs, at least one of them.
 
     It is the cross-entropy of the best predictor that knows only how often each of these tokens occurs.
     """
@@ -21,8 +21,11 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 
 class TokenScores:
-    """Sums over held-out labels: `nll` [sources, modalities] in nats, by the modality of the target, and how often
-    each id is the target, `counts` [sources, ids]."""
+    """Adds up scores of held-out labels.
+
+    `nll` [sources, modalities] are their negative log-likelihoods in nats, by the modality of the target; `counts`
+    [sources, ids] says how often each id is the target.
+    """
 
     def __init__(self, vocabulary: Vocabulary, sources: list[str]) -> None:
         self.sources = sources
@@ -38,11 +41,11 @@ class TokenScores:
         np.add.at(self.counts, (source, label), 1)
 
     def sum_over(self, total: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Replace what was counted here by the `total` over the ranks."""
+        """Replace the sums of this rank by their `total` over the ranks."""
         self.nll, self.counts = total(self.nll), total(self.counts)
 
     def report(self) -> dict[str, Any]:
-        """`val_ce`, `unigram_ce` (nats) and `labels` by modality of the target, and `ce_by_source` likewise."""
+        """Return `val_ce`, `unigram_ce` (nats) and `labels` by modality of the target, and `ce_by_source` likewise."""
         overall = self._by_modality(self.nll.sum(0), self.counts.sum(0))
         by_source = {name: self._by_modality(*sums) for name, *sums in zip(self.sources, self.nll, self.counts)}
         return {

@@ -1,4 +1,4 @@
-"""`mmoe evaluate`: what a run can do on recordings it has never seen, and what is left of that without sight."""
+"""Measures for `mmoe evaluate` what a run can do on recordings it has never seen, and what of that without sight."""
 
 import json
 import logging
@@ -150,7 +150,7 @@ def _broken(value: Any) -> bool:
 
 
 def file_name(shards: str | None = None, blank: Modality | None = None, shuffle: Modality | None = None) -> str:
-    """Where `evaluate` writes, in the run's folder."""
+    """Return the name of the file that `evaluate` writes with these choices in the run's folder."""
     name = "evaluation" if shards is None else f"evaluation-on-{Path(shards).name}"
     for mode, modality in (("blank", blank), ("shuffle", shuffle)):
         name += f"-{mode}-{modality.name.lower()}" if modality is not None else ""

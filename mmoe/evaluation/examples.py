@@ -1,4 +1,7 @@
-"""What the report shows of the actions: traces over whole recordings, a scatter, and single slices."""
+"""Chooses what the report shows of the actions: traces over whole recordings, a scatter, and single slices.
+
+Shape suffixes: A action dimensions, H steps of a chunk, n points.
+"""
 
 from typing import Any
 
@@ -12,7 +15,9 @@ TRACES, POINTS, SLICES = 3, 600, 4  # by source
 
 
 def examples(run: Run, chunks: Chunks, predicted: np.ndarray) -> dict[str, dict[str, Any]]:
-    """By source, in its own units: `names` of its action dimensions A, and
+    """Return examples of the actions of `chunks` and of those `predicted`, by source and in its own units.
+
+    Each source has the `names` of its action dimensions A, and
 
     - `traces` of its longest held-out recordings: `true` and `predicted` [n, A], the first step of every chunk, over
       `x` [n] in the unit `axis`: clip time, or where a recording was cut into samples the number of the chunk;

@@ -1,4 +1,4 @@
-"""Every non-visual input that the model has read before an action, as sparse feature rows for a linear model.
+"""Turns every non-visual input that the model has read before an action into sparse feature rows for a linear model.
 
 - of the action's own slice: every state and inertial vector, the histogram of the audio codes, the clip time, and
   the time offset of every member;
@@ -34,7 +34,7 @@ class _Slice:
 
 
 class FeatureRows:
-    """Sparse feature rows, one a chunk, and the document part of each; `add` batches first, then read."""
+    """Holds sparse feature rows, one a chunk, and the document part of each; `add` batches first, then read."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
@@ -48,7 +48,7 @@ class FeatureRows:
 
     @cached_property
     def parts(self) -> np.ndarray:
-        """The document part [M, 4] of each row."""
+        """Return the document part [M, 4] of each of the M rows."""
         return np.concatenate([*self._parts, np.zeros((0, 4), np.int64)])
 
     @cached_property
@@ -61,13 +61,16 @@ class FeatureRows:
         return len(self._rows)
 
     def frequent(self, most: int) -> tuple[np.ndarray, int]:
-        """Keys of the (at most) `most` features that are not zero most often, sorted; and how many there are."""
+        """Return the keys of the `most` features that are most often not zero, sorted, and how many features there are.
+
+        There may be fewer than `most`.
+        """
         _, key, value = self._entries
         keys, counts = np.unique(key[value != 0], return_counts=True)
         return np.sort(keys[np.argsort(-counts, kind="stable")[:most]]), len(keys)
 
     def dense(self, columns: np.ndarray) -> np.ndarray:
-        """The rows over the sorted feature keys `columns` [F], as f64 [M, F]; other features are left out."""
+        """Return the M rows over the sorted feature keys `columns` [F], as f64 [M, F]; other features are left out."""
         matrix = np.zeros((len(self), len(columns)))
         if len(columns):
             row, key, value = self._entries

@@ -1,4 +1,4 @@
-"""`mmoe generate`: text that continues a prompt, and sound written to a wav.
+"""Samples from a run for `mmoe generate`: text that continues a prompt, and sound written to a wav.
 
 Every token is sampled among the ids that are legal at its place and the whole document is run again for the next
 one: there is no key-value cache, so n tokens cost n forward passes (fine for a look at a small run).
@@ -30,7 +30,7 @@ from mmoe.training.run import Run
 
 
 class Sampling(Config):
-    """How a token is drawn from the legal ones."""
+    """Says how a token is drawn from the legal ones."""
 
     temperature: float = Field(default=0.8, ge=0)  # 0: always the likeliest
     top_k: int = Field(default=0, ge=0)  # only so many of the likeliest; 0: all
@@ -38,7 +38,7 @@ class Sampling(Config):
     seed: int = Field(default=0, ge=0)
 
     def draw(self, logits: Tensor, legal: Tensor, generator: torch.Generator) -> int:
-        """One of the ids `legal` [n], by the model's `logits` [V]."""
+        """Draw one of the ids `legal` [n] by the model's `logits` [V] of all V ids."""
         scores = upcast(logits)[legal].cpu()
         if self.temperature == 0:
             return int(legal[scores.argmax()])
@@ -50,7 +50,7 @@ class Sampling(Config):
 
 
 class CodeGrammar:
-    """Which codebooks may come next in a stream of codes, and whether it may end, read off the layout itself.
+    """Says which codebooks may come next in a stream of audio codes, and whether it may end, by the layout itself.
 
     A stream of at most `most_frames` frames is legal when `code_order` of some number of frames begins with its
     codebooks; it may end when it is all of one.
@@ -63,13 +63,13 @@ class CodeGrammar:
         self.length = 0
 
     def legal(self) -> tuple[list[int], bool]:
-        """The codebooks that may come next, and whether the stream may end here."""
+        """Return the codebooks that may come next, and whether the stream may end here."""
         orders = [self._orders[n] for n in self._possible]
         codebooks = {int(order[self.length]) for order in orders if self.length < len(order)}
         return sorted(codebooks), any(self.length == len(order) for order in orders)
 
     def advance(self, codebook: int) -> None:
-        """Take the next code of the stream, which is of this codebook."""
+        """Take the next code of the stream, which is of this `codebook`."""
         at = self.length
         self._possible = [n for n in self._possible if at < len(self._orders[n]) and self._orders[n][at] == codebook]
         self.length += 1
@@ -102,7 +102,7 @@ def generate(
     max_tokens: int = 64,
     sampling: Sampling | None = None,
 ) -> str:
-    """The text that follows `prompt`, up to the end the model chooses or `max_tokens`.
+    """Sample the text that follows `prompt`, up to the end the model chooses or `max_tokens`.
 
     `image` and `audio` stand before the prompt as in training (picture or sound, then its text). Raises
     ConfigError where prompt and answer do not fit a sequence, DataError for a file that cannot be read.

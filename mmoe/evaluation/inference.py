@@ -1,10 +1,10 @@
-"""The forward pass of evaluation: no gradients, evaluation mode, the precision of training, on all ranks of the model.
+"""Runs the forward passes of evaluation: no gradients, evaluation mode, the precision of training, on all ranks.
 
 Every rank runs the same code: each data replica sees its share of the batches, the heads' figures are those of its own
 batches, and `Inference.total` and `Inference.in_order` bring them together. So a measure is written once, as a sum or
 as small arrays by the number of their batch, and equals that of one process in any layout.
 
-Shape suffixes: B sequences, L positions, N labelled positions, D model width, V vocabulary.
+Shape suffixes: B sequences, L positions, N labelled positions, n chosen positions, D model width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Inference:
-    """A run's model as it is spread over the ranks, ready to be measured; all ranks call its methods together."""
+    """Holds a run's model as it is spread over the ranks, ready to be measured; all ranks call its methods together."""
 
     def __init__(self, run: Run, progress: Progress | None = None) -> None:
         self.run, self.ranks, self.model = run, run.ranks, run.model
@@ -39,7 +39,7 @@ class Inference:
         self._part = run.ranks.part(run.model)
 
     def outputs(self, batches: SharedBatches, what: str) -> Iterator[tuple[int, PackedBatch, Tensor]]:
-        """Run the batches through the model: number, batch and hidden states [B, L, D] of those of this replica.
+        """Run the batches through the model; yield number, batch and hidden states [B, L, D] of those of this replica.
 
         On ranks that have no heads nothing is yielded. Every replica runs equally many; one that has no batch left runs
         an empty one, which is not yielded. `what` names the measure for the progress.
@@ -55,16 +55,19 @@ class Inference:
                 self._progress(what, min((turn + 1) * replicas, most), most)
 
     def label_log_probabilities(self, hidden_BLD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """As the function of this name, wherever the vocabulary lies."""
+        """Return ln p of every label [N] (f32 or wider) and its flat position [N], wherever the vocabulary lies.
+
+        `hidden_BLD` are the hidden states of `batch`.
+        """
         chunk = self.run.config.losses.ce.chunk
         return label_log_probabilities(self.model, hidden_BLD, batch, chunk, self._part)
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
-        """Scores [n, V] of all ids."""
+        """Return the scores [n, V] of all ids from the hidden states `hidden_nD`."""
         return self.ranks.logits(self.model, hidden_nD)
 
     def total(self, table: np.ndarray) -> np.ndarray:
-        """Add up what the replicas counted: the same sum on every rank."""
+        """Add up the counts `table` of all replicas; every rank gets the same sum."""
         if not dist.is_initialized():
             return table
         mine = torch.from_numpy(table if self.ranks.speaks else np.zeros_like(table)).clone()
@@ -72,7 +75,10 @@ class Inference:
         return mine.numpy()
 
     def in_order(self, parts: dict[Any, T]) -> list[T]:
-        """Gather what each batch gave, by number, in the order of one process: on rank 0, an empty list elsewhere."""
+        """Gather the results of all batches, `parts` by batch number, in the order of one process.
+
+        They are on rank 0; elsewhere the list is empty.
+        """
         everywhere = agreement.ProcessGroupRanks().gather(parts if self.ranks.speaks else {})
         together = {number: part for mine in everywhere for number, part in mine.items()}
         return [together[number] for number in sorted(together)]
@@ -99,9 +105,10 @@ def inference(run: Run, progress: Progress | None = None) -> Iterator[Inference]
 def label_log_probabilities(
     model: MultimodalModel, hidden_BLD: Tensor, batch: PackedBatch, chunk: int, part: LossShare = FULL_SHARE
 ) -> tuple[Tensor, Tensor]:
-    """ln p of every label [N] (f32 or wider) and its flat position [N]; `chunk` positions' logits at a time.
+    """Return ln p of every label [N] (f32 or wider) of a batch, and its flat position [N].
 
-    `part` says how the vocabulary is shared; whatever else it says, these are all labels of the batch.
+    Logits are made for `chunk` positions at a time. `part` says how the vocabulary is shared; whatever else it says,
+    these are all labels of the batch.
     """
     head = part.head or model.logits
     labels = batch.labels.flatten()

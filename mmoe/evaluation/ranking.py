@@ -1,4 +1,4 @@
-"""Candidate ranking: which of the given texts fits this sound or picture best.
+"""Ranks candidates: which of the given texts fits this sound or picture best.
 
 Every held-out row of an audio+text or image+caption source is scored with each distinct text of the held-out rows
 of its source (its own and a seeded choice of others where there are more than `MOST_CANDIDATES`). Three scores:
@@ -61,7 +61,7 @@ class _Question:
 
 
 def rank_candidates(model: Inference, only: list[str], stand_in: StandIn | None = None) -> dict[str, dict[str, Any]]:
-    """By source: number of `rows`, `chance`, and `accuracy` with its 95 % Wilson bound `low` for each score.
+    """Return by source the number of `rows`, `chance`, and for each score `accuracy` with its 95 % Wilson bound `low`.
 
     A source without such rows, or with one text only, is not in the answer. Rows that do not fit a sequence with
     every candidate are left out and counted; of more than `MOST_ROWS` a seeded choice is asked about. All ranks ask;
@@ -81,7 +81,10 @@ def rank_candidates(model: Inference, only: list[str], stand_in: StandIn | None 
 
 
 def accuracies(scores: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-    """`scores` by name: for each row those of its candidates, the right one first, which must be the single best."""
+    """Return the accuracy of each score by its name, with its bound, beside chance and the number of rows.
+
+    `scores` has for each row those of its candidates, the right one first, which must be the single best.
+    """
     rows = len(scores["sum"])
     right = {name: float(np.mean([s[0] > s[1:].max() for s in each])) for name, each in scores.items()}
     return {
@@ -164,8 +167,10 @@ def _rank(
 def score_texts(
     model: Inference, decoder: SampleLoader, candidates: list[_Candidate], what: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """For each candidate ln p of its text and the closing token (summed), and how many tokens these are; on rank 0,
-    None elsewhere."""
+    """Return, for each candidate, ln p of its text and the closing token (summed), and how many tokens these are.
+
+    They are on rank 0; elsewhere the answer is None. `what` names the measure for the progress.
+    """
     vocabulary = model.run.tokenizers.vocabulary
     parts = {}
     for number, batch, hidden in model.outputs(_Batches(model.run, decoder, candidates), what):

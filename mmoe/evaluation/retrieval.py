@@ -1,4 +1,7 @@
-"""Retrieval between the two sides of isolated pairs, in pools of fixed size."""
+"""Measures retrieval between the two sides of isolated pairs, in pools of fixed size.
+
+Shape suffixes: P pairs, E embedding width, n queries and as many candidates.
+"""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,8 +20,11 @@ TOP = (1, 5)
 
 @dataclass(frozen=True)
 class PairEmbeddings:
-    """Embeddings of the two sides of P held-out pairs: `text`, `other` [P, E]; `text_hash` [P] names each caption,
-    `kind` [P] is the modality of the side that is not text, `source` [P] the number of the source."""
+    """Holds the embeddings of the two sides of P held-out pairs: `text`, `other` [P, E].
+
+    `text_hash` [P] names each caption, `kind` [P] is the modality of the side that is not text, `source` [P] the number
+    of the source.
+    """
 
     text: np.ndarray
     other: np.ndarray
@@ -28,7 +34,7 @@ class PairEmbeddings:
 
     @classmethod
     def from_batch(cls, batch: PackedBatch, left: Tensor, right: Tensor) -> "PairEmbeddings":
-        """Take `left`, `right` [P, E]: the embeddings of the two sides of `batch.pairs`, L2-normalised."""
+        """Make the pairs of `batch` from `left` and `right` [P, E], the L2-normalized embeddings of their two sides."""
         text_left = (batch.pairs.modality[:, 0] == Modality.TEXT)[:, None]
         kinds = torch.where(text_left[:, 0], batch.pairs.modality[:, 1], batch.pairs.modality[:, 0])
         return cls(
@@ -41,9 +47,10 @@ class PairEmbeddings:
 
 
 def report_retrieval(parts: list[PairEmbeddings], sources: list[str], seed: int) -> dict[str, Any]:
-    """Give `by` "<source>/<kind>-text", and at the top the entry with most captions (pictures before sounds).
+    """Return the recall of each "<source>/<kind>-text" under `by`, and at the top the entry with most captions.
 
-    Where no source has `POOL` different captions, the top has null figures and the `reason`.
+    Pictures come before sounds. Where no source has `POOL` different captions, the top has null figures and the
+    `reason`.
     """
     by: dict[str, dict[str, Any]] = {}
     if parts:
@@ -65,7 +72,7 @@ def report_retrieval(parts: list[PairEmbeddings], sources: list[str], seed: int)
 
 
 def recall(text: np.ndarray, other: np.ndarray, hashes: np.ndarray, seed: int) -> dict[str, Any]:
-    """Recall in seeded pools of `POOL` pairs whose captions all differ, the mean of both directions.
+    """Measure recall in seeded pools of `POOL` pairs whose captions all differ, the mean of both directions.
 
     `text`, `other` [P, E] are the sides' embeddings, `hashes` [P] names each caption. `r1_low` is the lower of
     two 95 % bounds: Student's t over the pools, and Wilson's with as many trials as different pairs were asked
@@ -84,7 +91,7 @@ def recall(text: np.ndarray, other: np.ndarray, hashes: np.ndarray, seed: int) -
 
 
 def hits(text: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[directions, TOP, n]: whether query i finds its partner among the first 1 and 5 of the n candidates.
+    """Return [directions, TOP, n] bool: query i finds its partner among the first 1 and 5 of the n candidates.
 
     A candidate that ties with the partner counts as before it, so equal embeddings find nothing, nor does NaN.
     """

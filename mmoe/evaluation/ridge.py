@@ -1,7 +1,7 @@
-"""Ridge regression of the action on every non-visual input that the model has read before it.
+"""Fits a ridge regression of the action on every non-visual input that the model has read before it.
 
 A model that beats it has found something in the pictures (or in the order of what it heard) that no linear map
-of the other inputs gives; `features.py` lists them. Features are standardised; the penalty is the one, of
+of the other inputs gives; `features.py` lists them. Features are standardized; the penalty is the one, of
 `PENALTIES`, with the least error on a held-apart share of the training documents; then all of them are fitted.
 
 Shape suffixes: M chunks, F features, H steps, A dimensions.
@@ -17,7 +17,10 @@ HELD_APART = 0.2
 
 @dataclass(frozen=True)
 class Ridge:
-    """`predict(X) = (X - mean) / std @ weights + intercept`; `weights` [F, H, A], `intercept` [H, A]."""
+    """Holds a fitted linear map: `predict(X) = (X - mean) / std @ weights + intercept`.
+
+    `weights` [F, H, A], `intercept` [H, A].
+    """
 
     mean: np.ndarray
     std: np.ndarray
@@ -26,14 +29,16 @@ class Ridge:
     penalty: float
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """Features [M, F] -> actions [M, H, A]."""
+        """Predict the actions [M, H, A] from `features` [M, F]."""
         standard = (features - self.mean) / self.std
         return np.einsum("mf,fha->mha", standard, self.weights, optimize=True) + self.intercept
 
 
 def fit_ridge(features: np.ndarray, target: np.ndarray, mask: np.ndarray, document: np.ndarray, seed: int) -> Ridge:
-    """Fit on features [M, F] and targets [M, H, A], of which `mask` [M, H, A] count; `document` [M] is what the
-    held-apart share is drawn by. A feature that does not vary gets no weight."""
+    """Fit a ridge regression on `features` [M, F] and `target` [M, H, A], of which those in `mask` [M, H, A] count.
+
+    `document` [M] is what the held-apart share is drawn by. A feature that does not vary gets no weight.
+    """
     mean, std = features.mean(0), features.std(0)
     std = np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, np.inf)
     standard = (features - mean) / std

@@ -1,4 +1,4 @@
-"""A file of lines that grows while a run trains, and never has a part of a line for long."""
+"""Keeps a file of lines that grows while a run trains, and never has a part of a line for long."""
 
 import os
 from collections.abc import Iterator
@@ -33,11 +33,11 @@ class LineFile:
 
     @property
     def last(self) -> str | None:
-        """Read the last line; None where there is none."""
+        """The last line of the file; None where there is none."""
         return next((line for _, line in self.backwards()), None)
 
     def forwards(self, start: int) -> Iterator[tuple[int, str]]:
-        """Give where each line ends, and the line, from the one that begins at byte `start` to the last."""
+        """Yield (where the line ends, the line) from the line that begins at byte `start` to the last one."""
         with self.path.open("rb") as file:
             file.seek(start)
             for line in file:
@@ -45,7 +45,7 @@ class LineFile:
                 yield start, line.rstrip(b"\n").decode(errors="replace")
 
     def backwards(self) -> Iterator[tuple[int, str]]:
-        """Give where each line begins, and the line, from the last one to the first."""
+        """Yield (where the line begins, the line) from the last line to the first."""
         stop, rest = os.fstat(self._descriptor).st_size, b""  # `rest` is what is read of a line whose begin is not
         while stop > 0:
             start = max(stop - _BLOCK, 0)
@@ -64,12 +64,12 @@ class LineFile:
                 os.ftruncate(self._descriptor, size)
 
     def sync(self) -> None:
-        """Wait until all that is written is on the disk."""
+        """Wait until all lines that were written are on the disk."""
         with writes(self.path):
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close the file; what is pending stays pending."""
+        """Close the file; lines that are pending stay pending."""
         os.close(self._descriptor)
 
     def _flush(self) -> None:

@@ -1,4 +1,4 @@
-"""The record of each logged step, made from the steps' results and given to the sinks."""
+"""Makes the record of each logged step from the steps' results, and gives it to the sinks."""
 
 import time
 from collections import defaultdict
@@ -43,7 +43,7 @@ class MetricsCallback(Callback):
         self._set_state({})
 
     def on_start(self, trainer: Trainer) -> None:
-        """Build the sinks on the first rank, and purge what they hold of steps after that of the run."""
+        """Build the sinks on the first rank, and purge what they hold of steps that the run has not done."""
         self._trainer, self._config, self._first = trainer, trainer.run.config.monitoring, trainer.run.ranks.first
         if not self._first:  # the others take part in digests alone
             return
@@ -70,7 +70,7 @@ class MetricsCallback(Callback):
             self._each(lambda sink: sink.write(record))
 
     def on_evaluation(self, result: EvaluationResult) -> None:
-        """Keep the figures for the record of their step, which those who measure are told of first."""
+        """Keep the figures for the record of their step: callbacks that measure are told of a step before this one."""
         self._evaluated |= {f"eval/{name}": value for name, value in result.scalars.items()}
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class MetricsCallback(Callback):
             self._sinks = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give counts and sums since the last record, and what the sinks could not write."""
+        """Return counts and sums since the last record, and what the sinks could not write."""
         return {
             "step": self._step,
             "totals": dict(self._totals),
@@ -110,7 +110,7 @@ class MetricsCallback(Callback):
 
     @property
     def unwritten(self) -> bool:
-        """Whether the checkpoint kept records that a disk had refused, and no session has written yet."""
+        """True if the checkpoint kept records that a disk had refused, and no session has written since."""
         return any(any(state.values()) for state in self._kept.values())
 
     def _rewind(self, step: int) -> None:
@@ -176,7 +176,7 @@ class MetricsCallback(Callback):
 
 
 def sinks_of(config: MonitoringConfig) -> tuple[SinkConfig, ...]:
-    """Say which sinks a run has: those configured, else jsonl, arrays, and tensorboard where it is installed."""
+    """Return the sinks of a run: those configured, else jsonl, arrays, and tensorboard where it is installed."""
     if config.sinks is not None:
         return config.sinks
     kinds = ["jsonl", "arrays", *(["tensorboard"] if status("tensorboard").available else [])]
@@ -209,7 +209,7 @@ def _data(trainer: Trainer, result: StepResult) -> dict[str, float]:
 
 
 def state_digest(state: TrainState) -> str:
-    """A digest of every weight, buffer and optimizer state: equal digests mean equal bits."""
+    """Return a digest of every weight, buffer and optimizer state: equal digests mean equal bits."""
     names = {id(p): name for name, p in state.model.named_parameters()}
     held: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
         (names[id(p)], p, state.optimizer.state.get(p, {})) for p in state.model.parameters()

@@ -1,4 +1,4 @@
-"""How much of a device's peak a run's model needs: MFU (Chowdhery et al. 2022, appendix B)."""
+"""Computes how much of a device's peak a run's model needs: MFU (Chowdhery et al. 2022, appendix B)."""
 
 import re
 
@@ -32,7 +32,10 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 
 
 def device_peak(name: str, compute: str) -> float | None:
-    """Look up the peak of a device by its name, in the precision `compute`; None where it is not known."""
+    """Return the peak of a device by its `name`, in operations per second; None where it is not known.
+
+    `compute` is the precision of products, ``bfloat16`` or ``float32``.
+    """
     for part, bfloat16, float32 in _PEAKS:
         if re.search(rf"\b{part}\b", name) and "Laptop" not in name:
             return {"bfloat16": bfloat16, "float32": float32}.get(compute)
@@ -40,7 +43,10 @@ def device_peak(name: str, compute: str) -> float | None:
 
 
 class ModelFlops:
-    """Counts what the model asks for in each step, and relates it to the `peak` of one device; None: not known."""
+    """Counts the operations that the model asks for in each step, and relates them to the `peak` of one device.
+
+    `peak` is in operations per second; None: not known.
+    """
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -55,7 +61,10 @@ class ModelFlops:
         return training_flops(self._model, self._multiplied, counts.positions, counts.cost)
 
     def scalars(self, flops: float, seconds: float, devices: int) -> dict[str, float]:
-        """Relate so many operations in so many seconds to the peak of the devices, where it is known."""
+        """Return the MFU of `flops` operations in `seconds` on so many `devices`, and the peak that it refers to.
+
+        Empty where the peak is not known.
+        """
         if self.peak is None:
             return {}
         return {"mfu": flops / (seconds * devices * self.peak), "mfu_peak_flops": self.peak}

@@ -28,7 +28,7 @@ class RunReader:
         self.path = folder / METRICS
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """Read ``step`` (i64) and these scalars (f64, NaN where a record has none), a row a record, in order.
+        """Read ``step`` (i64) and the scalars `names` (f64, NaN where a record has none), a row a record, in order.
 
         Raises DataError where nothing was trained.
         """
@@ -38,12 +38,15 @@ class RunReader:
         return found
 
     def undone(self, *names: str) -> dict[str, np.ndarray]:
-        """Read the same of the records that the run took back, in the order in which it did; empty for most runs."""
+        """Read the same columns as `columns` of the records that the run took back; empty for most runs.
+
+        They are in the order in which the run took them back.
+        """
         path = self.folder / UNDONE
         return self._columns(read_lines(path) if path.is_file() else iter(()), names)
 
     def notes(self, name: str) -> Iterator[tuple[int, str]]:
-        """Give (step, text) of every record that has this note, those taken back first."""
+        """Yield (step, text) of every record that has the note `name`, those taken back first."""
         for path in (self.folder / UNDONE, self.path):
             for record in read_lines(path) if path.is_file() else ():
                 if name in record:
@@ -66,11 +69,11 @@ class RunReader:
         return found[0]
 
     def tables(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tables.Chunk]:
-        """Read one table of the records after step `start` up to and with `stop`, some records at a time, in order."""
+        """Yield the table `name` of the records after step `start` up to and with `stop`, in order, some at a time."""
         return tables.read(self.folder / tables.FOLDER, name, start, stop)
 
     def table_names(self) -> list[str]:
-        """Name the tables of the last records; none for a dense model."""
+        """Return the names of the tables of the last records; none for a dense model."""
         return tables.names(self.folder / tables.FOLDER)
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -102,7 +105,10 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a file of records line by line; the last one may be cut off. Raises DataError for another that is none."""
+    """Read a file of records line by line; the last line may be cut off.
+
+    Raises DataError for any other line that is no record.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:

@@ -1,4 +1,4 @@
-"""The record of a step: what every sink is given."""
+"""Declares the record of a step, which every sink is given."""
 
 from dataclasses import dataclass, field
 

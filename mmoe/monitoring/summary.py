@@ -1,4 +1,4 @@
-"""`summary.json`: a run in one small file, from its records and evaluations."""
+"""Sums up a run in one small file, `summary.json`, from its records and evaluations."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class RunRecords:
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecords":
-        """Read the evaluations in a run's folder. Raises DataError for a file that is none."""
+        """Read the evaluations in a run's folder. Raises DataError for a file that is no evaluation."""
         evaluations = {
             file.stem.removeprefix("evaluation").removeprefix("-"): _evaluation(file)
             for file in folder.glob("evaluation*.json")
@@ -50,7 +50,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
-    """Write ``summary.json`` into the run's `folder` and return it; what was not measured is null."""
+    """Write ``summary.json`` into the run's `folder` and return it; figures that were not measured are null."""
     summary = summarise(RunRecords.read(folder))
     with writes(folder / SUMMARY):
         write_atomically(folder / SUMMARY, json.dumps(summary, indent=1))
@@ -96,7 +96,7 @@ def _mean_mfu(columns: dict[str, np.ndarray]) -> float | None:
 
 
 def resume_exact(reader: RunReader) -> bool | None:
-    """Whether steps that were done twice, undone by a resume and done again, came out bit for bit the same.
+    """Return whether steps that were undone by a resume and done again came out bit for bit the same.
 
     False when any loss, gradient norm or digest (of weights and optimizer states) differs. True needs a digest
     that was recorded both times; None when no step was done twice, or none of those has such a digest. Steps after a

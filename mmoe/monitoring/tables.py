@@ -1,4 +1,4 @@
-"""The store of tables: a folder of Parquet parts, each some consecutive records, each named by its first step.
+"""Stores tables in a folder of Parquet parts, each some consecutive records, each named by its first step.
 
 A part has a row a record: its `step`, its `session`, and a column a table, flattened; the schema's metadata has the
 format's version and the shapes. Counts are the narrowest of 4 and 8 bytes that holds them, split into streams of
@@ -35,7 +35,7 @@ class Chunk:
 
 
 def encode(records: Sequence[StepRecord]) -> bytes:
-    """Encode the tables of records that all have the same ones as one part."""
+    """Encode the tables of `records`, which all have the same ones, as one part."""
     shapes = {name: table.shape for name, table in records[0].tables.items()}
     columns: dict[str, pa.Array] = {
         "step": pa.array([record.step for record in records], pa.int64()),
@@ -58,7 +58,10 @@ def encode(records: Sequence[StepRecord]) -> bytes:
 
 
 def decode(content: bytes, path: Path) -> list[StepRecord]:
-    """Decode all records of a part; `path` names it in errors. Raises DataError where it is no part of this format."""
+    """Decode all records of a part; `path` names it in errors.
+
+    Raises DataError where it is no part of this format.
+    """
     with _naming(path):
         table = pq.read_table(pa.BufferReader(content))
         shapes = _shapes(table.schema, path)
@@ -71,18 +74,18 @@ def decode(content: bytes, path: Path) -> list[StepRecord]:
 
 
 def part_path(folder: Path, step: int) -> Path:
-    """Name the part whose first record is that of `step`."""
+    """Return the path of the part whose first record is that of `step`."""
     return folder / f"step-{step:09d}.parquet"
 
 
 def parts(folder: Path) -> list[tuple[int, Path]]:
-    """List the parts of a store with their first steps, in order; none where there is no store."""
+    """Return the parts of a store with their first steps, in order; none where there is no store."""
     found = ((_PART.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def names(folder: Path) -> list[str]:
-    """Name the tables that the store's last part has."""
+    """Return the names of the tables that the store's last part has."""
     if not (found := parts(folder)):
         return []
     path = found[-1][1]
@@ -91,7 +94,7 @@ def names(folder: Path) -> list[str]:
 
 
 def read(folder: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
-    """Read one table of the records after step `start` up to and with step `stop`, a part at a time, in order.
+    """Yield the table `name` of the records after step `start` up to and with step `stop`, a part at a time, in order.
 
     Parts outside that range and other tables are not read; parts without the table are passed over. Raises DataError.
     """

@@ -1,4 +1,7 @@
-"""Which capacity factor a run needs: what each would have dropped of the choices its routers made, and its memory."""
+"""Advises on the capacity factor: what each would have dropped of the choices that a run made, and its memory.
+
+Shape suffixes: N layers of experts, C capacity factors.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ FORMULA = (
 
 @dataclass(frozen=True)
 class CapacityAdvice:
-    """Figures for C capacity factors and N layers of experts (numbered from 0 among them).
+    """Holds figures for C capacity factors and N layers of experts (numbered from 0 among them).
 
     `drops` [N, C] i64 are the choices that each factor would have dropped, `choices` [N] i64 all of them, between the
     records of steps `first` and `last`. `rows` [C] are those of one expert for one sequence, `bytes` [C]
@@ -44,27 +47,27 @@ class CapacityAdvice:
 
     @property
     def rates(self) -> np.ndarray:
-        """[N, C]: share of the choices of each layer."""
+        """The share of the choices of each layer that each factor would have dropped, [N, C]."""
         return self.drops / np.maximum(self.choices, 1)[:, None]
 
     @property
     def rates_overall(self) -> np.ndarray:
-        """[C]: share of the choices of all layers."""
+        """The share of the choices of all layers that each factor would have dropped, [C]."""
         return self.drops.sum(0) / max(self.choices.sum(), 1)
 
     @property
     def smallest(self) -> list[float | None]:
-        """Of each layer, the smallest factor that drops less than `LIMIT`; None where not even the largest does."""
+        """The smallest factor of each layer that drops less than `LIMIT`; None where not even the largest does."""
         return [self._smallest(rates) for rates in self.rates]
 
     @property
     def smallest_overall(self) -> float | None:
-        """The smallest factor with which all layers together drop less than `LIMIT`."""
+        """The smallest factor with which all layers together drop less than `LIMIT`; None where there is none."""
         return self._smallest(self.rates_overall)
 
     @property
     def smallest_everywhere(self) -> float | None:
-        """The smallest factor with which every layer drops less than `LIMIT`."""
+        """The smallest factor with which every layer drops less than `LIMIT`; None where there is none."""
         return self._smallest(self.rates.max(0))
 
     def _smallest(self, rates: np.ndarray) -> float | None:
@@ -72,7 +75,10 @@ class CapacityAdvice:
 
 
 def read_advice(folder: str | Path, share: float = LAST) -> CapacityAdvice:
-    """`advise` on the run in `folder`. Raises ConfigError where it is none, DataError where nothing was trained."""
+    """Read the capacity advice of the run in `folder` from the last `share` (0 to 1) of its steps.
+
+    Raises ConfigError where it is no run or has no experts, DataError where nothing was trained or counted.
+    """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}/config.yaml does not exist: {folder} is not a run; train it first")
@@ -83,7 +89,7 @@ def read_advice(folder: str | Path, share: float = LAST) -> CapacityAdvice:
 def advise(
     reader: RunReader, model: ModelConfig, sequence_length: int, precision: PrecisionConfig, share: float
 ) -> CapacityAdvice:
-    """What the records of the last `share` (0 to 1) of a run's steps say.
+    """Derive capacity advice from the records of the last `share` (0 to 1) of a run's steps.
 
     Raises ConfigError for a model without experts, DataError where no record counts what would be dropped.
     """

@@ -1,4 +1,4 @@
-"""Bytes per optimizer step by axis and collective, from the config and the degrees alone.
+"""Computes the bytes per optimizer step by axis and collective, from the config and the degrees alone.
 
 Left out: handing batches to peers (sizes of pickled objects), checkpoints, Muon's gathers of momentum, flags of the
 loop (8 bytes a step), and the first of two passes where contrastive groups are wider than what is embedded at once.
@@ -30,8 +30,10 @@ WIDE = 8  # bytes of an integer, and of what is added up for reports
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank sees of a micro-batch: `labels` and `pairs` that it works out, and, where rows travel as they are
-    routed, how many of them a layer `sent` and `received`."""
+    """Says what a rank sees of a micro-batch: the `labels` and `pairs` that it works out, and the rows of its experts.
+
+    Where rows travel as they are routed, `sent` and `received` are their numbers in a layer.
+    """
 
     labels: int
     pairs: int
@@ -40,7 +42,7 @@ class MicroBatch:
 
 
 class Communication:
-    """Of one rank at `place`, whose part of the model is `model` (on meta)."""
+    """Computes the traffic of one rank at `place`, whose part of the model is `model` (on meta)."""
 
     def __init__(self, setting: RankSetting, model: nn.Module, place: Place | None = None) -> None:
         self.setting, self.dims, self.batch = setting, setting.dims, setting.batch
@@ -58,7 +60,10 @@ class Communication:
         self.traffic = Traffic()
 
     def step(self, micro: MicroBatch, sources: int) -> Traffic:
-        """Of a whole step, each of its micro-batches like `micro`."""
+        """Return the traffic of a whole step, each of its micro-batches like `micro`.
+
+        `sources` is the number of sources that reports are broken down by.
+        """
         self.traffic = Traffic()
         self._weights()
         for _ in range(self.batch.accumulation):
@@ -162,7 +167,7 @@ class Communication:
         return dispatcher.rows(self.batch.micro_batch_sequences, self.batch.sequence_length, moe.top_k)
 
     def expert_rows(self, micro: MicroBatch) -> int:
-        """That the experts here compute in a layer."""
+        """Count the rows that the experts on this rank compute in a layer of a micro-batch."""
         moe = self.setting.model.moe
         if moe is None:
             return 0

@@ -33,7 +33,10 @@ COLLECTIVES: dict[Any, tuple[str, int | str]] = {
 
 
 class CommunicationTrace(TorchDispatchMode):
-    """A context; `traffic` is what this rank took part in so far. Raises KeyError for a collective it does not know."""
+    """A context that counts the collectives this rank takes part in, as `traffic` so far.
+
+    Raises KeyError for a collective that it does not know.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class CommunicationTrace(TorchDispatchMode):
         return result
 
     def note(self, function: Any, arguments: tuple, result: Any) -> None:
-        """Count what was called."""
+        """Count a call of `function`, if it is a collective among several ranks."""
         group = group_of_collective(function, arguments)
         if group is not None and group.size() > 1:
             collective, whole = COLLECTIVES[function]
@@ -64,7 +67,7 @@ class CommunicationTrace(TorchDispatchMode):
             self.traffic.add(axis, collective, _bytes(value))
 
     def take(self) -> Traffic:
-        """What was counted since the last call."""
+        """Return the traffic since the last call of this."""
         taken, self.traffic = self.traffic, Traffic()
         return taken
 

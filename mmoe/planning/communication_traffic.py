@@ -1,4 +1,4 @@
-"""Bytes by axis of the mesh and collective: what is counted in a run, and what a formula says, in the same terms."""
+"""Counts bytes by axis of the mesh and collective: those of a run, and those of a formula, in the same terms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 @dataclass
 class Traffic:
-    """Calls and bytes of each kind, of one rank. A group of one rank sends nothing and is left out.
+    """Holds calls and bytes of each kind, of one rank; a group of one rank sends nothing and is left out.
 
     Bytes are those of the whole tensor that a collective is about: what an all-gather makes, what a reduce-scatter and
     an all-to-all take, what an all-reduce or a broadcast shares, what is sent or received.
@@ -44,7 +44,7 @@ class Traffic:
     bytes: dict[Kind, int] = field(default_factory=dict)
 
     def add(self, axis: str, collective: str, size: int, calls: int = 1) -> None:
-        """`calls` collectives of `size` bytes each."""
+        """Count `calls` collectives of `size` bytes each on `axis`."""
         if calls:
             kind = Kind(axis, collective)
             self.calls[kind] = self.calls.get(kind, 0) + calls
@@ -58,14 +58,14 @@ class Traffic:
         return total
 
     def times(self, number: int) -> Traffic:
-        """Give the traffic of `number` such parts."""
+        """Return the traffic of `number` parts like this one."""
         return Traffic(
             {kind: number * calls for kind, calls in self.calls.items() if number},
             {kind: number * size for kind, size in self.bytes.items() if number},
         )
 
     def over(self, number: int) -> Traffic:
-        """An equal share of it. Raises ValueError where it does not divide."""
+        """Return an equal share of the traffic, one of `number`. Raises ValueError where it does not divide."""
         if any(value % number for value in (*self.calls.values(), *self.bytes.values())):
             raise ValueError(f"{self} is not {number} equal shares")
         return Traffic(
@@ -74,7 +74,7 @@ class Traffic:
         )
 
     def split(self, collectives: tuple[str, ...]) -> tuple[Traffic, Traffic]:
-        """Of these collectives, and of all others."""
+        """Split the traffic into that of these `collectives` and that of all others."""
         parts = Traffic(), Traffic()
         for kind, calls, size in self.rows():
             part = parts[kind.collective not in collectives]
@@ -82,12 +82,12 @@ class Traffic:
         return parts
 
     def rows(self) -> Iterator[tuple[Kind, int, int]]:
-        """(kind, calls, bytes), the largest first."""
+        """Yield (kind, calls, bytes) of each kind, the largest first."""
         for kind, size in sorted(self.bytes.items(), key=lambda item: (-item[1], item[0])):
             yield kind, self.calls[kind], size
 
     def by_axis(self) -> dict[str, int]:
-        """Bytes."""
+        """Return the bytes of each axis."""
         sums: dict[str, int] = {}
         for kind, _, size in self.rows():
             sums[kind.axis] = sums.get(kind.axis, 0) + size
@@ -107,7 +107,10 @@ class Traffic:
 
 
 def share_sent(collective: str, ranks: int) -> float:
-    """Of the bytes of a collective, what leaves each rank: by rings (Patarasuk and Yuan 2009), rows evenly spread."""
+    """Return the share of a collective's bytes that leaves each of its `ranks`.
+
+    Collectives go by rings (Patarasuk and Yuan 2009), rows are evenly spread.
+    """
     if collective == "all_reduce":
         return 2 * (ranks - 1) / ranks
     if collective in ("all_gather", "reduce_scatter", "all_to_all"):
@@ -116,7 +119,7 @@ def share_sent(collective: str, ranks: int) -> float:
 
 
 def ranks_of(dims: ParallelDims, axis: str) -> int:
-    """Ranks of one group of `axis`."""
+    """Return the number of ranks in one group of `axis`."""
     joined = {
         "data": dims.replicas,
         "sequence": dims.sequence_ranks,
@@ -128,7 +131,10 @@ def ranks_of(dims: ParallelDims, axis: str) -> int:
 
 
 def name_of(dims: ParallelDims, axis: str, collective: str) -> str:
-    """`axis`, or what a group of all ranks is called for this collective: torch has one such group for all purposes."""
+    """Return `axis`, or where its group has all ranks the name that this has for `collective`.
+
+    torch has one group of all ranks for all purposes.
+    """
     if ranks_of(dims, axis) < dims.world:
         return axis
     return next((name for name in WHOLE[collective] if ranks_of(dims, name) == dims.world), axis)

@@ -1,4 +1,4 @@
-"""What a config's data will do, before anything is decoded: the stages by source, and a look at the plan itself."""
+"""Says what a config's data will do before anything is decoded: stages by source, and the plan of the first steps."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from mmoe.tokenizers.bundle import TokenizersConfig
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """What a source has of the steps that `inspect` has planned."""
+    """Says what a source has of the steps that `inspect` has planned."""
 
     name: str
     share: float  # of all positions
@@ -30,7 +30,7 @@ class PlannedSource:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in the first steps of a run."""
+    """Says what is in the first steps of a run."""
 
     sources: list[PlannedSource]
     sequences: int
@@ -41,7 +41,7 @@ class Inspection:
 
 
 def mixture_of(data: DataConfig, tokenizers: TokenizersConfig, end: int) -> Mixture:
-    """Mix the sources of a run of `end` positions; those whose `positions` are given need not be prepared yet."""
+    """Build the mixture of a run of `end` positions; sources whose `positions` are given need not be prepared yet."""
     storage = Storage(data.storage)
     unknown = {
         name: SourceManifest.load(source.shards, storage.read)

@@ -1,4 +1,4 @@
-"""One rank's part of an optimizer step of a mesh that is not there: the code of a real step, without contents."""
+"""Runs one rank's part of an optimizer step of a mesh that is not there: the code of a real step, without contents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class RankCost:
-    """What one rank holds and does in an optimizer step.
+    """Says what one rank holds and does in an optimizer step.
 
     `memory`, in bytes, is that of the step's peak by kind; `kept` passes through a stage have activations then.
     `traffic` and `flops` (of matrix products and attention) are of the whole step of `micro_batches`.

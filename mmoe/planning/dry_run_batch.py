@@ -1,4 +1,4 @@
-"""What a dry run is given in place of data: sizes of the model's inputs, and a full batch of stated documents."""
+"""Makes what a dry run is given in place of data: sizes of the model's inputs, and a full batch of stated documents."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,10 @@ DIMENSIONS = {Modality.INERTIAL: 6, Modality.STATE: 8, Modality.ACTION: 8}
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the data of so many `sources` would say, were it there: every modality occurs, with the sizes above."""
+    """Holds what the data of so many `sources` would say, were it there.
+
+    Every modality occurs, with the sizes `DIMENSIONS`.
+    """
 
     inputs: ModelInputs
     vocabulary: Vocabulary
@@ -32,7 +35,10 @@ class Assumed:
 
     @classmethod
     def from_config(cls, tokenizers: TokenizersConfig, sources: int, vocabulary_size: int | None) -> "Assumed":
-        """With `vocabulary_size` ids; None: what the text tokenizer has where its file exists, else 131,072 in all."""
+        """Assume sizes for so many `sources` and `vocabulary_size` ids.
+
+        None stands for the ids that the text tokenizer has where its file exists, else 131,072 in all.
+        """
         bins = tokenizers.action.bins if tokenizers.action.mode == "discrete" else 0
         text = tokenizers.text
         if vocabulary_size is None and (text.path is None or DEFAULT.exists(text.path)):
@@ -45,7 +51,7 @@ class Assumed:
         return cls(inputs, vocabulary, sources)
 
     def sentence(self) -> str:
-        """Say the assumed sizes in a sentence."""
+        """Return a sentence that says the assumed sizes."""
         inputs = self.inputs
         return (
             f"vocabulary {inputs.vocabulary_size:,}, patches of {inputs.patch_dim} + {inputs.patch_coordinates} "
@@ -56,8 +62,11 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Documents:
-    """`count` equally long documents fill each of `sequences` of `length` positions: a picture of `patches`, an
-    inertial, a state and an action vector each, and labelled text. The picture and the text are a contrastive pair."""
+    """Describes a batch in which `count` equally long documents fill each of `sequences` of `length` positions.
+
+    Each has a picture of `patches`, an inertial, a state and an action vector, and labelled text. The picture and the
+    text are a contrastive pair.
+    """
 
     sequences: int
     length: int
@@ -82,23 +91,23 @@ class Documents:
 
     @property
     def size(self) -> int:
-        """Positions of a document."""
+        """The number of positions in a document."""
         return self.length // self.count
 
     @property
     def labels(self) -> int:
-        """Of one sequence."""
+        """The number of labels in one sequence."""
         return self.count * (self.size - self.patches - 4)
 
     def sentence(self) -> str:
-        """Say the documents of a sequence in a sentence."""
+        """Return a sentence that says what documents fill a sequence."""
         return (
             f"{self.count} document{'s' * (self.count > 1)} of {self.size:,} positions a sequence, without padding: "
             f"{self.patches} patches, 3 vectors and {self.labels // self.count:,} labels each"
         )
 
     def counts(self, steps_sequences: int, assumed: Assumed) -> Counts:
-        """Count what a step of so many sequences holds."""
+        """Count what a step of `steps_sequences` sequences holds."""
         inputs, documents = assumed.inputs, steps_sequences * self.count
         columns = zeros()
         columns[[POSITIONS, PATCHES, PAIRS]] = steps_sequences * self.length, documents * self.patches, documents

@@ -1,4 +1,4 @@
-"""What runs on tensors without contents, and how its layout is real nevertheless."""
+"""Runs code on tensors without contents, with a layout of the batch that is real nevertheless."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +23,11 @@ Note = Callable[[Any, tuple, Any], None]  # operation, arguments, result
 
 
 class DryMode(TorchDispatchMode):
-    """On top of a `FakeTensorMode`: integers that come from no float are computed, and `notes` are told of everything.
+    """A mode on top of a `FakeTensorMode` that computes integers which come from no float.
 
     So the layout of a batch (documents, labels, places) is real, and what depends on weights has a shape alone. A
-    number that the host reads from the latter is taken for 1: the flags of reports, all of which are set.
+    number that the host reads from the latter is taken for 1: the flags of reports, all of which are set. The `notes`
+    are told of everything that is called.
     """
 
     def __init__(self, *notes: Note) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of a step cost: its forward and backward passes one by one, and the whole step from them.
+"""Counts what the parts of a step cost: its forward and backward passes one by one, and the whole step from them.
 
 A dry step runs few micro-batches. Of the forward passes the last one stands for those that were not run, of the
 backward passes the middle one: what is done once a step (FSDP keeps the root of a pipeline stage gathered, ZeRO-1
@@ -37,7 +37,10 @@ BETWEEN_STAGES = ("send", "receive")
 
 @dataclass
 class Passes:
-    """Splits what is counted: `mark` begins a part, which `times` of the step are alike; `step` adds them up."""
+    """Splits into parts what is counted of a step: `mark` begins a part, `step` adds them up.
+
+    A part stands for as many parts of the step, all alike, as `mark` is told.
+    """
 
     run: int  # micro-batches of the dry step
     accumulation: int  # of a step
@@ -54,7 +57,7 @@ class Passes:
         self.through_root()
 
     def through_root(self) -> None:
-        """The tracker is for one pass through the root, and refuses a second one of a root that it knows."""
+        """Let the memory tracker see another pass through the root: it refuses a second one of a root that it knows."""
         self.tracker.memory_tracking.pop(self.root, None)
 
     def backward(self, number: int) -> None:
@@ -62,17 +65,20 @@ class Passes:
         self.mark(self.accumulation - self.run + 1 if number == (self.run - 1) // 2 else 1)
 
     def mark(self, times: int | None = None) -> None:
-        """None: once a step."""
+        """Begin a part that stands for `times` parts of a step, one in a micro-batch; None: it occurs once a step."""
         self.parts.append((self._times, self.trace.take(), self.flops.take()))
         self._times = times
 
     def activations(self) -> int:
-        """Bytes, now."""
+        """Return the bytes of activations that are held now."""
         snapshot = self.tracker.get_tracker_snapshot().get(DEVICE, {})
         return sum(size for kind, size in snapshot.items() if "Activation" in str(kind))
 
     def step(self) -> tuple[Traffic, int]:
-        """Traffic and operations of a whole step; what goes from stage to stage is the same for all micro-batches."""
+        """Return traffic and operations of a whole step.
+
+        Traffic from stage to stage is the same for all micro-batches.
+        """
         traffic, between, operations = Traffic(), Traffic(), 0
         for times, part, flops in self.parts:
             if times is None:
@@ -85,7 +91,7 @@ class Passes:
 
 
 class DryRanks(MeshExecutor):
-    """A rank that notes its passes."""
+    """A rank's executor that notes its passes."""
 
     def __init__(self, mesh: Mesh, setting: RankSetting, sources: int, model: MultimodalModel, passes: Passes) -> None:
         pipeline = DryPipeline(model, mesh, setting, passes) if isinstance(model, StageModel) else None
@@ -107,7 +113,10 @@ class DryRanks(MeshExecutor):
         self._backwards += 1
 
     def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Of groups wider than a micro-step, once a step: those of all its micro-batches, also the ones not run."""
+        """Gather the pairs' rows; of groups wider than a micro-step once a step, those of all its micro-batches.
+
+        Micro-batches that are not run have the rows of those that are.
+        """
         if not self.setting.needs_embedding_pass:
             return super().gather_pairs(rows)
         self.passes.mark()
@@ -158,7 +167,7 @@ class DryPipeline(Pipeline):
         super().before_backward()
 
     def kept(self, micro_batches: int) -> int:
-        """Passes through a stage whose activations are kept at the same time, of a step of so many micro-batches."""
+        """Count the passes through a stage whose activations are held at the same time in a step of `micro_batches`."""
         pp, each, rank = self.mesh.size("pp"), len(self.model.here), self.mesh.rank("pp")
         if each > 1:
             return min(2 * (pp - rank - 1) + (each - 1) * pp + 1, micro_batches * each)

@@ -1,4 +1,4 @@
-"""What chosen ranks of a large mesh would hold, send and compute: by dry runs, and by closed forms beside them."""
+"""Finds what chosen ranks of a large mesh would hold, send and compute, by dry runs and by closed forms beside them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mmoe.recipe.resolved import ResolvedRun
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dry run is of."""
+    """Holds what a dry run is made with: the resolved run, its optimizers, and the assumed data and load of experts."""
 
     run: RankSetting
     optim: OptimConfig
@@ -40,7 +40,11 @@ class Plan:
     def from_config(
         cls, config: RunConfig, world: int, imbalance: float, documents: int, vocabulary: int | None
     ) -> Plan:
-        """Raises ConfigError where the config cannot run on `world` ranks."""
+        """Plan the dry run of `config` on `world` ranks.
+
+        `imbalance` is the load of the busiest rank of ep over the mean, `documents` fill a sequence, and `vocabulary`
+        is the number of ids (None: as the tokenizer has). Raises ConfigError where the config cannot run so.
+        """
         run, patches = ResolvedRun.from_config(config, world), config.tokenizers.vision.max_patches
         return cls(
             run,
@@ -52,24 +56,24 @@ class Plan:
 
     @property
     def dims(self) -> ParallelDims:
-        """Give the degrees of the mesh."""
+        """The degrees of the mesh."""
         return self.run.dims
 
     def cost(self, rank: int) -> RankCost:
-        """By the dry run."""
+        """Find the cost of `rank` by the dry run."""
         return dry_run(self.run, self.optim, rank, self.assumed, self.documents, self.load)
 
     def place(self, rank: int) -> Place:
-        """Say where a rank stands on the axes that cut parameters."""
+        """Return where a rank stands on the axes that cut parameters."""
         within = rank % (self.dims.world // self.dims.pp)
         return Place(within // self.dims.tp % self.dims.fsdp, within % self.dims.tp)
 
     def stage(self, rank: int) -> int:
-        """Number the pipeline stage of a rank."""
+        """Return the number of the pipeline stage of a rank."""
         return rank // (self.dims.world // self.dims.pp)
 
     def labels(self, rank: int) -> int:
-        """That the rank works out in a micro-batch."""
+        """Count the labels that the rank works out in a micro-batch."""
         context = rank // self.dims.tp % self.dims.cp
         return len(range(context, self.documents.sequences * self.documents.labels, self.dims.cp))
 
@@ -84,15 +88,15 @@ class Plan:
         return MicroBatch(self.labels(rank), pairs, sum(sent), sent[rank % dims.ep] * dims.ep)
 
     def traffic(self, rank: int) -> Traffic:
-        """By the formula."""
+        """Compute the traffic of `rank` in a step by the formula."""
         return self._communication(rank).step(self.micro_batch(rank), self.assumed.sources)
 
     def memory(self, rank: int) -> StateMemory:
-        """By the formula."""
+        """Compute the memory of the states of `rank` by the formula."""
         return StateMemory.from_setting(self.run, self.optim, self._model(rank), self.place(rank))
 
     def flops(self, rank: int) -> int:
-        """Of a step, by the formula."""
+        """Compute the operations of `rank` in a step by the formula."""
         run, formula = self.run, self._communication(rank)
         work = RankWork(
             sequences=self.documents.sequences,
@@ -113,13 +117,16 @@ class Plan:
         return Communication(self.run, self._model(rank), self.place(rank))
 
     def model_flops(self, cost: RankCost) -> float:
-        """Of a step, the model's own (6 N and attention): an equal share of a replica's."""
+        """Compute the operations of a step that the model itself asks of a rank (6 N and attention).
+
+        They are an equal share of those of a replica.
+        """
         documents = [self.documents.size] * (self.documents.count * self.documents.sequences)
         wanted = model_flops(self.run.model, self.assumed.inputs, documents) * cost.micro_batches
         return wanted / (self.dims.pp * self.dims.sequence_ranks)
 
     def ranks(self, asked: list[int]) -> list[int]:
-        """Those asked for; without any, the first rank of the first, of a middle and of the last pipeline stage.
+        """Return the ranks `asked` for, or without any the first of the first, a middle and the last pipeline stage.
 
         Raises ConfigError for a rank that is none of the plan's.
         """
@@ -131,7 +138,10 @@ class Plan:
         return ranks
 
     def costs(self, ranks: list[int]) -> list[RankCost]:
-        """By dry runs in a process each: torch keeps the groups of a mesh that it has seen, and it takes less time."""
+        """Find the costs of `ranks` by dry runs in a process each.
+
+        torch keeps the groups of every mesh that it has seen; and side by side the dry runs take less time.
+        """
         workers = min(len(ranks), os.cpu_count() or 1)
         with get_context("spawn").Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
             return pool.map(self.cost, ranks, chunksize=1)

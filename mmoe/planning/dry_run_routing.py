@@ -1,4 +1,4 @@
-"""Routing without a router: where the choices of a batch go, from a stated load, as whole numbers."""
+"""Routes without a router: says where the choices of a batch go, from a stated load, as whole numbers."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,17 @@ from mmoe.parallel.mesh import ParallelDims
 
 @dataclass(frozen=True)
 class Load:
-    """The ranks of an `ep` group share the choices evenly, but the rank that is looked at gets `imbalance` times the
-    mean. Capacity keeps what an expert has room for."""
+    """States how the choices of a batch are spread over the ranks of an `ep` group.
+
+    They share the choices evenly, but the rank that is looked at gets `imbalance` times the mean. Capacity keeps what
+    an expert has room for.
+    """
 
     imbalance: float = 1.0
 
     @classmethod
     def from_imbalance(cls, imbalance: float, model: ModelConfig, dims: ParallelDims) -> "Load":
-        """Raises ConfigError where no routing has that imbalance."""
+        """Make the load of this `imbalance`; raises ConfigError where no routing has it."""
         if model.moe is not None and not 1 <= imbalance <= dims.ep:
             raise ConfigError(
                 f"--imbalance is {imbalance:g}, the load of the busiest rank of ep over the mean: with parallel.ep "
@@ -32,7 +35,10 @@ class Load:
         return cls(imbalance)
 
     def sent(self, choices: int, ranks: int, busiest: int, room: float | None) -> list[int]:
-        """Rows that a rank with so many choices sends to each rank, of which `busiest` is the busiest."""
+        """Return how many rows a rank with so many `choices` sends to each of the `ranks`.
+
+        `busiest` is the number of the busiest rank. `room` is the capacity factor; None: every choice has a row.
+        """
         shares = [(ranks - self.imbalance) / (ranks - 1) if ranks > 1 else 1.0] * ranks
         shares[busiest] = min(self.imbalance, ranks)
         if room is not None:
@@ -41,7 +47,7 @@ class Load:
 
 
 class PlannedDispatcher(AllToAllDispatcher):
-    """A variable exchange whose numbers of rows are those of `load`, of `choices` on every rank."""
+    """A variable exchange whose numbers of rows are those of `load`, where every rank has `choices`."""
 
     def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup, load: Load, choices: int) -> None:
         super().__init__(local, group)
@@ -56,7 +62,10 @@ class PlannedDispatcher(AllToAllDispatcher):
 
 
 def plan_routing(model: nn.Module, load: Load, choices: int) -> None:
-    """Give every exchange of `model` whose sizes depend on what is routed those of `load`."""
+    """Set the row counts of every exchange of `model` whose sizes depend on what is routed by `load`.
+
+    Every rank has `choices`.
+    """
     for module in model.modules():
         if isinstance(module, MoELayer) and isinstance(module.dispatcher, AllToAllDispatcher):
             module.dispatcher = PlannedDispatcher(module.dispatcher.local, module.dispatcher.group, load, choices)

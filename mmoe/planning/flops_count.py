@@ -1,4 +1,4 @@
-"""Floating-point operations of what runs, by torch's formulas, and of the operations that torch has none for."""
+"""Counts floating-point operations of what runs, by torch's formulas, and by own ones where torch has none."""
 
 from typing import Any
 
@@ -9,13 +9,16 @@ from mmoe.compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, GROUPED_MM
 
 
 class FlopCount:
-    """`total`: of matrix products and attention; a causal document counts the half of its square that is computed."""
+    """Counts the operations of matrix products and attention in `total`.
+
+    A causal document counts the half of its square that is computed.
+    """
 
     def __init__(self) -> None:
         self.total = 0
 
     def note(self, function: Any, arguments: tuple, result: Any) -> None:
-        """Count what was called."""
+        """Count the operations of a call of `function`."""
         packet = getattr(function, "_overloadpacket", None)
         if packet is GROUPED_MM:
             self.total += _grouped_mm(*arguments[:2])
@@ -28,7 +31,7 @@ class FlopCount:
             self.total += flop_registry[packet](*arguments, out_val=result)
 
     def take(self) -> int:
-        """What was counted since the last call."""
+        """Return the operations since the last call of this."""
         taken, self.total = self.total, 0
         return taken
 

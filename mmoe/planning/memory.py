@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer states that a rank keeps, in closed form."""
+"""Computes the bytes of weights, gradients and optimizer states that a rank keeps, in closed form."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from mmoe.planning.memory_shards import Place, shards
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Between two steps; what is gathered or computed within one comes on top. With ZeRO-1 and several micro-batches,
-    gradients are whole until the last one: `whole_gradients`, else 0."""
+    """Holds the bytes that a rank keeps between two steps; what is gathered or computed within one comes on top.
+
+    With ZeRO-1 and several micro-batches, gradients are whole until the last one: `whole_gradients`, else 0.
+    """
 
     parameters: int
     weights: int
@@ -26,7 +28,7 @@ class StateMemory:
 
     @classmethod
     def from_setting(cls, setting: RankSetting, optim: OptimConfig, model: nn.Module, place: Place) -> StateMemory:
-        """Of a rank at `place` whose part of the model is `model` (on meta)."""
+        """Compute the memory of a rank at `place` whose part of the model is `model` (on meta)."""
         found = shards(setting.model, setting.precision, model, setting.dims, place)
         dtype = setting.precision.parameter_dtype
         width = dtype.itemsize

@@ -1,4 +1,4 @@
-"""What a rank holds of every parameter: the shapes that tensor, expert and FSDP sharding leave, without making them."""
+"""Finds what a rank holds of every parameter: the shapes that tensor, expert and FSDP sharding leave, unmade."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmoe.precision.config import PrecisionConfig
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is on the axes that cut parameters unevenly."""
+    """Says where a rank is on the axes that cut parameters unevenly."""
 
     fsdp: int = 0
     tp: int = 0
@@ -24,9 +24,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Shard:
-    """A parameter on one rank of `tp` and `ep` has `shape`; FSDP cuts it in `parts` and gathers it with its `unit`.
+    """Describes a parameter as one rank of `tp` and `ep` has it, of `shape`, which FSDP then cuts in `parts`.
 
-    An element has `width` bytes then. `copied`: every rank of tp has it.
+    FSDP gathers it with its `unit`; an element has `width` bytes then. `copied`: every rank of tp has it.
     """
 
     name: str
@@ -38,21 +38,21 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """Of the dimension that FSDP cuts."""
+        """The size of the dimension that FSDP cuts."""
         return self.shape[self.unit.dim]
 
     @property
     def chunk(self) -> int:
-        """Elements of the largest shard, which is what every rank sends."""
+        """The number of elements in the largest shard, which is what every rank sends."""
         return -(-self.rows // self.parts) * prod(self.shape) // max(self.rows, 1)
 
     @property
     def gathered(self) -> int:
-        """Elements after a gather, padding included."""
+        """The number of elements after a gather, padding included."""
         return self.chunk * self.parts
 
     def held(self, place: Place) -> int:
-        """Elements here between the gathers."""
+        """Count the elements that the rank at `place` holds between the gathers."""
         here = size = -(-self.rows // self.parts)
         if self.unit.axis == "fsdp":  # ranks that share experts do so evenly
             here = min(size, max(self.rows - size * place.fsdp, 0))
@@ -62,7 +62,7 @@ class Shard:
 def shards(
     config: ModelConfig, precision: PrecisionConfig, model: nn.Module, dims: ParallelDims, place: Place
 ) -> list[Shard]:
-    """Of every parameter of `model` (as `on_meta` gives it), in its order."""
+    """Return a `Shard` of every parameter of `model` (as `on_meta` gives it), in its order."""
     found = []
     narrow = 2 if precision.compute == "bfloat16" else precision.parameter_dtype.itemsize
     for name, parameter in model.named_parameters():
@@ -78,7 +78,7 @@ def shards(
 
 
 def by_unit(found: list[Shard]) -> dict[str, list[Shard]]:
-    """The root's has the name ""."""
+    """Group shards by the path of the unit that they are gathered with; the root's path is ""."""
     units: dict[str, list[Shard]] = defaultdict(list)
     for shard in found:
         units[shard.unit.path].append(shard)

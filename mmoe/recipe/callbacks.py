@@ -1,4 +1,4 @@
-"""The callbacks that a run's config names (`training.callbacks`)."""
+"""Configures the callbacks that a run's config names (`training.callbacks`)."""
 
 from typing import Annotated, Any
 

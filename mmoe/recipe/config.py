@@ -1,4 +1,4 @@
-"""The whole run as one printable tree; each node is declared by the component it configures."""
+"""Declares the whole run as one printable tree, each node of which the component that it configures declares."""
 
 from typing import Annotated, Any
 
@@ -42,11 +42,14 @@ class RunConfig(Config):
 
     @property
     def batch(self) -> BatchArithmetic:
-        """That of one replica; GB_tok and the number of steps are the same for any number."""
+        """The batch arithmetic of one replica; GB_tok and the number of steps are the same for any number of them."""
         return self.batch_of(replicas=1)
 
     def batch_of(self, replicas: int) -> BatchArithmetic:
-        """mu_tok, D, A, GB_tok and the number of steps. Raises ConfigError where the batch does not divide."""
+        """Derive mu_tok, D, A, GB_tok and the number of steps for so many data replicas.
+
+        Raises ConfigError where the batch does not divide.
+        """
         return BatchArithmetic.from_config(
             sequence_length=self.data.sequence_length,
             micro_batch_sequences=self.training.micro_batch_sequences,
@@ -57,12 +60,15 @@ class RunConfig(Config):
 
     @property
     def contrastive_group(self) -> int:
-        """Sequences of one contrastive group: the configured number, or the whole global batch."""
+        """The number of sequences in one contrastive group: the configured one, or all of the global batch."""
         return self.losses.contrastive.group_sequences or self.batch.sequences
 
     @classmethod
     def check_layer(cls, below: dict[str, Any], above: dict[str, Any]) -> None:
-        """A changed batch must say what the learning rate does (recipes.md, 1)."""
+        """Check that a layer of config which changes the batch says what the learning rate does (recipes.md, 1).
+
+        `below` is the tree that the layer `above` is laid over. Raises ValueError where it says nothing.
+        """
         old, new = (_at(tree, "training", "global_batch_positions") for tree in (below, above))
         if old is None or new is None or old == new or _at(above, "optim", "lr", "peak") is not None:
             return

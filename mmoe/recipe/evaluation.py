@@ -1,4 +1,4 @@
-"""When a run is measured on held-out data."""
+"""Configures when a run is measured on held-out data."""
 
 from typing import ClassVar
 

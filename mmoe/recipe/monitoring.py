@@ -1,4 +1,4 @@
-"""What a run records about itself, and where to."""
+"""Configures what a run records about itself, and where to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,10 @@ class SinkConfig(KindConfig):
     owns_files: ClassVar[bool] = False  # of one name in the run's folder: a run has one of the kind at most
 
     def build(self, context: SinkContext) -> Any:
-        """Build the sink, a `mmoe.monitoring.sinks.Sink`; on the first rank alone. Raises OutputError, BackendError."""
+        """Build the sink, a `mmoe.monitoring.sinks.Sink`, on the first rank alone.
+
+        Raises OutputError where it cannot be opened, BackendError where its package is missing.
+        """
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""What follows from a run's config on a number of processes, derived once."""
+"""Derives, once, what follows from a run's config on a number of processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResolvedRun(RankSetting):
-    """Adds to what ranks read what the loop does: the width of a contrastive group in sequences, the rate's schedule.
+    """Adds what the loop reads to what ranks read: the sequences of a contrastive group and the schedule of the rate.
 
     The number of steps is `batch.iterations`.
     """
@@ -31,9 +31,10 @@ class ResolvedRun(RankSetting):
 
     @classmethod
     def from_config(cls, config: RunConfig, world: int | None = None) -> ResolvedRun:
-        """Derive it for `world` processes of a group, or for one without a group, whatever the config's degrees are.
+        """Derive what follows from `config` for `world` processes of a group.
 
-        Raises ConfigError where the degrees, the model or the batch cannot be spread so.
+        None stands for one process without a group, whatever the config's degrees are. Raises ConfigError where the
+        degrees, the model or the batch cannot be spread so.
         """
         dims = ParallelDims() if world is None else ParallelDims.from_config(config.parallel, world)
         check_layout(config.model, dims)
@@ -54,9 +55,10 @@ class ResolvedRun(RankSetting):
 
     @classmethod
     def to_measure(cls, config: RunConfig, world: int | None = None) -> ResolvedRun:
-        """As `of`, for a model that is not trained: the replicas need not share the run's global batch.
+        """Derive what follows from `config` for measuring a model that is not trained, on `world` processes.
 
-        The batch is that of one replica. Raises ConfigError where the degrees or the model cannot be spread so.
+        The replicas need not share the run's global batch, unlike in `from_config`: the batch is that of one replica.
+        Raises ConfigError where the degrees or the model cannot be spread so.
         """
         alone = cls.from_config(config)
         if world is None:
@@ -69,8 +71,10 @@ class ResolvedRun(RankSetting):
 
 
 def layout_to_measure(config: RunConfig, world: int) -> ParallelConfig:
-    """Give the layout that `world` processes measure a trained run in: its own where that fits their number, else plain
-    data parallelism, which is said."""
+    """Return the layout in which `world` processes measure a trained run.
+
+    It is the run's own where that fits their number, else plain data parallelism, which is said.
+    """
     try:
         ResolvedRun.to_measure(config, world)
     except ConfigError as error:

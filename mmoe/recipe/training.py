@@ -1,4 +1,4 @@
-"""What is trained for how long, and where the run is kept."""
+"""Configures what is trained for how long, and where the run is kept."""
 
 from typing import Annotated
 
@@ -10,7 +10,10 @@ from mmoe.recipe.callbacks import ChosenCallbacks
 
 
 class StartConfig(Config):
-    """Weights that a run begins with instead of random ones; dense networks become experts where it has experts."""
+    """Names the weights that a run begins with instead of random ones.
+
+    Dense networks become experts where the run has experts.
+    """
 
     weights: Address  # another run's folder, or one of Hugging Face weights (Llama, Qwen3, Mixtral, Qwen3-MoE)
     step: int | None = Field(default=None, ge=0)  # of the other run's checkpoint; null: its latest
@@ -32,5 +35,5 @@ class TrainingConfig(Config):
 
     @property
     def heldout_sequences(self) -> int:
-        """Sequences of one held-out batch; one where a micro-batch depends on how many replicas there were."""
+        """The number of sequences in a held-out batch: one where a micro-batch depends on the number of replicas."""
         return self.micro_batch_sequences or 1

@@ -1,4 +1,7 @@
-"""What watches the loop and may decide about it. Each callback is one small class; its state is in the checkpoints."""
+"""Declares callbacks, which watch the loop and may decide about it.
+
+Each callback is one small class; its state is in the checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Figures on held-out data after `step`, by the names that sinks write as ``eval/<name>``.
+    """Holds figures on held-out data after `step`, by the names that sinks write as ``eval/<name>``.
 
-    Equal on every rank, but for times.
+    They are equal on every rank, but for times.
     """
 
     step: int
@@ -47,11 +50,11 @@ class Callback:
         """Begin a session, after the state was resumed and before the first step."""
 
     def before_step(self, data: StepData) -> Decision:
-        """Give a wish about a step before its forward pass; what is decided is so with that of `before_update`."""
+        """Return a wish about a step before its forward pass; it counts together with that of `before_update`."""
         return Decision.GO
 
     def before_update(self, gradients: StepGradients) -> Decision:
-        """Give a wish about a step whose gradients are known, not yet clipped; its norm may be infinite or NaN."""
+        """Return a wish about a step whose gradients are known, not yet clipped; their norm may be infinite or NaN."""
         return Decision.GO
 
     def on_step(self, result: StepResult) -> None:
@@ -61,20 +64,26 @@ class Callback:
         """Take note of figures that another callback has measured."""
 
     def on_checkpoint(self, path: Path) -> None:
-        """Take note of a checkpoint that is complete."""
+        """Take note of a checkpoint, the folder `path`, that is complete."""
 
     def on_roll_back(self, step: int, state: dict[str, Any]) -> None:
-        """Undo what came after `step`; `state` is what `state_dict` gave then, and is taken back by default."""
+        """Undo what came after `step`.
+
+        `state` is what `state_dict` gave at that step, and is taken back by default.
+        """
         self.load_state_dict(state)
 
     def on_error(self, error: BaseException) -> None:
-        """Take note of what ends the run, before `close`; what this raises is logged and does not replace it."""
+        """Take note of the `error` that ends the run, before `close`.
+
+        What this raises is logged and does not replace the error.
+        """
 
     def close(self) -> None:
-        """Release what `on_start` opened. Called once, whatever ended the session, also where `on_start` failed."""
+        """Release what `on_start` opened; called once, whatever ended the session, also where `on_start` failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what to resume from, as JSON can hold it; the first rank's is saved."""
+        """Return what to resume from, as JSON can hold it; the first rank's is saved."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,7 +110,10 @@ class Callbacks:
 
     @contextmanager
     def session(self, trainer: Trainer) -> Iterator[None]:
-        """Start all, and close those that were started when the session ends, told of the error that ended it."""
+        """Start all callbacks, and close those that were started when the session ends.
+
+        An error that ends the session is told to them before.
+        """
         started: list[Callback] = []
         try:
             for callback in self._all:
@@ -119,9 +131,10 @@ class Callbacks:
             self.unwritten = self.unwritten or failure
 
     def tell(self, hook: Callable[[Callback], None]) -> None:
-        """Call `hook` on each; the first OutputError is kept in `unwritten`, and those behind it are told all the same.
+        """Call `hook` on each callback, also on those behind one that raises OutputError.
 
-        The other ranks know nothing of it, so it ends the run by the next agreement.
+        The first OutputError is kept in `unwritten`. The other ranks know nothing of it, so it ends the run by the next
+        agreement.
         """
         for callback in self._all:
             try:
@@ -130,7 +143,10 @@ class Callbacks:
                 self.unwritten = self.unwritten or error
 
     def wish(self, hook: Callable[[Callback], Decision]) -> Decision:
-        """Give the strongest wish of this process; every callback is asked, and one that cannot write wishes GO."""
+        """Return the strongest wish that `hook` gives on this process.
+
+        Every callback is asked, and one that cannot write wishes GO.
+        """
         wishes = [Decision.GO]
 
         def ask(callback: Callback) -> None:
@@ -143,18 +159,18 @@ class Callbacks:
         return max(wishes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state of each by its name."""
+        """Return the state of each callback by its name."""
         return {callback.name: callback.state_dict() for callback in self._all}
 
     def load_state_dict(self, states: dict[str, Any]) -> None:
-        """Give each its state; one that is new to the run gets an empty one."""
+        """Hand each callback its state of `states`, by name; one that is new to the run gets an empty one."""
         for callback in self._all:
             callback.load_state_dict(states.get(callback.name, {}))
 
     def roll_back(self, step: int, states: dict[str, Any]) -> None:
-        """Tell each that the run went back to `step`, with the state it had then.
+        """Tell each callback that the run went back to `step`, with the state it had then.
 
-        What one cannot write ends the run at once: a resume undoes the same again, a further step would be doubled.
+        If one cannot write, the run ends at once: a resume undoes the same again, a further step would be doubled.
         """
         for callback in self._all:
             callback.on_roll_back(step, states.get(callback.name, {}))

@@ -1,4 +1,4 @@
-"""What was changed of a run on its way, in RUN/changes.jsonl: one line for each key, with the step it holds from.
+"""Records what was changed of a run on its way in RUN/changes.jsonl: a line for each key, with the step it holds from.
 
 Only what decides numbers and may yet change is recorded: the rate (`--set`) and the length. With it `config.yaml`,
 which has the values of now, says what they were at any earlier step.
@@ -24,7 +24,7 @@ RECORDED = (Nature.ADJUSTABLE, Nature.EXTENDABLE)
 
 @dataclass(frozen=True)
 class Change:
-    """One key that has another value from `step` on: the steps done when it was changed."""
+    """Says that one key has another value from `step` on: the number of steps done when it was changed."""
 
     step: int
     key: str
@@ -37,7 +37,7 @@ _CHANGE = TypeAdapter(Change)
 
 @dataclass(frozen=True)
 class History:
-    """The config of the run in `folder` as it stands there, and the changes that led to it, in their order."""
+    """Holds the config of the run in `folder` as it stands there, and the changes that led to it, in their order."""
 
     folder: Path
     config: RunConfig
@@ -45,7 +45,10 @@ class History:
 
     @classmethod
     def read(cls, folder: str | Path) -> "History":
-        """Read it from the folder of a run. Raises ConfigError, and CheckpointError where it is damaged."""
+        """Read the history from the folder of a run.
+
+        Raises ConfigError, and CheckpointError where the record of changes is damaged.
+        """
         folder = Path(folder)
         path = folder / CHANGES
         changes = []
@@ -63,7 +66,7 @@ class History:
         return cls(folder, absolute(read_config(folder)), tuple(changes))
 
     def at(self, step: int) -> RunConfig:
-        """Give the config that was in force when `step` steps were done: later changes are undone."""
+        """Return the config that was in force when `step` steps were done: later changes are undone."""
         tree = self.config.model_dump(mode="json")
         for change in reversed(self.later(step)):
             node, name = _holder(tree, change.key)
@@ -71,17 +74,17 @@ class History:
         return validate(RunConfig, tree, str(self.folder / CHANGES))
 
     def changed(self, step: int, now: RunConfig) -> list[Change]:
-        """List what `now` changes after `step` steps, of what is recorded."""
+        """Return the changes that the config `now` makes after `step` steps, of the keys that are recorded."""
         found = differences(self.at(step), now)
         return [Change(step, each.key, each.before, each.now) for each in found if each.nature in RECORDED]
 
     def later(self, step: int) -> list[Change]:
-        """List the changes that going on from `step` undoes."""
+        """Return the changes that going on from `step` undoes."""
         return [change for change in self.changes if change.step > step]
 
 
 def record_changes(history: History, step: int, now: RunConfig) -> None:
-    """Write what `now` changes after `step` steps, in place of what was changed later.
+    """Write the changes that the config `now` makes after `step` steps, in place of those that were made later.
 
     It is written before the config, so that no value of it is without its line. Raises OutputError.
     """

@@ -1,4 +1,4 @@
-"""What becomes of a step: the strongest wish of any callback on any rank, taken by all ranks."""
+"""Decides what becomes of a step: the strongest wish of any callback on any rank, taken by all ranks."""
 
 from enum import IntEnum
 
@@ -20,9 +20,9 @@ class Decision(IntEnum):
 
 
 def agree(wish: Decision, last: bool) -> tuple[Decision, bool]:
-    """Give the strongest `wish` of all ranks, and whether any of them wants this step to be the `last`.
+    """Return the strongest `wish` of all ranks, and whether any of them wants this step to be the `last`.
 
-    One reduction of two whole numbers, which all ranks of the run enter once a step.
+    It takes one reduction of two whole numbers, which all ranks of the run enter once a step.
     """
     decision, ends = strongest(wish, last)
     return Decision(decision), bool(ends)

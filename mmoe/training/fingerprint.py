@@ -1,6 +1,6 @@
-"""What a run's numbers follow from besides its config: the contents of its sources and of its tokenizers.
+"""Digests what a run's numbers follow from besides its config: the contents of its sources and of its tokenizers.
 
-A checkpoint holds them, so that a run does not go on with other data in silence. They follow from the manifests
+A checkpoint holds the digests, so that a run does not go on with other data in silence. They follow from the manifests
 alone, which hold a digest of every shard's index, and so cost nothing where shards are far away. Where a source
 lies is not part of it: a folder may move.
 """
@@ -20,7 +20,7 @@ Fingerprint = dict[str, dict[str, Any]]  # of every source and tokenizer, each a
 
 
 def fingerprint(sources: PreparedSources, tokenizers: Tokenizers) -> Fingerprint:
-    """JSON-able: by source and tokenizer, a digest of each part that numbers follow from."""
+    """Return, as JSON can hold it, a digest of each part that numbers follow from, by source and by tokenizer."""
     found = {f"source {name}": _of_source(manifest) for name, manifest in sources.manifests.items()}
     vectors = {kind.name: dims.names for kind, dims in tokenizers.dims.items()}
     statistics = {name: manifest.model_dump(mode="json")["vectors"] for name, manifest in sources.manifests.items()}
@@ -55,9 +55,10 @@ def _of_source(manifest: SourceManifest) -> dict[str, Any]:
 
 
 def check_unchanged(saved: Any, now: Fingerprint, folder: Path, only: str = "") -> None:
-    """Raises CheckpointError naming what differs from `saved`, which a checkpoint of `folder` holds.
+    """Check that the fingerprint `now` equals the one `saved` in a checkpoint of `folder`.
 
-    `only`: the names to compare begin with this. A checkpoint of an earlier format holds none, and passes.
+    `only`: the names to compare begin with this. A checkpoint of an earlier format holds none, and passes. Raises
+    CheckpointError naming what differs.
     """
     if saved is None:
         return

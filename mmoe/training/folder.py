@@ -1,4 +1,4 @@
-"""The files of a run's folder: what they are called, and how a run starts over."""
+"""Names the files of a run's folder, and deletes them where a run starts over."""
 
 import re
 import shutil
@@ -38,7 +38,7 @@ _FILE = re.compile(rf"\.?({'|'.join(FILES)})(\.[0-9a-f]{{32}})?")  # as `write_a
 
 
 def check_start_over(folder: Path) -> None:
-    """Raises ConfigError unless `folder` is missing, empty, or a run and nothing but a run."""
+    """Check that `folder` is missing, empty, or a run and nothing but a run; raises ConfigError where it is not."""
     if not folder.exists():
         return
     place, refusal = folder.resolve(), f"--fresh deletes nothing of training.run={folder}"
@@ -63,7 +63,7 @@ def check_start_over(folder: Path) -> None:
 
 
 def start_over(folder: Path) -> None:
-    """Delete the run in `folder`, all but its lock. Raises as `check_start_over`, and OutputError."""
+    """Delete the run in `folder`, all but its lock; raises ConfigError as `check_start_over`, and OutputError."""
     check_start_over(folder)
     if not folder.exists():
         return

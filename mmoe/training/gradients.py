@@ -1,4 +1,7 @@
-"""The gradients of one optimizer step: its micro-batches forward and backward, alone or with the other ranks."""
+"""Computes the gradients of one optimizer step: its micro-batches forward and backward, on one rank or together.
+
+Shape suffixes: N layers of experts, E experts.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +27,7 @@ from mmoe.tokenizers.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class StepGradients:
-    """What the backward passes of a step left beside the gradients in the parameters, the same on every rank.
+    """Holds what the backward passes of a step left beside the gradients in the parameters, the same on every rank.
 
     `norm` is that of all gradients, `router_norms_NE` that of each expert's router weights, both before clipping;
     `loads` are of the routers on this rank.
@@ -39,7 +42,7 @@ class StepGradients:
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What the steps of a run have in common; `micro_batches` of each rank make a step."""
+    """Holds what the steps of a run have in common; `micro_batches` of each rank make a step."""
 
     terms: LossTerms
     precision: PrecisionConfig
@@ -53,13 +56,13 @@ class StepSetting:
     def from_run(
         cls, run: RankSetting, vocabulary: Vocabulary, device: torch.device, ranks: StepExecutor
     ) -> "StepSetting":
-        """Derive the setting of a run's steps from what is resolved of it."""
+        """Derive the setting of a run's steps from `run`, which is what ranks read of its config."""
         return cls(
             run.loss_terms, run.precision, vocabulary, device, ranks, run.batch.accumulation, run.needs_embedding_pass
         )
 
     def autocast(self) -> AbstractContextManager:
-        """The context of forward passes and losses."""
+        """Return the context in which forward passes and losses are computed."""
         return self.precision.autocast(self.device)
 
 

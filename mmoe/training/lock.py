@@ -1,4 +1,4 @@
-"""One training at a time in a run's folder: `RUN/lock`, held by the first process.
+"""Allows one training at a time in a run's folder, by `RUN/lock`, held by the first process.
 
 The kernel holds the lock (`flock`) as long as the process lives, so that nothing is left behind by one that was
 killed. Some file systems that machines share do not carry it from one to the other: there the holder's heartbeat, the
@@ -33,9 +33,10 @@ CHILD_SECONDS = 10.0  # that what a killed process has started may need to notic
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the run's `folder`, which is made where it is missing; all ranks enter, and the first one holds it.
+    """Hold the lock of the run's `folder`, which is made where it is missing.
 
-    Raises ConfigError naming host and process where another training holds it, OutputError where it cannot be written.
+    All ranks enter, and the first one holds it. Raises ConfigError naming host and process where another training holds
+    it, OutputError where it cannot be written.
     """
     lock = _Lock(folder / LOCK)
     made = not folder.exists()
@@ -73,7 +74,7 @@ class _Lock:
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def release(self) -> bool:
-        """Whether it was held here."""
+        """Release the lock, and return whether it was held here."""
         if self._descriptor is None:
             return False
         self._ended.set()

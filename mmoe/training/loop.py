@@ -1,4 +1,4 @@
-"""The training loop: next batch, step, callbacks, checkpoint; what the ranks decide; what ends it."""
+"""Runs the training loop: next batch, step, callbacks, checkpoint; what the ranks decide; what ends it."""
 
 import signal
 import time
@@ -43,7 +43,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end of the session, saving and telling the callbacks on the way, and close them in any case.
 
-        Raises DivergenceError, what a callback raises, and at the end the OutputError of one.
+        Raises DivergenceError, any error of a callback, and at the end the OutputError of one.
         """
         state = self.state
         with _stop_on_interrupt(self), self._watch, self.callbacks.session(self):
@@ -70,11 +70,14 @@ class Trainer:
         self._raise_unwritten()
 
     def beat(self, phase: str) -> None:
-        """Tell the watcher of hangs that this rank goes on, and what it does now (a callback that takes long does)."""
+        """Tell the watcher of hangs that this rank goes on, in `phase`; a callback that takes long calls this too."""
         self._watch.beat(self.state.step, phase)
 
     def train_step(self, data: StepData, waited: float = 0.0) -> StepResult:
-        """Do one step on `data`, or what the callbacks of all ranks decide instead."""
+        """Do one step on `data`, or what the callbacks of all ranks decide instead.
+
+        The loop has `waited` so many seconds for the data.
+        """
         wish = self.callbacks.wish(methodcaller("before_step", data))
         return train_step(self.state, data, self.run, self.setting, partial(self._decide, wish), waited)
 

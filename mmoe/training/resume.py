@@ -1,4 +1,4 @@
-"""Whether a run may go on with another config than it had, and what is to be said of it.
+"""Decides whether a run may go on with another config than it had, and what is to be said of it.
 
 Each field says by its `Nature` what it is. A changed identity is refused; layout and operation may change, and that is
 said. The length may change: steps done are never recomputed, the plan of the data goes on from where it stood, and the
@@ -36,7 +36,10 @@ _SLACK = 1e-3  # of `max_epochs`: shares are met by whole documents
 
 
 def adjust(config: RunConfig, given: Sequence[str]) -> RunConfig:
-    """Give the config with the values of `--set`. Raises ConfigError for one that is not adjustable, or no value."""
+    """Return `config` with the values of `--set`, each ``key=value`` in `given`.
+
+    Raises ConfigError for one that is not adjustable, or no value.
+    """
     adjusted = override(config, given)
     found = natures(adjusted)
     for key in flatten(parse_overrides(given)):
@@ -53,7 +56,7 @@ def check_resume(
     mixture: Callable[[RunConfig], Mixture],
     given: Sequence[str] = (),
 ) -> list[str]:
-    """Say in sentences what is other where the run of `history` goes on after `step` steps with the config `now`.
+    """Return in sentences what is other where the run of `history` goes on after `step` steps with the config `now`.
 
     `mixture` makes the mixture of the data of a config of this run. `given` are the values of `--set`, which are in
     `now` already. Raises ConfigError for what cannot change, naming the key, its values, what it decides and a remedy.

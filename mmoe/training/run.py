@@ -1,4 +1,4 @@
-"""The parts of a run, built from its config or loaded from its folder; train, evaluate and generate share them."""
+"""Builds the parts of a run from its config or loads them from its folder; train, evaluate and generate share them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def open_sources(config: RunConfig) -> tuple[PreparedSources, Tokenizers]:
 
 
 def model_inputs(tokenizers: Tokenizers) -> ModelInputs:
-    """Say what a model is given by these tokenizers."""
+    """Return the sizes of the inputs that a model is given by these tokenizers."""
     dims = tokenizers.value_dims | {Modality.ACTION: tokenizers.dims[Modality.ACTION].size}
     return ModelInputs.from_data(
         tokenizers.vocabulary.size, dims, tokenizers.config.action, len(tokenizers.rig.cameras)
@@ -46,7 +46,7 @@ def model_inputs(tokenizers: Tokenizers) -> ModelInputs:
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether the folder is that of a run: it holds the run's config, or checkpoints, which have a copy of it."""
+    """Return whether `folder` is that of a run: it holds the run's config, or checkpoints, which have a copy of it."""
     return any((Path(folder) / name).exists() for name in (CONFIG, "checkpoints"))
 
 
@@ -76,9 +76,9 @@ def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def rearrange(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Give the config of a trained run with other addresses, for data that has been moved, and a layout to measure in.
+    """Return the config of a trained run with other addresses, of data that was moved, and a layout to measure in.
 
-    ParallelDims that `overrides` name are taken as they are; else a process group gets a layout that fits it. Unless
+    Degrees that `overrides` name are taken as they are; else a process group gets a layout that fits it. Unless
     `overrides` say otherwise weights are gathered anew for every pass (ZeRO-3): none is kept for a backward pass.
     Raises ConfigError for an override of anything else, since the weights were trained with the rest, and for degrees
     that one process cannot have.
@@ -106,13 +106,13 @@ def rearrange(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def saved_fingerprint(state: dict[str, Any]) -> Any:
-    """That of the data a checkpoint was trained on; None in earlier formats."""
+    """Return the fingerprint of the data that a checkpoint was trained on; None in earlier formats."""
     return state["trainer"].get("data") if isinstance(state["trainer"], dict) else None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's config, folder, data and model (weights as initialised, or as loaded)."""
+    """Holds a run's config, folder, data and model (weights as initialized, or as loaded)."""
 
     config: RunConfig
     resolved: ResolvedRun
@@ -127,7 +127,7 @@ class Run:
     def build(
         cls, config: RunConfig, resolve: Callable[[RunConfig, int | None], ResolvedRun] = ResolvedRun.from_config
     ) -> "Run":
-        """Open the sources, which must be prepared, and initialise the model.
+        """Open the sources of a run, which must be prepared, and initialize the model.
 
         With a process group every rank calls this, and each gets its part of the model. `resolve` derives what follows
         from the number of processes.
@@ -144,7 +144,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | Path, step: int | None = None, overrides: Sequence[str] = ()) -> "Run":
-        """The run in `folder` with the weights of its latest checkpoint, or of the one after `step`, to be measured.
+        """Load the run in `folder`, to be measured, with the weights of its latest checkpoint, or of that after `step`.
 
         `overrides` may give other addresses, e.g. ``data.sources.drive.shards=/new/place``. With a process group every
         rank calls this, and each gets its part of the model in the layout that `overrides` name, or one that fits.
@@ -167,7 +167,10 @@ class Run:
                 write_atomically(path, text)
 
     def heldout(self, *, isolated: bool, **choices: Any) -> HeldoutBatches:
-        """Plan the held-out batches, which are on the CPU; see `HeldoutBatches` for the choices."""
+        """Plan the held-out batches, which are on the CPU.
+
+        `isolated`: the text of every pair is a document of its own, else of none. For `choices` see `HeldoutBatches`.
+        """
         return HeldoutBatches(
             self.config.data,
             self.sources,

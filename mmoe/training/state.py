@@ -1,4 +1,4 @@
-"""What a step changes of a run, and a checkpoint holds of it."""
+"""Holds what a step changes of a run and a checkpoint holds of it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TrainState:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the sections of a checkpoint; tensors are those in use, not copies."""
+        """Return the sections of a checkpoint; tensors are those in use, not copies."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -68,7 +68,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; the session stays as it is."""
+        """Take back a `state` that `state_dict` gave; the session stays as it is."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.position = state["trainer"]["step"], state["trainer"]["stream"]
@@ -76,5 +76,8 @@ class TrainState:
         restore_rng(state["rng"])
 
     def check_data(self, state: dict[str, Any], run: Run) -> None:
-        """Raises CheckpointError where `state` was trained on other data than the run finds now."""
+        """Check that the checkpoint `state` was trained on the data that `run` finds now.
+
+        Raises CheckpointError where the data differs.
+        """
         check_unchanged(saved_fingerprint(state), self.data, run.folder)

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, losses, backward, a decision, clip, update."""
+"""Does one optimizer step: forward, losses, backward, a decision, clip, update."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +24,10 @@ Decide = Callable[[StepGradients], Decision]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; `losses` are sums over items divided by the planned counts.
+    """Says what one optimizer step did.
 
-    Only where `decision` is GO did it change the weights. After ROLL_BACK and STOP the run's state is as before it.
+    `losses` are sums over items divided by the planned counts. Only where `decision` is GO did the step change the
+    weights. After ROLL_BACK and STOP the run's state is as before it.
     """
 
     step: int  # 1-based: the number of steps done, with this one
@@ -44,7 +45,7 @@ class StepResult:
 
 
 def go(gradients: StepGradients) -> Decision:
-    """Decide to take the step, whatever its gradients."""
+    """Return `Decision.GO`, to take the step whatever its gradients."""
     return Decision.GO
 
 

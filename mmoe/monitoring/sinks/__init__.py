@@ -1,4 +1,4 @@
-"""Where records go: one kind of sink a file, each with the config that names it in `monitoring.sinks`."""
+"""Declares where records go: one kind of sink a file, each with the config that names it in `monitoring.sinks`."""
 
 from typing import Any, Protocol
 
@@ -19,10 +19,10 @@ class Sink(Protocol):
         """Purge every record after `step`, at which the run now stands; 0 purges all. Raises OutputError."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Put on the disk what was taken, and give as JSON what the disk refused: for a checkpoint."""
+        """Put the records that were taken on the disk, and return as JSON those that it refused, for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, of which some may have been written since."""
+        """Take back the records that `state_dict` gave, of which some may have been written since."""
 
     def close(self) -> None:
-        """Write what is left. Raises OutputError."""
+        """Write the records that are left, and release what is open. Raises OutputError."""

@@ -1,4 +1,4 @@
-"""`tables/`: the tables of records as columns (`mmoe.monitoring.tables` says how)."""
+"""Writes the tables of records as columns to `tables/` (`mmoe.monitoring.tables` says how)."""
 
 import base64
 import time
@@ -30,7 +30,7 @@ class ArraysConfig(SinkConfig):
 
 
 class ArraysSink:
-    """Collects records into parts. The last one, not full yet, is written again as it grows, whole or not at all."""
+    """Collects records into parts; the last one, not full yet, is written again as it grows, whole or not at all."""
 
     def __init__(self, folder: Path, records_per_part: int, flush_seconds: float) -> None:
         self.folder, self.records_per_part, self.flush_seconds = folder, records_per_part, flush_seconds
@@ -74,7 +74,7 @@ class ArraysSink:
         self._flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Write what is not on the disk yet; give what it refuses, as parts."""
+        """Write the records that are not on the disk yet, and return those that it refuses, as parts."""
         try:
             self._flush()
         except OutputError:
@@ -83,12 +83,12 @@ class ArraysSink:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take those records back: `rewind` writes the ones that are not on the disk yet."""
+        """Take back the records of `state_dict`: `rewind` writes the ones that are not on the disk yet."""
         for part in state.get("unwritten", []):
             self._kept += tables.decode(base64.b64decode(part), self.folder)
 
     def close(self) -> None:
-        """Write what is left. Raises OutputError."""
+        """Write the records that are left. Raises OutputError."""
         self._flush()
 
     def _flush(self) -> None:

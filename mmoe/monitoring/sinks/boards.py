@@ -1,4 +1,4 @@
-"""What boards show of a record, grouped alike on all of them."""
+"""Says what boards show of a record, grouped alike on all of them."""
 
 from collections.abc import Iterator
 
@@ -21,9 +21,9 @@ _GROUP = {name: group for group, names in _GROUPS.items() for name in names.spli
 
 
 def tag(name: str) -> str:
-    """Name a scalar as boards show it: ``loss/loss_ce``, ``data/lost/drive/cut``; ``eval/...`` stays as it is.
+    """Return the name by which boards show a scalar: ``loss/loss_ce``, ``data/lost/drive/cut``.
 
-    Names of no known group go to ``other/``.
+    ``eval/...`` stays as it is; names of no known group go to ``other/``.
     """
     if name.startswith("eval/"):
         return name
@@ -33,7 +33,7 @@ def tag(name: str) -> str:
 
 
 def curves(record: StepRecord) -> Iterator[tuple[str, float]]:
-    """Give every point that a record adds to a board, by tag: its scalars, and what its tables say by expert."""
+    """Yield (tag, value) of every point that a record adds to a board: its scalars, and its tables by expert."""
     for name, value in record.scalars.items():
         yield tag(name), value
     for name in BY_EXPERT:

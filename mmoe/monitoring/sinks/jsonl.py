@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: a line a record, its scalars and notes flat; what a run undid moves to `metrics-undone.jsonl`."""
+"""Writes a line a record to `metrics.jsonl`, its scalars and notes flat.
+
+Lines of steps that a run undid move to `metrics-undone.jsonl`.
+"""
 
 import json
 from collections.abc import Iterable
@@ -25,12 +28,12 @@ class JsonlConfig(SinkConfig):
     kind: Literal["jsonl"] = "jsonl"
 
     def build(self, context: SinkContext) -> "JsonlSink":
-        """Open the file. Raises OutputError."""
+        """Open the file in the run's folder as a sink. Raises OutputError."""
         return JsonlSink(context.folder)
 
 
 class JsonlSink:
-    """Appends lines. Undone ones are moved so that a crash at any moment loses none and leaves none in both files."""
+    """Appends a line a record, and moves undone lines so that a crash at any moment loses none and doubles none."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -43,7 +46,10 @@ class JsonlSink:
         self._file.write(json.dumps(flat))
 
     def rewind(self, step: int) -> None:
-        """Move the lines after `step`. Raises OutputError, and DataError for a line that is none of a record."""
+        """Move the lines after `step` to the file of undone ones.
+
+        Raises OutputError, and DataError for a line that is none of a record.
+        """
         begin = None
         for place, line in self._file.backwards():
             if self._step(line) <= step:
@@ -60,18 +66,18 @@ class JsonlSink:
         self._file.write()
 
     def state_dict(self) -> dict[str, Any]:
-        """Write what is pending, durably, and give the lines that the disk refuses."""
+        """Write the lines that are pending, durably, and return those that the disk refuses."""
         with suppress(OutputError):
             self._file.write()
             self._file.sync()
         return {"unwritten": [*self._kept, *self._file.pending]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take those lines back: `rewind` writes the ones that are not in the file yet."""
+        """Take back the lines of `state_dict`: `rewind` writes the ones that are not in the file yet."""
         self._kept = list(state.get("unwritten", []))
 
     def close(self) -> None:
-        """Write what is pending, and close the file. Raises OutputError."""
+        """Write the lines that are pending, and close the file. Raises OutputError."""
         try:
             self._file.write()
         finally:

@@ -1,4 +1,4 @@
-"""TensorBoard: every curve in `tensorboard/` of the run's folder."""
+"""Writes every curve for TensorBoard to `tensorboard/` of the run's folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,7 +28,7 @@ class TensorboardConfig(SinkConfig):
 
 
 class TensorboardSink:
-    """Writes events. What was undone stays in the older files, and TensorBoard leaves it out by the newer ones."""
+    """Writes events for TensorBoard; undone ones stay in the older files, and it leaves them out by the newer ones."""
 
     def __init__(self, folder: Path, writer: "type[SummaryWriter]") -> None:
         self._folder, self._class = folder, writer
@@ -48,11 +48,11 @@ class TensorboardSink:
             self._writer = self._class(self._folder, purge_step=step + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep nothing: TensorBoard writes to its own files."""
+        """Return an empty state: TensorBoard writes to its own files."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing back."""
+        """Do nothing: there is no state."""
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""Under which name a tracker knows a run, kept in the run's folder, so that a run that goes on is the same there."""
+"""Keeps the name by which a tracker knows a run in the run's folder, so that a run that goes on is the same there."""
 
 import json
 import secrets
@@ -15,7 +15,7 @@ from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
 @contextmanager
 def tracker_errors(label: str) -> Iterator[None]:
-    """Turn what a tracker raises, whatever it is, into an OutputError: the run ends saved, and names the sink."""
+    """Turn any error that a tracker raises into an OutputError that names the sink by `label`: the run ends saved."""
     try:
         yield
     except Exception as error:
@@ -27,7 +27,7 @@ def tracker_errors(label: str) -> Iterator[None]:
 
 @dataclass
 class TrackedRun:
-    """The run as a tracker knows it: its `id` there, and its `last` step, known only where it was closed."""
+    """Holds a run as a tracker knows it: its `id` there, and its `last` step, known only where it was closed."""
 
     path: Path
     id: str
@@ -35,7 +35,10 @@ class TrackedRun:
 
     @classmethod
     def read(cls, path: Path) -> "TrackedRun | None":
-        """Read it; None where there is none yet. Raises DataError for a file that holds something else."""
+        """Read the tracked run from `path`; None where there is none yet.
+
+        Raises DataError for a file that holds something else.
+        """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(path, str(found["id"]), found["last"])
@@ -46,17 +49,17 @@ class TrackedRun:
 
     @classmethod
     def new(cls, path: Path) -> "TrackedRun":
-        """Make a new id, and keep it."""
+        """Make a tracked run with a new id, and keep it in `path`."""
         run = cls(path, secrets.token_hex(4), None)
         run.save(None)
         return run
 
     def ends_by(self, step: int) -> bool:
-        """Whether it surely holds nothing after `step`."""
+        """Return whether the tracker surely holds nothing of the run after `step`."""
         return self.last is not None and self.last <= step
 
     def save(self, last: int | None) -> None:
-        """Say that the run was closed after step `last`; None: it is open. Raises OutputError."""
+        """Write that the run was closed after step `last`, or (None) that it is open. Raises OutputError."""
         self.last = last
         with writes(self.path):
             write_atomically(self.path, json.dumps({"id": self.id, "last": last}))
@@ -75,11 +78,11 @@ class TrackerSink:
         self._last = 0  # step
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep nothing."""
+        """Return an empty state: a tracker writes to its own files or database."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing back."""
+        """Do nothing: there is no state."""
 
     def close(self) -> None:
         """Finish the session of the run. Raises OutputError."""

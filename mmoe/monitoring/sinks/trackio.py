@@ -1,4 +1,4 @@
-"""trackio: every curve, in a database on this machine or in a Space."""
+"""Logs every curve to trackio, in a database on this machine or in a Space."""
 
 from types import ModuleType
 from typing import Literal
@@ -25,9 +25,10 @@ class TrackioConfig(SinkConfig):
 
 
 class TrackioSink(TrackerSink):
-    """Logs by step. trackio cannot take back steps, so a run that was undone goes on as a new one of the same group.
+    """Logs records to trackio by step.
 
-    The name there, the folder's with an id, is kept in `tracked-trackio.json`.
+    trackio cannot take back steps, so a run that was undone goes on as a new one of the same group. The name there, the
+    folder's with an id, is kept in `tracked-trackio.json`.
     """
 
     def __init__(self, trackio: ModuleType, config: TrackioConfig, context: SinkContext) -> None:
@@ -41,7 +42,7 @@ class TrackioSink(TrackerSink):
         self._last = record.step
 
     def rewind(self, step: int) -> None:
-        """Go on after `step`: in the same run where it holds nothing later."""
+        """Go on after `step`: in the same run if it holds nothing later, else in a new one of its group."""
         self._finish()
         self._last = step
         found = TrackedRun.read(self._path)

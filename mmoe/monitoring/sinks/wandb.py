@@ -1,4 +1,4 @@
-"""Weights & Biases: every curve, in one run there for a run here."""
+"""Logs every curve to Weights & Biases, in one run there for a run here."""
 
 import logging
 from types import ModuleType
@@ -30,7 +30,7 @@ class WandbConfig(SinkConfig):
 
 
 class WandbSink(TrackerSink):
-    """Logs by step. A rewind truncates the run there (`resume_from`).
+    """Logs records to Weights & Biases by step; a rewind truncates the run there (`resume_from`).
 
     Where that cannot be done (offline, or a server without it) the run goes on as a new one of the same group, and
     the undone steps stay in the old one. Ids are kept in `tracked-wandb.json`.
@@ -48,7 +48,7 @@ class WandbSink(TrackerSink):
         self._last = record.step
 
     def rewind(self, step: int) -> None:
-        """Go on after `step`: in the same run, or as the class says."""
+        """Go on after `step`: in the same run, or where it cannot be truncated in a new one of its group."""
         self._finish()
         self._last = step
         found = TrackedRun.read(self._path)
