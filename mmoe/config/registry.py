@@ -21,7 +21,7 @@ class KindConfig(Config):
     """Configures a part that is chosen by `kind`; the subclass of that kind declares its other keys."""
 
     kind: str
-    name: str = Field(default="", pattern=r"[\w.-]*")  # tells two of a kind apart; empty: the kind
+    name: str = Field(default="", pattern=r"^[\w.-]*$")  # tells two of a kind apart; empty: the kind
 
     @property
     def label(self) -> str:
@@ -173,7 +173,7 @@ def distinct(parts: tuple[K, ...]) -> tuple[K, ...]:
     """Give the parts back. Raises ValueError for two of one name."""
     labels = [part.label for part in parts]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ValueError(f"two are named {', '.join(twice)}; give each a name of its own, e.g. name: {twice[0]}-2")
+        raise ValueError(f"two are named {', '.join(twice)}; give each a name of its own, e.g. name: {twice[0]}_2")
     return parts
 
 

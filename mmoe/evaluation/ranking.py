@@ -23,7 +23,7 @@ from mmoe.evaluation.bounds import wilson_low
 from mmoe.evaluation.inference import Inference
 from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.schema.batch import PackedBatch
-from mmoe.schema.modality import Modality
+from mmoe.schema.modality import BUILT_IN, Modality
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
 
@@ -109,7 +109,7 @@ def _questions(run: Run, decoder: SampleLoader, source: int) -> tuple[list[_Ques
         for row in range(len(index)):
             kinds, slices = index.row_segments(row)["modality"], index.row_segments(row)["slice"]
             text = (kinds == Modality.TEXT).sum()
-            other = ((kinds == Modality.AUDIO) | (kinds == Modality.VISION)).any()
+            other = np.isin(kinds, (Modality.AUDIO, Modality.VISION)).any() or (kinds >= BUILT_IN).any()
             ids = index.row_text(row)
             if text != 1 or not other or not len(ids) or (slices >= 0).any():
                 continue

@@ -90,7 +90,10 @@ class LossTerm:
         self.name, self.weight = name, weight
 
     def head(self, inputs: ModelInputs, d_model: int) -> nn.Module | None:
-        """Build the term's own module, which becomes ``model.n_heads[name]``; None where it needs none."""
+        """Build the term's own module, which becomes ``model.heads[name]``; None where it needs none.
+
+        Its parameters get the values of `mmoe.models.init` by their names, equal in every layout; it has no buffers.
+        """
         return None
 
     def denominator(self, counts: Counts, sequences: int) -> float:
@@ -118,7 +121,9 @@ class LossTerm:
 class LossTermConfig(KindConfig):
     """Configures a term of the loss that `losses.terms` names by its kind; a subclass declares its keys."""
 
-    name: str = Field(default="", pattern=r"[a-z][a-z0-9_]*|")  # of the term in records and parameters; empty: the kind
+    name: str = Field(
+        default="", pattern=r"^([a-z][a-z0-9_]*)?$"
+    )  # of the term in records and parameters; empty: the kind
     weight: float = Field(default=1.0, ge=0)
 
     def build(self) -> LossTerm:

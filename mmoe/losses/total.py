@@ -38,6 +38,11 @@ class LossTerms(Sequence[LossTerm]):
         """`balance` says which of the routers' losses are worked out. Raises ConfigError for two terms of one name."""
         self._terms, self._balance = tuple(terms), balance
         names = [term.name for term in terms]
+        if wrong := [name for name in names if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
+            raise ConfigError(
+                f"a term of the loss cannot be named {wrong[0]}, as its head would be; give it one of small letters, "
+                "e.g. name: my_term"
+            )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
                 f"two terms of the loss are named {twice[0]}; give that of losses.terms a name of its own, e.g. name: "
@@ -94,7 +99,7 @@ class LossTerms(Sequence[LossTerm]):
             loss_for_backward = loss_for_backward + term.weight * value
             report.terms[term.name] = value.detach() * sums.reports
             total = total + term.weight * report.terms[term.name]
-            if sums.items is not None:
+            if sums.items is not None and term.itemised:
                 report.items[term.name] = _table(sums.items, batch) * sums.reports
             if term.event_names:
                 events = [sums.events[name].double() for name in term.event_names]

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from mmoe.config.base import Config
+from mmoe.errors import ConfigError
 from mmoe.models.attention.backend import ATTENTION_BACKENDS, AttentionBackend
 from mmoe.models.attention.module import Attention
 from mmoe.models.batch_context import BatchContext
@@ -226,6 +227,12 @@ class MultimodalModel(nn.Module):
         self.action = ActionHead(size, inputs.action_chunk, inputs.action_dim) if inputs.action_dim else None
         self.contrastive = ContrastHead(size, config.contrast_dim)
         self.heads = nn.ModuleDict(dict(heads or {}))
+        for name, module in (*self.heads.items(), *self.embeddings.values.items()):
+            if buffer := next((held for held, _ in module.named_buffers()), None):
+                raise ConfigError(
+                    f"the module of {name} has a buffer, {buffer}, which a rank built without memory would lose; "
+                    "make it a parameter, or work it out in its forward pass"
+                )
 
     def forward(self, batch: PackedBatch, context: BatchContext | None = None) -> ModelOutput:
         """Without a `context` the batch is whole; with one, the batch holds the positions that the context is of."""

@@ -11,6 +11,7 @@ last layers of time and actions            zeros: time adds nothing and actions 
 token and camera tables, unembedding       N(0, std^2)
 matrices that write the residual stream    N(0, 1 / (2 layers fan_in)): as wide as without depth
 all other matrices                         N(0, 1 / fan_in): outputs as wide as their inputs
+all other vectors and scalars              ones
 =========================================  ==========================================================
 
 1 / sqrt(fan_in) is the customary 0.02 at a width of 2048, and the right size at others. 1 / sqrt(2 layers) on the
@@ -42,10 +43,10 @@ def initial_value(
     name: str, shape: torch.Size, seed: int, std: float, layers: int, experts: range | None = None
 ) -> Tensor:
     """The float32 value of the parameter called `name`, of the whole `shape`; of experts only those in `experts`."""
-    if _matches(name, ONES):
-        return torch.ones(shape)
     if _matches(name, ZEROS):
         return torch.zeros(shape)
+    if _matches(name, ONES) or len(shape) < 2:
+        return torch.ones(shape)
     if _matches(name, EXPERTS):
         scale = _scale(name, shape[1], std, layers)
         return scale * torch.stack(

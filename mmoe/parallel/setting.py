@@ -43,4 +43,4 @@ class RankSetting:
     @property
     def needs_embedding_pass(self) -> bool:
         """Whether a step embeds all its micro-batches before any has a gradient: groups are wider than a micro-step."""
-        return self.losses.contrastive.weight > 0 and self.scope is ContrastiveScope.STEP
+        return self.scope is ContrastiveScope.STEP and any(term.couples for term in self.loss_terms)

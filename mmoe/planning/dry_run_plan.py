@@ -8,6 +8,7 @@ from multiprocessing import get_context
 
 import torch
 
+from mmoe.config.extensions import import_extensions
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import MultimodalModel
 from mmoe.models.flops import RankWork, computed_flops, model_flops
@@ -35,6 +36,7 @@ class Plan:
     assumed: Assumed
     documents: Documents
     load: Load
+    extensions: tuple[str, ...]
 
     @classmethod
     def from_config(
@@ -52,6 +54,7 @@ class Plan:
             Assumed.from_config(config.tokenizers, len(config.data.sources), vocabulary),
             Documents.from_config(config.data, patches, run.batch.micro_batch_sequences, documents),
             Load.from_imbalance(imbalance, config.model, run.dims),
+            config.extensions,
         )
 
     @property
@@ -143,5 +146,11 @@ class Plan:
         torch keeps the groups of every mesh that it has seen; and side by side the dry runs take less time.
         """
         workers = min(len(ranks), os.cpu_count() or 1)
-        with get_context("spawn").Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+        with get_context("spawn").Pool(workers, _begin, (self.extensions,), maxtasksperchild=1) as pool:
             return pool.map(self.cost, ranks, chunksize=1)
+
+
+def _begin(extensions: tuple[str, ...]) -> None:
+    """Make a process ready for a plan, which may name by kind what `extensions` register."""
+    torch.set_num_threads(1)
+    import_extensions(extensions)

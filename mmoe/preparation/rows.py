@@ -19,11 +19,12 @@ from mmoe.data.load.tables import load_array
 from mmoe.data.load.video import Backend, is_video
 from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
+from mmoe.models.heads import CONTRASTED
 from mmoe.optional import needs
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.schema.manifest import VECTORS
 from mmoe.schema.modality import Modality
-from mmoe.schema.sample import SEGMENT_DTYPE, SEGMENT_FIELDS, Sample, Segment
+from mmoe.schema.sample import NO_PAIR, SEGMENT_DTYPE, SEGMENT_FIELDS, Sample, Segment
 from mmoe.tokenizers.rates import check_rates
 from mmoe.tokenizers.text import TextTokenizer
 
@@ -266,6 +267,11 @@ def _check_structure(sample: Sample) -> None:
             raise DataError(f"sample {sample.key}: a segment names {segment.member!r}, which is not a member of it")
         if segment.modality is Modality.VISION and segment.slice >= 0 and segment.slice in others:
             raise DataError(f"sample {sample.key}: in slice {segment.slice} VISION follows another modality")
+        if segment.pair != NO_PAIR and segment.modality not in CONTRASTED:
+            raise DataError(
+                f"sample {sample.key}: a {segment.modality.name} segment is a side of a pair, which pictures, sounds "
+                "and texts can be; leave its pair out"
+            )
         if segment.modality is not Modality.VISION:
             others.add(segment.slice)
         if segment.modality is Modality.TEXT and not segment.text.strip():

@@ -83,12 +83,18 @@ class Modality(int, metaclass=_Modalities):
         """Register a modality from outside the package. Raises ConfigError where there is another of its name."""
         if spec.name in cls.names:
             known = cls.named(spec.name)
-            if known._spec is None or type(known._spec).__qualname__ != type(spec).__qualname__:
+            if known._spec is None or _place(known._spec) != _place(spec):
                 raise ConfigError(f"there is a modality {spec.name} already; register it by another name")
             known._spec = spec  # its module was imported a second time
             return known
         if not spec.name.isidentifier() or spec.name != spec.name.upper():
             raise ConfigError(f"a modality cannot be named {spec.name!r}; give it a name in capitals, e.g. RANGE")
+        others = [member.spec for member in cls if member is not cls.STRUCTURE]
+        taken = [name for other in others for name in other.count_columns]
+        if twice := [name for name in spec.count_columns if name in taken]:
+            raise ConfigError(
+                f"another modality than {spec.name} counts {twice[0]} already; give the count another name"
+            )
         if len(cls) >= MOST_MODALITIES:
             raise ConfigError(f"there are {len(cls)} modalities, and no room for {spec.name}; register fewer")
         return cls._add(spec.name, spec)
@@ -108,6 +114,10 @@ class Modality(int, metaclass=_Modalities):
     def __reduce__(self) -> tuple[Any, ...]:
         further = Modality._members[BUILT_IN:]
         return _found, (self.name, int(self), tuple(type(kind._spec).__module__ for kind in further))
+
+
+def _place(spec: ModalitySpec) -> tuple[str, str]:
+    return type(spec).__module__, type(spec).__qualname__
 
 
 def _found(name: str, code: int, modules: tuple[str, ...]) -> Modality:

@@ -83,7 +83,7 @@ def step_gradients(
     cached: Sequence[dict[str, Any]] = [{}] * setting.micro_batches
     if setting.cached and (coupled := setting.terms.coupled(denominators)):
         batches = list(batches)
-        cached = _prepass(model, batches, coupled, setting)
+        cached = _prepass(model, batches, coupled, denominators, setting)
 
     def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: ExpertLoadAccumulator) -> LossReport:
         part = ranks.part(model)
@@ -118,7 +118,11 @@ def _one_by_one(
 
 
 def _prepass(
-    model: MultimodalModel, batches: list[PackedBatch], terms: list[LossTerm], setting: StepSetting
+    model: MultimodalModel,
+    batches: list[PackedBatch],
+    terms: list[LossTerm],
+    denominators: Mapping[str, float],
+    setting: StepSetting,
 ) -> list[dict[str, Any]]:
     """The first pass of two: what each of the terms finds in the second, by micro-batch and name.
 
@@ -136,8 +140,9 @@ def _prepass(
                 with setting.autocast():
                     hidden = ranks.forward(model, batch).hidden
             if hidden is not None:
-                context = LossContext(model, hidden, batch, setting.vocabulary, 0.0, part, {})
                 for term in terms:
+                    planned = denominators[term.name]
+                    context = LossContext(model, hidden, batch, setting.vocabulary, planned, part, router={})
                     embedded[term.name].append(term.embed(context))
     if hidden is None:
         return []

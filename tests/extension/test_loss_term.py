@@ -8,14 +8,17 @@ from torch import nn
 from mmoe.config.load import validate
 from mmoe.errors import ConfigError
 from mmoe.losses.term import LOSS_TERMS, Items, LossContext, LossTerm, LossTermConfig, TermSums
+from mmoe.models.decoder import ModelConfig
 from mmoe.models.embeddings import ModelInputs
+from mmoe.models.init import initial_value
 from mmoe.planning.dry_run_plan import Plan
 from mmoe.recipe.config import RunConfig
 from mmoe.schema.counts import Counts
 from mmoe.schema.modality import Modality
-from tests.distributed.compare import check
-from tests.distributed.step import Case
+from tests.distributed.compare import check, differences, one_process
+from tests.distributed.step import MODEL, Case
 from tests.distributed.test_training import LAYOUTS, figures, train, tree
+from tests.models.random_batch import INPUTS
 from tests.training.test_trainer import config
 from tests.training.test_trainer import folder as folder
 
@@ -106,11 +109,65 @@ def test_a_dry_run_has_its_head_and_its_report(folder, tmp_path):
         ([{"kind": "distanse"}], "did you mean distance"),
         ([{"kind": "distance"}, {"kind": "distance"}], "two are named distance"),
         ([{"kind": "distance", "name": "ce"}], "two terms of the loss are named ce"),
+        ([{"kind": "distance", "name": "a.b"}], "name"),
+        ([{"kind": "distance", "name": "keys"}], "cannot be named keys"),
         ([{"kind": "distance", "scail": 2}], "scail"),
         ([{"kind": "distance", "weight": -1}], "weight"),
-        (["distance"], "kind: distance"),
+        (["distance"], "kind: "),
     ],
 )
 def test_what_cannot_be_a_term_is_refused_in_one_sentence(folder, tmp_path, terms, said):
     with pytest.raises(ConfigError, match=said):
         config(folder, tmp_path / "run", losses={"terms": terms})
+
+
+class Held(nn.Module):
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.norm, self.out = nn.LayerNorm(d_model), nn.Linear(d_model, 1)
+
+
+def test_a_head_begins_with_the_values_that_every_layout_gives_by_name():
+    model = ModelConfig.model_validate(MODEL | {"moe": None}).build(INPUTS, 0, {"held": Held(MODEL["d_model"])})
+    held = model.heads["held"]
+    assert held.scale == 1 and (held.norm.weight == 1).all() and (held.norm.bias == 0).all()
+    assert torch.equal(held.out.weight, initial_value("heads.held.out.weight", held.out.weight.shape, 0, 0.02, 2))
+
+
+def test_a_head_with_a_buffer_is_refused():
+    head = Held(MODEL["d_model"])
+    head.register_buffer("mean", torch.ones(3))
+    with pytest.raises(ConfigError, match="the module of held has a buffer, mean, which a rank .* make it a parameter"):
+        ModelConfig.model_validate(MODEL | {"moe": None}).build(INPUTS, 0, {"held": head})
+
+
+class CoupledTerm(DistanceTerm):
+    """As the one above, of which each micro-batch must know the others': a first pass sums their errors."""
+
+    couples = True
+
+    def embed(self, context: LossContext) -> torch.Tensor:
+        assert context.planned
+        return super().compute(context).total.detach()
+
+    def prepass(self, embedded, part):
+        return [sum(embedded)] * len(embedded)
+
+    def compute(self, context: LossContext) -> TermSums | None:
+        sums = super().compute(context)
+        return sums and TermSums(sums.total * context.cached.double(), sums.items, sums.events)
+
+
+@LOSS_TERMS.register("coupled")
+class CoupledConfig(DistanceConfig):
+    def build(self) -> LossTerm:
+        return CoupledTerm(self.label, self.weight, self.scale)
+
+
+def test_a_term_that_couples_micro_batches_has_its_pass_without_a_contrastive_loss():
+    losses = {"contrastive": {"weight": 0.0}, "terms": [{"kind": "coupled"}]}
+    two = one_process(Case(extension=__name__, losses=losses, micro=2, sequences=4))
+    four = one_process(Case(extension=__name__, losses=losses, micro=1, sequences=4))
+    assert two["terms"]["coupled"] == pytest.approx(four["terms"]["coupled"], rel=1e-11)
+    assert not differences("gradients", two["gradients"], four["gradients"], 1e-11)

@@ -218,6 +218,7 @@ def test_two_processes_train_it_as_one_also_over_a_resume(pair, folder, tmp_path
 def test_shards_are_read_by_name_whatever_is_registered_beside_it(folder):
     class Other(RangeSpec):
         name = "OTHER"
+        count_columns = ("other_cells",)
 
     Modality.register(Other())
     codes = np.array([0, 1, 7, 7, 6], np.uint8)

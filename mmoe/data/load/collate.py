@@ -79,6 +79,8 @@ class Collator:
                         item.labels,
                     )
                     for kind, (vectors, index) in item.values.items():
+                        if kind not in self.dims:
+                            raise ConfigError(f"modality {kind.name} lays out vectors, but its vector_size is 0")
                         values[kind].append((vectors, index + flat))
                     for name, (vectors, index) in item.targets.items():
                         targets.setdefault(name, []).append((vectors, index + flat))
@@ -155,6 +157,8 @@ def _joined(parts: list[tuple[list[np.ndarray], np.ndarray]], size: int, least: 
     for pieces, where in parts:
         index[at : at + len(where)] = where
         for piece in pieces:
+            if piece.shape[1] != size:
+                raise ConfigError(f"vectors of {piece.shape[1]} numbers were laid out where {size} are planned")
             vectors[at : at + len(piece)] = piece
             at += len(piece)
     vectors[count:] = 0

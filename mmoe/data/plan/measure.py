@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from mmoe.data.index.shard_index import SegmentTable
+from mmoe.errors import ConfigError
 from mmoe.schema.counts import count_names
 from mmoe.schema.manifest import SplitEntry
-from mmoe.schema.modality import Modality, Planned
+from mmoe.schema.modality import BUILT_IN, Modality, Planned
 from mmoe.tokenizers.bundle import Tokenizers
 
 
@@ -51,7 +52,16 @@ def plan_segments(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> 
     columns: dict[str, np.ndarray] = {}
     for code in np.unique(kind):
         chosen = kind == code
-        planned = Modality(code).spec.planned(segments[chosen], tokenizers, source)
+        spec = Modality(code).spec
+        planned = spec.planned(segments[chosen], tokenizers, source)
+        if planned.columns.keys() != set(spec.count_columns):
+            given, named = (", ".join(sorted(each)) or "nothing" for each in (planned.columns, spec.count_columns))
+            raise ConfigError(f"modality {spec.name} plans {given}, but its count_columns name {named}; name the same")
+        if code >= BUILT_IN and planned.labels.any():
+            raise ConfigError(
+                f"modality {spec.name} plans labels, but no id of the vocabulary is its own; leave its targets for a "
+                "loss term by the builder's `target`"
+            )
         tokens[chosen], around[chosen] = planned.tokens, planned.around
         labels[chosen], closing[chosen] = planned.labels, planned.closing
         for name, counted in planned.columns.items():
