@@ -51,9 +51,9 @@ class TokenPermutation:
 
 
 class Placed(Protocol):
-    """Says of a placement what every one knows, wherever its rows are.
+    """Says what every placement of choices in rows can say: where groups end, what was dropped, whether all is full.
 
-    The rows are those of the `TokenPermutation` that experts here compute.
+    The rows are those that experts here compute, wherever the tokens are (`TokenPermutation`).
     """
 
     @property

@@ -50,7 +50,7 @@ class ExpertEngine(ABC):
 
 
 class ProductEngine(ExpertEngine):
-    """An engine that is one grouped product, called for each of the three."""
+    """Computes the experts by one grouped product, called for each of the three."""
 
     @abstractmethod
     def multiply(self, x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
