@@ -1,4 +1,4 @@
-"""Squared error of continuous action chunks.
+"""Computes the squared error of continuous action chunks.
 
 Shape suffixes: M chunks, H steps, A action dimensions.
 """
@@ -25,7 +25,7 @@ class ActionLossConfig(Config):
 
 
 class ActionTerm(LossTerm):
-    """The squared error of every element of an action chunk that lies inside its recording."""
+    """Counts the squared error of every element of an action chunk that lies inside its recording."""
 
     title = "action L2"
     by_modality = False  # all are actions
@@ -46,7 +46,7 @@ class ActionTerm(LossTerm):
 
 
 def squared_error(predicted_MHA: Tensor, target_MHA: Tensor, mask_MHA: Tensor) -> Tensor:
-    """[M]: the squared errors of a chunk's masked-in elements, summed; normalised units, float32 or wider.
+    """Sum the squared errors of a chunk's masked-in elements, [M]; normalized units, float32 or wider.
 
     What stands behind a mask of False is never read, be it NaN, and gives no gradient.
     """

@@ -1,9 +1,11 @@
-"""InfoNCE of contrastive groups wider than a micro-step: cached embeddings in two passes (GradCache, Gao et al. 2021).
+"""Computes InfoNCE of contrastive groups wider than a micro-step, in two passes (GradCache, Gao et al. 2021).
 
 The loss that couples the micro-batches of an optimizer step reaches the weights through the embeddings alone. So a
 first pass embeds every micro-batch without a graph, `cache` finds the loss of all pairs and its gradient with respect
 to every embedding, and a second pass runs each micro-batch again, with a graph, in which the cached gradient stands for
 all pairs that are not there. Both passes must draw the same random numbers, or their embeddings differ.
+
+Shape suffixes as in `mmoe.losses.info_nce`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from mmoe.schema.batch import Pairs
 
 @dataclass(frozen=True)
 class Embedded:
-    """What the first pass keeps of a micro-batch: the two sides [P, E] of its `pairs`, detached."""
+    """Holds what the first pass keeps of a micro-batch: the two sides [P, E] of its `pairs`, detached."""
 
     left_PE: Tensor
     right_PE: Tensor
@@ -27,7 +29,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class CachedInfoNCE:
-    """What the second pass needs of a micro-batch.
+    """Holds what the second pass needs of a micro-batch.
 
     `nce` holds its pairs' own items, detached; the gradients are those of the sum of the items of all pairs, also
     of other micro-batches and ranks, with respect to its embeddings.
@@ -38,13 +40,13 @@ class CachedInfoNCE:
     right_gradient_PE: Tensor
 
     def __call__(self, left_PE: Tensor, right_PE: Tensor) -> InfoNCE:
-        """The `nce` with gradient: that of the sum of `items_P` is the cached one."""
+        """Return the `nce` with gradient: that of the sum of `items_P` is the cached one."""
         linear_P = (left_PE * self.left_gradient_PE + right_PE * self.right_gradient_PE).sum(1)
         return replace(self.nce, items_P=self.nce.items_P + (linear_P - linear_P.detach()))
 
 
 def cache(micro_batches: Sequence[Embedded], tau: float, gather: Gather | None = None) -> list[CachedInfoNCE]:
-    """InfoNCE over the pairs of all micro-batches of this rank's step, and of all ranks through `gather`."""
+    """Compute InfoNCE over the pairs of all micro-batches of this rank's step, and of all ranks through `gather`."""
     sizes = [len(embedded.pairs.group) for embedded in micro_batches]
     left = torch.cat([embedded.left_PE for embedded in micro_batches]).detach().requires_grad_()
     right = torch.cat([embedded.right_PE for embedded in micro_batches]).detach().requires_grad_()

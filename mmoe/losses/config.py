@@ -1,4 +1,4 @@
-"""The losses of a run: the terms that every run has, and those that its recipe names by kind."""
+"""Configures the losses of a run: the terms that every run has, and those that its recipe names by kind."""
 
 from typing import Annotated
 
@@ -32,7 +32,7 @@ class LossConfig(Config):
     terms: ChosenTerms = ()  # further ones, by kind
 
     def label_weights(self) -> np.ndarray:
-        """[modalities] f32: the `loss_weight` of a label by the modality of its target."""
+        """Return the `loss_weight` of a label by the modality of its target, f32 [modalities]."""
         return self.ce.label_weights()
 
     @model_validator(mode="after")

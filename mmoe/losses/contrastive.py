@@ -1,4 +1,4 @@
-"""InfoNCE between the two sides of contrastive pairs, as a term of the objective."""
+"""Computes InfoNCE between the two sides of contrastive pairs, as a term of the objective."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +27,7 @@ class ContrastiveConfig(Config):
 
 
 class ContrastiveTerm(LossTerm):
-    """The InfoNCE loss of every pair; by modality it is that of the side that is not text.
+    """Counts the InfoNCE loss of every pair; by modality it is that of the side that is not text.
 
     Its events are the ``pairs``, those ``compared`` (they have a negative), the ``correct`` among them (mean of both
     directions), and ``same_text``: ordered pairs of pairs that were not compared.

@@ -1,6 +1,6 @@
-"""Cross-entropy over the labelled positions of a batch, never holding all their logits at once.
+"""Computes cross-entropy over the labeled positions of a batch, never holding all their logits at once.
 
-Shape suffixes: B sequences, L positions, N labelled positions, D model width, V vocabulary.
+Shape suffixes: B sequences, L positions, N labeled positions, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class CrossEntropyConfig(Config):
-    """Weight of a label by the modality of its target; discrete actions are ACTION labels."""
+    """Configures the weight of a label by the modality of its target; discrete actions are ACTION labels."""
 
     text: float = Field(default=1.0, ge=0)
     audio: float = Field(default=1.0, ge=0)
@@ -38,7 +38,7 @@ class CrossEntropyConfig(Config):
     chunk: Annotated[int, Nature.LAYOUT] = Field(default=1024, gt=0)
 
     def label_weights(self) -> np.ndarray:
-        """[modalities] f32: the `loss_weight` of a label by the modality of its target."""
+        """Return the `loss_weight` of a label by the modality of its target, f32 [modalities]."""
         weights = np.zeros(len(Modality), np.float32)
         for kind in (Modality.TEXT, Modality.AUDIO, Modality.ACTION, Modality.STRUCTURE):
             weights[kind] = getattr(self, kind.name.lower())
@@ -50,7 +50,7 @@ class CrossEntropyConfig(Config):
 
 
 class CrossEntropyTerm(LossTerm):
-    """The cross-entropy of every label in nats; its denominator is the sum of the labels' loss weights."""
+    """Counts the cross-entropy of every label in nats; its denominator is the sum of the labels' loss weights."""
 
     title = "cross-entropy"
 
@@ -73,15 +73,16 @@ class CrossEntropyTerm(LossTerm):
 
 
 def target_modality(labels: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Modality (u8) of the tokens to be predicted: `Vocabulary.modality_of` where the labels are."""
+    """Return the modality (u8) of the tokens to be predicted: `Vocabulary.modality_of` where the labels are."""
     return torch.from_numpy(vocabulary.modality_of(labels.cpu().numpy())).to(labels.device)
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """`total`: scalar, the sum of weight * CE, with gradient.
+    """Holds the cross-entropy (CE) of a batch's labels, in total and one by one.
 
-    Detached: `items_N`, the CE of each label in nats, unweighted; `index_N`, its flat position (of B*L).
+    `total`: scalar, the sum of weight * CE, with gradient. Detached: `items_N`, the CE of each label in nats,
+    unweighted; `index_N`, its flat position (of B*L).
     """
 
     total: Tensor
@@ -92,10 +93,11 @@ class CrossEntropy:
 def cross_entropy(
     head: Head, hidden_BLD: Tensor, labels_BL: Tensor, weight_BL: Tensor, chunk: int, part: LossShare = FULL_SHARE
 ) -> CrossEntropy:
-    """CE of `head(hidden)` [N, D] -> [N, V] against the labels of `part` that are not -100, in float32 or wider.
+    """Compute the cross-entropy of `head(hidden)` [N, D] -> [N, V] against the labels, in float32 or wider.
 
-    Only labelled positions reach the head, `chunk` at a time; backward recomputes a chunk's logits, so at no
-    time more than [chunk, V] of them exist. The price is the head's forward pass once more.
+    Those of `part` that are not -100 count. Only labeled positions reach the head, `chunk` at a time; backward
+    recomputes a chunk's logits, so at no time more than [chunk, V] of them exist. The price is the head's forward pass
+    once more.
     """
     index_N = take_share((labels_BL.flatten() != IGNORE).nonzero().squeeze(1), part.labels)
     hidden_ND = hidden_BLD.flatten(0, 1)[index_N]

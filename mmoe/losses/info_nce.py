@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE between the two sides of contrastive pairs.
+"""Computes symmetric InfoNCE between the two sides of contrastive pairs.
 
 Shape suffixes: P pairs of this rank, C pairs of all ranks that share its contrastive groups, E embedding width.
 """
@@ -23,11 +23,12 @@ of what it returned to them (all-gather forward, reduce-scatter backward).
 
 @dataclass(frozen=True)
 class InfoNCE:
-    """`items_P`: loss of each pair, with gradient; exactly zero for a pair without a negative.
+    """Holds the InfoNCE loss of each pair, and how it stood against its negatives.
 
-    Detached: `correct_P2` bool, whether the partner scores strictly above every negative, seen from either
-    side; `negatives_P` i64, how many negatives a pair has; `masked_P` i64, with how many others of its group it was
-    not compared because their captions are the same.
+    `items_P`: loss of each pair, with gradient; exactly zero for a pair without a negative. Detached: `correct_P2`
+    bool, whether the partner scores strictly above every negative, seen from either side; `negatives_P` i64, how many
+    negatives a pair has; `masked_P` i64, with how many others of its group it was not compared because their captions
+    are the same.
     """
 
     items_P: Tensor
@@ -37,12 +38,12 @@ class InfoNCE:
 
     @property
     def masked(self) -> Tensor:
-        """i64: ordered pairs of pairs that were not compared because their captions are the same."""
+        """The number of ordered pairs of pairs that were not compared because their captions are the same, i64."""
         return self.masked_P.sum()
 
 
 def info_nce(left_PE: Tensor, right_PE: Tensor, pairs: Pairs, tau: float, gather: Gather | None = None) -> InfoNCE:
-    """InfoNCE (van den Oord et al. 2018), symmetric as in CLIP (Radford et al. 2021), of cosines over `tau`.
+    """Compute InfoNCE (van den Oord et al. 2018), symmetric as in CLIP (Radford et al. 2021), of cosines over `tau`.
 
     The negatives of a pair are the other pairs of its contrastive group whose caption differs (`Pairs.group`,
     `Pairs.text_hash`), those of other ranks where `gather` brings them. A pair's loss is the mean of both directions:

@@ -1,4 +1,7 @@
-"""Which part of a batch's loss a process works out, where several hold the same batch or the same vocabulary."""
+"""Says which part of a batch's loss a process computes, where several hold the same batch or the same vocabulary.
+
+Shape suffixes: n labels, V vocabulary.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,7 +15,7 @@ from mmoe.schema.batch import Pairs
 
 
 def softmax_cross_entropy(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
-    """[n] nats, in float32 or wider."""
+    """Compute the cross-entropy of each label, [n] nats, in float32 or wider."""
     return F.cross_entropy(upcast(logits_nV), labels_n, reduction="none")
 
 
@@ -23,7 +26,7 @@ class LossShare:
     A share is (index, count): every `count`-th item from `index` on. The losses for backward of all processes add up to
     the loss of the batch.
 
-    Labelled positions are shared by `labels`; contrastive pairs and action chunks by `items`. A term that several
+    Labeled positions are shared by `labels`; contrastive pairs and action chunks by `items`. A term that several
     processes work out together, each with the whole value, is reported by the one that says so: of the labels with
     `reports_labels`, of the routers with `reports_routing`. `head` makes the logits (None: the model's own),
     `criterion` the loss of each label from them; `gather_pairs` brings the pairs of other processes (`info_nce`).
@@ -38,7 +41,7 @@ class LossShare:
     gather_pairs: Gather | None = None
 
     def own_pairs(self, pairs: Pairs) -> Pairs:
-        """Those of the pairs that this process works out."""
+        """Choose the pairs that this process computes."""
         return Pairs(*(take_share(getattr(pairs, field.name), self.items) for field in fields(Pairs)))
 
 
@@ -46,6 +49,6 @@ FULL_SHARE = LossShare()
 
 
 def take_share(x: Tensor, part: tuple[int, int]) -> Tensor:
-    """The rows of `x` that a share has: every n-th one."""
+    """Return the rows of `x` that a share has: every `count`-th one; `part` is (index, count)."""
     number, of = part
     return x[number::of]

@@ -1,4 +1,4 @@
-"""What the losses of a micro-batch, or of a step, report."""
+"""Defines what the losses of a micro-batch, or of a step, report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mmoe.schema.modality import Modality
 
 @dataclass(frozen=True)
 class LossReport:
-    """Losses of a micro-batch; reports of the same step, from all processes, add up to the report of the step.
+    """Holds the losses of a micro-batch; reports of a step, from all processes, add up to the report of the step.
 
     `loss_for_backward` is the scalar to differentiate, `loss` its detached share of the step's loss: they differ where
-    several processes work out a term together (`Part`). By the name of a term: `terms` are the parts of `loss` before
-    their weights, item sums over planned counts, detached; `items` is [sources, modalities, 2] f64, sum and number of
-    the items present, unweighted; `events` [n] f64 counts its `event_names`. A term that a step has nothing of is in
-    none of them.
+    several processes work out a term together (`LossShare`). By the name of a term: `terms` are the parts of `loss`
+    before their weights, item sums over planned counts, detached; `items` is [sources, modalities, 2] f64, sum and
+    number of the items present, unweighted; `events` [n] f64 counts its `event_names`. A term that a step has nothing
+    of is in none of them.
     """
 
     loss_for_backward: Tensor
@@ -29,7 +29,7 @@ class LossReport:
 
     @classmethod
     def zero(cls) -> LossReport:
-        """The report of nothing: the start of a sum."""
+        """Make the report of nothing: the start of a sum."""
         return cls(torch.zeros(()), torch.zeros(()))
 
     def __add__(self, other: LossReport) -> LossReport:
@@ -46,12 +46,12 @@ class LossReport:
         return replace(self, loss_for_backward=self.loss_for_backward.detach())
 
     def by_modality(self, term: str) -> dict[Modality, float]:
-        """Mean over the items present of a term, where there are any."""
+        """Average a term over the items present, by modality, where there are any."""
         means = _means(self.items[term].sum(0)) if term in self.items else {}
         return {Modality(kind): mean for kind, mean in means.items()}
 
     def by_source(self, term: str) -> dict[int, float]:
-        """As `by_modality`, by the number of the source."""
+        """Average a term over the items present, by the number of the source, where there are any."""
         return _means(self.items[term].sum(1)) if term in self.items else {}
 
 

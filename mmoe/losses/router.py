@@ -1,4 +1,4 @@
-"""The routers' losses, which the layers of experts work out, as terms of the objective."""
+"""Makes terms of the objective of the routers' losses, which the layers of experts work out."""
 
 from mmoe.losses.term import LossContext, LossTerm, TermSums
 from mmoe.schema.counts import Counts

@@ -1,4 +1,7 @@
-"""What a term of the training loss is, and how one from outside the package is registered."""
+"""Defines a term of the training loss, and how one from outside the package is registered.
+
+Shape suffixes: B sequences, L positions, D model width, n items.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class LossContext:
 
 @dataclass(frozen=True)
 class Items:
-    """The losses of n items one by one, detached: what a term is broken down into.
+    """Holds the losses of n items one by one, detached: what a term is broken down into.
 
     `values_n` are unweighted; `numbers_n` says how many elements each value is the sum of; `position_n` is the item's
     flat position (of B*L), which says its source; `modality_n` is the modality that it is reported under.
@@ -60,7 +63,7 @@ class Items:
 
 @dataclass(frozen=True)
 class TermSums:
-    """A term's share of a micro-batch on this process, before weight and denominator.
+    """Holds a term's share of a micro-batch on this process, before weight and denominator.
 
     `total` is a scalar with gradient, the sum over the items here; it passes through the term's head also where there
     is no item, because every rank must use the parameters that any rank uses. `events` counts what `event_names` of
@@ -74,7 +77,7 @@ class TermSums:
 
 
 class LossTerm:
-    """A term of the training loss: a sum over items, divided by what the plan counted of them for the step.
+    """Computes a term of the training loss: a sum over items, divided by what the plan counted of them for the step.
 
     Subclasses say what they count and compute. `name` is the term's name in records; so is that of its head's
     parameters, ``heads.<name>``.
@@ -101,8 +104,10 @@ class LossTerm:
         raise NotImplementedError
 
     def compute(self, context: LossContext) -> TermSums | None:
-        """Compute the term of one micro-batch. None says that the step has nothing of it, which every rank must say
-        alike (by `planned`)."""
+        """Compute the term of one micro-batch.
+
+        None says that the step has nothing of it, which every rank must say alike (by `planned`).
+        """
         raise NotImplementedError
 
     def embed(self, context: LossContext) -> Any:

@@ -1,4 +1,4 @@
-"""The training loss_for_backward: every term a sum over items divided by what the plan counted for the step.
+"""Computes the training objective: every term a sum over items divided by what the plan counted for the step.
 
 ``total = sum_term weight_term * sum_items(term) / planned(term)``
 
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 
 
 class LossTerms(Sequence[LossTerm]):
-    """The terms of a run's loss, in the order in which they are added up."""
+    """Holds the terms of a run's loss, in the order in which they are added up."""
 
     def __init__(self, terms: Sequence[LossTerm], balance: BalanceConfig) -> None:
-        """`balance` says which of the routers' losses are worked out. Raises ConfigError for two terms of one name."""
+        """Make them of the terms of the recipe and of the routers' losses that `balance` says are worked out.
+
+        Raises ConfigError for two terms of one name.
+        """
         self._terms, self._balance = tuple(terms), balance
         names = [term.name for term in terms]
         if wrong := [name for name in names if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
@@ -79,7 +82,7 @@ class LossTerms(Sequence[LossTerm]):
         part: LossShare = FULL_SHARE,
         cached: Mapping[str, Any] | None = None,
     ) -> LossReport:
-        """Every term of one micro-batch, given the model's `output` on it and the step's `denominators`.
+        """Compute every term of one micro-batch, given the model's `output` on it and the step's `denominators`.
 
         `output.hidden` is of the whole batch, of whose losses this process works out `part`. `loads` are those of the
         step before this micro-batch; its own are added. `cached` is, by term, what its pass before this one gave.
@@ -107,7 +110,7 @@ class LossTerms(Sequence[LossTerm]):
         return LossReport(loss_for_backward, total, report.terms, report.items, report.events)
 
     def figures(self, report: LossReport, sources: Sequence[str]) -> dict[str, float]:
-        """The breakdown of a step as flat scalars: ``ce_text``, ``ce_from_<source>``, ``contrastive_accuracy``, ..."""
+        """Break a step down into flat scalars: ``ce_text``, ``ce_from_<source>``, ``contrastive_accuracy``, ..."""
         record: dict[str, float] = {}
         for term in self:
             if term.by_modality:
@@ -122,7 +125,7 @@ class LossTerms(Sequence[LossTerm]):
 
 
 def _table(items: Items, batch: PackedBatch) -> Tensor:
-    """[sources, modalities, 2] f64: sum and number of the items."""
+    """Sum and count the items by source and modality, f64 [sources, modalities, 2]."""
     sources = 1 + max((document[0] for documents in batch.documents for document in documents), default=-1)
     rows = torch.stack([items.values_n.detach().double(), items.numbers_n.double()], dim=1)
     kinds = len(Modality)

@@ -1,4 +1,4 @@
-"""What the blocks need to know of a batch beside its hidden states, worked out once a forward pass."""
+"""Defines what the blocks need to know of a batch beside its hidden states, worked out once a forward pass."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchContext:
-    """`rotary` and `attention` are of the positions that attention sees, `tokens` of those the experts see.
+    """Holds what the blocks need to know of a batch: rotary positions, attention and tokens.
 
-    In one process these are all positions of the batch. Where a sequence lies on several ranks, they hold what
-    this rank has of it (`mmoe.parallel.sequence`).
+    `rotary` and `attention` are of the positions that attention sees, `tokens` of those the experts see. In one
+    process these are all positions of the batch. Where a sequence lies on several ranks, they hold what this rank
+    has of it (`mmoe.parallel.sequence`).
     """
 
     rotary: RotaryTables
@@ -30,7 +31,7 @@ class BatchContext:
 
     @classmethod
     def from_batch(cls, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> BatchContext:
-        """Of a batch that is whole; `dtype` is that of its embedding."""
+        """Make the context of a batch that is whole; `dtype` is that of its embedding."""
         return cls(
             RotaryTables.from_positions(batch.position, config.head_width, config.rope_theta, dtype),
             config.attention_class.from_batch(batch, config.bidirectional_slices),

@@ -1,6 +1,7 @@
-"""The model: embeddings, a pre-norm decoder of dense or mixture-of-experts blocks, and its heads.
+"""Defines the model: embeddings, a pre-norm decoder of dense or mixture-of-experts blocks, and its heads.
 
-Shape suffixes: B sequences, L positions, D model width, V ids, n chosen positions.
+Shape suffixes: B sequences, L positions, D model width, V ids, n chosen positions; M action chunks of H steps of A
+dimensions; P contrastive pairs; N layers of experts, E experts.
 """
 
 from collections.abc import Mapping
@@ -79,23 +80,23 @@ class ModelConfig(Config):
 
     @property
     def attention_class(self) -> type[AttentionBackend]:
-        """Find the class of the attention backend."""
+        """The class of the attention backend."""
         return ATTENTION_BACKENDS.find(self.attention)
 
     @property
     def head_width(self) -> int:
-        """Give the width of a head: `head_dim`, or what d_model has for each head."""
+        """The width of a head: `head_dim`, or what d_model has for each head."""
         return self.head_dim or self.d_model // self.n_heads
 
     def build(self, inputs: ModelInputs, seed: int, heads: Mapping[str, nn.Module] | None = None) -> "MultimodalModel":
-        """The model with its initial weights, float32 on the CPU; `heads` as `MultimodalModel` takes them."""
+        """Build the model with its initial weights, float32 on the CPU; `heads` as `MultimodalModel` takes them."""
         model = MultimodalModel(self, inputs, heads)
         initialise(model, seed, self.init_std, self.n_layers)
         return model
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + network(norm(x)); the network of layer `number` is dense or has experts."""
+    """Adds attention(norm(x)) to x, then network(norm(x)); the network of layer `number` is dense or has experts."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x_BLD: Tensor, context: BatchContext) -> tuple[Tensor, LayerRouting | None]:
-        """Send [B, L, D] through attention and network; also what was routed (None where it is dense)."""
+        """Send [B, L, D] through attention and network, and return also what was routed (None where it is dense)."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context.rotary, context.attention)
         normed = self.network_norm(x_BLD)
         if isinstance(self.network, MoELayer):
@@ -124,13 +125,16 @@ class RouterLosses(Protocol):
     """Gives the losses of a batch's routers, wherever their layers ran."""
 
     def terms(self, loads: ExpertLoadAccumulator, config: BalanceConfig) -> dict[str, Tensor]:
-        """``balance_<level>`` of the levels that count, and ``router_z``: means over the batch's sequences and the
-        layers of experts. `loads` are those of the step before this batch; its own are added."""
+        """Return the routers' losses by name: ``balance_<level>`` of the levels that count, and ``router_z``.
+
+        They are means over the batch's sequences and the layers of experts. `loads` are those of the step before this
+        batch; its own are added.
+        """
 
 
 @dataclass(frozen=True)
 class RouterAuxLosses:
-    """What the router losses are made of, with gradient.
+    """Holds what the router losses are made of, with gradient.
 
     `balance_loss` (of the sequences) and `z_loss` are means over the batch's sequences and the layers of experts.
     By layer of experts: `load_NE` i64 counts the choices of each expert before any drop, `probability_NE` is its
@@ -143,7 +147,11 @@ class RouterAuxLosses:
     probability_NE: Tensor
 
     def terms(self, loads: ExpertLoadAccumulator, config: BalanceConfig) -> dict[str, Tensor]:
-        """As `RouterLosses`."""
+        """Return the routers' losses by name: ``balance_<level>`` of the levels that count, and ``router_z``.
+
+        They are means over the batch's sequences and the layers of experts. `loads` are those of the step before this
+        batch; its own are added.
+        """
         loads.add(self.load_NE)
         terms = {}
         if config.sequence:
@@ -157,9 +165,10 @@ class RouterAuxLosses:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """`hidden` [B, L, D] after the last norm; at padding finite and without meaning.
+    """Holds the hidden states of a batch after the last norm, and what its layers of experts routed.
 
-    `auxiliary` is None without experts, `routing` (a layer of experts each) also in evaluation.
+    `hidden`: [B, L, D], at padding finite and without meaning. `auxiliary` is None without experts, `routing` (a
+    layer of experts each) also in evaluation.
     """
 
     hidden: Tensor
@@ -180,17 +189,17 @@ class Decoder(nn.Module):
 
     @property
     def routers(self) -> list[Router]:
-        """Of the layers of experts here, in the order of the routing statistics."""
+        """The routers of the layers of experts here, in the order of the routing statistics."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]  # not the nn.Identity of another stage
         return [block.network.router for block in blocks if isinstance(block.network, MoELayer)]
 
     def forward(self, x_BLD: Tensor, context: BatchContext) -> ModelOutput:
-        """The embedded batch through all blocks."""
+        """Send the embedded batch [B, L, D] through all blocks and the last norm."""
         x_BLD, routed = self.run_layers(x_BLD, context, range(len(self.blocks)))
         return ModelOutput(self.norm(x_BLD), *collect_routing(routed))
 
     def run_layers(self, x_BLD: Tensor, context: BatchContext, layers: range) -> tuple[Tensor, list[LayerRouting]]:
-        """The blocks of `layers`, without the last norm, and what each layer of experts routed."""
+        """Run the blocks of `layers`, without the last norm, and return also what each layer of experts routed."""
         routed: list[LayerRouting] = []
         for number in layers:
             x_BLD, routing = self.blocks[number](x_BLD, context)
@@ -200,7 +209,7 @@ class Decoder(nn.Module):
 
 
 def collect_routing(routed: list[LayerRouting]) -> tuple[RouterAuxLosses | None, RoutingStatistics | None]:
-    """Of the layers of experts of a forward pass, in their order; (None, None) where there are none."""
+    """Combine what the layers of experts of a forward pass routed, in their order; (None, None) without experts."""
     if not routed:
         return None, None
     zero = routed[0].z_loss.new_zeros(())
@@ -215,10 +224,13 @@ def collect_routing(routed: list[LayerRouting]) -> tuple[RouterAuxLosses | None,
 
 
 class MultimodalModel(nn.Module):
-    """PackedBatch -> hidden states; the heads are called on those of them that a loss or a user wants."""
+    """Maps a PackedBatch to hidden states; its heads are called on those of them that a loss or a user wants."""
 
     def __init__(self, config: ModelConfig, inputs: ModelInputs, heads: Mapping[str, nn.Module] | None = None) -> None:
-        """`heads` are further modules that read hidden states, by name: those of loss terms that have one."""
+        """Make the model of `config` for the `inputs` of its data.
+
+        `heads` are further modules that read hidden states, by name: those of loss terms that have one.
+        """
         super().__init__()
         size = config.d_model
         self.embeddings = Embeddings(inputs, size)
@@ -235,24 +247,27 @@ class MultimodalModel(nn.Module):
                 )
 
     def forward(self, batch: PackedBatch, context: BatchContext | None = None) -> ModelOutput:
-        """Without a `context` the batch is whole; with one, the batch holds the positions that the context is of."""
+        """Embed the batch and send it through the decoder.
+
+        Without a `context` the batch is whole; with one, the batch holds the positions that the context is of.
+        """
         x_BLD = self.embeddings(batch)
         return self.decoder(x_BLD, context or BatchContext.from_batch(batch, self.decoder.config, x_BLD.dtype))
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
-        """[n, V]: scores of the id that follows each chosen position."""
+        """Score every id as the one that follows each chosen position, [n, D] -> [n, V]."""
         return F.linear(hidden_nD, self.unembedding_weight)
 
     @property
     def unembedding_weight(self) -> Tensor:
-        """[V, D]."""
+        """The weight [V, D] that hidden states are scored with."""
         return (self.embeddings.token if self.unembedding is None else self.unembedding).weight
 
     def actions(self, hidden_MD: Tensor) -> Tensor:
-        """[M, H, A]: the continuous action chunk read at each `action` token, normalised units."""
+        """Predict the continuous action chunk read at each `action` token, [M, D] -> [M, H, A], normalized units."""
         assert self.action is not None  # no source without an action chunk has such tokens
         return self.action(hidden_MD)
 
     def contrast(self, hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """[P, contrast_dim] of the two sides of each pair, each of length 1."""
+        """Embed the two sides of each pair, [P, contrast_dim] each, every row of length 1."""
         return self.contrastive(hidden_BLD, pairs, modality_BL)

@@ -1,11 +1,11 @@
-"""In which dtype the model multiplies matrices."""
+"""Says in which dtype the model multiplies matrices."""
 
 import torch
 from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products of `x` are computed in: autocast's where it is on, else that of `x`.
+    """Return the dtype that products of `x` are computed in: autocast's where it is on, else that of `x`.
 
     What autocast does not reach (grouped products, the copy that several products share) is cast to it by hand.
     """

@@ -1,6 +1,7 @@
-"""What enters the backbone: token ids, vectors of continuous modalities, cameras and wall-clock time.
+"""Embeds what enters the backbone: token ids, vectors of continuous modalities, cameras and wall-clock time.
 
-All that is trainable about a modality before the first block lives here.
+All that is trainable about a modality before the first block lives here. Shape suffixes: B sequences, L positions,
+D model width (`size`).
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ PERIODS = 22  # doubling from 2 ms to 70 minutes
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What the data brings to the model; a size of 0 means that no source of the run has it."""
+    """Holds what the data brings to the model; a size of 0 means that no source of the run has it."""
 
     vocabulary_size: int
     patch_dim: int = 0  # pixels of a patch vector
@@ -40,8 +41,11 @@ class ModelInputs:
     def from_data(
         cls, vocabulary_size: int, dims: Mapping[Modality, int], action: ActionConfig, cameras: int
     ) -> "ModelInputs":
-        """Take the numbers of a vector of each modality in `dims`, 0 where no source has it; those of a patch end with
-        its coordinates, and actions that are ids have no vectors."""
+        """Take the sizes from the data of a run.
+
+        `dims`: the numbers of a vector of each modality, 0 where no source has it; those of a patch end with its
+        coordinates, and actions that are ids have no vectors.
+        """
         patch = dims[Modality.VISION]
         return cls(
             vocabulary_size=vocabulary_size,
@@ -57,18 +61,18 @@ class ModelInputs:
 
 
 class TokenTable(Protocol):
-    """A vector for each id, `nn.Embedding` or one that ranks share."""
+    """Holds a vector for each id: an `nn.Embedding` or a table that ranks share."""
 
     @property
     def weight(self) -> Tensor:
-        """Give the vectors [ids, D]."""
+        """The vectors [ids, D]."""
 
     def __call__(self, ids_BL: Tensor, /) -> Tensor:
         """Look up the vectors [B, L, D] of the ids [B, L]."""
 
 
 class PatchEmbedding(nn.Module):
-    """Patch vectors [..., pixels + coordinates] -> [..., size] by a network of one hidden layer.
+    """Embeds patch vectors [..., pixels + coordinates] as [..., size] by a network of one hidden layer.
 
     The coordinates of a patch in its picture gate what is seen in it: what a lane marking means depends on where it
     is, and a gate says so from the first step, where attention would have to find every place out by itself
@@ -92,7 +96,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Integer nanoseconds -> [..., size]. Zero time gives exactly zero, so what is not timed is left alone.
+    """Embeds integer nanoseconds as [..., size]. Zero time gives exactly zero, so what is not timed is left alone.
 
     The features are sin and cos - 1 of the phases of periods that double from 2 ms to over an hour. The phase is
     taken from the integer remainder, so it is as exact for a time of years as for one of milliseconds.
@@ -104,7 +108,7 @@ class TimeEmbedding(nn.Module):
         self.output = nn.Linear(size, size, bias=False)
 
     def features(self, time_ns: Tensor) -> Tensor:
-        """[...] i64 -> [..., 2 * PERIODS] f64."""
+        """Compute the sines and cosines of the phases of a time in nanoseconds, i64 [...] -> f64 [..., 2 * PERIODS]."""
         period = SHORTEST_PERIOD_NS * 2 ** torch.arange(PERIODS, device=time_ns.device)
         phase = 2 * torch.pi * (time_ns[..., None].remainder(period) / period.double())
         return torch.cat((phase.sin(), phase.cos() - 1), dim=-1)
@@ -116,7 +120,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """PackedBatch -> [B, L, size].
+    """Embeds a PackedBatch as [B, L, size].
 
     Vectors take the place of their placeholder's embedding; STATE, and what else `adds`, is added to that of its
     token, as the embeddings of camera and time are wherever a position has one.
@@ -138,7 +142,10 @@ class Embeddings(nn.Module):
         self.values = nn.ModuleDict({kind.name.lower(): module for kind, module in projections.items()})
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Raises ConfigError when the batch holds vectors of a modality that the model was built without."""
+        """Embed the batch, [B, L, size].
+
+        Raises ConfigError when it holds vectors of a modality that the model was built without.
+        """
         x = self.token(batch.token_ids).flatten(0, 1)
         for kind, values in batch.values.items():
             if kind.name.lower() not in self.values:
@@ -161,7 +168,7 @@ class Embeddings(nn.Module):
 
 
 def _scatter(x: Tensor, vectors: Tensor, index: Tensor, replace: bool) -> Tensor:
-    """x [N, D] with `vectors` at rows `index`, replacing or adding; index -1 goes to a row that nobody reads."""
+    """Put `vectors` at the rows `index` of x [N, D], replacing or adding; index -1 goes to a row that nobody reads."""
     unread = F.pad(x, (0, 0, 0, 1))
     index = index.remainder(len(unread))
     return (unread.index_copy(0, index, vectors) if replace else unread.index_add(0, index, vectors))[:-1]

@@ -1,4 +1,4 @@
-"""One tensor for several readers, whose gradients are added in an order that no layout changes."""
+"""Hands one tensor to several readers, whose gradients are added in an order that no layout changes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mmoe.precision.upcast import upcast
 
 
 def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
-    """`x` once for each of its `readers`; the gradient is the sum of theirs in this order, rounded once.
+    """Return `x` once for each of its `readers`; the gradient is the sum of theirs in this order, rounded once.
 
     Left to autograd, gradients are added as they arrive, each sum rounded to the dtype of `x`. Of three or more the
     order then shows, by up to 2^-9 in bfloat16, and it follows from how the graph was built: FSDP's hooks, stages of a

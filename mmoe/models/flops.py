@@ -1,4 +1,4 @@
-"""Parameters by what they do, and the floating-point operations of a training step, in closed form.
+"""Counts parameters by what they do, and the floating-point operations of a training step, in closed form.
 
 A multiplication with an addition is two operations. `model_flops` is what the model asks for (what MFU divides):
 forward 2 N a token plus attention by document lengths, training three times that. `computed_flops` is what one rank
@@ -21,8 +21,11 @@ from mmoe.models.embeddings import ModelInputs
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """`total` of tables and blocks, the `active` ones of a token (with its whole input table), and those that a token
-    is `multiplied` with; `experts` of all layers, `others` are beside tables and blocks."""
+    """Holds the numbers of a model's parameters by what they do.
+
+    `total` of tables and blocks, the `active` ones of a token (with its whole input table), and those that a token
+    is `multiplied` with; `experts` of all layers, `others` are beside tables and blocks.
+    """
 
     total: int
     active: int
@@ -51,20 +54,25 @@ class ParameterCounts:
 
 
 def attention_forward(config: ModelConfig, documents: Iterable[int]) -> int:
-    """Of all layers, over causal documents of so many positions each."""
+    """Count the operations of the attention of all layers, forward, over causal documents of so many positions each."""
     return _attention(config, sum(length**2 for length in documents))
 
 
 def model_flops(config: ModelConfig, inputs: ModelInputs, documents: list[int]) -> int:
-    """Forward and backward of documents of so many positions: 6 N a token and attention (Chowdhery et al. 2022,
-    appendix B, with causal documents in place of a full window)."""
+    """Count the operations, forward and backward, that the model asks for over documents of so many positions.
+
+    6 N a token and attention (Chowdhery et al. 2022, appendix B, with causal documents in place of a full window).
+    """
     multiplied = ParameterCounts.from_config(config, inputs).multiplied
     return training_flops(config, multiplied, sum(documents), sum(length**2 for length in documents))
 
 
 def training_flops(config: ModelConfig, multiplied: int, positions: int, squares: int) -> int:
-    """Count as `model_flops` by what is known of a step: its positions without padding, and the sum of the squared
-    lengths of its documents; a position is `multiplied` with so many parameters (`ParameterCounts`)."""
+    """Count what `model_flops` counts from sums over a step, without the lengths of its documents.
+
+    `multiplied`: the parameters that a position is multiplied with (`ParameterCounts`). `positions`: those of the
+    step without padding. `squares`: the sum of the squared lengths of its documents.
+    """
     return 3 * (2 * multiplied * positions + _attention(config, squares))
 
 
@@ -74,11 +82,11 @@ def _attention(config: ModelConfig, squares: int) -> int:
 
 @dataclass(frozen=True)
 class RankWork:
-    """Of a micro-batch on one rank: so many `sequences` in its data replica, each filled by `documents` of such
-    lengths, `labels`, rows at its experts in each layer.
+    """Describes a micro-batch on one rank, as far as its operations depend on it.
 
-    So many `sequence_ranks` share the positions, and of them `tp` the vocabulary; blocks are computed `again` so many
-    times beside the forward and the backward pass.
+    So many `sequences` in its data replica, each filled by `documents` of such lengths, `labels`, rows at its experts
+    in each layer. So many `sequence_ranks` share the positions, and of them `tp` the vocabulary; blocks are computed
+    `again` so many times beside the forward and the backward pass.
     """
 
     sequences: int
@@ -91,7 +99,7 @@ class RankWork:
 
 
 def computed_flops(model: ModelConfig, vocabulary: int, layers: list[int], head: bool, work: RankWork) -> int:
-    """Operations of a micro-batch in `layers` of the model, and in the `head` where the rank has it."""
+    """Count the operations of a micro-batch in `layers` of the model, and in the `head` where the rank has it."""
     size, moe = model.d_model, model.moe
     attention = size * model.head_width * (2 * model.n_heads + 2 * model.n_kv_heads)
     positions = work.sequences * sum(work.documents) / work.sequence_ranks

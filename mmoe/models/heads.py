@@ -1,4 +1,7 @@
-"""What reads the backbone's hidden states beside the vocabulary: action chunks and contrastive pairs."""
+"""Defines what reads the backbone's hidden states beside the vocabulary: action chunks and contrastive pairs.
+
+Shape suffixes: B sequences, L positions, D model width (`size`), M action chunks, P contrastive pairs.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,7 @@ CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
 
 
 class ActionHead(nn.Module):
-    """[M, size] -> [M, chunk, dim] continuous actions, in float32 or wider."""
+    """Predicts continuous actions from hidden states, [M, size] -> [M, chunk, dim], in float32 or wider."""
 
     def __init__(self, size: int, chunk: int, dim: int) -> None:
         super().__init__()
@@ -35,7 +38,10 @@ class ContrastHead(nn.Module):
         self.projections = nn.ModuleDict({kind.name.lower(): nn.Linear(size, width, bias=False) for kind in CONTRASTED})
 
     def forward(self, hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """[P, width] of either side, of length 1, in float32 or wider; a span without own tokens gives zeros."""
+        """Embed either side of each pair, [P, width] of length 1, in float32 or wider.
+
+        A span without tokens of its own gives zeros.
+        """
         with torch.autocast(hidden_BLD.device.type, enabled=False):
             pooled, kind = self._pool(hidden_BLD, pairs, modality_BL), pairs.modality.flatten()
             parts = (
@@ -50,7 +56,7 @@ class ContrastHead(nn.Module):
 
     @staticmethod
     def _pool(hidden_BLD: Tensor, pairs: Pairs, modality_BL: Tensor) -> Tensor:
-        """[2 P, D]: the mean of each span over the tokens of its own modality."""
+        """Average each span over the tokens of its own modality, [2 P, D]."""
         start, stop = pairs.span.flatten(0, 1).unbind(1)
         size = stop - start
         side = torch.repeat_interleave(size)

@@ -1,5 +1,4 @@
-"""Initial values: a pure function of (seed, parameter name), so that no layout and no order of construction
-changes them.
+"""Computes initial values as a pure function of (seed, parameter name): no layout or order of construction matters.
 
 Every parameter is drawn by a generator of its own, in float32, from the first of these rules that its name
 matches. An expert's slice has a generator of its own too, so that a rank draws only the experts that it holds.
@@ -42,7 +41,10 @@ def initialise(model: nn.Module, seed: int, std: float, layers: int) -> None:
 def initial_value(
     name: str, shape: torch.Size, seed: int, std: float, layers: int, experts: range | None = None
 ) -> Tensor:
-    """The float32 value of the parameter called `name`, of the whole `shape`; of experts only those in `experts`."""
+    """Draw the float32 value of the parameter called `name`, of the whole `shape`.
+
+    `experts`: of experts only these.
+    """
     if _matches(name, ZEROS):
         return torch.zeros(shape)
     if _matches(name, ONES) or len(shape) < 2:
@@ -56,7 +58,7 @@ def initial_value(
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether the first axis of the parameter is that of the experts."""
+    """Return whether the first axis of the parameter is that of the experts."""
     return _matches(name, EXPERTS)
 
 

@@ -1,4 +1,4 @@
-"""The two building blocks that blocks, experts and heads share: RMS normalisation and the SwiGLU network."""
+"""Defines the two parts that blocks, experts and heads share: RMS normalization and the SwiGLU network."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from mmoe.precision.upcast import upcast
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019).
+    """Computes x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019).
 
     Computed in float32 or wider and returned in the dtype of the products that follow.
     """
@@ -20,12 +20,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of x."""
+        """Normalize the last axis of x."""
         return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(compute_dtype(x))
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020): [..., size] -> [..., size].
+    """Computes down(silu(gate(x)) * up(x)) (Shazeer 2020), [..., size] -> [..., size].
 
     `gate` and `up` are two matrices: one fused matrix is not faster here, and two can be sharded by columns.
     """

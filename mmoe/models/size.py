@@ -1,11 +1,14 @@
-"""How many parameters a model has, in closed form: known before any of them has memory."""
+"""Counts a model's parameters in closed form: known before any of them has memory."""
 
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.embeddings import ModelInputs
 
 
 def parameter_count(config: ModelConfig, inputs: ModelInputs) -> int:
-    """Of tables and blocks; what embeds vectors and time, and the heads, are left out: under 1 % of a large model."""
+    """Count the parameters of tables and blocks.
+
+    What embeds vectors and time, and the heads, are left out: under 1 % of a large model.
+    """
     size, width = config.d_model, config.head_width
     attention = 2 * size * width * (config.n_heads + config.n_kv_heads) + 2 * width * config.qk_norm
     with_experts = 0

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019), which parameters it decays, and the global-norm clip."""
+"""Provides AdamW (Loshchilov and Hutter 2019), which parameters it decays, and the global-norm clip."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, ClassVar, Literal
@@ -28,7 +28,7 @@ class AdamWConfig(OptimizerConfig):
     implementation: Literal["fused", "foreach"] = "fused"
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-        """Build it with two groups: decayed and not."""
+        """Build AdamW over two groups of parameters: decayed and not."""
         chosen = {"fused": self.implementation == "fused", "foreach": self.implementation == "foreach"}
         groups = parameter_groups(parameters, self.weight_decay)
         return torch.optim.AdamW(groups, 0.0, self.betas, self.eps, **chosen)
@@ -48,7 +48,7 @@ class ClipConfig(Config):
 
 
 def parameter_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict]:
-    """Groups of (name, parameter); a group without parameters is left out.
+    """Group the (name, parameter) pairs by weight decay; a group without parameters is left out.
 
     Not decayed: norms and biases (every parameter of one dimension or none, and all that is named ``bias``),
     and embeddings of scalars. Pulling those to zero would change what they scale or shift, not how large the
@@ -70,8 +70,10 @@ def _decays(name: str, parameter: Tensor) -> bool:
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of plain tensors together, f64 [], finite for all finite float32: their squares and sums do not
-    overflow there, as they do in float32 from 1.8e19 on."""
+    """Compute the L2 norm of plain tensors together, f64 [], finite for all finite float32.
+
+    Their squares and sums do not overflow there, as they do in float32 from 1.8e19 on.
+    """
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack(foreach_norm(gradients, 2, dtype=torch.float64)))

@@ -1,6 +1,7 @@
-"""Batch arithmetic: from the batch one wants to the accumulation and the number of steps it takes.
+"""Works out batch arithmetic: from the batch one wants to the accumulation and the number of steps it takes.
 
-``GB_tok = mu_tok * A * D`` and ``steps = budget // GB_tok``; everything counts positions, padding included.
+``GB_tok = mu_tok * A * D`` and ``steps = budget // GB_tok``; everything counts positions, padding included. GB_tok is
+the global batch, mu_tok the micro-batch of one replica, A the accumulation, D the number of data replicas.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from mmoe.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchArithmetic:
-    """One optimizer step is `accumulation` micro-batches of `micro_batch_sequences` on each of `replicas`."""
+    """Says what an optimizer step is: `accumulation` micro-batches of `micro_batch_sequences` on each of `replicas`."""
 
     sequence_length: int
     micro_batch_sequences: int
@@ -30,7 +31,9 @@ class BatchArithmetic:
         budget_positions: int,
         replicas: int,
     ) -> "BatchArithmetic":
-        """Derive A, or mu_tok where `micro_batch_sequences` is None: all of a replica's share of the batch, A = 1.
+        """Derive the accumulation A, or the micro-batch mu_tok where `micro_batch_sequences` is None.
+
+        It then is all of a replica's share of the batch, and A = 1.
 
         Raises ConfigError when mu_tok * D does not divide GB_tok, or the budget is below it.
         """
@@ -58,26 +61,26 @@ class BatchArithmetic:
 
     @property
     def micro_batch_positions(self) -> int:
-        """mu_tok, of one replica."""
+        """The positions of a micro-batch of one replica, mu_tok."""
         return self.sequence_length * self.micro_batch_sequences
 
     @property
     def global_batch_positions(self) -> int:
-        """GB_tok, of one optimizer step."""
+        """The positions of one optimizer step, GB_tok."""
         return self.micro_batch_positions * self.accumulation * self.replicas
 
     @property
     def sequences(self) -> int:
-        """Sequences of one optimizer step."""
+        """The number of sequences of one optimizer step."""
         return self.micro_batch_sequences * self.accumulation * self.replicas
 
     @property
     def iterations(self) -> int:
-        """Optimizer steps of the budget; what is left over for no whole step is not trained."""
+        """The number of optimizer steps of the budget; what is left over for no whole step is not trained."""
         return self.budget_positions // self.global_batch_positions
 
     def table(self) -> Table:
-        """The factors with their formulas, to be printed at the start of a run."""
+        """Make the table of the factors with their formulas, to be printed at the start of a run."""
         table = Table("batch", "value", "from", title_justify="left")
         table.columns[1].justify = "right"
         mu, size = self.micro_batch_positions, self.global_batch_positions

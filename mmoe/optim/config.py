@@ -1,4 +1,4 @@
-"""How a run optimises: its rate, the shape of the rate, the update, the clip."""
+"""Configures how a run optimizes: its rate, the shape of the rate, the update, the clip."""
 
 from pydantic import model_validator
 from rich.table import Table
@@ -27,11 +27,11 @@ class OptimConfig(Config):
         return self
 
     def build_schedule(self, batch: BatchArithmetic) -> Schedule:
-        """The rate of every step of a run with this batch."""
+        """Build the schedule of the learning rate of every step of a run with this batch."""
         return self.schedule.build(self.lr.scaled_peak(batch.global_batch_positions), batch)
 
     def describe(self, batch: BatchArithmetic) -> Table:
-        """What is derived, with its formula, to be printed at the start of a run."""
+        """Make the table of what is derived, with its formula, to be printed at the start of a run."""
         schedule, reference = self.build_schedule(batch), self.lr.reference_batch_positions
         rule = "optim.lr.peak"
         if reference is not None:

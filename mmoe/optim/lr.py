@@ -1,4 +1,4 @@
-"""The peak learning rate, and how it follows the batch."""
+"""Configures the peak learning rate, and how it follows the batch."""
 
 from typing import ClassVar, Literal
 
@@ -9,7 +9,9 @@ from mmoe.config.nature import Nature
 
 
 class LearningRateConfig(Config):
-    """`peak` holds for a batch of `reference_batch_positions`; `scaling_rule` carries it to the run's batch.
+    """Configures the learning rate at its peak, and the rule that carries it from one batch to another.
+
+    `peak` holds for a batch of `reference_batch_positions`; `scaling_rule` carries it to the run's batch.
 
     With neither of the two, `peak` is the peak, whatever the batch. With r = batch / reference the rules are
     linear (r), sqrt (r ** 0.5) and power (r ** power). The reference belongs to the same model: a rule
@@ -42,13 +44,13 @@ class LearningRateConfig(Config):
 
     @property
     def exponent(self) -> float:
-        """p of r ** p; 0 where the rate does not follow the batch."""
+        """The exponent p of r ** p; 0 where the rate does not follow the batch."""
         if self.scaling_rule is None:
             return 0.0
         return {"linear": 1.0, "sqrt": 0.5}[self.scaling_rule] if self.power is None else self.power
 
     def scaled_peak(self, batch_positions: int) -> float:
-        """The peak of a run whose optimizer step holds `batch_positions` (GB_tok)."""
+        """Return the peak of a run whose optimizer step holds `batch_positions` (GB_tok)."""
         if self.reference_batch_positions is None:
             return self.peak
         return self.peak * (batch_positions / self.reference_batch_positions) ** self.exponent

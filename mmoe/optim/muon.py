@@ -1,4 +1,4 @@
-"""Muon, for matrices alone."""
+"""Provides Muon, an optimizer for matrices alone."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ from mmoe.optim.optimizer import OptimizerConfig, StateTensor
 
 
 class MuonConfig(OptimizerConfig):
-    """Configures momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), `torch.optim.Muon`.
+    """Configures momentum orthogonalized by Newton-Schulz (Jordan et al. 2024), `torch.optim.Muon`.
 
     Updates are scaled to the root mean square of AdamW's (Liu et al. 2025: 0.2 sqrt(max(rows, columns))), so that
     one learning rate and one schedule serve both.
@@ -26,7 +26,7 @@ class MuonConfig(OptimizerConfig):
     weight_decay: Annotated[float, Nature.ADJUSTABLE] = Field(default=0.1, ge=0)
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> "ShardedMuon":
-        """Build it with one group. Raises ConfigError for a parameter that is no matrix."""
+        """Build Muon over one group of parameters. Raises ConfigError for a parameter that is no matrix."""
         if others := [name for name, parameter in parameters.items() if parameter.ndim != 2]:
             raise ConfigError(
                 f"optimizer {self.label} would update {others[0]}, which is no matrix; name it in optim.matrices, and "
@@ -46,9 +46,9 @@ class MuonConfig(OptimizerConfig):
 
 
 class ShardedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` whose parameters may be sharded: the same update in every layout.
+    """Updates as `torch.optim.Muon` does, also where parameters are sharded: the update is the same in every layout.
 
-    Momentum stays sharded; the matrix to be orthogonalised is gathered and every rank orthogonalises all of it,
+    Momentum stays sharded; the matrix to be orthogonalized is gathered and every rank orthogonalizes all of it,
     because Newton-Schulz on shards would round otherwise (it runs in bfloat16), and keeps its own shard.
     """
 

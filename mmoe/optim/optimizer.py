@@ -1,4 +1,4 @@
-"""Optimizers by kind: what each is built for, how its state is laid out, and the two of a run behind one interface."""
+"""Defines optimizers by kind, the layout of their states, and the two of a run behind one interface."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class StateTensor:
     on_host: bool = False
 
     def zeros(self, parameter: Tensor) -> Tensor:
-        """Make it for this parameter."""
+        """Make the state tensor, zeros, for this parameter."""
         if self.shape is None:
             begun = torch.zeros_like(parameter, dtype=self.dtype)
         else:
@@ -37,9 +37,10 @@ class OptimizerConfig(KindConfig):
     """Configures an optimizer; a subclass declares its keys, builds it and lays out its state."""
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """Build it over these parameters, which its groups hold as torch does those of (name, parameter) pairs.
+        """Build the optimizer over these parameters, by name.
 
-        They may be sharded (DTensors, of several meshes). A `Schedule` sets every group's ``lr`` before each step.
+        Its groups hold them as torch does those of (name, parameter) pairs. They may be sharded (DTensors, of several
+        meshes). A `Schedule` sets every group's ``lr`` before each step.
         """
         raise NotImplementedError
 
@@ -59,7 +60,7 @@ ChosenOptimizer = Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(OPT
 
 
 class CompositeOptimizer:
-    """Several optimizers over disjoint parameters behind the interface of one; all groups share the schedule.
+    """Runs several optimizers over disjoint parameters behind the interface of one; all groups share the schedule.
 
     Every parameter has its state from the start, not from its first gradient: a checkpoint is loaded into it, each
     rank its own shards, and holds the same names whatever has had a gradient so far.
@@ -70,12 +71,12 @@ class CompositeOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Give the groups of all optimizers in one list."""
+        """The groups of all optimizers in one list."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        """State of every parameter."""
+        """The state of every parameter."""
         return {parameter: state for part in self.parts.values() for parameter, state in part.state.items()}
 
     def step(self) -> None:
@@ -89,7 +90,7 @@ class CompositeOptimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The state of every parameter held here, by its fully qualified name.
+        """Return the state of every parameter held here, by its fully qualified name.
 
         Hyperparameters are not in it: they are the config's, and the schedule's.
         """

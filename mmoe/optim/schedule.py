@@ -1,4 +1,7 @@
-"""The learning rate as a pure function of the step. T, the number of steps, is derived and never typed in."""
+"""Computes the learning rate as a pure function of the step.
+
+T, the number of steps, is derived and never typed in.
+"""
 
 import math
 from collections.abc import Callable
@@ -14,7 +17,10 @@ from mmoe.optim.batch import BatchArithmetic
 
 
 class Span(Config):
-    """A stretch of the run, in one of three units; positions and fractions survive a new batch size."""
+    """Says how long a stretch of the run is, in one of three units.
+
+    Positions and fractions survive a new batch size.
+    """
 
     steps: int | None = Field(default=None, ge=0)
     positions: int | None = Field(default=None, ge=0)
@@ -28,7 +34,7 @@ class Span(Config):
         return self
 
     def resolve(self, batch: BatchArithmetic) -> int:
-        """Whole steps, rounded to the nearest."""
+        """Convert the span to whole steps, rounded to the nearest."""
         if self.steps is not None:
             return self.steps
         if self.positions is not None:
@@ -38,7 +44,7 @@ class Span(Config):
 
 
 class ScheduleConfig(Config):
-    """Warmup to the peak, then one of five shapes; rates are fractions of the peak.
+    """Configures a warmup to the peak, then one of five shapes; rates are fractions of the peak.
 
     ========= ============================================================================================
     kind      after the warmup
@@ -75,7 +81,7 @@ class ScheduleConfig(Config):
         return self
 
     def build(self, peak: float, batch: BatchArithmetic) -> "Schedule":
-        """Raises ConfigError where the spans do not fit the run's steps."""
+        """Build the schedule for this peak and batch. Raises ConfigError where the spans do not fit the run's steps."""
         spans = {
             name: span.resolve(batch) if span is not None else 0
             for name, span in (("warmup", self.warmup), ("hold", self.hold), ("decay", self.decay))
@@ -91,7 +97,7 @@ class ScheduleConfig(Config):
 
 @dataclass(frozen=True)
 class Schedule:
-    """``schedule(step)`` is the rate of the 0-based `step`; the last step before a hold has the minimum.
+    """Gives the rate of the 0-based `step` as ``schedule(step)``; the last step before a hold has the minimum.
 
     The warmup follows ``peak * max(start, (step + 1) / warmup)``, so its last step has the peak. After the last
     step of the run the rate stays.

@@ -1,4 +1,4 @@
-"""One rank of each data replica decodes, its peers receive: batches, and the steps of a stream, one by one."""
+"""Shares what one rank of each data replica decodes with its peers: batches, and the steps of a stream, one by one."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ ALIGNMENT = 16  # bytes, of every tensor in a message
 
 
 def shared_steps(stream: Stream, mesh: Mesh, micro_batches: int, device: torch.device) -> Iterator[StepData]:
-    """The steps of this replica's stream on each of its ranks, the batches on `device`.
+    """Yield the steps of this replica's stream on each of its ranks, the batches on `device`.
 
     The first of the ranks reads `stream`; on the others it is left alone. Every rank takes all batches of a step.
     """
@@ -32,10 +32,10 @@ def shared_steps(stream: Stream, mesh: Mesh, micro_batches: int, device: torch.d
 def shared_batches(
     batches: Iterator[PackedBatch], mesh: Mesh, number: int, device: torch.device
 ) -> Iterator[PackedBatch]:
-    """The next `number` of the `batches` that the first rank of this replica reads, on each of its ranks, on `device`.
+    """Yield the next `number` of this replica's batches on each of its ranks, on `device`.
 
-    The vectors of continuous modalities, nearly all of a batch's bytes, go to the ranks of the first pipeline stage
-    only. The others give an iterator that is left alone.
+    The first rank of the replica reads `batches`; the others give an iterator that is left alone. The vectors of
+    continuous modalities, nearly all of a batch's bytes, go to the ranks of the first pipeline stage only.
     """
     for _ in range(number):
         batch = next(batches) if decodes(mesh) else None
@@ -47,12 +47,12 @@ def shared_batches(
 
 
 def decodes(mesh: Mesh) -> bool:
-    """Whether this rank decodes the batches of its replica."""
+    """Return whether this rank decodes the batches of its replica."""
     return dist.get_rank(mesh.peers) == 0
 
 
 def _send(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
-    """`value` of the group's first rank, its tensors on `device`, on every rank; the others give None."""
+    """Send `value` of the group's first rank, its tensors on `device`, to every rank; the others give None."""
     if dist.get_world_size(group) == 1:
         return _on(value, device)
     tensors: list[Tensor] = []
@@ -81,7 +81,7 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def _pickled(value: Any, tensors: list[Tensor]) -> bytes:
-    """`value` without its tensors, which are added to the list."""
+    """Pickle `value` without its tensors, which are added to the list."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, item: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""The model of a run on this rank, and the ranks that it is spread over."""
+"""Builds the model of a run on this rank, and the ranks that it is spread over."""
 
 import os
 
@@ -21,7 +21,7 @@ from mmoe.runtime.memory import free_memory, in_gib
 def build(
     setting: RankSetting, inputs: ModelInputs, sources: int, seed: int, device: torch.device
 ) -> tuple[MultimodalModel, StepExecutor]:
-    """Initialise the model, whole in one process, or this rank's part of it where there is a process group."""
+    """Build the model and its executor: whole in one process, this rank's part of it where there is a process group."""
     _check_memory(setting, inputs, device)
     if not dist.is_initialized():
         model = setting.model.build(inputs, seed, setting.heads(inputs))
@@ -31,7 +31,7 @@ def build(
 
 
 def _check_memory(setting: RankSetting, inputs: ModelInputs, device: torch.device) -> None:
-    """Raises ConfigError for parameters that this process's share of the free memory cannot hold."""
+    """Raise ConfigError for parameters that this process's share of the free memory cannot hold."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     count = parameter_count(setting.model, inputs)
     needed = count * setting.precision.parameter_dtype.itemsize // world  # no layout holds less on every rank
@@ -50,7 +50,7 @@ def _check_memory(setting: RankSetting, inputs: ModelInputs, device: torch.devic
 def spread(
     setting: RankSetting, inputs: ModelInputs, sources: int, seed: int, mesh: Mesh, device: torch.device
 ) -> tuple[MultimodalModel, MeshExecutor]:
-    """This rank's part of the model with its initial weights, and the rank."""
+    """Build this rank's part of the model with its initial weights, and the executor of this rank."""
     model = on_meta(setting, inputs, mesh.rank("pp"))
     parallelize(model, mesh, setting.parallel, setting.precision)
     shards = torch.device("cpu") if setting.parallel.offload else device

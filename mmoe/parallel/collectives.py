@@ -1,4 +1,4 @@
-"""Collectives with gradients, where the global loss is the sum of the ranks' losses.
+"""Provides collectives with gradients, where the global loss is the sum of the ranks' losses.
 
 Hence the gradient of an all-gather is a reduce-scatter, and that of a reduce-scatter an all-gather. Torch's plain names
 promise other gradients, so each of these says its own. [ranks, ...] holds the equal-shaped tensors of all ranks.
@@ -39,7 +39,7 @@ class AllToAll:
         self._work: dist.Work | None = None
 
     def start(self, x: Tensor) -> Tensor:
-        """[rows sent, ...] -> [rows received, ...], not to be read before `wait`."""
+        """Send rows to the ranks, [rows sent, ...] -> [rows received, ...], not to be read before `wait`."""
         return _AllToAll.apply(x, self)
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""How a run uses the machines it has."""
+"""Configures how a run uses the machines it has."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -11,7 +11,9 @@ Degree = Field(default=1, gt=0)
 
 
 class ParallelConfig(Config):
-    """The degrees of parallelism multiply to the number of processes that torchrun starts (`mmoe.parallel.mesh`).
+    """Configures how a run uses the machines it has: the degrees of parallelism, and what goes with them.
+
+    The degrees multiply to the number of processes that torchrun starts (`mmoe.parallel.mesh`).
 
     ============ =================================================================================================
     dp_replicate replicas of all weights, whose gradients are summed

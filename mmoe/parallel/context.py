@@ -1,7 +1,10 @@
-"""Attention over sequences whose positions lie on several ranks: own queries against all keys and values.
+"""Attends over sequences whose positions lie on several ranks: own queries against all keys and values.
 
 Keys and values are gathered whole. With grouped queries they are a fraction of the hidden states, so that the gather
 costs less than it saves; what a rank saves is the work of its queries and the memory of its activations.
+
+Shape suffixes: B sequences, L positions, M = L / cp positions here, c ranks of cp, H heads, G key/value heads, K head
+width.
 """
 
 from collections.abc import Iterator
@@ -19,9 +22,9 @@ from mmoe.schema.batch import PackedBatch
 
 @dataclass(frozen=True)
 class Piece:
-    """Adjacent queries of one document, [start, stop) of the B M here; keys [first, last) of the flattened B L.
+    """Holds adjacent queries of one document, [start, stop) of the B M here, and their keys.
 
-    `mask` [queries, keys], None for padding, which attends to nothing.
+    The keys are [first, last) of the flattened B L. `mask` [queries, keys], None for padding, which attends to nothing.
     """
 
     start: int
@@ -50,7 +53,10 @@ class ContextAttention:
         rank: int,
         group: dist.ProcessGroup,
     ) -> "ContextAttention":
-        """For rank `rank` of those that attend from the positions `everywhere_cBM` (of L, ascending)."""
+        """Make the attention of rank `rank` of those that attend from the positions `everywhere_cBM`.
+
+        `everywhere_cBM`: positions (of L, ascending) of each rank.
+        """
         ranks, sequences, attended = everywhere_cBM.shape
         length = ranks * attended
         flat_cBM = everywhere_cBM + length * torch.arange(sequences, device=everywhere_cBM.device)[:, None]
@@ -63,7 +69,7 @@ class ContextAttention:
         return cls(backend, tuple(pieces), order, group)
 
     def attend(self, q_BMHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
-        """[B, M, H, K]: of the queries here, over the keys and values of all ranks."""
+        """Attend from the queries here to the keys and values of all ranks, [B, M, H, K]."""
         k, v = (all_gather_scatter_grad(x, self.group).flatten(0, 2)[self.order] for x in (k_BMGK, v_BMGK))
         q = q_BMHK.flatten(0, 1)
         parts = [self._attend(piece, q[piece.start : piece.stop], k, v) for piece in self.pieces]
@@ -78,8 +84,11 @@ class ContextAttention:
 
 
 def _spans(own: list[int], border: list[int]) -> Iterator[tuple[int, int, int, int, int]]:
-    """Every run of adjacent positions within a document: (number of its first query, position of that, position
-    behind its last query, first position of the document, position behind it)."""
+    """Yield every run of adjacent positions within a document.
+
+    Each is (number of its first query, position of that, position behind its last query, first position of the
+    document, position behind it).
+    """
     document, start = 0, 0
     for number, position in enumerate(own):
         while position >= border[document + 1]:

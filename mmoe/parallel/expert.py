@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of `ep` holds E / ep experts, and tokens travel to the ranks of theirs and back.
+"""Provides expert parallelism: each rank of `ep` holds E / ep experts; tokens travel to the ranks of theirs and back.
 
 Shape suffixes as in `mmoe.models.moe`; S = ranks of `ep`, F = experts here, T tokens of which H are here.
 """
@@ -25,7 +25,7 @@ from mmoe.parallel.sharding_table import CUTS
 
 
 class ParallelDispatcher(ABC, Generic[P]):
-    """A dispatcher on several ranks: `local` plans as on one process, and the rows travel within `group`.
+    """Dispatches on several ranks: `local` plans as on one process, and the rows travel within `group`.
 
     A class registered in `PARALLEL_DISPATCHERS` is what a `LocalDispatcher` names as its `exchange`.
     `splits_sequences`: it works where a sequence lies on several ranks, each of which sends its own tokens; where it
@@ -39,11 +39,11 @@ class ParallelDispatcher(ABC, Generic[P]):
 
     @abstractmethod
     def plan(self, routing: Routing, tokens: Tokens) -> P:
-        """As `Dispatcher`, and so are those below."""
+        """Give every choice a row, or drop it."""
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, placement: P) -> Tensor:
-        """Send each row its token."""
+        """Send each row its token, [R, D]; empty rows are zero."""
 
     @abstractmethod
     def wait(self, rows_RD: Tensor, placement: P) -> Tensor:
@@ -51,7 +51,7 @@ class ParallelDispatcher(ABC, Generic[P]):
 
     @abstractmethod
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: P) -> Tensor:
-        """Bring the rows back, and add up the weighted ones of each token here."""
+        """Bring the rows back, and add up the weighted ones of each token here; dropped choices add zero."""
 
 
 PARALLEL_DISPATCHERS = ClassRegistry(
@@ -80,7 +80,10 @@ def shard_experts(layer: MoELayer, mesh: DeviceMesh, split: bool) -> None:
 
 
 class ShardedExperts(nn.Module):
-    """The experts of this rank: parameters with the names of `Experts`, sharded by expert, computed by it locally."""
+    """Holds the experts of this rank, and computes them locally.
+
+    The parameters have the names of `Experts` and are sharded by expert.
+    """
 
     def __init__(self, experts: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -90,14 +93,17 @@ class ShardedExperts(nn.Module):
         self._experts = [experts.to("meta")]  # in a list: its parameters are not parameters of this module
 
     def forward(self, x_RD: Tensor, ends_F: Tensor) -> Tensor:
-        """Rows sorted by the experts here, whose groups end before `ends_F`."""
+        """Compute the rows sorted by the experts here, whose groups end before `ends_F`."""
         own = {name: local(parameter) for name, parameter in self.named_parameters()}
         return torch.func.functional_call(self._experts[0], own, (x_RD, ends_F))
 
 
 @dataclass(frozen=True)
 class PaddedPermutation:
-    """`local` places the choices in rows of all E experts, equally many for each, which travel whole."""
+    """Places the choices in rows of all E experts, equally many for each, which travel whole.
+
+    `local`: the placement among the rows of all experts.
+    """
 
     local: TokenPermutation
     ends_E: Tensor
@@ -105,17 +111,17 @@ class PaddedPermutation:
 
     @property
     def complete(self) -> bool:
-        """Say whether every choice has a row and every row a choice."""
+        """True if every choice has a row and every row a choice."""
         return self.local.complete
 
     @property
     def dropped_TK(self) -> Tensor:
-        """Mark the choices that got no row."""
+        """The choices that got no row, bool."""
         return self.local.dropped_TK
 
 
 class PaddedAllToAllDispatcher(ParallelDispatcher[PaddedPermutation]):
-    """Every rank sends every other equally many rows, so nobody waits for sizes."""
+    """Sends equally many rows from every rank to every other, so nobody waits for sizes."""
 
     def plan(self, routing: Routing, tokens: Tokens) -> PaddedPermutation:
         """Place the choices as one process does; each rank gets the rows of its experts."""
@@ -141,13 +147,13 @@ class PaddedAllToAllDispatcher(ParallelDispatcher[PaddedPermutation]):
 
     @staticmethod
     def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
-        """From rows by (outer, inner) to rows by (inner, outer)."""
+        """Reorder rows by (outer, inner) to rows by (inner, outer)."""
         return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
 class AllToAllPermutation:
-    """The choices of the tokens here in the order in which they travel, and the rows here in that of the experts.
+    """Holds the order in which the choices of the tokens here travel, and that of the rows here by expert.
 
     `row_HK` is the place of each choice among the `choice_R` that travel, their number where it was dropped; `arrived`
     places what arrives in rows sorted by expert. `complete` is about all tokens of the routing, `all_travel` about the
@@ -165,12 +171,12 @@ class AllToAllPermutation:
 
     @property
     def ends_E(self) -> Tensor:
-        """Give the row behind the last one of each expert here, i32."""
+        """The row behind the last one of each expert here, i32."""
         return self.arrived.ends_E
 
 
 class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
-    """Only rows that exist travel: their numbers go first, and the host waits for them once a layer."""
+    """Sends only rows that exist: their numbers go first, and the host waits for them once a layer."""
 
     splits_sequences = True
 
@@ -200,14 +206,14 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
         )
 
     def _rows(self, sent_SF: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Rows that come from each rank for each expert here, and the rows of each rank: received, sent."""
+        """Return the rows that come from each rank for each expert here, and the rows of each rank: received, sent."""
         arrived_SF = torch.empty_like(sent_SF)
         dist.all_to_all_single(arrived_SF, sent_SF, group=self.group)
         received, sent = torch.stack([arrived_SF.sum(1), sent_SF.sum(1)]).tolist()
         return arrived_SF, received, sent
 
     def _arrived(self, arrived_SF: Tensor, rows: int) -> TokenPermutation:
-        """Rows arrive by rank, then by expert."""
+        """Sort the rows by expert; they arrive by rank, then by expert."""
         here = arrived_SF.shape[1]
         expert_SF = torch.arange(here, device=arrived_SF.device).repeat(self.ranks)
         expert_R1 = expert_SF.repeat_interleave(arrived_SF.flatten(), output_size=rows)[:, None]

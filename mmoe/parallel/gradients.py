@@ -1,4 +1,7 @@
-"""Gradients that lie on several ranks: summed where ranks hold copies, measured as one vector."""
+"""Sums gradients where ranks hold copies, and measures those of all ranks as one vector.
+
+Shape suffixes: N layers of experts, E experts.
+"""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +15,7 @@ from mmoe.parallel.mesh import Mesh
 
 
 def local(x: Tensor) -> Tensor:
-    """What of `x` is here."""
+    """Return the part of `x` that is on this rank."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
@@ -29,7 +32,7 @@ def sum_over_tensor_ranks(model: nn.Module, mesh: Mesh) -> None:
 
 
 def _copied(parameter: Tensor) -> bool:
-    """Whether the ranks of tp hold copies of the parameter."""
+    """Return whether the ranks of tp hold copies of the parameter."""
     assert isinstance(parameter, DTensor)  # as `parallelize` leaves all that have a gradient
     axes = parameter.device_mesh.mesh_dim_names or ()
     return "tp" not in axes and "edp" not in axes
@@ -43,10 +46,10 @@ def total_norms(
     mesh: Mesh,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The L2 norm, f64, of all gradients, each of the whole model's parameters counted once, and that of each expert's
-    router weights [N, E], the `shape` for the whole model, in which `rows` are those of the `routers` here.
+    """Measure the L2 norm, f64, of all gradients, and that of each expert's router weights [N, E].
 
-    `parameters` are those here, without copies of another pipeline stage's. One reduction.
+    Each of the whole model's parameters is counted once. `shape` is [N, E] for the whole model, in which `rows` are
+    those of the `routers` here. `parameters` are those here, without copies of another pipeline stage's. One reduction.
     """
     dims = mesh.dims
     square = torch.zeros((), dtype=torch.float64, device=device)

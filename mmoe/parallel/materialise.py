@@ -1,4 +1,4 @@
-"""Initial values of a model that was built without memory: each rank makes its own shards."""
+"""Gives a model that was built without memory its initial values: each rank makes its own shards."""
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from mmoe.models.init import initial_value, is_of_experts
 def materialise(
     model: nn.Module, seed: int, std: float, layers: int, device: torch.device, compute: torch.device
 ) -> None:
-    """Give the meta tensors of `model` memory: parameters on `device`, with the values of `mmoe.models.init`, and
-    buffers, zeros, on `compute`."""
+    """Give the meta tensors of `model` memory and their initial values.
+
+    Parameters are on `device`, with the values of `mmoe.models.init`, and buffers, zeros, on `compute`.
+    """
     model.to_empty(device=device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -36,7 +38,7 @@ def assign(parameter: Tensor, whole: Tensor) -> None:
 
 
 def _own_experts(name: str, parameter: DTensor, seed: int, std: float, layers: int) -> Tensor:
-    """Only the experts here are drawn: there may be many more."""
+    """Draw the experts here alone: there may be many more."""
     shape, offset = local_shape_and_offset(parameter)
     experts = range(offset[0], offset[0] + shape[0])
     value = initial_value(name, parameter.shape, seed, std, layers, experts)

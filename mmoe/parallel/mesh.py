@@ -1,4 +1,4 @@
-"""The mesh: which rank is where on which axis, for dense parameters and for experts.
+"""Says which rank is where on which axis, for dense parameters and for experts.
 
 ::
 
@@ -31,7 +31,7 @@ SPARSE = ("pp", "dp_replicate", "edp", "ep")
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Ranks on each axis; `ep` is not a factor of their number."""
+    """Holds the number of ranks on each axis; `ep` is not a factor of their number."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -42,7 +42,10 @@ class ParallelDims:
 
     @classmethod
     def from_config(cls, config: ParallelConfig, world: int) -> "ParallelDims":
-        """Those of `world` processes; raises ConfigError, with the arithmetic, where they do not multiply to it."""
+        """Derive the degrees of `world` processes.
+
+        Raises ConfigError, with the arithmetic, where they do not multiply to it.
+        """
         dims = {axis: getattr(config, axis) for axis in DEGREES}
         given = {axis: degree for axis, degree in dims.items() if axis not in ("dp_shard", "ep")}
         product, formula = 1, []
@@ -73,31 +76,31 @@ class ParallelDims:
 
     @property
     def world(self) -> int:
-        """Give the number of ranks."""
+        """The number of ranks."""
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
     def replicas(self) -> int:
-        """D: data replicas."""
+        """The number of data replicas, D."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def fsdp(self) -> int:
-        """Ranks that share a dense weight."""
+        """The number of ranks that share a dense weight."""
         return self.dp_shard * self.cp
 
     @property
     def edp(self) -> int:
-        """Ranks that share the weights of the same experts."""
+        """The number of ranks that share the weights of the same experts."""
         return self.dp_shard * self.cp * self.tp // self.ep
 
     @property
     def sequence_ranks(self) -> int:
-        """Ranks that share the positions of a sequence outside attention."""
+        """The number of ranks that share the positions of a sequence outside attention."""
         return self.cp * self.tp
 
     def table(self) -> Table:
-        """The axes, to be printed at the start of a run."""
+        """Make the table of the axes, to be printed at the start of a run."""
         table = Table("mesh", "ranks", "of", title_justify="left")
         table.columns[1].justify = "right"
         what = {
@@ -139,7 +142,10 @@ def check_one_process(config: ParallelConfig) -> None:
 
 
 class Mesh:
-    """The process groups of a run, by axis. Needs an initialised default process group of ``dims.world`` ranks."""
+    """Holds the process groups of a run, by axis.
+
+    Needs an initialized default process group of ``dims.world`` ranks.
+    """
 
     def __init__(self, dims: ParallelDims, device_type: str = "cpu") -> None:
         self.dims = dims
@@ -158,7 +164,10 @@ class Mesh:
         self.peers = self._peers()
 
     def _peers(self) -> dist.ProcessGroup:
-        """The ranks that work on the same data: this one and those that differ from it in pp, cp or tp alone."""
+        """Make the group of the ranks that work on the same data.
+
+        They are this one and those that differ from it in pp, cp or tp alone.
+        """
         ranks = self.dense.mesh.permute(1, 2, 0, 3, 4).reshape(self.dims.replicas, -1).tolist()
         mine, _ = dist.new_subgroups_by_enumeration(ranks)
         assert isinstance(mine, dist.ProcessGroup)  # every rank is among the `ranks`
@@ -169,7 +178,7 @@ class Mesh:
         return self.axis(axis).size()
 
     def rank(self, axis: str) -> int:
-        """Where this rank is on `axis`."""
+        """Give the place of this rank on `axis`."""
         return self.axis(axis).get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup:
@@ -177,8 +186,11 @@ class Mesh:
         return self.axis(axis).get_group()
 
     def axis(self, axis: str) -> DeviceMesh:
-        """The one-dimensional mesh of an axis: those of dense, ``fsdp`` (dp_shard x cp), ``edp``, ``ep``, and
-        ``data`` (dp_replicate x dp_shard), ``sequence`` (cp x tp) and ``loss`` (data x sequence)."""
+        """Return the one-dimensional mesh of an axis.
+
+        The axes are those of dense, ``fsdp`` (dp_shard x cp), ``edp``, ``ep``, and ``data`` (dp_replicate x dp_shard),
+        ``sequence`` (cp x tp) and ``loss`` (data x sequence).
+        """
         if axis in self._joined:
             return self._joined[axis]
         if axis in ("edp", "ep"):
@@ -187,20 +199,20 @@ class Mesh:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """Of dense parameters: fsdp, or dp_replicate x fsdp where there are copies."""
+        """The mesh of dense parameters: fsdp, or dp_replicate x fsdp where there are copies."""
         return self._weights[("dp_replicate", "fsdp") if self.dims.dp_replicate > 1 else "fsdp"]
 
     @property
     def edp_fsdp(self) -> DeviceMesh:
-        """Of experts: edp, or dp_replicate x edp where there are copies."""
+        """The mesh of experts: edp, or dp_replicate x edp where there are copies."""
         return self._sparse[("dp_replicate", "edp") if self.dims.dp_replicate > 1 else "edp"]
 
     @property
     def replica(self) -> int:
-        """Which data replica this rank works for."""
+        """The data replica that this rank works for, from 0."""
         return self.rank("data")
 
     @property
     def replicas(self) -> int:
-        """Give the number of data replicas."""
+        """The number of data replicas."""
         return self.dims.replicas

@@ -1,4 +1,4 @@
-"""The recipe that spreads a model over a mesh, in the order in which its steps build on one another."""
+"""Spreads a model over a mesh, in the order in which the steps build on one another."""
 
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
 
 
 def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> None:
-    """What needs no other rank, block by block; names of parameters stay."""
+    """Apply what needs no other rank, checkpointing and compilation, block by block; names of parameters stay."""
     blocks: list[nn.Module] = [block for block in model.decoder.blocks if isinstance(block, Block)]
     contexts = partial(selective_contexts, _saved_ops(model.decoder.config))
     for block in blocks:
@@ -57,13 +57,13 @@ def recompute_and_compile(model: MultimodalModel, config: ParallelConfig) -> Non
 
 
 def _saved_ops(config: ModelConfig) -> frozenset[Any]:
-    """What selective recomputation keeps, as the parts of a block say."""
+    """Collect the operations whose results selective recomputation keeps, as the parts of a block say."""
     of_experts = EXPERT_ENGINES.find(config.moe.expert_backend).saved_ops if config.moe is not None else frozenset()
     return config.attention_class.saved_ops | of_experts
 
 
 def check_layout(config: ModelConfig, dims: ParallelDims) -> None:
-    """Raises ConfigError where the model cannot be spread over these degrees."""
+    """Raise ConfigError where the model cannot be spread over these degrees."""
     if dims.cp > 1 and not config.attention_class.supports_cp:
         others = ATTENTION_BACKENDS.kinds_that(lambda backend: backend.supports_cp)
         raise ConfigError(
@@ -126,7 +126,7 @@ def reduce_by_sum(module: FSDPModule) -> None:
 
 
 def accumulate(model: nn.Module, config: ParallelConfig, last: bool) -> None:
-    """Before a backward pass: with ZeRO-1 gradients are reduced and weights given back only in the step's `last`."""
+    """Prepare a backward pass: with ZeRO-1, gradients are reduced and weights given back only in the step's `last`."""
     if config.zero == 1:
         assert isinstance(model, FSDPModule)  # where there are ranks to wait for
         model.set_requires_gradient_sync(last)

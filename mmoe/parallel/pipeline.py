@@ -1,4 +1,4 @@
-"""Pipeline stages: which layers and heads are on which rank.
+"""Says which layers and heads are on which rank, as the stages of a pipeline.
 
 A stage is a run of layers. Stage s is on rank s % pp of the axis, so that with several stages a rank every rank gets
 early and late layers (Narayanan et al. 2021, section 2.2). The embeddings go with the first stage, the last norm and
@@ -26,7 +26,7 @@ TIED = "embeddings.token.weight"
 
 
 class StageModel(MultimodalModel):
-    """The stages of one rank of pp: parameters that belong elsewhere are not there, the others keep their names.
+    """Holds the stages of one rank of pp: parameters that belong elsewhere are not there, the others keep their names.
 
     ``layers[s]`` are the layers of stage s of the whole model, ``here`` the stages of this rank.
     """
@@ -58,16 +58,16 @@ class StageModel(MultimodalModel):
             self._keep_table()
 
     def is_last(self, stage: int) -> bool:
-        """Say whether the stage is the last one of the whole model."""
+        """Return whether the stage is the last one of the whole model."""
         return stage == len(self.layers) - 1
 
     @property
     def copy(self) -> str | None:
-        """The parameter here that is a copy of the first stage's."""
+        """The name of the parameter here that is a copy of the first stage's; None where there is none."""
         return TIED if self.here[0] > 0 and self.embeddings is not None else None
 
     def _keep_table(self) -> None:
-        """Of the embeddings, what the head needs."""
+        """Keep of the embeddings what the head needs."""
         if self.tied and self.is_last(self.here[-1]):
             self.embeddings.register_module("camera", None)
             self.embeddings.register_module("time", None)
@@ -78,7 +78,7 @@ class StageModel(MultimodalModel):
     def forward(  # type: ignore[override]  # a stage is called by its `Pipeline` alone
         self, stage: int, context: BatchContext, entering: PackedBatch | Tensor
     ) -> ModelOutput:
-        """One `stage`, from the batch (of the positions here) or from the hidden states of the stage before.
+        """Run one `stage`, from the batch (of the positions here) or from the hidden states of the stage before.
 
         `routing` and the router losses are of this stage's own layers, means over them.
         """
@@ -87,7 +87,7 @@ class StageModel(MultimodalModel):
         return ModelOutput(self.decoder.norm(x_BLD) if self.is_last(stage) else x_BLD, *collect_routing(routed))
 
     def table(self, ranks: int, micro_batches: int) -> Table:
-        """The stages, to be printed at the start of a run."""
+        """Make the table of the stages, to be printed at the start of a run."""
         table = Table("stage", "rank of pp", "layers", "work", title_justify="left")
         total = sum(self.costs)
         for stage, layers in enumerate(self.layers):
@@ -100,7 +100,7 @@ class StageModel(MultimodalModel):
 
 
 def check_stages(layers: int, each: int, pp: int, micro_batches: int) -> None:
-    """Raises ConfigError where the layers or the micro-batches do not fit `pp` ranks with `each` so many stages."""
+    """Raise ConfigError where the layers or the micro-batches do not fit `pp` ranks with `each` so many stages."""
     if pp * each > layers:
         raise ConfigError(
             f"parallel.pp {pp} x parallel.stages_per_rank {each} = {pp * each} stages, but model.n_layers is {layers} "
@@ -116,8 +116,11 @@ def check_stages(layers: int, each: int, pp: int, micro_batches: int) -> None:
 
 
 def costs(model: MultimodalModel) -> list[float]:
-    """Work of each layer by the weights that a position is multiplied with; the first has the embeddings' too, the
-    last the unembedding's. Attention scores are left out: they are the same in every layer."""
+    """Estimate the work of each layer by the weights that a position is multiplied with.
+
+    The first has the embeddings' too, the last the unembedding's. Attention scores are left out: they are the same in
+    every layer.
+    """
     layers = [_active(block) for block in model.decoder.blocks]
     tables = (model.embeddings.token, model.embeddings.camera)  # looked up
     layers[0] += _active(model.embeddings) - sum(table.weight.numel() for table in tables)
@@ -126,7 +129,7 @@ def costs(model: MultimodalModel) -> list[float]:
 
 
 def _active(module: nn.Module) -> float:
-    """Parameters, of experts those that a token goes through."""
+    """Count parameters, of experts those that a token goes through."""
     total = float(sum(p.numel() for p in module.parameters()))
     for layer in module.modules():
         if isinstance(layer, MoELayer):
@@ -136,7 +139,7 @@ def _active(module: nn.Module) -> float:
 
 
 def deal_layers(costs: list[float], stages: int) -> list[range]:
-    """Runs of layers, none empty, of which the costliest is as cheap as can be."""
+    """Deal the layers to stages: runs of layers, none empty, of which the costliest is as cheap as can be."""
     before = [0.0, *accumulate(costs)]
 
     @cache

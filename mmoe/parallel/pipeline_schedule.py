@@ -1,4 +1,4 @@
-"""A step's micro-batches through the pipeline: 1F1B, or interleaved 1F1B (Narayanan et al. 2021).
+"""Sends a step's micro-batches through the pipeline: 1F1B, or interleaved 1F1B (Narayanan et al. 2021).
 
 From stage to stage go the hidden states and, with experts, one vector of router losses: every stage adds its own
 layers' share of the means over all layers, so that the last stage has the whole objective and their gradient flows
@@ -41,19 +41,19 @@ Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 
 @dataclass(frozen=True)
 class PassedLosses:
-    """The router losses of all layers, as they came through the pipeline."""
+    """Holds the router losses of all layers, as they came through the pipeline."""
 
     names: tuple[str, ...]
     values: Tensor
 
     def terms(self, loads: ExpertLoadAccumulator, config: BalanceConfig) -> dict[str, Tensor]:
-        """Give the losses by name; `loads` and `config` were read where the routers ran."""
+        """Return the routers' losses by name; `loads` and `config` were read where the routers ran."""
         return dict(zip(self.names, self.values.unbind(), strict=True))
 
 
 @dataclass
 class _Step:
-    """What the passes of a step leave, by stage; `backwards` are still to come on this rank."""
+    """Holds what the passes of a step leave, by stage; `backwards` are still to come on this rank."""
 
     batches: list[PackedBatch]
     losses: Losses
@@ -64,7 +64,7 @@ class _Step:
 
 
 class Pipeline:
-    """The stages of this rank, and how they take part in a step."""
+    """Runs the stages of this rank, which take part in a step's micro-batches."""
 
     def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, device: torch.device) -> None:
         self.model, self.mesh, self.setting, self.device = model, mesh, setting, device
@@ -82,8 +82,10 @@ class Pipeline:
     def run(
         self, batches: list[PackedBatch], losses: Losses
     ) -> tuple[LossReport, RoutingStatistics | None, ExpertLoadAccumulator]:
-        """Gradients of all micro-batches; the report (zero but on the last stage), and the statistics and loads of
-        this rank's layers."""
+        """Compute the gradients of all micro-batches.
+
+        Returns the report (zero but on the last stage), and the statistics and loads of this rank's layers.
+        """
         here, form = self.model.here, (len(batches), batches[0].shape)
         if self._schedule is None or self._form != form:
             self._form, self._schedule = form, self._made(len(batches), batches[0])
@@ -102,7 +104,10 @@ class Pipeline:
 
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> Tensor | None:
-        """[B, L, D] after the last norm, without gradient, on the ranks of the last stage; None on the others."""
+        """Compute hidden states [B, L, D] after the last norm, without gradient.
+
+        They are on the ranks of the last stage; the others get None. B sequences, L positions, D model width.
+        """
         group, pp = self.mesh.group("pp"), self.mesh.size("pp")
         sending: list[dist.Work | None] = []
         x: Tensor | None = None
@@ -120,11 +125,11 @@ class Pipeline:
         return x if self.model.is_last(stage) else None
 
     def table(self) -> Table:
-        """The stages, to be printed at the start of a run."""
+        """Make the table of the stages, to be printed at the start of a run."""
         return self.model.table(self.mesh.size("pp"), self.setting.batch.accumulation)
 
     def counted(self) -> list[nn.Parameter]:
-        """The parameters here without the copy of another stage's."""
+        """Return the parameters here without the copy of another stage's."""
         return [parameter for name, parameter in self.model.named_parameters() if name != self.model.copy]
 
     def sum_tied(self) -> None:
@@ -144,7 +149,7 @@ class Pipeline:
         local(gradient).add_(other)
 
     def before_backward(self) -> None:
-        """The heads are used before and after a stage's own passes: what they share stays gathered for the step."""
+        """Keep what the heads share gathered for the step: they are used before and after a stage's own passes."""
         step = self._current
         step.backwards -= 1
         last = step.backwards == 0
@@ -165,7 +170,7 @@ class Pipeline:
         return kind(stages[0], micro_batches, self._losses, scale_grads=False)
 
     def _border(self, batch: PackedBatch, device: torch.device) -> tuple[Tensor, ...]:
-        """Empty tensors of what goes from a stage to the next: hidden states, router losses."""
+        """Make empty tensors of what goes from a stage to the next: hidden states, router losses."""
         sequences, length = batch.shape
         dtype = self.setting.precision.parameter_dtype
         shape = sequences, length // self.mesh.dims.sequence_ranks, self.setting.model.d_model
@@ -173,7 +178,7 @@ class Pipeline:
         return (hidden, torch.empty(len(self._names), dtype=dtype, device=device)) if self._names else (hidden,)
 
     def forward(self, stage: int, number: int, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the schedule runs: one stage on one micro-batch."""
+        """Run one stage on one micro-batch, as the schedule asks."""
         step = self._current
         with self._autocast():
             output = self._through(stage, step.batches[number], entering[0] if entering else None)
@@ -187,7 +192,7 @@ class Pipeline:
         return tuple(leaving)
 
     def _through(self, stage: int, batch: PackedBatch, x_BHD: Tensor | None) -> ModelOutput:
-        """`stage` of the model on the positions here; after the last one the hidden states are whole."""
+        """Run `stage` of the model on the positions here; after the last one the hidden states are whole."""
         config, dtype = self.setting.model, self.setting.precision.parameter_dtype
         if self.mesh.dims.sequence_ranks == 1:
             return self.model(stage, BatchContext.from_batch(batch, config, dtype), batch if x_BHD is None else x_BHD)
@@ -197,14 +202,14 @@ class Pipeline:
         return replace(output, hidden=sharding.whole(output.hidden)) if self.model.is_last(stage) else output
 
     def _added(self, passed: Tensor, stage: int, own: RouterLosses | None) -> Tensor:
-        """Router losses so far, with those of this stage's layers."""
+        """Add the router losses of this stage's layers to those so far."""
         if own is None:
             return passed.clone()
         terms = own.terms(self._current.loads[stage], self.setting.losses.load_balance)
         return passed + self._shares[stage] * torch.stack([terms[name] for name in self._names])
 
     def _losses(self, leaving: tuple[Tensor, ...], number: int) -> Tensor:
-        """The objective of a micro-batch, on the last stage."""
+        """Compute the objective of a micro-batch, on the last stage."""
         step = self._current
         passed = PassedLosses(self._names, leaving[1]) if self._names else None
         last = self.model.here[-1]
@@ -227,7 +232,7 @@ class Pipeline:
 
 
 class _Stage(PipelineStage):
-    """One stage, for torch's schedules. FSDP2 stays out of their sight: it accumulates as in every other layout."""
+    """Runs one stage for torch's schedules; FSDP2 stays out of their sight: it accumulates as in every other layout."""
 
     def __init__(self, pipeline: Pipeline, number: int, border: tuple[Tensor, ...]) -> None:
         self.pipeline, stages = pipeline, len(pipeline.model.layers)
@@ -241,7 +246,7 @@ class _Stage(PipelineStage):
 
 
 class _Calls(nn.Module):
-    """A stage of `pipeline` as the module that `PipelineStage` wants."""
+    """Wraps a stage of `pipeline` as the module that `PipelineStage` wants."""
 
     def __init__(self, pipeline: Pipeline, stage: int) -> None:
         super().__init__()

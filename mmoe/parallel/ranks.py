@@ -1,6 +1,7 @@
-"""This process among the ranks of a run: what it does of a step, and what it must add up with the others.
+"""Runs this process among the ranks of a run: what it does of a step, and what it must add up with the others.
 
 `LocalExecutor` is the run without others. Both have the same methods, so that the loop reads the same.
+Shape suffixes: B sequences, L positions, D model width, n chosen positions, V ids; N layers of experts, E experts.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ from mmoe.schema.batch import PackedBatch
 
 
 class SharedBatches(Protocol):
-    """Batches that data replicas share, as many and as large for each of them."""
+    """Deals batches to data replicas, as many and as large for each of them."""
 
     def __len__(self) -> int:
-        """Count those that hold something."""
+        """Count the batches that hold something."""
 
     def share(self, replica: int, replicas: int) -> Iterator[PackedBatch]:
-        """Give those of a replica: the batches ``replica``, ``replica + replicas``, ..., the last one perhaps empty."""
+        """Give the batches of a replica: ``replica``, ``replica + replicas``, ..., the last one perhaps empty."""
 
 
 class StepExecutor(Protocol):
-    """What a step, and a measure, asks of the ranks."""
+    """Says what a step, and a measure, asks of the ranks."""
 
     replica: int
     replicas: int
@@ -54,43 +55,46 @@ class StepExecutor(Protocol):
     pipeline: Pipeline | None  # what takes the place of `forward` and of a loop over micro-batches
 
     def tables(self) -> list[Table]:
-        """To be printed at the start of a run."""
+        """Return the tables to be printed at the start of a run."""
 
     def parameters(self, model: MultimodalModel) -> int:
-        """How many the whole model has."""
+        """Count the parameters of the whole model."""
 
     def steps(self, stream: Stream, micro_batches: int) -> Iterator[StepData]:
-        """The steps of this rank's replica, each of so many micro-batches."""
+        """Yield the steps of this rank's replica, each of so many micro-batches."""
 
     def batches(self, batches: SharedBatches) -> Iterator[PackedBatch]:
-        """This replica's share of the batches, the same on all of its ranks; each replica has as many."""
+        """Yield this replica's share of the batches, the same on all of its ranks; each replica has as many."""
 
     def forward(self, model: MultimodalModel, batch: PackedBatch) -> ModelOutput:
-        """The output of the whole batch."""
+        """Run the model on the batch, and return the output of the whole batch."""
 
     def hidden(self, model: MultimodalModel, batch: PackedBatch) -> Tensor | None:
-        """Hidden states [B, L, D] of the whole batch, for no gradient; None on ranks that the heads are not on."""
+        """Compute hidden states [B, L, D] of the whole batch, for no gradient; None on ranks without the heads."""
 
     def logits(self, model: MultimodalModel, hidden_nD: Tensor) -> Tensor:
-        """Scores [n, V] of all ids, for no gradient; the ranks that share the vocabulary ask together."""
+        """Compute scores [n, V] of all ids, for no gradient; the ranks that share the vocabulary ask together."""
 
     def part(self, model: MultimodalModel) -> LossShare:
-        """What this rank works out of the losses of its batches."""
+        """Say which share of its batches' losses this rank computes."""
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
-        """Before the backward pass of a micro-batch, the `last` one of its step or not."""
+        """Prepare the backward pass of a micro-batch, the `last` one of its step or not."""
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
-        """After the last backward pass: the norm of all gradients, and that of each expert's router weights [N, E]."""
+        """Return the norm of all gradients, and that of each expert's router weights [N, E].
+
+        It is called after the last backward pass of a step.
+        """
 
     def sum_over_data(self, x: Tensor) -> Tensor:
-        """The sum over the data replicas, a new tensor."""
+        """Sum `x` over the data replicas into a new tensor."""
 
     def sum_report(self, report: LossReport) -> LossReport:
-        """Of all ranks."""
+        """Add up the reports of all ranks."""
 
     def sum_routing(self, routing: RoutingStatistics | None) -> RoutingStatistics | None:
-        """Of all ranks, a row for each layer of experts of the whole model."""
+        """Add up the statistics of all ranks, a row for each layer of experts of the whole model."""
 
 
 class LocalExecutor:
@@ -128,7 +132,7 @@ class LocalExecutor:
         return model.logits(hidden_nD)
 
     def part(self, model: MultimodalModel) -> LossShare:
-        """Say that all of the losses are worked out here."""
+        """Return the share that is all of the losses."""
         return FULL_SHARE
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
@@ -153,7 +157,7 @@ class LocalExecutor:
 
 
 class MeshExecutor:
-    """One of the ranks of `mesh`."""
+    """Runs the steps of a run on one of the ranks of `mesh`."""
 
     def __init__(
         self, mesh: Mesh, setting: RankSetting, sources: int, device: torch.device, pipeline: Pipeline | None = None
@@ -205,7 +209,7 @@ class MeshExecutor:
         return head.whole(head.logits(hidden_nD))
 
     def part(self, model: MultimodalModel) -> LossShare:
-        """Say what of the losses is worked out here, by the axes of the mesh."""
+        """Say which share of its batches' losses this rank computes, by the axes of the mesh."""
         mesh, dims = self.mesh, self.mesh.dims
         vocabulary: dict[str, Any] = {}
         if dims.tp > 1:
@@ -221,7 +225,10 @@ class MeshExecutor:
         )
 
     def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
-        """[P, ...] -> the rows of all ranks that may share a contrastive group, and where this rank's begin."""
+        """Gather the rows of all ranks that may share a contrastive group, and say where this rank's begin.
+
+        `rows`: [P, ...], of the P pairs of this rank.
+        """
         assert self.contrast_axis is not None  # `part` asks for pairs where there is one
         group, rank = self.mesh.group(self.contrast_axis), self.mesh.rank(self.contrast_axis)
         counts = all_gather_no_grad(torch.tensor([len(rows)], device=rows.device), group).flatten().tolist()
@@ -235,7 +242,7 @@ class MeshExecutor:
         return "sequence" if self.mesh.dims.sequence_ranks > 1 else None
 
     def before_backward(self, model: MultimodalModel, last: bool) -> None:
-        """With ZeRO-1, let gradients travel in the `last` backward pass of a step alone."""
+        """Let gradients travel, with ZeRO-1, in the `last` backward pass of a step alone."""
         accumulate(model, self.setting.parallel, last)
 
     def finish_gradients(self, model: MultimodalModel) -> tuple[Tensor, Tensor | None]:
@@ -266,11 +273,11 @@ class MeshExecutor:
         return sum_routing(routing, (layers, self.sources, experts), self._rows(), counts, self.device)
 
     def _rows(self) -> list[int]:
-        """Of the routers here, among those of the whole model."""
+        """Give the numbers of the routers here among those of the whole model."""
         return list(range(self._routers()[0])) if self.pipeline is None else self.pipeline.rows
 
     def _routers(self) -> tuple[int, int]:
-        """Layers of experts of the whole model, and experts of each."""
+        """Count the layers of experts of the whole model, and the experts of each."""
         model = self.setting.model
         if model.moe is None:
             return 0, 0

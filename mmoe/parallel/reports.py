@@ -1,4 +1,4 @@
-"""What a step reports, added up over all ranks in one reduction each."""
+"""Adds up what a step reports over all ranks, in one reduction each."""
 
 from dataclasses import fields
 from math import prod
@@ -14,7 +14,7 @@ from mmoe.schema.modality import Modality
 
 
 def sum_report(report: LossReport, terms: LossTerms, sources: int, device: torch.device) -> LossReport:
-    """The report of all ranks; a rank may lack terms and sources that others have."""
+    """Add up the reports of all ranks; a rank may lack terms and sources that others have."""
     values = [report.loss.reshape(1)]
     for found, shapes in _tables(report, terms, sources):
         for name, shape in shapes.items():
@@ -44,7 +44,7 @@ def report_size(terms: LossTerms, sources: int) -> int:
 def _tables(
     report: LossReport, terms: LossTerms, sources: int
 ) -> list[tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]]:
-    """The report's tables by term, each with the shapes that all ranks give them."""
+    """Return the report's tables by term, each with the shapes that all ranks give them."""
     return [
         (report.terms, {term.name: () for term in terms}),
         (report.items, {term.name: (sources, len(Modality), 2) for term in terms if term.itemised}),
@@ -53,14 +53,14 @@ def _tables(
 
 
 def _beginning(table: Tensor, part: Tensor) -> Tensor:
-    """As many sources of the table as the part has; all of what is not by source."""
+    """Return as many sources of the table as the part has; all of what is not by source."""
     return table[: len(part)] if part.ndim else table
 
 
 def sum_routing(
     routing: RoutingStatistics | None, shape: tuple[int, int, int], rows: list[int], counts: bool, device: torch.device
 ) -> RoutingStatistics:
-    """Of all ranks; `shape` is (layers of experts, sources, experts) of the whole model.
+    """Add up the routing statistics of all ranks; `shape` is (layers of experts, sources, experts) of the whole model.
 
     `routing` is of the layers `rows`; a rank whose peers counted the same tokens has `counts` False.
     """

@@ -1,4 +1,4 @@
-"""Selective activation checkpointing: the products of a block are kept, what lies between them is computed again.
+"""Provides selective activation checkpointing: a block's products are kept, what lies between them is computed again.
 
 torch's `create_selective_checkpoint_contexts` counts every operation of the region, those of FSDP's hooks too, which
 differ when a region runs again, and fails on that. Here only the products are counted.
@@ -18,9 +18,9 @@ Store = dict[Any, deque]  # by operation that is kept: what its calls gave, in t
 
 
 def selective_contexts(saved_ops: frozenset[Any]) -> tuple["_Keep", "_Reuse"]:
-    """The `context_fn` of `torch.utils.checkpoint.checkpoint`: around a region, and around its second run.
+    """Make the `context_fn` of `torch.utils.checkpoint.checkpoint`: around a region, and around its second run.
 
-    What `saved_ops` give is kept beside plain matrix products.
+    The results of `saved_ops` are kept beside plain matrix products.
     """
     store: Store = {operation: deque() for operation in PRODUCTS | saved_ops}
     return _Keep(store), _Reuse(store)

@@ -1,7 +1,8 @@
-"""Sequences that lie on several ranks: which positions are where, and what the model needs to know of them.
+"""Says of sequences that lie on several ranks which positions are where, and what the model needs to know of them.
 
 The ranks of cp share the positions that attention works on, those of tp split each share once more in between (sequence
-parallelism). Shape suffixes as in `mmoe.models`; M = L / cp positions in attention, H = M / tp positions here.
+parallelism). Shape suffixes as in `mmoe.models`: B sequences, L positions, D model width; M = L / cp positions in
+attention, H = M / tp positions here; T tokens; n ranks.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,8 +27,10 @@ PIECES = 4  # of a sequence, that each rank of cp gets
 
 @dataclass(frozen=True)
 class Positions:
-    """Which positions (of L, a row for each of B sequences) are where: in attention on the ranks of cp, and in the
-    residual stream on those of cp x tp, of which this is `rank`."""
+    """Says which positions (of L, a row for each of B sequences) are on which rank.
+
+    In attention they are on the ranks of cp, and in the residual stream on those of cp x tp, of which this is `rank`.
+    """
 
     attended_cBM: Tensor
     streamed_nBH: Tensor
@@ -35,7 +38,10 @@ class Positions:
 
     @classmethod
     def for_rank(cls, document_BL: Tensor, cp: int, tp: int, rank: int) -> "Positions":
-        """Raises ConfigError where the ranks cannot share a sequence evenly."""
+        """Deal the positions of a batch to the ranks.
+
+        Raises ConfigError where the ranks cannot share a sequence evenly.
+        """
         sequences, length = document_BL.shape
         check_length(length, cp, tp)
         owned = _deal(document_BL, cp) if cp > 1 else torch.arange(length).expand(1, sequences, length)
@@ -44,11 +50,14 @@ class Positions:
 
     @property
     def here_BH(self) -> Tensor:
-        """Of this rank."""
+        """The positions of this rank."""
         return self.streamed_nBH[self.rank]
 
     def local(self, batch: PackedBatch) -> PackedBatch:
-        """The positions here, as a batch of [B, H] for the embeddings; vectors that belong elsewhere have index -1."""
+        """Return the positions here, as a batch of [B, H] for the embeddings.
+
+        Vectors that belong elsewhere have index -1.
+        """
         length = batch.shape[1]
         flat = _flat(self.here_BH, length)
         place = torch.full((batch.token_ids.numel(),), -1, device=flat.device)
@@ -62,7 +71,7 @@ class Positions:
         return replace(batch, **taken, values=values)
 
     def arrange(self, parts_nBHX: Tensor) -> Tensor:
-        """[B, L, X]: the parts of all ranks in the order of the sequences."""
+        """Put the parts of all ranks in the order of the sequences, [n, B, H, X] -> [B, L, X]."""
         order = _by_sequence(self.streamed_nBH).argsort(1)
         flat = _flat(order, order.shape[1])
         return _by_sequence(parts_nBHX).flatten(0, 1).index_select(0, flat).unflatten(0, order.shape)
@@ -70,19 +79,22 @@ class Positions:
 
 @dataclass(frozen=True)
 class Sharding(Positions):
-    """The positions of a batch on the ranks of `mesh`."""
+    """Says which positions of a batch are on which rank of `mesh`."""
 
     mesh: Mesh
 
     @classmethod
     def from_batch(cls, batch: PackedBatch, mesh: Mesh) -> "Sharding":
-        """Raises ConfigError where the ranks cannot share a sequence evenly."""
+        """Deal the positions of the batch to the ranks.
+
+        Raises ConfigError where the ranks cannot share a sequence evenly.
+        """
         dims = mesh.dims
         found = Positions.for_rank(batch.document, dims.cp, dims.tp, mesh.rank("sequence"))
         return cls(found.attended_cBM, found.streamed_nBH, found.rank, mesh)
 
     def context(self, batch: PackedBatch, config: ModelConfig, dtype: torch.dtype) -> BatchContext:
-        """For the blocks on this rank, of the whole `batch`."""
+        """Make the context of the blocks on this rank, of the whole `batch`."""
         cp, bidirectional = self.mesh.rank("cp"), config.bidirectional_slices
         attended_BM = self.attended_cBM[cp]
         position = batch.position.flatten(0, 1)[_flat(attended_BM, batch.shape[1])].unflatten(0, attended_BM.shape)
@@ -99,12 +111,15 @@ class Sharding(Positions):
         )
 
     def whole(self, hidden_BHD: Tensor) -> Tensor:
-        """[B, L, D] of the positions of all ranks; every rank's use of them adds to the gradient."""
+        """Gather the hidden states [B, L, D] of the positions of all ranks.
+
+        Every rank's use of them adds to the gradient.
+        """
         return self.arrange(all_gather_scatter_grad(hidden_BHD, self.mesh.group("sequence")))
 
 
 def check_length(length: int, cp: int, tp: int) -> None:
-    """Raises ConfigError where cp x tp ranks cannot share sequences of `length` positions."""
+    """Raise ConfigError where cp x tp ranks cannot share sequences of `length` positions."""
     unit = (cp * PIECES if cp > 1 else 1) * tp
     if length % unit:
         pieces = f"{PIECES} pieces for each of cp {cp}, and " if cp > 1 else ""
@@ -116,7 +131,10 @@ def check_length(length: int, cp: int, tp: int) -> None:
 
 @dataclass(frozen=True)
 class SplitTokens(Tokens):
-    """Of sequences that lie on several ranks: the fields are of all T tokens, the rows are of those that are here."""
+    """Holds the tokens of sequences that lie on several ranks.
+
+    The fields are of all T tokens, the rows are of those that are here.
+    """
 
     sharding: Sharding
     valid_H: Tensor  # [B H] numbers of the flattened positions here that are not padding
@@ -132,7 +150,7 @@ class SplitTokens(Tokens):
 
     @property
     def local_index_T(self) -> Tensor:
-        """Give the numbers (of T) of the tokens here."""
+        """The numbers (of T) of the tokens here."""
         return self.numbers_T
 
     def gather_valid(self, x_BHD: Tensor) -> Tensor:
@@ -156,17 +174,17 @@ _POSITIONED = {
 
 
 def _flat(position_BX: Tensor, length: int) -> Tensor:
-    """Positions of the flattened B L."""
+    """Number the positions in the flattened B L."""
     return (position_BX + length * torch.arange(len(position_BX), device=position_BX.device)[:, None]).flatten()
 
 
 def _by_sequence(x_nBHX: Tensor) -> Tensor:
-    """[n, B, H, ...] -> [B, n H, ...]."""
+    """Bring the ranks' parts of each sequence together, [n, B, H, ...] -> [B, n H, ...]."""
     return x_nBHX.transpose(0, 1).flatten(1, 2)
 
 
 def _deal(document_BL: Tensor, cp: int) -> Tensor:
-    """[cp, B, L / cp]: the positions that each rank attends from, equal in number and about equal in work.
+    """Deal positions to the ranks that attend from them, [cp, B, L / cp], equal in number and about equal in work.
 
     A sequence is cut into pieces, whose work is the number of keys that their positions see; the costliest go first,
     in snake order. For a sequence of one document this is the customary zig-zag.

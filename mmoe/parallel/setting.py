@@ -1,4 +1,4 @@
-"""What the ranks of a run read of its config, and what follows from it for their number."""
+"""Holds what the ranks of a run read of its config, and what follows from it for their number."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,5 +42,9 @@ class RankSetting:
 
     @property
     def needs_embedding_pass(self) -> bool:
-        """Whether a step embeds all its micro-batches before any has a gradient: groups are wider than a micro-step."""
+        """True if contrastive groups are wider than a micro-step.
+
+        All embeddings must then be computed first (GradCache): a step embeds all its micro-batches before any has a
+        gradient.
+        """
         return self.scope is ContrastiveScope.STEP and any(term.couples for term in self.loss_terms)

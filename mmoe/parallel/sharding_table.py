@@ -1,23 +1,24 @@
-"""Which parameter is cut along which dimension over which axis: `parallelize` applies it, `mmoe.planning` reads it.
+"""Says which parameter is cut along which dimension over which axis.
 
-First tp or ep cuts what is in `CUTS`. Then FSDP2 cuts every parameter among the ranks that share its unit, the module
-that it gathers at once.
+`parallelize` applies it, `mmoe.planning` reads it. First tp or ep cuts what is in `CUTS`. Then FSDP2 cuts every
+parameter among the ranks that share its unit, the module that it gathers at once.
 """
 
 from typing import NamedTuple
 
 
 class Cut(NamedTuple):
-    """The axis of the mesh whose ranks share a parameter, and the dimension along which they cut it."""
+    """Names the axis of the mesh whose ranks share a parameter, and the dimension along which they cut it."""
 
     axis: str
     dim: int
 
 
 class Unit(NamedTuple):
-    """A module that FSDP2 gathers at once, over `axis`, its parameters cut along `dim`; the root has the path "".
+    """Describes a module that FSDP2 gathers at once, over `axis`, its parameters cut along `dim`.
 
-    With `matrices` it is nothing but matrices, which are gathered in the precision of the products.
+    The root has the path "". With `matrices` it is nothing but matrices, which are gathered in the precision of the
+    products.
     """
 
     path: str
@@ -69,7 +70,7 @@ def unit_of(name: str) -> Unit:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The path of a parameter's block, "" where it is in none, and its name within."""
+    """Split the path of a parameter's block, "" where it is in none, from its name within."""
     parts = name.split(".")
     in_block = parts[:2] == ["decoder", "blocks"]
     return (".".join(parts[:3]), ".".join(parts[3:])) if in_block else ("", name)

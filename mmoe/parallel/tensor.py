@@ -1,8 +1,9 @@
-"""Tensor and sequence parallelism: matrices of attention and FFN by head and column, the vocabulary by id.
+"""Provides tensor and sequence parallelism: attention and FFN by head and column, the vocabulary by id.
 
-Between them a rank holds the positions of `mmoe.parallel.sequence`; what enters attention or an FFN is gathered, what
-leaves is summed and split again. What is not a matrix of these, and every expert, is the same on all ranks of `tp`,
-and works on the positions that are here.
+Between their matrices a rank holds the positions of `mmoe.parallel.sequence`; what enters attention or an FFN is
+gathered, what leaves is summed and split again. What is not a matrix of these, and every expert, is the same on all
+ranks of `tp`, and works on the positions that are here. Shape suffixes: B sequences, H positions here, D model width,
+n chosen positions, V ids.
 """
 
 from typing import Any
@@ -33,7 +34,7 @@ from mmoe.precision.upcast import upcast
 
 
 def check_tensor(config: ModelConfig, tp: int) -> None:
-    """Raises ConfigError where `tp` ranks cannot share the matrices of the model."""
+    """Raise ConfigError where `tp` ranks cannot share the matrices of the model."""
     remedy = "change it, or parallel.tp"
     if config.n_heads % tp:
         raise ConfigError(f"model.n_heads is {config.n_heads}, not a multiple of parallel.tp {tp}; {remedy}")
@@ -48,7 +49,7 @@ def check_tensor(config: ModelConfig, tp: int) -> None:
 
 
 def check_vocabulary(size: int, tp: int, fsdp: int) -> None:
-    """Raises ConfigError where the table of `size` ids cannot be cut by `tp` and then by `fsdp`.
+    """Raise ConfigError where the table of `size` ids cannot be cut by `tp` and then by `fsdp`.
 
     FSDP2 cuts each of tp's unequal parts by itself; DTensor, which loads and saves them, expects other borders then.
     """
@@ -109,7 +110,7 @@ def _shard_network(network: SwiGLU, mesh: DeviceMesh) -> None:
 
 
 class RepeatedHeads(ParallelStyle):
-    """A key or value projection with fewer heads than ranks: each computes all heads and keeps the one it needs."""
+    """Projects to keys or values of fewer heads than ranks: each computes all heads and keeps the one it needs."""
 
     def __init__(self, head_dim: int, repeated: int) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class RepeatedHeads(ParallelStyle):
 
 
 class VocabularyEmbedding(nn.Module):
-    """The token table, a range of ids on each rank of `tp`: [B, H] ids of this rank -> [B, H, D]."""
+    """Holds the token table, a range of ids on each rank of `tp`: [B, H] ids of this rank -> [B, H, D]."""
 
     def __init__(self, table: TokenTable, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -149,12 +150,12 @@ class VocabularyEmbedding(nn.Module):
 
 
 def first_id(vocabulary_size: int, mesh: DeviceMesh) -> int:
-    """The first id of this rank's range: DTensor's shards are rounded up, and the last ones may be short."""
+    """Return the first id of this rank's range: DTensor's shards are rounded up, and the last ones may be short."""
     return min(-(-vocabulary_size // mesh.size()) * mesh.get_local_rank(), vocabulary_size)
 
 
 class VocabularyHead:
-    """Logits and cross-entropy over a vocabulary that the ranks of `tp` share; every rank gets the whole loss.
+    """Computes logits and cross-entropy over a vocabulary that the ranks of `tp` share; every rank gets the whole loss.
 
     The gradient of the hidden states is a part of a sum over the ranks, as `Sharding.whole` expects.
     """
@@ -163,25 +164,27 @@ class VocabularyHead:
         self.model, self.mesh = model, mesh
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
-        """[n, V / tp]: of the ids of this rank."""
+        """Compute the logits of the ids of this rank, [n, V / tp]."""
         return F.linear(hidden_nD, local(self.model.unembedding_weight))
 
     def whole(self, logits_nV: Tensor) -> Tensor:
-        """[n, V / tp] of each rank -> [n, V] on all of them, without a gradient."""
+        """Gather the logits [n, V / tp] of each rank to [n, V] on all of them, without a gradient."""
         size = self.model.unembedding_weight.shape[0]
         most = -(-size // self.mesh.size())  # ids of a rank; the last ones may have fewer
         parts = all_gather_no_grad(F.pad(logits_nV, (0, most - logits_nV.shape[1])), self.mesh.get_group())
         return parts.transpose(0, 1).flatten(1)[:, :size]
 
     def criterion(self, logits_nV: Tensor, labels_n: Tensor) -> Tensor:
-        """[n] nats."""
+        """Compute the cross-entropy of each label over the vocabulary of all ranks, [n] nats."""
         own = labels_n - first_id(self.model.unembedding_weight.shape[0], self.mesh)
         return _VocabularyCrossEntropy.apply(upcast(logits_nV), own, self.mesh.get_group())
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
-    """log sum exp(logits) - logit of the label, with maximum and sums over all ranks (Megatron-LM, Shoeybi et al.
-    2019, section 3)."""
+    """Computes log sum exp(logits) - logit of the label, with maximum and sums over all ranks.
+
+    Megatron-LM (Shoeybi et al. 2019), section 3.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, label_n: Tensor, group: dist.ProcessGroup) -> Tensor:

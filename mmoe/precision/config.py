@@ -1,4 +1,4 @@
-"""In which precision a run computes, and in which it keeps its weights."""
+"""Configures in which precision a run computes, and in which it keeps its weights."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -9,7 +9,7 @@ from mmoe.config.base import Config
 
 
 class PrecisionConfig(Config):
-    """`compute` is the precision of the matrix products.
+    """Configures the precision of a run; `compute` is that of the matrix products.
 
     ======== ================== ===============================================================
     compute  parameters, states  products
@@ -24,16 +24,16 @@ class PrecisionConfig(Config):
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """Of parameters, gradients and optimizer states."""
+        """The dtype of parameters, gradients and optimizer states."""
         return torch.float64 if self.compute == "float64" else torch.float32
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Of the matrix products."""
+        """The dtype of the matrix products."""
         return getattr(torch, self.compute)
 
     def autocast(self, device: torch.device | str) -> AbstractContextManager:
-        """The context of forward and losses on `device`; backward runs outside it."""
+        """Return the context of forward and losses on `device`; backward runs outside it."""
         if self.compute == "bfloat16":
             return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
         return nullcontext()

@@ -1,9 +1,9 @@
-"""What must not be computed in less than float32."""
+"""Widens what must not be computed in less than float32."""
 
 import torch
 from torch import Tensor
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in float32 or wider: half precisions become float32, float64 stays float64."""
+    """Return `x` in float32 or wider: half precisions become float32, float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

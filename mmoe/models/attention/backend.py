@@ -1,4 +1,4 @@
-"""What an attention backend is, and which there are.
+"""Defines the interface of an attention backend, and the registry of backends.
 
 What a backend needs of a batch (document borders, masks) is worked out once a forward pass, in `from_batch`, and
 shared by all layers. Shape suffixes: B sequences, L positions, H heads, G key/value heads, K head width; b documents
@@ -23,7 +23,7 @@ class BatchAttention(Protocol):
     """Attends under the attention rule of one batch, which all layers share."""
 
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
-        """[B, L, H, K], in the dtype of v; zeros at padding."""
+        """Attend from queries to keys and values of the batch, [B, L, H, K] in the dtype of v; zeros at padding."""
 
 
 class AttentionBackend(ABC):
@@ -52,19 +52,25 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
-        """As `BatchAttention`. Gradients of q, k and v must be there even where all is padding (`differentiable`)."""
+        """Attend from queries to keys and values of the batch, [B, L, H, K] in the dtype of v; zeros at padding.
+
+        Gradients of q, k and v must be there even where all is padding (`differentiable`).
+        """
 
     @classmethod
     @abstractmethod
     def flops(cls, documents: Sequence[int], heads: int, head_dim: int) -> int:
-        """Count the operations of a layer's forward pass over a sequence that documents of such lengths fill.
+        """Count the operations of a layer's forward pass over one sequence; a multiplication with an addition is two.
 
-        A multiplication with an addition is two.
+        `documents`: the lengths, in positions, of the documents that fill the sequence.
         """
 
     @classmethod
     def attend_masked(cls, q_bHnK: Tensor, k_bGmK: Tensor, v_bGmK: Tensor, mask_nm: Tensor) -> Tensor:
-        """Give [b, H, n, K] of some queries of a document over all its keys; only with `supports_cp`."""
+        """Attend from some queries of a document to all its keys, [b, H, n, K]; only with `supports_cp`.
+
+        `mask_nm`: True where a query may see a key.
+        """
         raise NotImplementedError
 
 
@@ -80,7 +86,7 @@ ATTENTION_BACKENDS = ClassRegistry(
 
 
 def differentiable(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`out`, with zeros as gradients of q, k and v where it was made of padding alone and would have none.
+    """Return `out`, with zeros as gradients of q, k and v where it was made of padding alone and would have none.
 
     Ranks that add up their gradients must all have the same ones.
     """

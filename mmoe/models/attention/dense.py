@@ -1,4 +1,7 @@
-"""The reference backend: one mask over the whole sequence."""
+"""Provides the reference backend: one mask over the whole sequence.
+
+Shape suffixes as in `mmoe.models.attention.backend`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from mmoe.schema.batch import PackedBatch
 
 @dataclass(frozen=True)
 class DenseAttention(AttentionBackend):
-    """Masks the whole sequence at once. Quadratic in L; for tests and small models."""
+    """Attends by masking the whole sequence at once. Quadratic in L; for tests and small models."""
 
     rules = frozenset({"causal", "bidirectional_slices"})
     saved_ops = SDPA_OPS
@@ -30,7 +33,7 @@ class DenseAttention(AttentionBackend):
         return cls((allowed | (itself & ~batch.valid[:, None])).unsqueeze(1), batch.valid)
 
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
-        """Give [B, L, H, K] by one masked call over all positions; zeros at padding."""
+        """Attend by one masked call over all positions, [B, L, H, K]; zeros at padding."""
         q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
         out = scaled_dot_product(q, k, v, self.mask).transpose(1, 2)
         return torch.where(self.valid[..., None, None], out, 0)

@@ -1,4 +1,7 @@
-"""The backend of packed batches: attention document by document."""
+"""Provides the backend of packed batches, which attends document by document.
+
+Shape suffixes as in `mmoe.models.attention.backend`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +20,9 @@ from mmoe.schema.modality import Modality
 
 @dataclass(frozen=True)
 class DocumentGroup:
-    """`count` adjacent documents of `length` positions; `mask` [count, 1, length, length], None where causal.
+    """Holds `count` adjacent documents of `length` positions, which share one attention call.
 
-    A group of padding attends to nothing.
+    `mask`: [count, 1, length, length], None where causal. A group of padding attends to nothing.
     """
 
     count: int
@@ -30,7 +33,7 @@ class DocumentGroup:
 
 @dataclass(frozen=True)
 class DocumentAttention(AttentionBackend):
-    """Attention document by document over `cu_seqlens`; adjacent documents of equal length share a call.
+    """Attends document by document over `cu_seqlens`; adjacent documents of equal length share a call.
 
     A document is a view of the batch, so nothing is gathered. Only one that holds pictures gets a mask, of its
     own size, and only where slices are bidirectional. Padding is not computed.
@@ -62,7 +65,7 @@ class DocumentAttention(AttentionBackend):
         return cls(tuple(groups))
 
     def attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
-        """Give [B, L, H, K] by one call for each group of equally long documents; zeros at padding."""
+        """Attend by one call for each group of equally long documents, [B, L, H, K]; zeros at padding."""
         # One transpose and one split for all documents: autograd then joins their gradients in a single copy.
         sizes = [group.count * group.length for group in self.groups]
         q, k, v = (x.flatten(0, 1).transpose(0, 1).split(sizes, dim=1) for x in (q_BLHK, k_BLGK, v_BLGK))
@@ -71,12 +74,12 @@ class DocumentAttention(AttentionBackend):
 
     @classmethod
     def flops(cls, documents: Sequence[int], heads: int, head_dim: int) -> int:
-        """Count two products over half the square of each document, the causal half."""
+        """Count the operations of two products over half the square of each document, the causal half."""
         return 2 * sum(length**2 for length in documents) * heads * head_dim
 
     @classmethod
     def attend_masked(cls, q_bHnK: Tensor, k_bGmK: Tensor, v_bGmK: Tensor, mask_nm: Tensor) -> Tensor:
-        """Give [b, H, n, K] by one masked call."""
+        """Attend from some queries of a document to all its keys by one masked call, [b, H, n, K]."""
         return scaled_dot_product(q_bHnK, k_bGmK, v_bGmK, mask_nm)
 
 

@@ -1,4 +1,7 @@
-"""The attention of a block: projections and rotary positions around what the backend attends."""
+"""Defines the attention of a block: projections and rotary positions around what the backend attends.
+
+Shape suffixes: B sequences, L positions, D model width.
+"""
 
 from torch import Tensor, nn
 
@@ -8,7 +11,7 @@ from mmoe.models.rotary import RotaryTables
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023), with RMS-normalised queries and keys where `qk_norm`.
+    """Applies grouped-query attention (Ainslie et al. 2023), with RMS-normalized queries and keys where `qk_norm`.
 
     Query head h reads key/value head ``h // (heads / kv_heads)``.
     """
@@ -24,7 +27,7 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
 
     def forward(self, x_BLD: Tensor, rotary: RotaryTables, batch: BatchAttention) -> Tensor:
-        """[B, L, D] -> [B, L, D]; zeros at padding."""
+        """Attend from every position of x under the rule of `batch`, [B, L, D] -> [B, L, D]; zeros at padding."""
         q, k, v = (project(x_BLD).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
         q, k = rotary.rotate(self.query_norm(q)), rotary.rotate(self.key_norm(k))
         return self.output(batch.attend(q, k, v).flatten(2))

@@ -1,4 +1,7 @@
-"""The attention rule: which position may see which. Every backend is tested against this one function."""
+"""Defines the attention rule: which position may see which. Every backend is tested against this one function.
+
+Shape suffix: L positions.
+"""
 
 import torch
 from torch import Tensor
@@ -9,9 +12,10 @@ from mmoe.schema.modality import Modality
 def may_attend(
     document: Tensor, slice: Tensor, modality: Tensor, bidirectional: bool, queries: range | None = None
 ) -> Tensor:
-    """[..., L] of `PackedBatch` -> [..., L, L] bool: whether position i (row) may see position j (column).
+    """Return whether position i (row) may see position j (column), bool [..., L, L].
 
-    With `queries` only these rows, [..., queries, L].
+    `document`, `slice` and `modality`: those of `PackedBatch`, [..., L]. With `queries` only these rows,
+    [..., queries, L].
 
     It may when both are in the same document and either j <= i or (`bidirectional`) both are VISION of the same
     slice. Padding sees nothing and is seen by nothing.

@@ -1,4 +1,7 @@
-"""torch's scaled dot-product attention, which several backends call."""
+"""Wraps torch's scaled dot-product attention, which several backends call.
+
+Shape suffixes as in `mmoe.models.attention.backend`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,9 @@ SDPA_OPS = frozenset({FLASH_ATTENTION.default, CPU_ATTENTION.default, EFFICIENT_
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [b, H, n, K], k and v [b, G, n, K] -> [b, H, n, K] in the dtype of v; causal without a mask.
+    """Compute scaled dot-product attention, [b, H, n, K] in the dtype of v; causal without a mask.
+
+    `q`: [b, H, n, K]. `k`, `v`: [b, G, n, K].
 
     On a CPU float32 is faster than bfloat16 for documents below a thousand positions, so it computes widened.
     """

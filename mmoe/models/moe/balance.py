@@ -1,8 +1,8 @@
-"""What keeps a router healthy: losses of its balance at three levels, its z-loss, and the rule that moves its bias.
+"""Keeps a router healthy by losses of its balance at three levels, its z-loss, and the rule that moves its bias.
 
 All levels are E * sum_e f_e P_e (Switch Transformer, Fedus et al. 2021; f divided by K), 1 at perfect balance: f_e
 is the share of the choices that fell on expert e (before any drop, no gradient), P_e the mean probability of e.
-Sigmoid scores are normalised over the experts first (DeepSeek-V3, 2024, equations 17 to 20). Gradient
+Sigmoid scores are normalized over the experts first (DeepSeek-V3, 2024, equations 17 to 20). Gradient
 descent on it lowers the probability of experts with f_e above their P-weighted mean.
 
 ============ ============================================= =================== ======================
@@ -15,6 +15,8 @@ global_batch of the optimizer step so far, over the ranks  of the micro-batch  l
 
 The wider the level, the more a sequence may keep to the experts of its own subject (Qiu et al. 2025, "Demons in the
 Detail"). With the last, f of an early micro-batch knows only those before it, as in that paper.
+
+Shape suffixes as in `mmoe.models.moe.router`; X rows of any kind (sequences or layers).
 """
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from mmoe.models.moe.tokens import Tokens
 
 
 class BalanceConfig(Config):
-    """Coefficients of the load-balancing loss at each level; several may act at once, 0 leaves a level out."""
+    """Configures the load-balancing loss by a coefficient for each level; several may act at once, 0 leaves one out."""
 
     sequence: float = Field(default=0.01, ge=0)
     micro_batch: float = Field(default=0.0, ge=0)
@@ -44,7 +46,7 @@ def router_losses(config: BalanceConfig) -> tuple[str, ...]:
 
 
 class ExpertLoadAccumulator:
-    """How often each expert was chosen in the optimizer step so far, before any drop.
+    """Counts how often each expert was chosen in the optimizer step so far, before any drop.
 
     The loads of all layers are one tensor, so summing them over data ranks is one reduction. `reduce` does that:
     [N, E] i64 of this rank -> the sum over ranks, a new tensor. Every rank must come to `total` equally often.
@@ -55,44 +57,44 @@ class ExpertLoadAccumulator:
         self._load_NE: Tensor | None = None
 
     def add(self, load_NE: Tensor) -> None:
-        """Count a micro-batch of this rank."""
+        """Add the loads of a micro-batch of this rank."""
         self._load_NE = load_NE if self._load_NE is None else self._load_NE + load_NE
 
     @classmethod
     def join(cls, parts: "list[ExpertLoadAccumulator]") -> "ExpertLoadAccumulator":
-        """Of the layers of several, in that order; a part to which nothing was added has none."""
+        """Make one accumulator of the layers of several, in that order; a part to which nothing was added has none."""
         joined = cls(parts[0]._reduce)
         if added := [part._load_NE for part in parts if part._load_NE is not None]:
             joined.add(torch.cat(added))
         return joined
 
     def total(self) -> Tensor:
-        """[N, E] i64, of all ranks. Raises ValueError where nothing was added."""
+        """Return the loads of all ranks, i64 [N, E]. Raises ValueError where nothing was added."""
         if self._load_NE is None:
             raise ValueError("no loads were counted in this step; add those of a micro-batch first")
         return self._reduce(self._load_NE)
 
 
 def expert_load(routing: Routing, tokens: Tokens) -> Tensor:
-    """[B, E] i64: how often each sequence chose each expert."""
+    """Count how often each sequence chose each expert, i64 [B, E]."""
     experts = routing.logits_TE.shape[1]
     cell_TK = tokens.sequence_T[:, None] * experts + routing.expert_TK
     return count(cell_TK, tokens.sequences * experts).view(-1, experts)
 
 
 def expert_probability(routing: Routing, tokens: Tokens) -> Tensor:
-    """[B, E]: sums of the experts' probabilities over each sequence's valid tokens."""
+    """Sum the experts' probabilities over each sequence's valid tokens, [B, E]."""
     return _sequence_sums(routing.probability_TE, tokens)
 
 
 def balance_loss(load_XE: Tensor, probability_XE: Tensor) -> Tensor:
-    """[X]: E * sum_e f_e P_e of the given loads and mean probabilities; zero where nothing was chosen."""
+    """Compute E * sum_e f_e P_e of the given loads and mean probabilities, [X]; zero where nothing was chosen."""
     share = load_XE.to(probability_XE.dtype) / load_XE.sum(-1, keepdim=True).clamp(min=1)
     return load_XE.shape[-1] * (share * probability_XE).sum(-1)
 
 
 def z_loss(routing: Routing, tokens: Tokens) -> Tensor:
-    """logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022), meaned over a sequence's valid tokens, then over sequences."""
+    """Average logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022) over a sequence's valid tokens, then over sequences."""
     sums = _sequence_sums(routing.logits_TE.logsumexp(1, keepdim=True).square(), tokens)
     return (sums / sequence_counts(tokens)[:, None]).mean()
 
@@ -101,7 +103,7 @@ def z_loss(routing: Routing, tokens: Tokens) -> Tensor:
 def update_expert_bias(routers: list[Router], load_NE: Tensor, rate: float) -> None:
     """Raise the bias of the experts that a step chose less than the mean of their layer, lower that of the others.
 
-    bias += rate * sign(mean load - load): Wang et al. 2024, "RouterAuxLosses-Loss-Free Load Balancing"; DeepSeek-V3.
+    bias += rate * sign(mean load - load): Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"; DeepSeek-V3.
     `load_NE` are the loads of the step over all ranks, a row for each router. The comparison is one of integers.
     """
     load_NE = load_NE.detach()
@@ -112,10 +114,10 @@ def update_expert_bias(routers: list[Router], load_NE: Tensor, rate: float) -> N
 
 
 def sequence_counts(tokens: Tokens) -> Tensor:
-    """[B]: valid tokens of each sequence, at least 1."""
+    """Count the valid tokens of each sequence, [B]; at least 1."""
     return count(tokens.sequence_T, tokens.sequences).clamp(min=1)
 
 
 def _sequence_sums(values_TX: Tensor, tokens: Tokens) -> Tensor:
-    """[B, X]: sums over each sequence's valid tokens."""
+    """Sum over each sequence's valid tokens, [B, X]."""
     return values_TX.new_zeros(tokens.sequences, values_TX.shape[1]).index_add(0, tokens.sequence_T, values_TX)

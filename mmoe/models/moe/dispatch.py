@@ -1,9 +1,12 @@
-"""Dispatchers: they bring tokens to the rows of their experts, and bring the experts' outputs back.
+"""Defines dispatchers, which bring tokens to the rows of their experts, and the experts' outputs back.
 
 A dispatcher is a plain object with `plan`, `dispatch`, `wait` and `combine`. A new one is a `LocalDispatcher`, which
 plans for one process and names the exchange that spreads it over the ranks of `ep` (`mmoe.parallel.expert`). Experts
 see rows sorted by expert; how many, and which of them are empty, is the dispatcher's affair. Both ways only copy rows
 by index, and so do their gradients: no sum depends on the order in which threads finish.
+
+Shape suffixes as in `mmoe.models.moe.router`: T tokens choose K of E experts each, R rows, D model width, L positions
+of a sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ Drop = Literal["probs", "position"]
 
 @dataclass(frozen=True)
 class TokenPermutation:
-    """Where the choices of the router stand. Choice c is the (c % K)-th of token c // K.
+    """Says which row each choice of the router has. Choice c is the (c % K)-th of token c // K.
 
     `row_TK` is the row of each choice, R where it was dropped; `choice_R` is the choice in each row, T K where the
     row is empty. The rows of expert e end before `ends_E[e]` (i32). `complete`: nothing is dropped or empty.
@@ -43,24 +46,27 @@ class TokenPermutation:
 
     @property
     def dropped_TK(self) -> Tensor:
-        """Mark the choices that got no row."""
+        """The choices that got no row, bool."""
         return self.row_TK == len(self.choice_R)
 
 
 class Placed(Protocol):
-    """What every placement says, wherever its rows are: those of the `TokenPermutation` that experts here compute."""
+    """Says what every placement of choices in rows can say: where groups end, what was dropped, whether all is full.
+
+    The rows are those that experts here compute, wherever the tokens are (`TokenPermutation`).
+    """
 
     @property
     def ends_E(self) -> Tensor:
-        """Give the row behind the last one of each expert, i32."""
+        """The row behind the last one of each expert, i32."""
 
     @property
     def complete(self) -> bool:
-        """Say whether every choice has a row and every row a choice."""
+        """True if every choice has a row and every row a choice."""
 
     @property
     def dropped_TK(self) -> Tensor:
-        """Mark the choices that got no row."""
+        """The choices that got no row, bool."""
 
 
 P = TypeVar("P", bound=Placed)
@@ -77,10 +83,10 @@ class Dispatcher(Protocol[P]):
         """Send each row its token, [R, D]; empty rows are zero."""
 
     def wait(self, rows_RD: Tensor, placement: P) -> Tensor:
-        """[R, D] sorted by expert, of what `dispatch` returned; waits for the rows where they travel."""
+        """Return what `dispatch` returned as rows [R, D] sorted by expert; waits for the rows where they travel."""
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: P) -> Tensor:
-        """[T, D]: the weighted sum over each token's choices; dropped ones add zero."""
+        """Return the weighted sum over each token's choices, [T, D]; dropped ones add zero."""
 
 
 class LocalDispatcher(ABC):
@@ -112,7 +118,7 @@ class LocalDispatcher(ABC):
 
     @abstractmethod
     def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
-        """As `Dispatcher`."""
+        """Give every choice a row, or drop it."""
 
     def dispatch(self, x_TD: Tensor, placement: TokenPermutation) -> Tensor:
         """Copy each token to the rows of its choices, [R, D]; empty rows are zero."""
@@ -120,7 +126,7 @@ class LocalDispatcher(ABC):
         return permute_tokens(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
 
     def wait(self, rows_RD: Tensor, placement: TokenPermutation) -> Tensor:
-        """Give the rows as they are: here they do not travel."""
+        """Return the rows as they are: here they do not travel."""
         return rows_RD
 
     def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: TokenPermutation) -> Tensor:
@@ -129,7 +135,7 @@ class LocalDispatcher(ABC):
 
 
 def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> TokenPermutation:
-    """A row for each choice, sorted by expert, in it by token; groups of a multiple of `multiple` rows."""
+    """Give each choice a row, sorted by expert, in it by token; groups of a multiple of `multiple` rows."""
     expert = expert_TK.flatten()
     choice = expert.argsort(stable=True)
     rank = torch.arange(len(choice), device=choice.device)
@@ -156,7 +162,7 @@ def rounded_up(rows: Rows, multiple: int) -> Rows:
 
 
 class DroplessDispatcher(LocalDispatcher):
-    """Every choice gets a row: groups of as many rows as each expert was chosen.
+    """Gives every choice a row: groups of as many rows as each expert was chosen.
 
     Where groups are padded, R = T K + E (group_multiple - 1), rounded up, whatever is routed, so that nobody waits
     for the sizes; the rows that no group needs are empty rows of the last one.
@@ -168,10 +174,11 @@ class DroplessDispatcher(LocalDispatcher):
 
 
 class CapacityDispatcher(LocalDispatcher):
-    """Every expert has C = ceil(capacity_factor * L * K / E) rows for each sequence: fixed shapes, whatever is routed.
+    """Gives every expert equally many rows for each sequence, whatever is routed: fixed shapes.
 
-    Where more tokens of a sequence choose an expert, some are dropped: with `probability` those with its lowest
-    scores (ties: the later token), with `position` the later tokens. One sequence never takes the rows of another.
+    They are C = ceil(capacity_factor * L * K / E). Where more tokens of a sequence choose an expert, some are dropped:
+    with `probability` those with its lowest scores (ties: the later token), with `position` the later tokens. One
+    sequence never takes the rows of another.
     """
 
     by_capacity = True
@@ -189,7 +196,7 @@ class CapacityDispatcher(LocalDispatcher):
         return cls(config.n_experts, config.capacity_factor, config.drop_policy, config.token_group_alignment)
 
     def capacity(self, length: int, top_k: int) -> int:
-        """Rows of one expert for one sequence of `length` positions."""
+        """Count the rows of one expert for one sequence of `length` positions."""
         factor = Fraction(str(self.capacity_factor))  # as it was written: 1.1 * 90 / 3 is 33, not 34
         return math.ceil(factor * length * top_k / self.experts)
 

@@ -1,4 +1,4 @@
-"""The experts: one SwiGLU network each, computed by an engine over groups of rows.
+"""Defines the experts: one SwiGLU network each, computed by an engine over groups of rows.
 
 Shape suffixes as in `mmoe.models.moe.engines.engine`.
 """
@@ -12,7 +12,7 @@ from mmoe.optional import require
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks: down(silu(gate(x)) * up(x)), each over its own group of rows.
+    """Holds E SwiGLU networks, down(silu(gate(x)) * up(x)), each of which computes its own group of rows.
 
     Raises BackendError where what the engine requires is not available.
     """
@@ -28,7 +28,10 @@ class Experts(nn.Module):
         self.kind, self.engine = engine, found(experts, size, hidden)
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """[R, D] sorted by expert -> [R, D], in the dtype of the products. Raises ConfigError as `check_dtype`."""
+        """Send rows [R, D], sorted by expert, through their experts, [R, D] in the dtype of the products.
+
+        Raises ConfigError where the engine has no products of that dtype (`check_dtype`).
+        """
         dtype = compute_dtype(x_RD)
         check_dtype(self.kind, dtype)
         x_RD, gate, up, down = (x.to(dtype) for x in (x_RD, self.gate, self.up, self.down))

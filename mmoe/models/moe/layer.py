@@ -1,4 +1,7 @@
-"""The mixture-of-experts layer: router, dispatcher and experts, with the losses and statistics of its routing."""
+"""Defines the mixture-of-experts layer: router, dispatcher and experts, with losses and statistics of its routing.
+
+Shape suffixes as in `mmoe.models.moe.router`; L positions.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -75,7 +78,7 @@ class MoEConfig(Config):
         return self
 
     def check_width(self, key: str, width: int) -> None:
-        """Raises ValueError where the engine cannot multiply matrices of this width, naming those that can."""
+        """Raise ValueError where the engine cannot multiply matrices of this width, naming those that can."""
         if width % (multiple := EXPERT_ENGINES.find(self.expert_backend).multiple):
             others = EXPERT_ENGINES.kinds_that(lambda engine: width % engine.multiple == 0)
             raise ValueError(
@@ -99,19 +102,19 @@ class MoEConfig(Config):
 
     @property
     def dispatcher_class(self) -> type[LocalDispatcher]:
-        """Find the class of the dispatcher: the configured one, or that which a capacity factor asks for."""
+        """The class of the dispatcher: the configured one, or that which a capacity factor asks for."""
         return DISPATCHERS.find(self.dispatcher or ("dropless" if self.capacity_factor is None else "capacity"))
 
     def in_layer(self, number: int) -> bool:
-        """Whether layer `number` (from 0) has experts."""
+        """Return whether layer `number` (from 0) has experts."""
         return number >= self.first_k_dense and (number + 1) % self.layer_freq == 0
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """What a forward pass routed: losses with gradient, and the statistics of training (None in evaluation).
+    """Holds what a forward pass routed: losses with gradient, and the statistics of training (None in evaluation).
 
-    `balance_loss` is that of the sequences, meaned. `load_E` (i64, before any drop) and `probability_E` (means over
+    `balance_loss` is that of the sequences, averaged. `load_E` (i64, before any drop) and `probability_E` (means over
     the valid tokens, with gradient) are what the other levels are made of. All are returned and never kept in the
     module: what activation recomputation computes again is thrown away.
     """
@@ -138,7 +141,10 @@ class LayerRouting:
 
 
 class MoELayer(nn.Module):
-    """The network of layer `number`: a router, its experts, and those that every token goes through."""
+    """Sends tokens through a router to their experts, and through those that every token goes through.
+
+    It is the network of the block of layer `number`.
+    """
 
     def __init__(self, size: int, config: MoEConfig, number: int = 0) -> None:
         super().__init__()
@@ -161,7 +167,10 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher[Any] = config.dispatcher_class.from_config(config)
 
     def forward(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, LayerRouting]:
-        """[B, L, D] -> [B, L, D] and what was routed. Padding is not routed and gets zeros."""
+        """Send each token through its experts, [B, L, D] -> [B, L, D], and return also what was routed.
+
+        Padding is not routed and gets zeros.
+        """
         for_router_TD, for_experts_TD, *for_shared = fan_out(tokens.gather_valid(x_BLD), self._readers)
         routing = self.router(for_router_TD, tokens.all_gather_tokens, self._noise(tokens))
         placement = self.dispatcher.plan(routing, tokens)
@@ -176,7 +185,7 @@ class MoELayer(nn.Module):
         return tokens.scatter_valid(y_TD), LayerRouting.from_routing(routing, tokens, load_BE, statistics)
 
     def _noise(self, tokens: Tokens) -> Tensor | None:
-        """[T, E] to choose with, in training: a step that seeds torch anew has noise of its own."""
+        """Draw the noise [T, E] to choose with, in training: a step that seeds torch anew has noise of its own."""
         if not (self.training and self.config.router_noise):
             return None
         return self.config.router_noise * gaussian(
@@ -185,7 +194,7 @@ class MoELayer(nn.Module):
 
     @property
     def _readers(self) -> int:
-        """Of a token's hidden state: the router, the experts, the shared ones, their gate."""
+        """The number of readers of a token's hidden state: the router, the experts, the shared ones, their gate."""
         return 2 + (self.shared is not None) + (self.shared_gate is not None)
 
     def _shared(self, x_TD: Tensor | None = None, gate_TD: Tensor | None = None) -> Tensor | None:

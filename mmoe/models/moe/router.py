@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with what weight.
+"""Defines the router, which chooses the experts that a token goes to, and their weights.
 
 Shape suffixes, here and in the other files of this folder: T tokens (no padding among them), D model width,
 E experts, K experts per token, G groups of experts, R rows (places of tokens at experts), B sequences, N layers of
@@ -21,7 +21,7 @@ Score = Literal["softmax", "softmax_topk", "sigmoid"]
 
 
 class GroupLimitConfig(Config):
-    """Experts e with the same e // (experts / count) are a group; a token's experts come from `per_token` groups.
+    """Limits the experts of a token to `per_token` groups; experts e with the same e // (experts / count) are a group.
 
     A group counts by the sum of its two best experts (`top2`: DeepSeek-V3, 2024, section 2.1.2) or by its best
     (`max`: DeepSeek-V2, 2024, section 2.2.2). Where groups stand on nodes, so many nodes at most get a token.
@@ -34,7 +34,7 @@ class GroupLimitConfig(Config):
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router decided, in float32 or wider; the K choices of a token begin with the one it wanted most."""
+    """Holds what the router decided, in float32 or wider; a token's K choices begin with the one it wanted most."""
 
     logits_TE: Tensor
     scores_TE: Tensor  # softmax over the experts, or sigmoid of each
@@ -45,7 +45,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """The top k of E experts for every token.
+    """Chooses the top k of E experts for every token, and their weights.
 
     ============ ================================ ==================================================
     score        of an expert                     weights of the chosen experts
@@ -96,7 +96,11 @@ class Router(nn.Module):
         join: Callable[[Tensor], Tensor] = lambda logits_TE: logits_TE,
         noise_TE: Tensor | None = None,
     ) -> Routing:
-        """Routes whole sequences: `join` makes the logits of all their tokens of those that are here."""
+        """Route whole sequences: choose the experts of their tokens.
+
+        `x_TD`: the hidden states of the tokens that are here. `join` makes the logits of all tokens of the sequences of
+        those that are here. `noise_TE`: added to the logits for the choice only.
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits = join(F.linear(upcast(x_TD), upcast(self.weight)))
         log_scores = F.logsigmoid(logits) if self.sigmoid else logits  # of a softmax, up to a constant of the token
@@ -108,7 +112,7 @@ class Router(nn.Module):
         return Routing(logits, scores, probability, expert, score, weight * self.scale)
 
     def _choose(self, value_TE: Tensor) -> Tensor:
-        """[T, K] i64: the experts chosen by these logits."""
+        """Choose the experts by these values, i64 [T, K]."""
         if self.choice_bias is not None or self.groups is not None:
             value_TE = value_TE.sigmoid() if self.sigmoid else value_TE.softmax(dim=-1)
         if self.choice_bias is not None:
@@ -119,7 +123,7 @@ class Router(nn.Module):
 
 
 def _limit(value_TE: Tensor, groups: GroupLimitConfig) -> Tensor:
-    """The values of each token's best groups; -inf for all others (zero would win over a negative bias)."""
+    """Keep the values of each token's best groups; -inf for all others (zero would win over a negative bias)."""
     value_TGE = value_TE.unflatten(1, (groups.count, -1))
     counted = min(2, value_TGE.shape[2]) if groups.score == "top2" else 1
     group_TG = value_TGE.topk(counted, dim=2).values.sum(2)
@@ -128,5 +132,5 @@ def _limit(value_TE: Tensor, groups: GroupLimitConfig) -> Tensor:
 
 
 def _best(value_TX: Tensor, number: int) -> Tensor:
-    """[T, number]: where the highest values stand, highest first; of equal ones the first."""
+    """Find where the highest values stand, [T, number], highest first; of equal ones the first."""
     return value_TX.sort(dim=-1, descending=True, stable=True).indices[:, :number]

@@ -1,4 +1,7 @@
-"""What the routers did over some steps, as tables by layer and as a few scalars."""
+"""Sums what the routers did over some steps, as tables by layer and as a few scalars.
+
+Shape suffixes as in `mmoe.models.moe.statistics`.
+"""
 
 import base64
 import zlib
@@ -13,7 +16,7 @@ from mmoe.models.moe.statistics import CAPACITY_FACTORS, RoutingStatistics
 
 
 class RoutingWindow:
-    """A running sum of routing statistics; empty for dense models."""
+    """Keeps a running sum of routing statistics; empty for dense models."""
 
     def __init__(self) -> None:
         self.sum: RoutingStatistics | None = None
@@ -51,7 +54,7 @@ class RoutingWindow:
         }
 
     def scalars(self) -> dict[str, float]:
-        """Sum up: the share of choices that was dropped, the worst layer's balance, and the mean entropy in nats."""
+        """Return the share of choices that was dropped, the worst layer's balance, and the mean entropy in nats."""
         if self.sum is None:
             return {}
         total = self.sum

@@ -1,4 +1,7 @@
-"""Copying rows by index, and adding them with weights, forwards and backwards; counting by index."""
+"""Copies rows by index, and adds them with weights, forward and backward; counts by index.
+
+Shape suffixes as in `mmoe.models.moe.router`.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 def permute_tokens(x: Tensor, index: Tensor, inverse: Tensor, share: int = 1, complete: bool = False) -> Tensor:
-    """out[i] = x[index[i] // share], zero where that is past the end of x.
+    """Copy rows by index: out[i] = x[index[i] // share], zero where that is past the end of x.
 
     `inverse` [len(x) * share] says which row of `out` each share of each row of x went to, past its end for none.
     With it the gradient is a copy too (and a sum over the shares of a row, in their order), not a scattered sum
@@ -34,11 +37,11 @@ class _CopyRows(torch.autograd.Function):
 
 
 def unpermute_tokens(y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
-    """out[t] = sum_k weight[t, k] y[row[t, k]] with the weights in y's dtype, summed in float32 or wider and rounded
-    once; rows past the end of y add zero.
+    """Add up rows with weights: out[t] = sum_k weight[t, k] y[row[t, k]]; rows past the end of y add zero.
 
-    `choice` [len(y)] is the flattened (t, k) that each row of y belongs to, past the end of `weight` for none. No
-    [T, K, D] exists on the way; the gradient of y is a scaled copy, and that of a weight the product of two rows.
+    The weights are taken in y's dtype, the sum is in float32 or wider and rounded once. `choice` [len(y)] is the
+    flattened (t, k) that each row of y belongs to, past the end of `weight` for none. No [T, K, D] exists on the way;
+    the gradient of y is a scaled copy, and that of a weight the product of two rows.
     """
     return _WeightedRows.apply(y, weight, row, choice, complete)
 
@@ -63,14 +66,16 @@ class _WeightedRows(torch.autograd.Function):
 
 
 def count(number: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
-    """[size] i64: how often each number below `size` occurs, where `counted`. Unlike bincount, without a wait for the
-    device."""
+    """Count how often each number below `size` occurs, where `counted`, i64 [size].
+
+    Unlike bincount, without a wait for the device.
+    """
     ones = torch.ones_like(number) if counted is None else counted.long()
     return number.new_zeros(size).scatter_add_(0, number.flatten(), ones.flatten())
 
 
 def _add_rows(x: Tensor, index_TK: Tensor, weight_TK: Tensor | None, complete: bool) -> Tensor:
-    """[T, D]: the (weighted) sum over k of the rows index[t, k] of x, past its end for none."""
+    """Sum the rows index[t, k] of x over k, weighted or not, [T, D]; an index past the end of x adds nothing."""
     if len(x) == 0:
         return x.new_zeros(len(index_TK), x.shape[1])
     weight = None if weight_TK is None else weight_TK.to(x.dtype)

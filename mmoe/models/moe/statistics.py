@@ -1,4 +1,8 @@
-"""What the routers did, as sums: over batches and ranks they only add."""
+"""Defines what the routers did, as sums: over batches and ranks they only add.
+
+Shape suffixes: N layers of experts, M modalities, S sources, E experts, C capacity factors; the others as in
+`mmoe.models.moe.router`.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -17,7 +21,7 @@ CAPACITY_FACTORS = tuple(n / 20 for n in range(20, 41))  # 1.00, 1.05, ... 2.00
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Sums over valid tokens by layer of experts (N), modality (M), source (S) and expert (E).
+    """Holds sums over valid tokens by layer of experts (N), modality (M), source (S) and expert (E).
 
     `load_NMSE` i64 counts the choices of each expert before any drop, `drops_NMSE` i64 those dropped;
     `would_drop_NC` i64 those that a capacity per sequence would drop, at each of the C `CAPACITY_FACTORS`, in
@@ -37,7 +41,7 @@ class RoutingStatistics:
     @classmethod
     @torch.no_grad()
     def from_routing(cls, routing: Routing, placement: Placed, tokens: Tokens, load_BE: Tensor) -> "RoutingStatistics":
-        """Of one layer (N = 1), `load_BE` its `expert_load`. Nothing here waits for the device."""
+        """Sum up the routing of one layer (N = 1), `load_BE` its `expert_load`. Nothing here waits for the device."""
         logits, probability, expert_TK = routing.logits_TE, routing.probability_TE, routing.expert_TK
         experts, top_k = logits.shape[1], expert_TK.shape[1]
         shape = (1, len(Modality), tokens.sources, experts)
@@ -60,11 +64,11 @@ class RoutingStatistics:
 
     @classmethod
     def stack(cls, layers: list["RoutingStatistics"]) -> "RoutingStatistics":
-        """Of several layers of the same batch, in their order."""
+        """Join the statistics of several layers of the same batch, in their order."""
         return cls(*(torch.cat([getattr(layer, f.name) for layer in layers]) for f in fields(cls)))
 
     def __add__(self, other: "RoutingStatistics") -> "RoutingStatistics":
-        """The sum; a source that only one side knows counts zero on the other."""
+        """Add the sums of both; a source that only one side knows counts zero on the other."""
         sources = max(self.load_NMSE.shape[2], other.load_NMSE.shape[2])
         sides = zip(self._with_sources(sources), other._with_sources(sources))
         return RoutingStatistics(*(a + b for a, b in sides))
@@ -76,27 +80,27 @@ class RoutingStatistics:
 
     @property
     def logit_mean_NE(self) -> Tensor:
-        """Mean of each expert's logit over tokens, f64."""
+        """The mean of each expert's logit over tokens, f64."""
         return self.logit_NE / self.tokens_N[:, None]
 
     @property
     def logit_variance_NE(self) -> Tensor:
-        """Variance of each expert's logit over tokens, f64."""
+        """The variance of each expert's logit over tokens, f64."""
         return (self.logit_square_NE / self.tokens_N[:, None] - self.logit_mean_NE.square()).clamp(min=0)
 
     @property
     def drop_rate_N(self) -> Tensor:
-        """Share of the choices that were dropped, f64."""
+        """The share of the choices that were dropped, f64."""
         return self.drops_NMSE.sum((1, 2, 3)).double() / self.load_NMSE.sum((1, 2, 3))
 
     @property
     def would_drop_rate_NC(self) -> Tensor:
-        """Share of the choices that each capacity factor would drop, f64."""
+        """The share of the choices that each capacity factor would drop, f64."""
         return self.would_drop_NC.double() / self.load_NMSE.sum((1, 2, 3))[:, None]
 
 
 def capacities(length: int, top_k: int, experts: int, device: torch.device | str = "cpu") -> Tensor:
-    """[C] i64: rows of one expert for one sequence, ceil(cf * L * K / E) of each of the `CAPACITY_FACTORS`.
+    """Compute the rows of one expert for one sequence, ceil(cf * L * K / E) of each of the `CAPACITY_FACTORS`, i64 [C].
 
     In whole numbers, so that no rounding of the factor adds a row.
     """
@@ -105,7 +109,7 @@ def capacities(length: int, top_k: int, experts: int, device: torch.device | str
 
 
 def router_gradient_norms(routers: list[Router]) -> Tensor | None:
-    """[N, E] f64: the L2 norm of the gradient of each expert's row of the router weights.
+    """Compute the L2 norm of the gradient of each expert's row of the router weights, f64 [N, E].
 
     By layer of experts, of the gradients that the parameters hold: call it after the step's last backward pass and
     before they are clipped. Zeros for a router that has none; None for a model without experts.
@@ -118,11 +122,14 @@ def router_gradient_norms(routers: list[Router]) -> Tensor | None:
 
 
 def _wide_sum(x_TX: Tensor) -> Tensor:
-    """[1, X] f64."""
+    """Sum over the tokens in f64, [1, X]."""
     return x_TX.sum(0, dtype=torch.float64)[None]
 
 
 def _entropy(probability_TE: Tensor) -> Tensor:
-    """[T] nats; p log p is 0 at 0. Faster than `torch.special.entr`, which has no vector code on a CPU."""
+    """Compute the entropy of each token's probabilities, [T] nats; p log p is 0 at 0.
+
+    Faster than `torch.special.entr`, which has no vector code on a CPU.
+    """
     tiny = torch.finfo(probability_TE.dtype).tiny
     return -(probability_TE * probability_TE.clamp(min=tiny).log()).sum(1)

@@ -1,4 +1,7 @@
-"""What the layers of experts need to know of a batch's tokens beside their hidden states."""
+"""Defines what the layers of experts need to know of a batch's tokens beside their hidden states.
+
+Shape suffixes: B sequences, L positions, N = B L flattened positions, T tokens, D model width, X numbers of any kind.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +16,7 @@ from mmoe.schema.batch import PackedBatch
 
 @dataclass(frozen=True)
 class Tokens:
-    """The T valid positions of a batch, found once a forward pass. Padding is not among them.
+    """Lists the T valid positions of a batch, found once a forward pass. Padding is not among them.
 
     `position_T` is ascending over the N = B L flattened positions, `number_N` the number of the token at each, T
     at padding. `id_BL` are the batch's token ids, `sources` the number of sources that a table by source has to have.
@@ -44,17 +47,20 @@ class Tokens:
 
     @property
     def sequences(self) -> int:
-        """B."""
+        """The number of sequences, B."""
         return self.id_BL.shape[0]
 
     @property
     def length(self) -> int:
-        """L."""
+        """The number of positions of a sequence, L."""
         return self.id_BL.shape[1]
 
     @cached_property
     def key_T(self) -> Tensor:
-        """i64, of each token; the same in every batch that its sequence may be part of. Worked out for all layers."""
+        """The key of each token, i64: the same in every batch that its sequence may be part of.
+
+        Worked out once for all layers.
+        """
         return token_keys(self.id_BL).flatten()[self.position_T]
 
     def gather_valid(self, x_BLD: Tensor) -> Tensor:
@@ -69,7 +75,7 @@ class Tokens:
 
     @property
     def local_index_T(self) -> Tensor | None:
-        """Numbers (of T) of the tokens whose hidden states are here; None for all of them."""
+        """The numbers (of T) of the tokens whose hidden states are here; None for all of them."""
         return None
 
     def all_gather_tokens(self, x_TX: Tensor) -> Tensor:

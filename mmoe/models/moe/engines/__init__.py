@@ -1,1 +1,1 @@
-"""The engines that multiply groups of rows with the weights of their experts, one a file."""
+"""Provides the engines that multiply groups of rows with the weights of their experts, one a file."""

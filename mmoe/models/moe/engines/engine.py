@@ -1,4 +1,4 @@
-"""What an expert engine is, and which there are.
+"""Defines the interface of an expert engine, and the registry of engines.
 
 Shape suffixes: R rows sorted by expert, E experts, D model width, F hidden width; `ends_E` (i32) are the rows
 before which each expert's group ends, the last one R.
@@ -38,23 +38,26 @@ class ExpertEngine(ABC):
 
     @abstractmethod
     def swiglu(self, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
-        """[R, D]: down(silu(gate(x)) * up(x)), each group of rows with the weights of its expert, all of one dtype."""
+        """Compute down(silu(gate(x)) * up(x)) of each group of rows with the weights of its expert, [R, D] -> [R, D].
+
+        `x_RD` and all weights are of one dtype.
+        """
 
     @classmethod
     def multiplies(cls, dtype: torch.dtype) -> bool:
-        """Say whether it has products of this dtype."""
+        """Return whether the engine has products of this dtype."""
         return cls.dtypes is None or dtype in cls.dtypes
 
 
 class ProductEngine(ExpertEngine):
-    """An engine that is one grouped product, called for each of the three."""
+    """Computes the experts by one grouped product, called for each of the three."""
 
     @abstractmethod
     def multiply(self, x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-        """[R, F]: each group of rows times the weight of its expert."""
+        """Multiply each group of rows with the weight of its expert, [R, D] -> [R, F]."""
 
     def swiglu(self, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
-        """Compute the experts by three products, [R, D]."""
+        """Compute the experts by three grouped products, [R, D] -> [R, D]."""
         hidden_RF = F.silu(self.multiply(x_RD, gate_EDF, ends_E)) * self.multiply(x_RD, up_EDF, ends_E)
         return self.multiply(hidden_RF, down_EFD, ends_E)
 
@@ -73,7 +76,7 @@ EXPERT_ENGINES = ClassRegistry(
 
 
 def check_dtype(kind: str, dtype: torch.dtype) -> None:
-    """Raises ConfigError where the engine has no products of this dtype, naming those that have."""
+    """Raise ConfigError where the engine has no products of this dtype, naming those that have."""
     found = EXPERT_ENGINES.find(kind)
     if not found.multiplies(dtype):
         others = EXPERT_ENGINES.kinds_that(lambda engine: engine.multiplies(dtype))
@@ -84,5 +87,5 @@ def check_dtype(kind: str, dtype: torch.dtype) -> None:
 
 
 def sizes_of(ends_E: Tensor) -> list[int]:
-    """Rows of each expert's group, on the host."""
+    """Return the number of rows of each expert's group, on the host."""
     return ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()

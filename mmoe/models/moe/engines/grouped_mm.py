@@ -1,4 +1,7 @@
-"""torch's grouped product, fused with the gradients of a SwiGLU network."""
+"""Provides torch's grouped product, fused with the gradients of a SwiGLU network.
+
+Shape suffixes as in `mmoe.models.moe.engines.engine`.
+"""
 
 from typing import Any
 
@@ -18,7 +21,7 @@ class GroupedMMEngine(ExpertEngine):
     saved_ops = frozenset({GROUPED_MM.default})
 
     def swiglu(self, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
-        """Compute the experts by three products, [R, D]."""
+        """Compute the experts by three grouped products, [R, D] -> [R, D]."""
         return _GroupedSwiGLU.apply(x_RD, gate_EDF, up_EDF, down_EFD, ends_E)
 
 

@@ -1,4 +1,7 @@
-"""The reference engine."""
+"""Provides the reference engine, one product a group.
+
+Shape suffixes as in `mmoe.models.moe.engines.engine`.
+"""
 
 import torch
 from torch import Tensor
@@ -10,5 +13,5 @@ class LoopEngine(ProductEngine):
     """Multiplies one group after another, in any dtype and of any width."""
 
     def multiply(self, x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-        """[R, F] by one product a group."""
+        """Multiply each group of rows with the weight of its expert by one product a group, [R, D] -> [R, F]."""
         return torch.cat([x_nD @ weight_DF for x_nD, weight_DF in zip(x_RD.split(sizes_of(ends_E)), weight_EDF)])

@@ -1,4 +1,7 @@
-"""Transformer Engine's GroupedLinear on our weights; in FP8 it needs groups of a multiple of 16 rows."""
+"""Runs Transformer Engine's GroupedLinear on our weights; in FP8 it needs groups of a multiple of 16 rows.
+
+Shape suffixes as in `mmoe.models.moe.engines.engine`.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ from mmoe.models.moe.engines.engine import ExpertEngine, sizes_of
 
 
 class TransformerEngineEngine(ExpertEngine):
-    """Lends the kernels and keeps the FP8 scales of each of the three products.
+    """Lends Transformer Engine's kernels and keeps the FP8 scales of each of the three products.
 
     The weights of its own modules are never made: ours take their names in each call.
     """
@@ -27,7 +30,7 @@ class TransformerEngineEngine(ExpertEngine):
         self.gate, self.up, self.down = (GroupedLinear(experts, *s, bias=False, device="meta") for s in shapes)
 
     def swiglu(self, x_RD: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
-        """Compute the experts by three products, [R, D]."""
+        """Compute the experts by three grouped products, [R, D] -> [R, D]."""
         sizes = sizes_of(ends_E)
         gate_RF, up_RF = _multiply(self.gate, x_RD, gate_EDF, sizes), _multiply(self.up, x_RD, up_EDF, sizes)
         return _multiply(self.down, F.silu(gate_RF) * up_RF, down_EFD, sizes)
