@@ -1,4 +1,4 @@
-"""What several commands take: a run or a config, with overrides."""
+"""Declares the arguments that several commands take: a run or a config, with overrides."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +22,7 @@ Extending = Annotated[
 
 
 def config_at(path: Path, overrides: list[str] | None) -> "RunConfig":
-    """Read the config in a YAML file, or that of the run whose folder is given; with overrides applied."""
+    """Read the config in a YAML file, or that of the run whose folder is given, and apply the overrides."""
     from mmoe.config.load import load, override
     from mmoe.recipe.config import RunConfig
     from mmoe.training.run import is_run, read_config

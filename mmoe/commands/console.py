@@ -1,4 +1,4 @@
-"""The consoles that mmoe prints by: what is printed is text, never markup, and no control sequence reaches a terminal.
+"""Provides the consoles that mmoe prints by: all that is printed is text, never markup or a control sequence.
 
 Names of sources, files and keys come from elsewhere. `[bold]` in one is six characters and two brackets, `:car:` no
 picture, and an escape sequence is shown and not obeyed. Our own styles are given as arguments or as `Text`.
@@ -23,7 +23,7 @@ class Console(rich.console.Console):
         super().__init__(**{"markup": False, "emoji": False} | options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every string that is printed passes here, cells of tables included."""
+        """Make `text` printable; every string that is printed passes here, cells of tables included."""
         return super().render_str(printable(text), **options)
 
 

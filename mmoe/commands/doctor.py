@@ -1,4 +1,4 @@
-"""`mmoe doctor`: what this machine has, and what of it mmoe can use."""
+"""Defines `mmoe doctor`, which says what this machine has, and what of it mmoe can use."""
 
 import os
 import platform
@@ -38,12 +38,12 @@ def report(console: Console) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that figures depend on."""
+    """Return the versions of Python and of the packages that figures depend on, by name."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def machine() -> dict[str, str]:
-    """Platform, cores, memory and GPU; counts are those this process may use."""
+    """Return platform, cores, memory and GPU of this machine; counts are those this process may use."""
     import torch
 
     from mmoe.optional import status
@@ -67,7 +67,7 @@ def machine() -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """Count the cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

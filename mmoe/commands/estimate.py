@@ -1,4 +1,4 @@
-"""`mmoe estimate`: what a step of many ranks costs, without data or devices."""
+"""Defines `mmoe estimate`, which computes what a step of many ranks costs, without data or devices."""
 
 import time
 from pathlib import Path

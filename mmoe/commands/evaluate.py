@@ -1,4 +1,4 @@
-"""`mmoe evaluate`: a run on its held-out recordings, as a table; on one process, or on all that torchrun starts."""
+"""Defines `mmoe evaluate`: it measures a run on held-out recordings, on one process or on all that torchrun starts."""
 
 import json
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def _modality(name: str | None) -> "Modality | None":
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The figures of an evaluation as a table."""
+    """Print the figures of an evaluation as a table."""
     ablated = result["ablation"]
     title = f"{result['run']}, held out" + (f", {ablated['mode']} {ablated['modality']}" if ablated else "")
     table = Table("figure", "model", "beside", title=title, title_justify="left")

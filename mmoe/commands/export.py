@@ -1,4 +1,4 @@
-"""`mmoe export`: a run's text path for transformers."""
+"""Defines `mmoe export`, which writes a run's text path for transformers."""
 
 from pathlib import Path
 from typing import Annotated, Literal

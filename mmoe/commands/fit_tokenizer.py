@@ -1,4 +1,4 @@
-"""`mmoe fit-tokenizer`: a text tokenizer from a source's own texts."""
+"""Defines `mmoe fit-tokenizer`, which trains a text tokenizer on a source's own texts."""
 
 from pathlib import Path
 from typing import Annotated

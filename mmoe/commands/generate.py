@@ -1,4 +1,4 @@
-"""`mmoe generate`: text, or a sound, from a trained run."""
+"""Defines `mmoe generate`, which makes text, or a sound, with a trained run."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`mmoe inspect`: what is in the first steps of a run."""
+"""Defines `mmoe inspect`, which shows what is in the first steps of a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""`mmoe prepare`: raw recordings become a prepared source; and what `mmoe train` finds missing."""
+"""Defines `mmoe prepare`, which makes prepared sources of raw recordings; also makes those that `mmoe train` misses."""
 
 import multiprocessing
 import os

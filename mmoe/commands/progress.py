@@ -1,4 +1,4 @@
-"""The progress bars of a training session and of an evaluation."""
+"""Shows the progress of a training session and of an evaluation as bars."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +56,7 @@ class ProgressBar(Callback):
         self.console.print(f"step {result.step}, held out: {figures}", highlight=False, soft_wrap=True)
 
     def on_roll_back(self, step: int, state: dict[str, Any]) -> None:
-        """Set the bar back."""
+        """Set the bar back to where the training goes on from."""
         self.console.print(f"rolled back to step {step}", highlight=False)
         if self._bar:
             self._bar.update(self._task, completed=step)

@@ -1,4 +1,4 @@
-"""`mmoe report`: the page of a run."""
+"""Defines `mmoe report`, which writes the page of a run."""
 
 from pathlib import Path
 from typing import Annotated

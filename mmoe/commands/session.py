@@ -1,4 +1,4 @@
-"""One call of `mmoe train`: build or resume the run, train, evaluate, report.
+"""Runs one call of `mmoe train`: build or resume the run, train, evaluate, report.
 
 A training process loads no reader, no preparation and no reporting: what is missing is prepared in a process of its
 own, and what evaluates and draws is imported once the training has ended. That stays in this process: it has the model.

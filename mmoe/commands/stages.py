@@ -1,4 +1,4 @@
-"""`mmoe stages`: what a config's stages take from its sources."""
+"""Defines `mmoe stages`, which shows what a config's stages take from its sources."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -59,7 +59,7 @@ def show_stages(config: "RunConfig", console: Console) -> None:
 
 
 def si(number: float) -> str:
-    """A count with a thousand's letter: 2.5T."""
+    """Format a count with a thousand's letter, e.g. 2.5T."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.4g}{letter}"

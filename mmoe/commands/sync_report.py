@@ -1,4 +1,4 @@
-"""`mmoe sync-report`: what the clocks of a source say, as a table and a page."""
+"""Defines `mmoe sync-report`, which shows what the clocks of a source say, as a table and a page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,7 +47,7 @@ def sync_report(
 
 
 def table_of(report: "SyncReport") -> Table:
-    """Draw the report for a terminal: measures down, streams across would be too wide, so a block of lines a stream."""
+    """Make a table of the report for a terminal, with a block of lines a stream: streams across would be too wide."""
     from mmoe.preparation.sync_report import COLUMNS, rows
 
     result = Table(title=f"clocks of {report.title}", title_justify="left", show_header=False)

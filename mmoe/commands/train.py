@@ -1,4 +1,4 @@
-"""`mmoe train`: a run from its config, or from where its folder stands. `mmoe.commands.session` does it."""
+"""Defines `mmoe train`: a run from its config, or from where its folder stands. `mmoe.commands.session` does it."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`mmoe upcycle`: a run with experts that begins as copies of a dense model."""
+"""Defines `mmoe upcycle`, which makes a run with experts that begins as copies of a dense model."""
 
 from pathlib import Path
 from typing import Annotated

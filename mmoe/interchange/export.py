@@ -1,4 +1,4 @@
-"""A run's text path as a folder of Hugging Face."""
+"""Exports a run's text path as a folder of Hugging Face."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ TOKEN_IDS = {
 
 
 def export(run: Run, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> Exported:
-    """Write weights, config and tokenizer of `run`, and say what was left out.
+    """Write weights, config and tokenizer of `run` into `folder`, and say what was left out.
 
     The whole table of ids is written, so ids mean there what they mean here.
     """

@@ -1,4 +1,4 @@
-"""Hugging Face's decoder families that the text path of a model can be: their configs, both ways.
+"""Translates configs to and from Hugging Face's decoder families that the text path of a model can be.
 
 ========= ======= ======================================================= ===========
 family    qk_norm experts                                                 class
@@ -26,7 +26,10 @@ from mmoe.models.moe.layer import MoEConfig
 
 @dataclass(frozen=True)
 class Family:
-    """`defaults` are the values of keys that older configs of the family leave out."""
+    """A Hugging Face decoder family: its model type and class, and what sets its models apart.
+
+    `defaults` are the values of keys that older configs of the family leave out.
+    """
 
     model_type: str
     architecture: str
@@ -106,7 +109,7 @@ REMEDIES = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a model of `config` is; raises ConfigError naming what none has, and the remedy."""
+    """Return the family that a model of `config` is; raise ConfigError naming what none has, and the remedy."""
     moe = config.moe
     family = next(f for f in FAMILIES.values() if f.qk_norm == config.qk_norm and (f.experts is None) == (moe is None))
     name = family.architecture.removesuffix("ForCausalLM")
@@ -147,7 +150,7 @@ def _inexpressible(family: str, key: str, value: Any, remedy: str) -> ConfigErro
 
 
 def to_huggingface(config: ModelConfig, vocabulary_size: int, positions: int) -> dict[str, Any]:
-    """The `config.json` of a model with `vocabulary_size` ids, trained on sequences of `positions`."""
+    """Return the `config.json` of a model with `vocabulary_size` ids, trained on sequences of `positions`."""
     family = family_of(config)
     tree: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     tree |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
@@ -173,7 +176,11 @@ def to_huggingface(config: ModelConfig, vocabulary_size: int, positions: int) ->
 
 
 def from_huggingface(tree: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
-    """The model that a `config.json` describes; raises DataError naming the key that ours cannot express."""
+    """Return the family and the model that a `config.json` describes.
+
+    `tree` is the content of the file, `where` names it in messages. Raises DataError naming the key that ours cannot
+    express.
+    """
     family = FAMILIES.get(tree.get("model_type", ""))
     if family is None:
         raise DataError(f"{where}: model_type is {tree.get('model_type')!r}; mmoe reads {', '.join(FAMILIES)}")

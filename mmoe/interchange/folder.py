@@ -1,4 +1,4 @@
-"""A folder of safetensors files: one, or several shards with `model.safetensors.index.json`."""
+"""Reads and writes folders of safetensors: one file, or several shards with `model.safetensors.index.json`."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises DataError."""
+    """Read a JSON object from a file; raise DataError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -29,10 +29,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class TensorReader:
-    """Tensors by name, each read when it is asked for; `unread` are the names nobody asked for."""
+    """Reads the tensors of a folder by name, each when it is asked for; `unread` are the names nobody asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises DataError when there are no safetensors, or the index names a file that is missing."""
+        """Find the tensors of `folder`; raise DataError when there are none, or the index names a missing file."""
         self.folder = folder
         if (folder / INDEX).is_file():
             where = read_json(folder / INDEX).get("weight_map")
@@ -65,7 +65,7 @@ class TensorReader:
             raise DataError(f"{path}: {name} cannot be read ({error}); copy the file again") from error
 
     def unread(self) -> list[str]:
-        """Give the sorted names of the tensors that nobody asked for."""
+        """Return the sorted names of the tensors that nobody asked for."""
         return sorted(self._file.keys() - self._read)
 
 

@@ -1,4 +1,4 @@
-"""Weights of the text path, from and to folders that Hugging Face's `from_pretrained` and `save_pretrained` know."""
+"""Exchanges weights of the text path with folders that Hugging Face's `from_pretrained` and `save_pretrained` know."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ WRITTEN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer
 
 @dataclass(frozen=True)
 class Exported:
-    """What `save` wrote, in parameters; `left_out` are the parts of the model that text does not go through."""
+    """Says what `save` wrote, in parameters; `left_out` are the parts of the model that text does not go through."""
 
     architecture: str
     parameters: int
@@ -34,10 +34,10 @@ class Exported:
 
 
 class Pretrained(Mapping[str, Tensor]):
-    """Weights of a Hugging Face folder by our names and in our layouts, each read when it is asked for."""
+    """Maps our names to the weights of a Hugging Face folder, in our layouts, each read when it is asked for."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises DataError where the folder cannot be read, or is of a model that ours cannot be."""
+        """Read the config of `folder`; raise DataError where it cannot be read, or is of a model ours cannot be."""
         self.folder = Path(folder)
         where = self.folder / "config.json"
         tree = read_json(where)
@@ -58,7 +58,7 @@ class Pretrained(Mapping[str, Tensor]):
         return len(self._rows)
 
     def build(self) -> MultimodalModel:
-        """The model with these weights, in their dtype; what text does not go through has initial values."""
+        """Build the model with these weights, in their dtype; what text does not go through has initial values."""
         model = self.config.build(ModelInputs(self.vocabulary_size), seed=0)
         model = model.to(self["embeddings.token.weight"].dtype)
         fill(model, self.items())
@@ -66,7 +66,7 @@ class Pretrained(Mapping[str, Tensor]):
         return model
 
     def check_read(self) -> None:
-        """Raises DataError where the files hold a tensor that nothing asked for: part of the model would be lost."""
+        """Raise DataError where the files hold a tensor that nothing asked for: part of the model would be lost."""
         ignored = {"lm_head.weight"} if self.config.tie_embeddings else set()
         left = [n for n in self._file.unread() if n not in ignored and not n.endswith("rotary_emb.inv_freq")]
         if left:
@@ -78,8 +78,9 @@ class Pretrained(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def fill(model: MultimodalModel, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy whole tensors into those of their names, of which this rank may hold a part; raises DataError where a shape
-    differs."""
+    """Copy whole tensors into those of their names in `model`, of which this rank may hold a part.
+
+    Raises DataError where a shape differs."""
     parameters = model.state_dict()
     for name, value in weights:
         if value.shape != parameters[name].shape:

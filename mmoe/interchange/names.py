@@ -1,8 +1,10 @@
-"""What the weights are called in Hugging Face's families, as one table that both directions read.
+"""Lists what the weights are called in Hugging Face's families, as one table that both directions read.
 
 Ours are on the left, without ``.weight`` where both have it. Experts are stacked in ours, `[E, D, F]`; theirs are
 E linear layers `[F, D]` in files (every checkpoint that is published), or one tensor `[E, 2 F, D]` of gate above up
 in files that transformers 5 writes without converting back. Both are read; the first is written.
+
+E: experts, D: width of the model, F: width of an expert.
 """
 
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ DENSE = {"network.gate": "mlp.gate_proj", "network.up": "mlp.up_proj", "network.
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Where a family keeps a layer's router and the three matrices of expert ``{expert}``."""
+    """Says under which names a family keeps a layer's router and the three matrices of expert ``{expert}``."""
 
     router: str
     gate: str
@@ -56,22 +58,22 @@ MODULE_ROUTER, MODULE_GATE_UP, MODULE_DOWN = "mlp.gate", "mlp.experts.gate_up_pr
 
 
 class Row(Protocol):
-    """One parameter of ours, and how it stands in a file of theirs."""
+    """A parameter of ours, and how it stands in a file of theirs."""
 
     @property
     def ours(self) -> str:
-        """Give our name of it."""
+        """The name of the parameter in our models."""
 
     def write(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Their tensors, views of `value`."""
+        """Yield (name, tensor) of theirs, as views of our `value`."""
 
     def read(self, file: TensorReader) -> Tensor:
-        """Our value."""
+        """Read our value from their file."""
 
 
 @dataclass(frozen=True)
 class Same:
-    """The same tensor under another name; `alternative` is read where there is no `theirs`."""
+    """A parameter that is the same tensor under another name; `alternative` is read where there is no `theirs`."""
 
     ours: str
     theirs: str
@@ -90,7 +92,10 @@ class Same:
 
 @dataclass(frozen=True)
 class Stacked:
-    """`experts` matrices, each transposed, as one; `fused` [E, parts F, D] holds it as its part number `part`."""
+    """A parameter that stacks the matrices of the `experts`, each of which is transposed in a file of theirs.
+
+    A tensor `fused` [E, parts F, D] may hold it as its part number `part`.
+    """
 
     ours: str
     theirs: str
@@ -114,7 +119,7 @@ class Stacked:
 
 
 def rows(config: ModelConfig, experts: ExpertNames | None) -> list[Row]:
-    """The text path of a model of `config`, in the order of its forward pass."""
+    """List the parameters of the text path of a model of `config`, in the order of its forward pass."""
     table: list[Row] = _same("", "", {"embeddings.token": MODEL["embeddings.token"]})
     for number in range(config.n_layers):
         ours, theirs = f"decoder.blocks.{number}.", f"model.layers.{number}."

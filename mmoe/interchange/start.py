@@ -1,4 +1,4 @@
-"""The first weights of a run, taken from another run or from a Hugging Face folder (`training.start_from`)."""
+"""Takes the first weights of a run from another run or from a Hugging Face folder (`training.start_from`)."""
 
 import logging
 from collections.abc import Iterator, Mapping

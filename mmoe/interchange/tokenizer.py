@@ -1,4 +1,4 @@
-"""A run's text tokenizer for others: the same text, in the ids of the run's vocabulary.
+"""Saves a run's text tokenizer for others: the same text, in the ids of the run's vocabulary.
 
 In the vocabulary structure tokens come before text, so a text id is the tokenizer's own id plus their number. The
 exported file has the shifted ids and the structure tokens as special tokens, and puts `bos` in front of a text, as

@@ -1,4 +1,4 @@
-"""A dense model's networks become experts: the first checkpoint of a new run, and what that costs in loss."""
+"""Makes experts of a dense model's networks: the first checkpoint of a new run, and what that costs in loss."""
 
 import logging
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ BATCHES = 4  # held-out micro-batches that the losses are measured on
 
 @dataclass(frozen=True)
 class Upcycled:
-    """Mean cross-entropy in nats on the same held-out batches: dense, copied, and copied with noise."""
+    """Holds the mean cross-entropy in nats on the same held-out batches: dense, copied, and copied with noise."""
 
     dense: float
     copies: float
@@ -80,7 +80,7 @@ def _dense_loss(run: Run, hidden: int, origin: StartConfig, batches: list[Packed
 
 @torch.no_grad()
 def loss(model: MultimodalModel, batches: list[PackedBatch]) -> float:
-    """Mean cross-entropy in nats of all labels, in the precision of the weights."""
+    """Compute the mean cross-entropy in nats of all labels, in the precision of the weights."""
     training = model.training
     model.eval()
     parts = [label_log_probabilities(model, model(batch).hidden, batch, chunk=1024)[0] for batch in batches]

@@ -1,4 +1,4 @@
-"""The audio codec that is fitted to the sounds of a source while it is prepared."""
+"""Fits an audio codec to the sounds of a source while the source is prepared."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,10 @@ AUDIO_REPORT = "audio_codec.json"
 
 
 def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig, seed: int) -> str:
-    """Fit on the training sounds, save, and say the error on the held-out ones (on the former if none are)."""
+    """Fit a codec on the training sounds of a source, save it, and return a sentence with its error.
+
+    The error is that on the held-out sounds, or on the training sounds where none are held out.
+    """
     rate = config.mel.sample_rate
     codec = MelCodec.fit(_waves(folder, manifest, "train", rate), config, seed)
     codec.save(folder / AUDIO_CODEC)

@@ -1,4 +1,4 @@
-"""The unit of work of a preparation: a run of items -> checked, filtered samples in shards, and a record of them.
+"""Makes chunks, the units of work of a preparation: a run of items becomes checked, filtered samples in shards.
 
 A chunk is a folder with its shards, `record.json` (counts, what was refused and removed) and `arrays.npz` (hashes,
 signatures, statistics). It is written under another name and renamed when it is whole, so what can be seen is
@@ -39,7 +39,10 @@ _TABLES = (Modality.INERTIAL, Modality.STATE, Modality.ACTION)
 
 
 class ChunkConfig(Config):
-    """What a chunk is made by. Kept apart from what else preparation decides, so that its processes need no torch."""
+    """Says how chunks are made.
+
+    It is kept apart from what else preparation decides, so that the processes that make chunks need no torch.
+    """
 
     shard_bytes: int = Field(256 << 20, gt=0)
     shard_rows: int = Field(10_000, gt=0)
@@ -51,7 +54,7 @@ class ChunkConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Items that are prepared together: the `number`-th run of those of `side`."""
+    """Items that are prepared together: the `number`-th run of the items of `side`."""
 
     side: str
     number: int
@@ -59,12 +62,12 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Name the folder of the chunk."""
+        """The name of the chunk's folder."""
         return f"{self.side}-{self.number:06d}"
 
 
 def cut(side: str, items: Sequence[Item], length: int) -> list[Chunk]:
-    """Runs of at most `length` items, as even as they can be."""
+    """Cut the items of a side into chunks of at most `length` items, as even as they can be."""
     count = -(-len(items) // length)
     ends = [len(items) * number // count for number in range(count + 1)] if count else []
     return [Chunk(side, number, items[start:stop]) for number, (start, stop) in enumerate(pairwise(ends))]
@@ -72,23 +75,23 @@ def cut(side: str, items: Sequence[Item], length: int) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A finished chunk on disk."""
+    """A finished chunk on disk, whose files are read when they are asked for."""
 
     folder: Path
 
     @cached_property
     def record(self) -> dict:
-        """Read ``record.json``: counts, shards, and what was refused and removed."""
+        """The content of ``record.json``: counts, shards, and what was refused and removed."""
         return json.loads((self.folder / "record.json").read_text(encoding="utf-8"))
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Read all of ``arrays.npz``."""
+        """The arrays of ``arrays.npz``, by name."""
         with np.load(self.folder / "arrays.npz", allow_pickle=False) as stored:
             return dict(stored)
 
     def whole(self) -> bool:
-        """Whether it is finished, and its files are as they were written: a crash of the machine may cut them."""
+        """Tell whether the chunk is finished and its files are as written: a crash of the machine may cut them."""
         try:
             sizes = [(self.folder / shard.path).stat().st_size == shard.bytes for shard in self.shards]
             return all(sizes) and bool(self.arrays)
@@ -97,30 +100,30 @@ class Stored:
 
     @property
     def shards(self) -> list[ShardEntry]:
-        """With paths relative to the folder."""
+        """The entries of the chunk's shards, with paths relative to its folder."""
         return [ShardEntry(**shard) for shard in self.record["shards"]]
 
     @property
     def refused(self) -> list[tuple[int, str, str]]:
-        """(item, reason, message) of what could not be read."""
+        """The items that could not be read, as (item, reason, message)."""
         return [tuple(line) for line in self.record["refused"]]
 
     @property
     def removed(self) -> list[tuple[int, str, str]]:
-        """(item, reason, message) of what a filter took out."""
+        """The items that a filter took out, as (item, reason, message)."""
         return [tuple(line) for line in self.record["removed"]]
 
     def tally(self) -> Tally:
-        """Give what the samples of the chunk add up to."""
+        """Read the counts that the samples of the chunk add up to."""
         return Tally.load(self.record["tally"], self.arrays)
 
     def signatures(self) -> Signatures:
-        """Read what duplicates are found by."""
+        """Read the hashes and signatures that duplicates are found by."""
         with np.load(self.folder / "arrays.npz", allow_pickle=False) as stored:  # of these only: the rest is larger
             return Signatures(**{field.name: stored[field.name] for field in fields(Signatures)})
 
     def rows(self) -> Iterator[Row]:
-        """The samples as they were written, without the segments of the reader."""
+        """Yield the samples as they were written, without the segments of the reader."""
         sizes, contents = self.arrays["text_bytes"].tolist(), self.arrays["content"].tolist()
         flags, number = self.record["flags"], 0
         for shard in self.shards:
@@ -132,7 +135,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Make:
-    """Chunk -> folder ``<chunk.name>`` in `folder`; returns the number of items. Picklable: the work of an engine."""
+    """Makes chunks: a call writes the folder ``<chunk.name>`` in `folder`, and returns the number of its items.
+
+    It is picklable: the work of an engine.
+    """
 
     folder: Path
     config: ChunkConfig
@@ -141,7 +147,7 @@ class Make:
     sound_rate: int | None = None  # Hz, of the codec that is to be fitted
 
     def __call__(self, chunk: Chunk) -> int:
-        """Write the folder of the chunk; returns the number of its items."""
+        """Write the folder of the chunk, and return the number of its items."""
         refused, removed = [], []
         with bounded_by(self.config.bounds), _Writer(self.folder / chunk.name, self.config) as writer:
             for number, item in enumerate(chunk.items):
@@ -162,7 +168,7 @@ class Make:
 
 @dataclass(frozen=True)
 class Thinning:
-    """A finished chunk whose `items` (numbers) turned out to be duplicates."""
+    """A finished chunk of which some `items` (numbers) turned out to be duplicates."""
 
     name: str
     items: frozenset[int]
@@ -170,14 +176,17 @@ class Thinning:
 
 @dataclass(frozen=True)
 class Thin:
-    """Writes the rest of a chunk of `source` into `folder`, from its shards; returns the number of samples left out."""
+    """Writes chunks again without their duplicates, from their shards in `source`, into `folder`.
+
+    A call returns the number of samples left out.
+    """
 
     source: Path
     folder: Path
     config: ChunkConfig
 
     def __call__(self, thinning: Thinning) -> int:
-        """Write the folder of what is left; returns the number of samples left out."""
+        """Write the folder of the samples that are left, and return the number of those left out."""
         stored = Stored(self.source / thinning.name)
         config = self.config.model_copy(update={"dedup": DedupConfig()})  # what is left has been compared
         with _Writer(self.folder / thinning.name, config) as writer:

@@ -1,4 +1,4 @@
-"""Which samples are left out as duplicates: decided in one process, in order, from signatures alone.
+"""Decides which samples are left out as duplicates: in one process, in order, from signatures alone.
 
 A held-out sample goes where an earlier held-out one is equal, or where another source trains on it. A training sample
 goes where a held-out one (of this or another source) has its content or nearly so, or where an earlier training sample
@@ -46,7 +46,11 @@ class Duplicates:
         self._near = {side: _Near(config) for side in self._samples} if config.near else {}
 
     def reference(self, side: str, signatures: Signatures, labels: Sequence[str], recordings: Sequence[str]) -> None:
-        """Samples of another source's `side`, by which they are called in messages, and their recordings."""
+        """Remember the samples of another source, which those of this source must not duplicate.
+
+        `side` is the side of the other source's split that they are on, `labels` are what they are called in messages,
+        `recordings` the recordings they come from.
+        """
         contents = self._heldout if side == "heldout" else self._foreign
         for row, (content, sample) in enumerate(zip(signatures.content.tolist(), signatures.sample.tolist())):
             contents.setdefault(content, labels[row])
@@ -60,7 +64,10 @@ class Duplicates:
     def judge(
         self, side: str, signatures: Signatures, labels: Sequence[str], recordings: Sequence[str]
     ) -> Iterator[Duplicate]:
-        """The duplicates among the next samples of this source's `side`; the others are remembered."""
+        """Yield the duplicates among the next samples of this source's `side`, and remember the other samples.
+
+        `labels` are what the samples are called in messages, `recordings` the recordings they come from.
+        """
         earlier, heldout = self._samples[side], side == "heldout"
         queries = _queries(signatures)
         for row, (content, sample) in enumerate(zip(signatures.content.tolist(), signatures.sample.tolist())):
@@ -157,7 +164,7 @@ class _Near:
 
 
 class PictureIndex:
-    """64-bit hashes, found again within `bits` of Hamming distance.
+    """Finds 64-bit hashes of pictures again within `bits` of Hamming distance.
 
     Of four bands of 16 bits, one differs in at most a quarter of `bits` (rounded down): the buckets of all values so
     near are looked up for each band. That is 4 buckets for up to 3 bits, 68 for up to 7, 548 for up to 11, and with
@@ -182,7 +189,7 @@ class PictureIndex:
         self._hashes.append(picture)
 
     def near(self, picture: int) -> list[int]:
-        """Numbers of the hashes within the distance, nearest first, equally near in the order they were added."""
+        """Return the numbers of the hashes within the distance: nearest first, equally near ones as they were added."""
         candidates = {
             number
             for bucket, value in zip(self._buckets, _bands(picture))

@@ -1,4 +1,4 @@
-"""Where the units of work of a preparation run: this process, processes of this machine, or a Ray cluster.
+"""Runs the units of work of a preparation: in this process, in processes of this machine, or on a Ray cluster.
 
 A unit writes its own result to disk and returns a number, so nothing large travels, and the order in which units
 end does not matter.
@@ -26,7 +26,9 @@ _work: Callable[[Any], int] | None = None  # of this worker process: sent once, 
 def run(
     work: Callable[[T], int], tasks: Sequence[T], workers: int, engine: Engine = "processes"
 ) -> Generator[int, None, None]:
-    """`work(task)` of every task, as they end; an exception of `work` is raised here and the rest is not begun.
+    """Run `work(task)` for every task and yield what it returns, in the order in which the tasks end.
+
+    An exception of `work` is raised here, and the tasks that have not begun are not begun.
 
     `work` and the tasks must be picklable for more than one worker and for Ray.
     """

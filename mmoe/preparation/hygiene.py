@@ -1,4 +1,4 @@
-"""Filters: what can be read but should not be learnt from. Pure functions of a text or a picture's size.
+"""Filters out samples that can be read but should not be learned from, by pure functions of a text or a picture's size.
 
 Each filter is off (None) unless its threshold is set, but for the share of replacement characters: a text full of
 them was decoded wrongly. The first filter that a sample fails is the reason it is counted under.
@@ -22,7 +22,7 @@ _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400
 
 
 class TextFilters(Config):
-    """Thresholds of a sample's texts joined by line ends."""
+    """Holds the thresholds by which samples are left out for their texts, joined by line ends."""
 
     replacement_share: float | None = Field(0.01, ge=0, le=1)  # most U+FFFD of all characters
     min_characters: int | None = Field(None, ge=1)
@@ -49,7 +49,10 @@ class FilterConfig(Config):
     picture: PictureFilters = PictureFilters()
 
     def check(self) -> None:
-        """Raises BackendError where a filter needs a package that is not there, ConfigError for an unknown language."""
+        """Check that the filters can run here.
+
+        Raises BackendError where a filter needs a package that is not there, ConfigError for an unknown language.
+        """
         if not self.text.languages:
             return
         library = require("py3langid", "prepare.filters.text.languages")
@@ -65,14 +68,20 @@ class FilterConfig(Config):
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a sample is removed: `reason` is the class it is counted under, `said` ends the sentence about it."""
+    """The reason why a sample is removed.
+
+    `reason` is the class it is counted under, `said` ends the sentence about it.
+    """
 
     reason: str
     said: str
 
 
 def find_fault(texts: Sequence[str], sizes: Sequence[tuple[int, int]], config: FilterConfig) -> Fault | None:
-    """The first filter that the sample with these texts and pictures (height, width) fails, or None."""
+    """Return the fault by the first filter that a sample with these texts and pictures fails, or None.
+
+    `sizes` are (height, width) of its still pictures in pixels.
+    """
     faults = (fault for size in sizes for fault in _picture_faults(*size, config.picture))
     fault = next(faults, None)
     if fault is None and texts:
@@ -81,7 +90,7 @@ def find_fault(texts: Sequence[str], sizes: Sequence[tuple[int, int]], config: F
 
 
 def replacement_share(text: str) -> float:
-    """Measure the share of characters that are U+FFFD, what undecodable bytes become."""
+    """Measure the share of characters that are U+FFFD, which undecodable bytes become."""
     return text.count(REPLACEMENT) / max(1, len(text))
 
 
@@ -91,14 +100,17 @@ def longest_digit_run(text: str) -> int:
 
 
 def duplicate_line_share(text: str) -> float:
-    """Characters in lines that stood in the text before, of all characters in lines; blank lines do not count."""
+    """Measure the share of characters in lines that stood in the text before; blank lines do not count."""
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     once = sum(map(len, dict.fromkeys(lines)))
     return 1 - once / sum(map(len, lines)) if lines else 0.0
 
 
 def ngram_share(text: str, n: int) -> float:
-    """Share of the words that lie in an occurrence of the commonest run of `n` words; 0 where none occurs twice."""
+    """Measure the share of the words that lie in an occurrence of the commonest run of `n` words.
+
+    It is 0 where no run occurs twice.
+    """
     words = [word.casefold() for word in _WORD.findall(text)]
     counts = Counter(zip(*(words[i:] for i in range(n))))
     if not counts:
@@ -114,7 +126,7 @@ def ngram_share(text: str, n: int) -> float:
 
 
 def language(text: str) -> str:
-    """ISO 639-1 code of the likeliest language."""
+    """Return the ISO 639-1 code of the likeliest language."""
     return require("py3langid", "prepare.filters.text.languages").classify(text)[0]
 
 

@@ -1,4 +1,4 @@
-"""A preparation as a job that survives its process: the folder that holds it until it is done.
+"""Keeps a preparation as a job that survives its process, in a folder that holds it until it is done.
 
 The folder ``.<output>.unfinished`` beside the output holds `job.json`, which pins all that the result follows from,
 and a folder for every finished unit of work (`chunks.py`). The same command finds them there and goes on; another one
@@ -58,9 +58,9 @@ class Job:
                 path.unlink()
 
     def pin(self, pins: dict[str, Any]) -> bool:
-        """Whether an earlier process has begun the same job; raises DataError where it began another.
+        """Begin this job, or find that an earlier process has begun it; return True in the latter case.
 
-        Otherwise this is where it begins.
+        `pins` are all that the result follows from. Raises DataError where an earlier process began another job.
         """
         path = self.folder / JOB
         pins = json.loads(json.dumps(pins))
@@ -80,7 +80,7 @@ class Job:
         return True
 
     def remember(self, name: str, make: Any) -> Any:
-        """What an earlier process remembered under this name, else the JSON value that `make()` gives now."""
+        """Return what an earlier process remembered under this name, else the JSON value that `make()` gives now."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
             write_atomically(path, json.dumps(make(), indent=1))
@@ -96,16 +96,16 @@ class Job:
         write_atomically(self.folder / f"{name}.json", json.dumps(value, indent=1))
 
     def begin_assembly(self) -> None:
-        """From here on the shards of finished units move away."""
+        """Write down that from here on the shards of finished units move away."""
         (self.folder / _ASSEMBLING).touch()
 
     @property
     def assembling(self) -> bool:
-        """Tell whether the assembly has begun, so that shards may have moved away."""
+        """True if the assembly has begun, so that shards may have moved away."""
         return (self.folder / _ASSEMBLING).exists()
 
     def finish(self) -> None:
-        """The result takes the output's name, and the folder goes."""
+        """Give the result the name of the output, and delete the folder."""
         self.result.rename(self.output)
         self.discard()
 
@@ -115,7 +115,10 @@ class Job:
 
 
 def listing_digest(items: Iterable[Item], input: Path | None, leave_out: tuple[Path, ...] = ()) -> str:
-    """Of what the reader lists, and of size and time of every file at or under `input` but those under `leave_out`."""
+    """Return a digest of what the reader lists and of the files that it reads.
+
+    Of every file at or under `input`, but those under `leave_out`, size and time count.
+    """
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.key, item.recording, item.start, item.stop, item.rank]).encode())

@@ -1,4 +1,4 @@
-"""What there is to prepare: the items of a source that may be made, and which side each is on."""
+"""Lists what there is to prepare: the items of a source that may be made, and which side of the split each is on."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mmoe.preparation.splits import GAP_NS, Split, split
 
 
 def check_named(input: str | Path) -> None:
-    """Raises DataError for an empty input, which `Path` would take for the current folder."""
+    """Raise DataError for an empty input, which `Path` would take for the current folder."""
     if not str(input).strip():
         raise DataError("the input is empty, which names no folder; give the file or folder of the recordings")
 
@@ -38,7 +38,7 @@ def list_items(source: Source, input: Path, reader: Config, quarantine: Quaranti
 
 
 def split_items(source: Source, items: list[Item], lost: Refusals, heldout_share: float) -> tuple[Split, Refusals]:
-    """Give the items that are not `lost` by side, and what lies in the gap between."""
+    """Split the items that are not `lost` by side; also return the refusals of those in the gap between the sides."""
     gone = {key for key, *_ in lost}
     left = [item for item in items if item.key not in gone]
     sides = split(left, heldout_share, gap=0 if source.clock == "none" else GAP_NS)
@@ -47,7 +47,7 @@ def split_items(source: Source, items: list[Item], lost: Refusals, heldout_share
 
 
 def can_split(source: Source, items: list[Item], lost: Refusals, heldout_share: float) -> bool:
-    """Whether both sides keep an item once those that are `lost` are gone."""
+    """Tell whether both sides of the split keep an item once those that are `lost` are gone."""
     try:
         sides, _ = split_items(source, items, lost, heldout_share)
     except DataError:

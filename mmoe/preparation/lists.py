@@ -1,4 +1,4 @@
-"""The lists of what is not in a prepared source and why, and what is said where they leave a split without a sample."""
+"""Writes the lists of what is not in a prepared source and why, and says so where a split has no sample."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ Refusals = list[tuple[str, str, str]]
 def write_lists(
     folder: Path, listed: Refusals, folders: dict[Chunk, Path], removed: dict[str, Removed]
 ) -> tuple[ItemLog, ItemLog]:
-    """Write what is not in the shards; returns the lists of what was refused and of what was removed."""
+    """Write the lists of what is not in the shards; return that of what was refused, and that of what was removed."""
     with ItemLog(folder / QUARANTINE) as refused, ItemLog(folder / REMOVED) as left_out:
         for line in listed:
             refused.write(*line)
@@ -41,7 +41,10 @@ def unfilled(
     input: str | Path,
     output: Path,
 ) -> DataError | None:
-    """What to say where a split has no sample: the commonest reason, and where the lists will be; else None."""
+    """Return the error to raise where a split has no sample, or None where each has one.
+
+    The error names the commonest reason, and where the lists will be.
+    """
     taken = {name: tally.samples for name, tally in tallies.items()}
     empty = "train" if not taken["train"] else "heldout" if heldout_share and not taken["heldout"] else None
     if empty is None:
@@ -62,7 +65,7 @@ def unfilled(
 
 
 def with_list(error: DataError, listed: Refusals, output: Path) -> DataError:
-    """An error that ended the listing, with what had been refused until then written beside the output."""
+    """Return an error that ended the listing, with what had been refused until then written beside the output."""
     if not listed:
         return error
     place = beside(output, QUARANTINE)
@@ -78,7 +81,7 @@ def with_list(error: DataError, listed: Refusals, output: Path) -> DataError:
 
 
 def beside(output: Path, name: str) -> Path:
-    """Where a list stays when there is no output."""
+    """Return the path where a list stays when there is no output."""
     return output.with_name(f"{output.name}.{name}")
 
 
@@ -90,7 +93,7 @@ def keep_lists(folder: Path, output: Path, refused: ItemLog, left_out: ItemLog) 
 
 
 def refusals(folders: dict[Chunk, Path]) -> Refusals:
-    """What was refused as the chunks were made."""
+    """Collect what was refused while the chunks were made."""
     return [
         (chunk.items[number].key, reason, message)
         for chunk, place in folders.items()

@@ -1,4 +1,4 @@
-"""Preparation: raw recordings -> indexed WebDataset shards with held-out recordings, a manifest, and lists of the rest.
+"""Prepares raw recordings as indexed WebDataset shards with held-out recordings, a manifest, and lists of the rest.
 
 `Source.items` lists what there is, and `split` decides by recording. Runs of items (`chunks.py`) are then made,
 checked, filtered and written by whatever engine runs them (`engines.py`). From the hashes they leave behind, this
@@ -78,14 +78,14 @@ _WORTH_SECONDS = 4.0  # of work, for which a process more is started
 
 
 class PrepareConfig(ChunkConfig):
-    """What preparation decides for any source; given as ``prepare.<key>`` among the reader's options."""
+    """Says what preparation decides for any source; given as ``prepare.<key>`` among the reader's options."""
 
     heldout_share: float = Field(0.15, ge=0, lt=1)  # of recordings, or of the length of each; 0: hold out nothing
     audio: AudioConfig = AudioConfig()  # the codec fitted to a source with sound, where its kind is mel
     audio_seed: int = Field(0, ge=0)
 
     def chunks(self) -> ChunkConfig:
-        """Give the part that the making of chunks goes by."""
+        """Return the part of the config by which chunks are made."""
         return ChunkConfig(**{name: getattr(self, name) for name in ChunkConfig.model_fields})
 
 
@@ -221,7 +221,10 @@ def prepare(
 
 
 def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None = None) -> Iterator[str]:
-    """Every text of the training part in order, to train a text tokenizer on; refused items are passed over."""
+    """Yield every text of the training part in order, to train a text tokenizer on; refused items are passed over.
+
+    `options` are those of `prepare`.
+    """
     source, reader, config = _settings(kind, options)
     check_named(input)
     with bounded_by(config.bounds):
@@ -237,9 +240,10 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
 
 
 def vector_stats(source: Source, train: Tally, heldout: Tally) -> dict[str, VectorStats]:
-    """By modality name, over all rows of the training tables; actions with the quantiles that bins are cut at.
+    """Return the statistics of every vector stream over all rows of the training tables, by modality name.
 
-    Of the held-out tables only what is clipped, and how far their values reach.
+    Actions have the quantiles that bins are cut at. The held-out tables give only what is clipped of them, and how far
+    their values reach.
     """
     stats = {}
     for modality, rows in sorted(train.vectors.items()):

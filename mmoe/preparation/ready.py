@@ -1,4 +1,4 @@
-"""Preparing what a config names and the disk does not hold yet; only a command that says so does this."""
+"""Prepares what a config names and the disk does not hold yet; only a command that says so does this."""
 
 import logging
 import os

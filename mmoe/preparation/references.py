@@ -1,4 +1,4 @@
-"""The signatures of sources that are prepared already, so that another does not repeat them."""
+"""Signs the samples of sources that are prepared already, so that another source does not repeat them."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from mmoe.tokenizers.text import TextTokenizer
 
 @dataclass(frozen=True)
 class Reference:
-    """A shard of another source's `side`."""
+    """A shard of another source's `side`, whose samples are not to occur again."""
 
     number: int
     source: str
@@ -31,20 +31,23 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """Name the files of its signatures."""
+        """The name, without suffix, of the files that hold the shard's signatures."""
         return f"reference-{self.number:06d}"
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Reference -> ``<name>.npz`` and ``<name>.json`` in `folder`; returns the number of samples. Picklable."""
+    """Writes a shard's signatures as ``<name>.npz`` and ``<name>.json`` in `folder`; returns its number of samples.
+
+    It is picklable: the work of an engine.
+    """
 
     folder: Path
     config: DedupConfig
     tokenizer: TextTokenizer
 
     def __call__(self, reference: Reference) -> int:
-        """Write the signatures of a shard; returns the number of its samples."""
+        """Write the signatures of a shard, and return the number of its samples."""
         index = ShardIndex.read(join(reference.source, reference.shard))
         contents = index.content_hashes.tolist()
         builder = SignatureBuilder(self.config)
@@ -67,7 +70,10 @@ class Sign:
 
 
 def find_references(config: DedupConfig, tokenizer: TextTokenizer) -> list[Reference]:
-    """Every shard of the sources to compare with. Raises DataError for one whose texts cannot be compared."""
+    """List every shard of the sources to compare with.
+
+    Raises DataError for a source whose texts cannot be compared.
+    """
     found: list[Reference] = []
     for source in config.against:
         manifest = SourceManifest.load(source, DEFAULT.read)
@@ -85,7 +91,7 @@ def find_references(config: DedupConfig, tokenizer: TextTokenizer) -> list[Refer
 
 
 def load_signatures(folder: Path, reference: Reference) -> tuple[Signatures, Sequence[str], Sequence[str]]:
-    """What `Sign` wrote: the signatures, what each sample is called in messages, and its recording."""
+    """Read what `Sign` wrote of a shard: the signatures, what each sample is called in messages, and its recording."""
     labels, recordings = json.loads((folder / f"{reference.name}.json").read_text(encoding="ascii"))
     with np.load(folder / f"{reference.name}.npz", allow_pickle=False) as arrays:
         return Signatures(**arrays), labels, [f"{reference.source}: {name}" for name in recordings]

@@ -1,4 +1,4 @@
-"""One sample -> one row of the index: every payload is opened once here, so that training meets no surprise.
+"""Makes a row of the index from a sample: every payload is opened once here, so that training meets no surprise.
 
 This runs in the worker processes of preparation; it depends on nothing but the sample and the text tokenizer.
 """
@@ -38,10 +38,11 @@ _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno
 
 @dataclass(frozen=True)
 class Row:
-    """A checked sample with its index fields. `text_ids` [n] i32; `segments` [m] SEGMENT_DTYPE.
+    """A checked sample with its index fields.
 
-    `text_bytes` is the UTF-8 length of its texts; `vectors` holds the tables [N, D] f32 that the segments refer
-    to, by modality, each once. `decord` names the videos that decord is proven to read.
+    `text_ids` [n] i32 are the tokens of its texts, `segments` [m] its segments as SEGMENT_DTYPE. `text_bytes` is the
+    UTF-8 length of its texts; `vectors` holds the tables [N, D] f32 (N readings of D dimensions) that the segments
+    refer to, by modality, each once. `decord` names the videos that decord is proven to read.
     """
 
     sample: Sample
@@ -72,9 +73,9 @@ def make_row(
     vector_names: dict[str, tuple[str, ...]],
     sound_rate: int | None = None,
 ) -> Row | Refused:
-    """Make the item's sample and check it. Anything wrong with the data is returned, not raised.
+    """Make the item's sample and check it; anything wrong with the data is returned, not raised.
 
-    `sound_rate` is what the codec that is to be fitted resamples sounds to, in Hz.
+    `sound_rate` is the rate that the codec which is to be fitted resamples sounds to, in Hz.
     """
     try:
         sample = make_sample(item)
@@ -86,7 +87,7 @@ def make_row(
 
 
 def make_sample(item: Item) -> Sample:
-    """The item's sample. Raises `Refused` for whatever is wrong with the data."""
+    """Make the item's sample; raise `Refused` for whatever is wrong with the data."""
     with counted_as("unusable key"):
         check_key(item.key)
     with _translated(item.key), counted_as("unreadable recording"):
@@ -123,7 +124,7 @@ def _translated(key: str) -> Iterator[None]:
 def build_row(
     sample: Sample, tokenizer: TextTokenizer, video_backend: Backend, vector_names: dict[str, tuple[str, ...]]
 ) -> Row:
-    """Check every payload of the sample and tokenise its texts. Raises `Refused`."""
+    """Check every payload of the sample and tokenize its texts; raise `Refused` for what is wrong."""
     with counted_as("malformed sample"):
         _check_structure(sample)
     vectors: dict[Modality, list[np.ndarray]] = {}

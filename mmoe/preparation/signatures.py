@@ -1,9 +1,9 @@
-"""What tells samples alike without their content: exact hashes always, signatures of texts and pictures on demand.
+"""Tells samples alike without their content: by exact hashes always, by signatures of texts and pictures on demand.
 
 - A *content hash* is of what was sensed (`rows.content_hash`), a *sample hash* of that and of what is said of it.
 - A text (of a sample that is nothing but text) has a MinHash over its runs of characters, after NFKC, case folding and
   joining of white space. Two signatures agree in about the share of runs that the texts have in common.
-- A still picture (outside time slices: neighbouring frames of a camera are alike by nature) has a perceptual hash of
+- A still picture (outside time slices: neighboring frames of a camera are alike by nature) has a perceptual hash of
   64 bits, which scaling and recompression change in few bits. A picture of a single tone has none.
 """
 
@@ -29,7 +29,10 @@ _SINGLE_TONE = 2.0  # grey levels of standard deviation, below which a perceptua
 
 
 class DedupConfig(Config):
-    """`against` are prepared sources whose samples are not to occur again, nor their held-out ones in training."""
+    """Says which samples count as duplicates, and of which sources.
+
+    `against` are prepared sources whose samples are not to occur again, nor their held-out ones in training.
+    """
 
     against: tuple[Address, ...] = ()
     near: bool = False  # also near duplicates; exact ones always
@@ -39,7 +42,7 @@ class DedupConfig(Config):
     picture_bits: int = Field(6, ge=0, le=11)  # most bits of 64 in which perceptual hashes of one picture differ
 
     def check(self) -> None:
-        """Raises BackendError where a package is not there."""
+        """Raise BackendError where a package that the config needs is not there."""
         if self.near:
             require("datasketch", "prepare.dedup.near")
             require("imagehash", "prepare.dedup.near")
@@ -47,7 +50,10 @@ class DedupConfig(Config):
 
 @dataclass(frozen=True)
 class Signatures:
-    """Of n samples: `item` says which each is; texts and pictures point to their place among the n."""
+    """Holds the hashes and signatures of n samples.
+
+    `item` says which item each sample is; texts and pictures point to their place among the n.
+    """
 
     item: np.ndarray  # i64 [n]
     content: np.ndarray  # i64 [n]
@@ -58,12 +64,12 @@ class Signatures:
     picture: np.ndarray  # u64 [p]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Give the arrays by name, as they are stored."""
+        """Return the arrays by name, as they are stored."""
         return dict(vars(self))
 
 
 class SignatureBuilder:
-    """Collects the signatures of samples one by one; `build` gives those of all."""
+    """Collects the signatures of samples one by one; `build` returns those of all."""
 
     def __init__(self, config: DedupConfig) -> None:
         self.config = config
@@ -82,7 +88,11 @@ class SignatureBuilder:
         texts: Callable[[], Sequence[str]],
         read: Callable[[str], bytes],
     ) -> None:
-        """One sample: its index `segments`, the names they number, its texts, and how a member is read."""
+        """Add the signatures of one sample.
+
+        `segments` are its index fields, `members` the names that they number; `texts` gives its texts, `read` the bytes
+        of a member.
+        """
         row = len(self._item)
         self._item.append(item)
         self._content.append(content_hash)
@@ -114,13 +124,13 @@ class SignatureBuilder:
 
 
 def sample_hash(content_hash: int, segments: np.ndarray) -> int:
-    """Of a sample's content and of its texts in order, from the fields of the index."""
+    """Hash a sample's content and its texts in order, from the fields of the index."""
     texts = segments["text_hash"][segments["modality"] == Modality.TEXT]
     return hash64(content_hash.to_bytes(8, "little", signed=True), np.ascontiguousarray(texts, "<i8").tobytes())
 
 
 def text_signature(text: str, shingle: int, permutations: int) -> np.ndarray | None:
-    """MinHash [permutations] of the runs of `shingle` characters; None for a text of fewer characters."""
+    """Compute the MinHash [permutations] of the runs of `shingle` characters; None for a text of fewer characters."""
     runs = shingles(text, shingle)
     if not len(runs):
         return None
@@ -130,7 +140,7 @@ def text_signature(text: str, shingle: int, permutations: int) -> np.ndarray | N
 
 
 def shingles(text: str, length: int) -> np.ndarray:
-    """Distinct 32-bit hashes of the runs of `length` characters of the normalised text, u32 in rising order."""
+    """Hash the runs of `length` characters of the normalized text: distinct 32-bit hashes, u32 in rising order."""
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     if len(codes) < length:
@@ -140,12 +150,15 @@ def shingles(text: str, length: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def empty_minhash(permutations: int) -> Any:
-    """A datasketch MinHash of integers; to be copied, since drawing the permutations takes longer than a text."""
+    """Return a datasketch MinHash of integers, to be copied: to draw the permutations takes longer than a text."""
     return require("datasketch", "prepare.dedup.near").MinHash(permutations, seed=_SEED, hashfunc=int)
 
 
 def picture_hash(data: bytes, where: str) -> int | None:
-    """Perceptual hash of a picture file: 64 bits; None for a picture of a single tone."""
+    """Compute the perceptual hash of a picture file, 64 bits; None for a picture of a single tone.
+
+    `where` names the file in messages.
+    """
     library = require("imagehash", "prepare.dedup.near")
     with needs("decoding pictures"):
         from PIL import Image

@@ -1,8 +1,10 @@
-"""Time-sliced samples: one builder of their segments, shared by every reader that has clocks.
+"""Builds the segments of time-sliced samples, for every reader that has clocks.
 
 A reader gives a reference clock (the times of its slices) and the streams of the clip, each with a clock of its
 own. The builder chooses what each slice holds of each stream, states its offset, leaves out what is absent, checks
 alignment, applies the skew budget of captured members, and counts everything that was not as it should be.
+
+R: references, N: readings of a stream, D: dimensions of a reading.
 """
 
 import io
@@ -43,7 +45,7 @@ _CAPTURED = (Modality.VISION, Modality.AUDIO)
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream of a clip and the rule by which a slice takes its share.
+    """A stream of a clip, and the rule by which a slice takes its share of it.
 
     `times_ns` [N] int64 is its clock in clip time, strictly increasing; [0] where the recording lacks the stream.
     `member` is the file of all its readings (reading i is row, frame or sample i of it), or one file name for each
@@ -80,7 +82,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Slices:
-    """The segments of a clip, slice after slice, and the counts of what is not as it should be."""
+    """Holds the segments of a clip, slice after slice, and the counts of what is not as it should be."""
 
     segments: list[Segment]
     flags: Counter[str]
@@ -93,7 +95,7 @@ def build_slices(
     where: str,
     texts: Texts | None = None,
 ) -> Slices:
-    """The segments of the slices at `reference_ns` [R]: VISION first, ACTION and text last, else as in `streams`.
+    """Build the segments of the slices at `reference_ns` [R]: VISION first, ACTION and text last, else as in `streams`.
 
     A slice in which nothing was observed (nothing but actions and text) is left out; the others are numbered from 0
     without a hole. `where` names the recording in messages. Raises `Refused` for a clock that does not advance, a
@@ -179,7 +181,7 @@ def _segment(stream: Stream, row: int, number: int, time_ns: int, pair: int) -> 
 def held(
     times_ns: np.ndarray, stream_ns: np.ndarray, values: np.ndarray, max_gap_ns: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values [R, D] of the last reading at or before each time [R], and which of them [R] are within the gap.
+    """Return the values [R, D] of the last reading at or before each time [R], and which [R] are within the gap.
 
     This joins streams of different clocks into one table without reading the future. Rows that are not within the
     gap hold zeros; leave them out.
@@ -194,11 +196,11 @@ def held(
 def next_step(
     times_ns: np.ndarray, period_ns: int, logs: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[slice, np.ndarray]:
-    """What was reached one step after each time [R]: of every log (its times [N], values [N, D]) the last reading
-    within the step, side by side.
+    """Return the slice of the times [R] that have a reading one step later, and the table of those readings.
 
-    Returns which of the times have a reading of every log, the first unbroken run of them (rows stay a period apart),
-    and their table [run, sum of D].
+    Each of the `logs` is its times [N] and values [N, D]; of every log the last reading within the step is taken, side
+    by side. The slice is the first unbroken run of times that have a reading of every log (rows stay a period apart);
+    the table is [run, sum of D].
     """
     parts = [held(times_ns + period_ns, log_ns, values, period_ns) for log_ns, values in logs]
     valid = np.logical_and.reduce([valid for _, valid in parts])
@@ -210,10 +212,11 @@ def next_step(
 def interpolated(
     times_ns: np.ndarray, stream_ns: np.ndarray, values: np.ndarray, max_gap_ns: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `held`, by linear interpolation between readings at most `max_gap_ns` apart: it reads the future.
+    """Interpolate the values linearly at each time [R], between readings at most `max_gap_ns` apart.
 
-    The values stand in no file, so a reader makes a table of them at its references, and a stream of that table
-    with the references as its clock.
+    Returns values [R, D] and which of them [R] are within the gap, as `held` does, but it reads the future. The values
+    stand in no file, so a reader makes a table of them at its references, and a stream of that table with the
+    references as its clock.
     """
     before = sync.last_at_or_before(stream_ns, times_ns)
     after = sync.first_at_or_after(stream_ns, times_ns)
@@ -230,7 +233,7 @@ def interpolated(
 
 @dataclass(frozen=True)
 class Clocks:
-    """The raw clocks of a log, whole, as each of its clips carries them in the member ``clocks.npz``.
+    """Holds the raw clocks of a log, whole, as each of its clips carries them in the member ``clocks.npz``.
 
     A log is what was recorded in one go (a segment, a scene, an episode) and may be cut into many clips; every clip
     has the clocks of all of it, so that a report on any one clip knows the rates, gaps and edges of the log.
@@ -246,7 +249,10 @@ class Clocks:
     origin_ns: int = 0
 
     def to_bytes(self) -> bytes:
-        """As ``.npz``: by stream its first time and then the intervals (these compress), and the rest as JSON."""
+        """Encode the clocks as ``.npz``, with everything but the times as JSON.
+
+        Of each stream it holds the first time and then the intervals, since these compress.
+        """
         about = {"log": self.log, "kind": self.kind, "reference": self.reference, "origin_ns": self.origin_ns}
         arrays = {_ABOUT: np.array(json.dumps(about))}
         arrays |= {name: np.diff(times, prepend=np.int64(0)) for name, times in self.times_ns.items()}
@@ -256,7 +262,7 @@ class Clocks:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = CLOCKS) -> "Clocks":
-        """The inverse of `to_bytes`. Raises DataError for what is none; `where` names the member."""
+        """Decode what `to_bytes` gave; raise DataError for what is none, in which `where` names the member."""
         arrays = load_npz(data, where)
         with reading("set of clocks", where, "prepare the source again"):
             about = json.loads(str(arrays.pop(_ABOUT)))

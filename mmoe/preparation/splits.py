@@ -1,4 +1,4 @@
-"""Which recordings are held out: decided once, at preparation, from what the items say of themselves."""
+"""Decides which recordings are held out: once, at preparation, from what the items say of themselves."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ GAP_NS = 2_000_000_000  # left out between the training part and the held-out ta
 
 @dataclass(frozen=True)
 class Split:
-    """Items by side, in their order; `gap` is what lies between them and goes to neither."""
+    """Items by side, in their order; `gap` is what lies between the sides and goes to neither."""
 
     train: list[Item]
     heldout: list[Item]

@@ -1,4 +1,4 @@
-"""Statistics of vector streams that fit in memory whatever the number of rows, and do not depend on who counted.
+"""Computes statistics of vector streams in bounded memory, whatever the number of rows and whoever counted them.
 
 Mean and variance are exact: each table's moments in float64, joined in the order of the samples (Chan et al. 1979).
 Quantiles come from the `RESERVOIR` rows whose keyed hash is smallest, which is a uniform sample of all rows: exact
@@ -25,7 +25,10 @@ _JUDGED = 100  # rows below which nothing can be told to be a glitch
 
 
 class VectorSummary:
-    """Moments and a keyed reservoir of the rows of a stream with `dims` dimensions; merging is exact."""
+    """Holds moments and a keyed reservoir of the rows of a stream with `dims` dimensions; merging is exact.
+
+    N: rows of a table, n: rows in the reservoir, D: `dims`.
+    """
 
     def __init__(self, dims: int, capacity: int = RESERVOIR) -> None:
         self.capacity = capacity
@@ -37,7 +40,7 @@ class VectorSummary:
         self.priorities = np.zeros(0, np.uint64)
 
     def add(self, table: np.ndarray, seed: int) -> None:
-        """The rows [N, D] of one table; `seed`, a hash of its name, decides which of them enter the reservoir."""
+        """Add the rows [N, D] of one table; `seed`, a hash of its name, decides which of them enter the reservoir."""
         wide = table.astype(np.float64)
         mean = wide.mean(axis=0)
         self._join_moments(len(wide), mean, ((wide - mean) ** 2).sum(axis=0))
@@ -54,17 +57,17 @@ class VectorSummary:
 
     @property
     def estimated(self) -> bool:
-        """Whether the reservoir holds a part of the rows only, so that what is counted in it is an estimate."""
+        """True if the reservoir holds a part of the rows only, so that what is counted in it is an estimate."""
         return self.count > self.capacity
 
     def sample(self) -> np.ndarray:
-        """The reservoir's rows f32 [n, D]: all rows where there are at most `capacity`."""
+        """Return the reservoir's rows f32 [n, D]: all rows where there are at most `capacity`."""
         return self._smallest().rows
 
     def stats(
         self, names: tuple[str, ...], period_ns: int, knots: int = 0, heldout: "VectorSummary | None" = None
     ) -> VectorStats:
-        """The statistics of these rows, and what their fences clip of them and of `heldout`.
+        """Compute the statistics of these rows, and what their fences clip of them and of `heldout`.
 
         `knots` > 1 adds that many quantiles a dimension, from the smallest row to the largest in the reservoir.
         """
@@ -95,7 +98,7 @@ class VectorSummary:
         )
 
     def outside(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """[D] i64: rows below `low` or above `high`, by dimension.
+        """Count the rows below `low` [D] or above `high` [D], by dimension: [D] i64.
 
         Exact up to the reservoir's capacity. Above it an estimate from the share in the reservoir, which is zero only
         where no row lies outside.
@@ -108,7 +111,7 @@ class VectorSummary:
         return np.maximum(np.rint(found * (self.count / len(rows))).astype(np.int64), some)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that `from_arrays` needs, to be stored."""
+        """Return all that `from_arrays` needs, to be stored."""
         self._smallest()
         return {
             "count": np.array(self.count),
@@ -122,7 +125,7 @@ class VectorSummary:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], capacity: int = RESERVOIR) -> "VectorSummary":
-        """Make the summary again from what `arrays` gave."""
+        """Make a summary again from what `arrays` gave."""
         summary = cls(len(arrays["mean"]), capacity)
         summary.count = int(arrays["count"])
         summary.mean, summary.m2 = arrays["mean"], arrays["m2"]

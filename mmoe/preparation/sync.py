@@ -1,8 +1,10 @@
-"""Time: signed int64 nanoseconds, the choice of each slice's members, and the two checks on that choice.
+"""Chooses each slice's members by time (signed int64 nanoseconds), and makes the two checks on that choice.
 
 *Alignment* is bookkeeping: reference + offset must be the reader's raw time, and that must be the file's time
 to 1 ms. *Skew* is |offset| of captured members (frames, sound) against the budget their source declares. Held
 streams (inertial, speed) have a maximum gap instead: a reading older than that is absent, not stale.
+
+R: references, N: readings of a stream, D: dimensions of a reading.
 """
 
 from typing import Any, Literal
@@ -22,9 +24,10 @@ _EXACT_SECONDS = 2.0**53 / SECOND_NS
 
 
 def seconds_to_ns(seconds: np.ndarray, stream: str, file: str) -> np.ndarray:
-    """Seconds [N] of a file as int64 nanoseconds [N], rounded once.
+    """Convert the seconds [N] of a file to int64 nanoseconds [N], rounded once.
 
-    Raises DataError for a value that is not finite, or so large (unix time) that float64 cannot hold it.
+    `stream` and `file` are for messages. Raises DataError for a value that is not finite, or so large (unix time) that
+    float64 cannot hold it.
     """
     seconds = np.asarray(seconds, dtype=np.float64)
     if not np.isfinite(seconds).all():
@@ -57,7 +60,7 @@ def check_clock(times_ns: np.ndarray, stream: str, file: str) -> np.ndarray:
 
 
 def exact_repeats(times_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which rows [N] (bool) equal the row before them in time [N] and in every value [N, D].
+    """Mark the rows [N] (bool) that equal the row before them in time [N] and in every value [N, D].
 
     These may be dropped without loss. What repeats in time alone is for `check_clock` to refuse: one of the two
     readings is wrong, and nothing says which.
@@ -68,7 +71,7 @@ def exact_repeats(times_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def last_at_or_before(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_ns: int | None = None) -> np.ndarray:
-    """Index [R] of the last reading at or before each reference, ABSENT where none (or none within the gap).
+    """Return the index [R] of the last reading at or before each reference, ABSENT where none is (within the gap).
 
     `stream_ns` [N] must be increasing. This is the causal choice: it never reads the future.
     """
@@ -77,15 +80,16 @@ def last_at_or_before(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_n
 
 
 def first_at_or_after(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_ns: int | None = None) -> np.ndarray:
-    """Index [R] of the first reading at or after each reference, ABSENT where none (or none within the gap)."""
+    """Return the index [R] of the first reading at or after each reference, ABSENT where none is (within the gap)."""
     index = np.searchsorted(stream_ns, reference_ns, side="left")
     return _within_gap(stream_ns, reference_ns, np.where(index < len(stream_ns), index, ABSENT), max_gap_ns)
 
 
 def nearest(stream_ns: np.ndarray, reference_ns: np.ndarray, max_gap_ns: int | None = None) -> np.ndarray:
-    """Index [R] of the reading nearest to each reference (of two as near, the earlier), ABSENT as above.
+    """Return the index [R] of the reading nearest to each reference, ABSENT where none is (within the gap).
 
-    It may lie in the future of the reference: not for what an action is predicted from.
+    Of two readings as near it is the earlier. It may lie in the future of the reference: not for what an action is
+    predicted from.
     """
     after = np.searchsorted(stream_ns, reference_ns, side="left")
     if not len(stream_ns):
@@ -133,14 +137,17 @@ def check_alignment(
 
 
 class SkewPolicy(Config):
-    """What happens to captured members further from the reference than the source's budget."""
+    """Says what happens to captured members further from the reference than the source's budget."""
 
     budget_ns: int
     # strict: error; flag: keep and count; drop: leave the member out of its slice and count.
     policy: Literal["strict", "flag", "drop"] = "strict"
 
     def apply(self, offset_ns: np.ndarray, stream: str, file: str) -> tuple[np.ndarray, int]:
-        """Which members [R] (bool) stay, and how many exceed the budget; DataError under ``strict``."""
+        """Return which members [R] (bool) stay, and how many exceed the budget; raise DataError under ``strict``.
+
+        `offset_ns` [R] is the member's time less the reference's; `stream` and `file` are for messages.
+        """
         beyond = np.abs(offset_ns) > self.budget_ns
         count = int(beyond.sum())
         if count and self.policy == "strict":
@@ -154,7 +161,7 @@ class SkewPolicy(Config):
 
 
 def completed_from(default: SkewPolicy) -> BeforeValidator:
-    """Annotate a reader's option `skew`, whose default this is, so that what is not given stays the source's own."""
+    """Annotate a reader's option `skew` so that what is not given stays as in `default`, the source's own."""
 
     def complete(given: Any) -> Any:
         return {**default.model_dump(), **given} if isinstance(given, dict) else given

@@ -1,4 +1,4 @@
-"""What the clocks of a source say: rates, jitter, gaps, and how each stream lies in time to the reference.
+"""Measures what the clocks of a source say: rates, jitter, gaps, and how each stream lies in time to the reference.
 
 The clocks are those that every time-sliced sample carries (`mmoe.preparation.slices.Clocks`): whole logs, as recorded,
 so that nothing here depends on how the logs were cut into clips, split or quarantined.
@@ -36,7 +36,9 @@ SYNTHETIC = (
 
 @dataclass(frozen=True)
 class StreamTiming:
-    """One stream over all logs; times in ms. `intervals` [N - logs] and `offsets` [references] are for histograms.
+    """Holds the timing of one stream over all logs; times are in ms.
+
+    `intervals` [N - logs] and `offsets` [references] are for histograms, with N readings.
 
     An interval of zero is a repeat, a negative one runs backwards; a gap is one of more than twice the median. The
     offset is that of the nearest reading to each reference that lies within the stream. `drift` is the slope of it
@@ -62,13 +64,16 @@ class StreamTiming:
 
     @property
     def bursts(self) -> bool:
-        """Tell whether readings come in bursts of one time, so that intervals say nothing."""
+        """True if readings come in bursts of one time, so that intervals say nothing."""
         return self.repeats > BURSTS * max(len(self.intervals), 1)
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """The streams of a source, the reference first. `unreadable` counts refused items of raw recordings by reason."""
+    """Holds the timing of a source's streams, the reference first.
+
+    `unreadable` counts refused items of raw recordings by reason.
+    """
 
     title: str
     kind: str  # "captured" or "synthetic"
@@ -80,7 +85,7 @@ class SyncReport:
 
 
 def report_prepared(folder: str | Path, storage: Storage = DEFAULT) -> SyncReport:
-    """Of a prepared source. Raises DataError where no sample carries clocks."""
+    """Report on the clocks of a prepared source; raise DataError where no sample carries clocks."""
     manifest = SourceManifest.load(folder, storage.read)
     logs: dict[str, Clocks] = {}
     for split in filter(manifest.splits.get, SPLITS):
@@ -99,7 +104,7 @@ def report_prepared(folder: str | Path, storage: Storage = DEFAULT) -> SyncRepor
 
 
 def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> SyncReport:
-    """Of raw recordings, through their reader. Raises DataError where no log can be read."""
+    """Report on the clocks of raw recordings, through their reader; raise DataError where no log can be read."""
     source = SOURCES.find(kind)
     reader = validate(source.config, options or {}, f"options of {kind}")
     unreadable: Counter[str] = Counter()
@@ -127,7 +132,10 @@ def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> 
 
 
 def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncReport:
-    """The report on whole logs of one source."""
+    """Make the report on whole logs of one source.
+
+    `unreadable` counts the items that were refused, by reason.
+    """
     reference = logs[0].reference
     if any(log.reference != reference or log.kind != logs[0].kind for log in logs):
         raise DataError(f"{title}: its logs differ in their reference or kind of clock; prepare the source again")
@@ -209,12 +217,12 @@ def _slope(log: Clocks, name: str) -> tuple[float, float] | None:
 
 
 def quantiles(values: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Least, first percentile, median, 99th percentile, greatest, of one value or more."""
+    """Return least, first percentile, median, 99th percentile and greatest of one value or more."""
     return tuple(np.quantile(values, (0, 0.01, 0.5, 0.99, 1)).tolist())
 
 
 def text(value: float | None, digits: int, sign: str = "") -> str:
-    """A measure as a report shows it; a dash where there is none, which is not zero."""
+    """Format a measure as a report shows it; a dash where there is none, which is not zero."""
     return "-" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # adding zero turns -0.0 into 0.0
 
 
@@ -235,7 +243,7 @@ COLUMNS = (
 
 
 def rows(report: SyncReport) -> list[tuple[str, ...]]:
-    """A line a stream under `COLUMNS`, as text."""
+    """Return a line of text for each stream of a report, with a cell for each of `COLUMNS`."""
     lines: list[tuple[str, ...]] = []
     for stream in report.streams:
         intervals, jitter, gaps = "-", "-", "-"

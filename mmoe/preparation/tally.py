@@ -1,4 +1,4 @@
-"""What preparation counts: the content of each split, what was refused or removed and why, and the summary of both."""
+"""Counts what a preparation makes: the content of each split, what was refused or removed and why, and a summary."""
 
 import json
 from collections import Counter
@@ -19,7 +19,10 @@ from mmoe.schema.vectors import VectorStats
 
 @dataclass
 class Tally:
-    """What a split, or a part of one, holds. Parts are stored, and merged in the order of their samples."""
+    """Holds the counts of a split, or of a part of one.
+
+    Parts are stored, and merged in the order of their samples.
+    """
 
     samples: int = 0
     recordings: set[str] = field(default_factory=set)
@@ -61,7 +64,7 @@ class Tally:
             self.vectors.setdefault(modality, VectorSummary(len(summary.mean))).merge(summary)
 
     def as_dict(self) -> dict[str, Any]:
-        """All but `vectors`, as JSON holds it."""
+        """Return all but `vectors`, as JSON holds it."""
         extent = self.extent
         return {name: getattr(self, name) for name in _PLAIN} | {
             "recordings": sorted(self.recordings),
@@ -74,7 +77,7 @@ class Tally:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """`vectors` under names ``<modality>.<array>``."""
+        """Return the arrays of `vectors` under names ``<modality>.<array>``."""
         return {
             f"{modality.name}.{name}": array
             for modality, summary in self.vectors.items()
@@ -83,7 +86,7 @@ class Tally:
 
     @classmethod
     def load(cls, stored: dict[str, Any], arrays: dict[str, np.ndarray]) -> "Tally":
-        """What `as_dict` and `arrays` gave; other arrays are left alone."""
+        """Make a tally again from what `as_dict` and `arrays` gave; other arrays are left alone."""
         tally = cls(**{name: stored[name] for name in _PLAIN})
         tally.recordings, tally.flags = set(stored["recordings"]), Counter(stored["flags"])
         tally.extent.clips, tally.extent.slices = stored["extent"]["clips"], stored["extent"]["slices"]
@@ -98,7 +101,7 @@ class Tally:
         return tally
 
     def entry(self, shards: list[ShardEntry]) -> SplitEntry:
-        """Give what the manifest says of a split that is stored in these shards."""
+        """Return the manifest's entry for a split that is stored in these shards."""
         return SplitEntry(
             samples=self.samples,
             recordings=len(self.recordings),
@@ -114,7 +117,7 @@ _PLAIN = [f.name for f in fields(Tally) if f.type in (int, float)]  # numbers th
 
 
 class ItemLog:
-    """A file of items that are not in the prepared source, one JSON object a line with key, reason and message."""
+    """Writes the items that are not in the prepared source, as a JSON object a line with key, reason and message."""
 
     def __init__(self, path: Path) -> None:
         self.counts: Counter[str] = Counter()  # by reason
@@ -137,7 +140,7 @@ class ItemLog:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a preparation has made, to be shown: lines of a name and a cell for each split, by section, and notes."""
+    """Says what a preparation has made: by section, lines of a name and a cell for each split; and notes."""
 
     kind: str
     splits: tuple[str, ...]
@@ -152,8 +155,10 @@ def summary(
     removed: Counter[str],
     vectors: dict[str, VectorStats],
 ) -> Summary:
-    """One column a split, one line a measure that is not zero everywhere; then what is flagged, clipped to the fences
-    of its dimension (rows, of all rows), refused, removed."""
+    """Summarize a preparation, with one column a split and one line a measure that is not zero everywhere.
+
+    After the content comes what is flagged, clipped to the fences of its dimension (rows, of all rows), refused and
+    removed."""
     measures = {
         "samples": [f"{t.samples:,}" for t in tallies.values()],
         "recordings": [f"{len(t.recordings):,}" for t in tallies.values()],

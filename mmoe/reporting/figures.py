@@ -1,4 +1,4 @@
-"""The figures of a run's report, each a function from records to a plotly figure."""
+"""Draws the figures of a run's report, each by a function from records to a plotly figure."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +22,10 @@ BINS = 256  # of steps, in figures by expert: half as many at least where there 
 
 
 def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
-    """The look that all figures share."""
+    """Give a figure the look that all figures share.
+
+    `height` is in pixels; `layout` are further options of plotly's layout.
+    """
     figure.update_layout(
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
@@ -41,7 +44,7 @@ def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
 
 
 def curves(columns: dict[str, np.ndarray], names: dict[str, str], width: int) -> go.Figure:
-    """One small plot for each key of `names` that was recorded, over steps; `width` of them beside each other."""
+    """Draw one small plot for each key of `names` that was recorded, over steps; `width` of them beside each other."""
     present = {key: title for key, title in names.items() if not np.isnan(columns[key]).all()}
     width = min(width, len(present))
     rows = -(-len(present) // width)
@@ -58,9 +61,10 @@ def curves(columns: dict[str, np.ndarray], names: dict[str, str], width: int) ->
 
 
 def over_even(chunks: Iterable[Chunk]) -> go.Figure | None:
-    """A table by layer [N, ..., E] over its even share: of each expert over the mean of its layer, over steps.
+    """Draw a table by layer over its even share: each expert over the mean of its layer, over steps.
 
-    Axes between layers and experts are summed, and so are neighboring records where there are many. None without any.
+    The table is [N, ..., E] for N layers of E experts. Axes between layers and experts are summed, and so are
+    neighboring records where there are many. Returns None without any.
     """
     steps, values_RNE = _binned(chunks)
     if not steps:
@@ -110,7 +114,7 @@ def _binned(chunks: Iterable[Chunk]) -> tuple[list[int], np.ndarray]:
 
 
 def would_drop(advice: CapacityAdvice) -> go.Figure:
-    """Share of the choices that each capacity factor would have dropped, by layer of experts and of all."""
+    """Draw the share of the choices that each capacity factor would have dropped, by layer of experts and of all."""
     lines = [
         go.Scatter(x=advice.factors, y=rates, mode="lines+markers", line={"width": 1.2}, name=f"expert layer {layer}")
         for layer, rates in enumerate(advice.rates)
@@ -124,7 +128,7 @@ def would_drop(advice: CapacityAdvice) -> go.Figure:
 
 
 def cross_entropy(evaluation: dict[str, Any]) -> go.Figure | None:
-    """Held-out CE beside the unigram entropy of the same tokens, by source and modality of the target."""
+    """Draw held-out CE beside the unigram entropy of the same tokens, by source and modality of the target."""
     rows = [
         (f"{source}<br>{kind}", entry["ce"], entry["unigram"])
         for source, kinds in evaluation["ce_by_source"].items()
@@ -143,7 +147,7 @@ def cross_entropy(evaluation: dict[str, Any]) -> go.Figure | None:
 
 
 def action_errors(evaluations: dict[str, dict[str, Any]]) -> go.Figure | None:
-    """Action error of the model, of its baselines, and of the model without sight, overall and by dimension."""
+    """Draw the action error of the model, its baselines, and the model without sight, overall and by dimension."""
     plain = evaluations[""]
     if not plain["actions"]:
         return None
@@ -165,7 +169,7 @@ def action_errors(evaluations: dict[str, dict[str, Any]]) -> go.Figure | None:
 
 
 def trace(examples: dict[str, Any], ablated: dict[str, dict[str, Any]], dimension: int) -> go.Figure:
-    """Predicted against logged action (the first step of every chunk) over the longest held-out recordings.
+    """Draw predicted and logged action (the first step of every chunk) over the longest held-out recordings.
 
     `ablated`: the examples of the same source under each ablation, drawn faintly.
     """
@@ -195,7 +199,7 @@ def trace(examples: dict[str, Any], ablated: dict[str, dict[str, Any]], dimensio
 
 
 def scatter(examples: dict[str, Any]) -> go.Figure:
-    """Predicted over logged first steps, a plot for each action dimension."""
+    """Draw predicted over logged first steps, a plot for each action dimension."""
     names, points = examples["names"], examples["scatter"]
     true, predicted = np.array(points["true"]), np.array(points["predicted"])
     figure = make_subplots(1, len(names), subplot_titles=names, horizontal_spacing=0.08)
@@ -212,7 +216,7 @@ def scatter(examples: dict[str, Any]) -> go.Figure:
 
 
 def retrieval(evaluations: dict[str, dict[str, Any]]) -> go.Figure | None:
-    """Recall by kind of pair, with its lower 95 % bound and chance, with and without sight."""
+    """Draw recall by kind of pair, with its lower 95 % bound and chance, with and without sight."""
     rows = []
     for name, evaluation in evaluations.items():
         if evaluation["shards"]:

@@ -1,4 +1,4 @@
-"""Held-out slices as pictures in a page: every camera of an instant, and what was said of it."""
+"""Shows held-out slices as pictures in a page: every camera of an instant, and what was said of it."""
 
 import base64
 import io
@@ -26,7 +26,10 @@ _LOSSLESS_PIXELS = 1 << 14
 
 @dataclass(frozen=True)
 class SlicePictures:
-    """`pictures` uint8 [H, W, 3] by camera number in `rig` (-1: no camera) and the slice's `caption`."""
+    """Holds what a slice shows: `pictures` uint8 [H, W, 3] by camera number in `rig`, and its `caption`.
+
+    A camera number of -1 says that there is no camera.
+    """
 
     pictures: dict[int, np.ndarray]
     caption: str
@@ -34,7 +37,7 @@ class SlicePictures:
 
 
 def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> SlicePictures:
-    """The slice of a held-out row that its action chunk number `chunk` belongs to."""
+    """Read the slice of a held-out row that its action chunk number `chunk` belongs to."""
     files = next(files for files in run.sources.files("heldout") if files.name == source)
     index = ShardIndex.read(files.tars[shard], run.sources.storage)
     segments = index.row_segments(row)
@@ -53,7 +56,7 @@ def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> Slice
 
 
 def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> Markup:
-    """HTML of one slice: its pictures as the rig sees them, its caption, and its action as logged and predicted."""
+    """Render one slice as HTML: its pictures as the rig sees them, its caption, its action as logged and predicted."""
     shown: list[tuple[str, np.ndarray | None]] = [("", picture) for picture in found.pictures.values()]
     if len(found.pictures) > 1:
         cameras = AROUND if found.rig == STANDARD else found.rig.cameras
@@ -65,7 +68,10 @@ def slice_card(item: dict[str, Any], names: list[str], found: SlicePictures) -> 
 
 
 def data_uri(picture: np.ndarray) -> str:
-    """A picture uint8 [H, W, 3] as a data URI: PNG where it is small, else JPEG of at most `WIDEST` pixels width."""
+    """Encode a picture uint8 [H, W, 3] as a data URI.
+
+    It is PNG where it is small, else JPEG of at most `WIDEST` pixels width.
+    """
     with needs("pictures in the report"):
         from PIL import Image
     image = Image.fromarray(picture)

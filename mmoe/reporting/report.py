@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page on a run, and `summary.json` beside it."""
+"""Writes `report.html`, one self-contained page on a run, and `summary.json` beside it."""
 
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ def write_report(run: Run) -> None:
 
 
 def render(run: Run, records: RunRecords) -> str:
-    """The page as HTML."""
+    """Render the report of a run as a page of HTML."""
     summary = summarise(records)
     sections = [_training(run, records), _experts(run, records)]
     if records.plain:
@@ -59,7 +59,7 @@ def render(run: Run, records: RunRecords) -> str:
 
 
 def key_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, what to hold it against) of the figures at the head of the page; only what was measured."""
+    """List (label, value, what to hold it against) of the figures at the head of the page; only what was measured."""
     cards = []
     if summary["action_mse"] is not None:
         mse, baselines = summary["action_mse"], summary["action_mse_baselines"]

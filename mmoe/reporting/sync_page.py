@@ -1,4 +1,4 @@
-"""The HTML page of `mmoe sync-report`: the table of `preparation.sync_report`, and histograms of what it sums up."""
+"""Draws the page of `mmoe sync-report`: the table of `preparation.sync_report`, and histograms of what it sums up."""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,7 +13,7 @@ _BINS = 80
 
 
 def render(report: SyncReport) -> str:
-    """The page as self-contained HTML."""
+    """Render the report on a source's clocks as self-contained HTML."""
     refusals = [parts.note(f"refused: {reason}: {count:,}") for reason, count in sorted(report.unreadable.items())]
     streams = [parts.table(COLUMNS, rows(report)), parts.note(_NOTE), *refusals]
     others = [stream for stream in report.streams if stream.name != report.reference and len(stream.offsets)]

@@ -1,4 +1,4 @@
-"""What a person in the vehicle would say of one instant: the light, the land, landmarks and cars nearby.
+"""Writes what a person in the vehicle would say of one instant: the light, the land, landmarks and cars nearby.
 
 Captions name what the pictures show and nothing that decides the next command: neither bends nor signals.
 """
@@ -15,8 +15,9 @@ CAR_BEHIND_RANGE = (-20.0, -3.0)
 
 
 def captions(world: World, trajectory: Trajectory, times_ns: np.ndarray) -> list[str]:
-    """One caption of 10 to 16 words for each time, e.g. "grey sky, white snow, teal house left, blue tower right,
-    white car ahead, black car behind"."""
+    """Write one caption of 10 to 16 words for each of the times, in ns of clip time.
+
+    For example "grey sky, white snow, teal house left, blue tower right, white car ahead, black car behind"."""
     cars_x = trajectory.cars_at(times_ns)
     (own_x,) = trajectory.at(times_ns, "x")
     return [_caption(world, x, row - x) for x, row in zip(own_x, cars_x)]

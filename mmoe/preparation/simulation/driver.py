@@ -1,4 +1,4 @@
-"""The expert driver and the vehicle: a kinematic bicycle whose actuators lag behind the driver's commands.
+"""Simulates the expert driver and the vehicle: a kinematic bicycle whose actuators lag behind the driver's commands.
 
 Steering is pure pursuit of the own lane (Coulter, "Implementation of the Pure Pursuit Path Tracking Algorithm",
 1992): curvature = 2 l / d^2 for a target at distance d with lateral offset l. Throttle and brake obey the signal
@@ -31,20 +31,22 @@ SIGNAL_PASS, SIGNAL_BLEND = 8.0, 4.0
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What happened, on a grid of STEP_S: vehicle `x, y, heading, speed, acceleration, yaw_rate`, the driver's
-    `steering, throttle, brake` (commands, not what the lagging actuators do), all [T]; other `cars` [T, C] x."""
+    """Holds what happened on a drive, on a grid of STEP_S with T steps.
+
+    The vehicle's `x, y, heading, speed, acceleration, yaw_rate` and the driver's `steering, throttle, brake` (commands,
+    not what the lagging actuators do) are all [T]; `cars` [T, C] are x of the C other cars."""
 
     seconds: np.ndarray
     values: dict[str, np.ndarray]
     cars: np.ndarray
 
     def at(self, times_ns: np.ndarray, *names: str) -> list[np.ndarray]:
-        """The named values interpolated at `times_ns` [N]: a list of [N]."""
+        """Interpolate the named values at `times_ns` [N]; returns an array [N] for each name."""
         seconds = times_ns * 1e-9
         return [np.interp(seconds, self.seconds, self.values[name]) for name in names]
 
     def cars_at(self, times_ns: np.ndarray) -> np.ndarray:
-        """x of the other cars [N, C]."""
+        """Interpolate x of the C other cars at `times_ns` [N]; returns [N, C] in meters."""
         seconds = times_ns * 1e-9
         columns = [np.interp(seconds, self.seconds, self.cars[:, c]) for c in range(self.cars.shape[1])]
         return np.stack(columns, axis=1) if columns else np.empty((len(times_ns), 0))
@@ -56,7 +58,7 @@ _RECORDED = ("x", "y", "heading", "speed", "acceleration", "yaw_rate", "steering
 def drive(world: World, rng: np.random.Generator, start_s: float, stop_s: float) -> Trajectory:
     """Let the expert drive through `world`; it starts beside its lane and not parallel to it.
 
-    At most FASTEST * `stop_s` metres are covered, which is the length the world must have.
+    At most FASTEST * `stop_s` meters are covered, which is the length the world must have.
     """
     road = world.road
     steps = int((stop_s - start_s) / STEP_S) + 2

@@ -1,4 +1,4 @@
-"""Pictures of the world by six pinhole cameras, in numpy.
+"""Draws pictures of the world by six pinhole cameras, in numpy.
 
 The ground is drawn by inverse projection: each pixel's ray meets the plane z = 0 at a point that is fixed in the
 vehicle's frame, so a frame is a rotation, a table look-up of the road and a palette. Everything that stands up is a
@@ -28,7 +28,7 @@ from mmoe.schema.sample import Camera
 
 @dataclass(frozen=True)
 class Mount:
-    """Where a camera sits on the vehicle (metres ahead of and left of its origin), where it looks, how wide."""
+    """Says where a camera sits on the vehicle (meters ahead of and left of its origin), where it looks, how wide."""
 
     forward: float
     left: float
@@ -54,7 +54,7 @@ NIGHT = 0.6  # brightness under a dark sky
 
 @dataclass(frozen=True)
 class Rays:
-    """Where a camera's pixels meet the flat ground: [P] pixels of the rows below the horizon, row by row."""
+    """Says where a camera's pixels meet the flat ground: [P] pixels of the rows below the horizon, row by row."""
 
     focal: float
     horizon: float  # row of the horizon
@@ -113,9 +113,9 @@ _GROUND_CODES = _ground_codes()
 
 @dataclass(frozen=True)
 class Part:
-    """A flat trapezoid of a thing, facing the camera: half widths at `bottom` and `top`, heights `low`, `high`.
+    """A flat trapezoid of a thing, facing the camera: half widths at `bottom` and `top`, heights `low` and `high`.
 
-    `rear` is its colour seen along the thing's heading, `front` against it; `lit` parts shine in the dark.
+    `rear` is its color seen along the thing's heading, `front` against it; `lit` parts shine in the dark.
     """
 
     colour: tuple[int, int, int]
@@ -201,7 +201,7 @@ class Scene:
         self._front = np.array([p.front or p.colour for p in parts]) * brightness
 
     def photograph(self, camera: Camera, times_ns: np.ndarray) -> np.ndarray:
-        """Pictures [N, height, width, 3] u8 taken by `camera` at clip times `times_ns` [N]."""
+        """Take pictures [N, height, width, 3] u8 with `camera` at clip times `times_ns` [N]."""
         x, y, heading = self.trajectory.at(times_ns, "x", "y", "heading")
         view = rays(camera, self.height, self.width)
         pictures = self._ground(view, x, y, heading)

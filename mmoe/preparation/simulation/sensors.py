@@ -1,4 +1,7 @@
-"""The recorder: clocks with their own offset and jitter, and the files each sensor writes."""
+"""Records a simulated drive: clocks with their own offset and jitter, and the files that each sensor writes.
+
+N: readings or pictures; H, W: height and width of a picture.
+"""
 
 from fractions import Fraction
 from io import BytesIO
@@ -26,13 +29,13 @@ IDLE_HZ, HZ_PER_SPEED = 30.0, 11.0  # the engine's pitch
 
 
 def clock(rng: np.random.Generator, ticks_ns: np.ndarray, offset_ns: int, jitter_ns: int) -> np.ndarray:
-    """What a sensor's own clock says at `ticks_ns` [N] i64: shifted as a whole, and jittered about each tick."""
+    """Return what a sensor's own clock says at `ticks_ns` [N] i64: shifted as a whole, and jittered about each tick."""
     shift = int(rng.integers(-offset_ns, offset_ns + 1))
     return ticks_ns + shift + rng.integers(-jitter_ns, jitter_ns + 1, len(ticks_ns))
 
 
 def video(pictures: np.ndarray, times_ns: np.ndarray) -> bytes:
-    """An mp4 (H.264, yuv420p, no B-frames) of pictures [N, H, W, 3] u8 whose first frame is at file time 0."""
+    """Encode pictures [N, H, W, 3] u8 as an mp4 (H.264, yuv420p, no B-frames) whose first frame is at file time 0."""
     buffer = BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", options=_H264)
@@ -49,7 +52,10 @@ def video(pictures: np.ndarray, times_ns: np.ndarray) -> bytes:
 
 
 def engine_sound(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.ndarray, rate: int) -> bytes:
-    """FLAC of the engine: harmonics of a pitch that follows speed, under wind that grows with it."""
+    """Make the FLAC of the engine's sound: harmonics of a pitch that follows speed, under wind that grows with it.
+
+    `rate` is in Hz, `times_ns` in ns of clip time.
+    """
     (speed,) = trajectory.at(times_ns, "speed")
     phase = 2 * pi * np.cumsum(IDLE_HZ + HZ_PER_SPEED * speed) / rate + rng.uniform(0, 2 * pi)
     wave = sum(np.sin(order * phase) / order for order in (1, 2, 3, 5))
@@ -60,7 +66,7 @@ def engine_sound(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.
 
 
 def inertial(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.ndarray) -> np.ndarray:
-    """Readings [N, 6] f32 of an accelerometer (specific force) and a gyroscope, named by INERTIAL_NAMES."""
+    """Return readings [N, 6] f32 of an accelerometer (specific force) and a gyroscope, named by INERTIAL_NAMES."""
     speed, acceleration, yaw_rate = trajectory.at(times_ns, "speed", "acceleration", "yaw_rate")
     readings = np.zeros((len(times_ns), 6))
     readings[:, 0] = acceleration + GRAVITY * rng.normal(0, GRADE)
@@ -74,6 +80,6 @@ def inertial(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.ndar
 
 
 def wheel_speed(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.ndarray) -> np.ndarray:
-    """Speed readings [N, 1] f32 in m/s."""
+    """Return readings [N, 1] f32 of the speed in m/s."""
     (speed,) = trajectory.at(times_ns, "speed")
     return (speed + rng.normal(0, SPEED_NOISE, len(speed)))[:, None].astype(np.float32)

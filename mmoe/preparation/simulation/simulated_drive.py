@@ -1,9 +1,9 @@
-"""The embedded data set: a simulated drive, written down as real recordings are.
+"""Simulates the embedded data set: a drive, written down as real recordings are.
 
-`make_recording` is a pure function of (config, number): a seeded world (`drive/world.py`), an expert who drives
-through it (`drive/driver.py`), six cameras (`drive/render.py`) and the other sensors (`drive/sensors.py`), each
-with a clock of its own. What a time slice contains is then chosen from those clocks by `mmoe.preparation.sync`, exactly
-as for a real rig. A recording has these members:
+`make_recording` is a pure function of (config, number): a seeded world (`world.py`), an expert who drives through it
+(`driver.py`), six cameras (`render.py`) and the other sensors (`sensors.py`), each with a clock of its own. What a time
+slice contains is then chosen from those clocks by `mmoe.preparation.sync`, exactly as for a real rig. A recording has
+these members, with N readings each:
 
 =================== ==========================================================================================
 ``<camera>.mp4``    H.264, the camera's own frame times (the first frame is at file time 0)
@@ -67,7 +67,7 @@ FIRST_SLICE_NS = 50 * MS
 
 
 class SimulatedDriveConfig(Config):
-    """A set of simulated recordings; each is a pure function of `seed` and its number."""
+    """Describes a set of simulated recordings; each is a pure function of `seed` and its number."""
 
     recordings: int = Field(1000, ge=1)
     seed: int = Field(0, ge=0)
@@ -95,12 +95,12 @@ class SimulatedDriveConfig(Config):
 
     @property
     def camera_period_ns(self) -> int:
-        """Give the time between two pictures of a camera."""
+        """The time between two pictures of a camera, in ns."""
         return 1_000 * MS // self.camera_fps
 
 
 def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
-    """Recording `number` of the set: its members and the segments of its time slices."""
+    """Make recording `number` of the set: its members and the segments of its time slices."""
     key = recording_key(number)
     rng = np.random.default_rng((config.seed, number))
     slices = int(rng.integers(config.slices[0], config.slices[1] + 1))
@@ -140,12 +140,12 @@ def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
 
 
 def recording_key(number: int) -> str:
-    """Key and recording of the sample; it has no dot, as WebDataset demands."""
+    """Return the key of recording `number` and of its sample; it has no dot, as WebDataset demands."""
     return f"drive-{number:06d}"
 
 
 def video_name(camera: Camera) -> str:
-    """The member that holds a camera's pictures."""
+    """Return the name of the member that holds a camera's pictures."""
     return f"{camera.name.lower()}.mp4"
 
 

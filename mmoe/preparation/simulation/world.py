@@ -1,8 +1,8 @@
-"""The seeded world of a drive: a winding road, signal gantries, landmarks and other cars.
+"""Generates the seeded world of a drive: a winding road, signal gantries, landmarks and other cars.
 
-Frame: x along the road's general course, y to its left, z up, in metres; angles in radians, counter-clockwise.
-The road's centre line is y = f(x), a sum of sinusoids of small slope, so that the lateral distance of any ground
-point is one table look-up. Cars drive in the right lane, towards growing x; oncoming ones in the left.
+Frame: x along the road's general course, y to its left, z up, in meters; angles in radians, counterclockwise.
+The road's center line is y = f(x), a sum of sinusoids of small slope, so that the lateral distance of any ground
+point is one table look-up. Cars drive in the right lane, toward growing x; oncoming ones in the left.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ TABLE_BEFORE, TABLE_AFTER, TABLE_STEP = 80.0, 120.0, 0.25  # metres the tables r
 
 @dataclass(frozen=True)
 class Road:
-    """The centre line f(x) and tables of it at x = -TABLE_BEFORE + i * TABLE_STEP."""
+    """Holds the center line f(x) of a road, and tables of it at x = -TABLE_BEFORE + i * TABLE_STEP."""
 
     waves: tuple[tuple[float, float, float], ...]  # amplitude, wave number, phase
     centre: np.ndarray  # f(x)
@@ -55,7 +55,7 @@ class Road:
 
     @classmethod
     def generate(cls, rng: np.random.Generator, length: float) -> "Road":
-        """Draw a road that reaches beyond both ends of x = 0 to `length` metres."""
+        """Draw a road that reaches from before x = 0 to beyond `length` meters."""
         wavenumber = 2 * np.pi / rng.uniform((24.0, 32.0, 46.0), (30.0, 42.0, 70.0))
         # Waves are drawn by the curvature they add, not by their height: short ones steer as much as long ones.
         curvature = rng.uniform((0.045, 0.02, 0.0), (0.06, 0.04, 0.01))
@@ -69,19 +69,19 @@ class Road:
         return cls(waves, (amplitude * np.sin(angle)).sum(1), np.arctan(slope), bend)
 
     def y(self, x: float) -> float:
-        """f(x) of one point, exactly."""
+        """Compute f(x), the y of the center line in meters, at one point, exactly."""
         return sum(a * sin(k * x + p) for a, k, p in self.waves)
 
     def slope(self, x: float) -> float:
-        """Compute the slope f'(x) at one point."""
+        """Compute the slope f'(x) of the center line at one point."""
         return sum(a * k * cos(k * x + p) for a, k, p in self.waves)
 
     def row(self, x: np.ndarray) -> np.ndarray:
-        """Row of the tables nearest to x, clipped to their ends."""
+        """Return the row of the tables nearest to each x, clipped to their ends."""
         return np.clip(((x + TABLE_BEFORE) / TABLE_STEP + 0.5).astype(np.int32), 0, len(self.centre) - 1)
 
     def place(self, x: np.ndarray, lateral: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """World x, y and road heading of points `lateral` metres left of the centre line at x."""
+        """Compute world x, y and road heading of points `lateral` meters left of the center line at x."""
         row = self.row(x)
         heading = self.heading[row]
         return x - lateral * np.sin(heading), self.centre[row] + lateral * np.cos(heading), heading
@@ -89,7 +89,7 @@ class Road:
 
 @dataclass(frozen=True)
 class Landmark:
-    """Stands beside the road at `x` metres along it."""
+    """A thing that stands beside the road at `x` meters along it."""
 
     kind: str
     colour: str
@@ -98,7 +98,7 @@ class Landmark:
 
     @property
     def side(self) -> str:
-        """Tell the side of the road as captions do: left or right."""
+        """The side of the road it stands on, as captions say it: left or right."""
         return "left" if self.lateral > 0 else "right"
 
 
@@ -113,18 +113,18 @@ class Car:
 
     @property
     def lateral(self) -> float:
-        """Give the metres left of the centre line; negative is right."""
+        """The distance left of the center line in meters; negative is right."""
         return LANE / 2 if self.role == "oncoming" else -LANE / 2
 
     @property
     def direction(self) -> int:
-        """Give the sign of its motion along x."""
+        """The sign of the car's motion along x."""
         return -1 if self.role == "oncoming" else 1
 
 
 @dataclass(frozen=True)
 class World:
-    """All that a recording's pictures show. Gantries carry a signal over the road that drivers obey."""
+    """Holds all that a recording's pictures show; gantries carry a signal over the road that drivers obey."""
 
     road: Road
     sky: str
@@ -136,7 +136,7 @@ class World:
 
     @classmethod
     def generate(cls, rng: np.random.Generator, length: float) -> "World":
-        """A world for a drive of at most `length` metres from x = 0."""
+        """Generate a world for a drive of at most `length` meters from x = 0."""
         road = Road.generate(rng, length)
         gantry_x = _spaced(rng, -30.0, length + 60.0, 12.0, 17.0)
         landmarks = [

@@ -1,4 +1,4 @@
-"""The kinds of raw recordings that can be prepared."""
+"""Lists the kinds of raw recordings that can be prepared."""
 
 from mmoe.config.registry import Kinds
 from mmoe.preparation.sources.base import Source

@@ -1,4 +1,4 @@
-"""Sounds with their words, in the three layouts that such sets come in.
+"""Reads sounds with their words, in the three layouts that such sets come in.
 
 ============================== ==================================================================================
 input                          what describes a sound
@@ -57,7 +57,7 @@ class _Stated:
 
 
 def items(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """One item per described sound."""
+    """List one item per described sound, for the file or folder at `path`."""
     if path.is_file():
         return _manifest(path, config, quarantine)
     if (path / "transcripts.jsonl").is_file():

@@ -1,4 +1,4 @@
-"""What a reader of raw recordings hands to preparation."""
+"""Defines what a reader of raw recordings hands to preparation."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Vectors:
-    """Names of the dimensions by modality name, and the period of the rows of an action table (0: none).
+    """Names the dimensions of vectors by modality, and holds the period of the rows of an action table (0: none).
 
     `notes` are sentences for whoever prepares the source: what was chosen where it could have been otherwise.
     """
@@ -46,7 +46,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of raw recording. `items` lists cheaply and in a fixed order what `input` holds.
+    """A kind of raw recording, whose `items` lists cheaply and in a fixed order what `input` holds.
 
     `clock` and `skew_budget_ns` are those of `SourceManifest`; `vector_names` names the dimensions by modality name.
     A `generated` source reads no input. `rig` names the cameras, unless the config does by a key `rig`. Where names and
@@ -66,7 +66,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def described(self, input: Path, config: Config) -> "Source":
-        """This source with the rig of this config, and the vector names and the action period of this input."""
+        """Return this source with the rig of this config, and the vector names and the action period of this input."""
         source = replace(self, rig=getattr(config, "rig", self.rig))
         if self.describe is None:
             return source

@@ -1,7 +1,7 @@
-"""BridgeData V2 episodes, unpacked: a robot arm at 5 Hz, up to several cameras, an instruction.
+"""Reads BridgeData V2 episodes, unpacked: a robot arm at 5 Hz, up to several cameras, an instruction.
 
-A folder with ``episodes.jsonl``, rows ``{"episode": folder, "steps": N, "cameras": [numbers], "language_instruction":
-text}``; the folder of an episode holds ``steps.npz`` (`state` and `action`, [N, 7]) and
+The input is a folder with ``episodes.jsonl``, rows ``{"episode": folder, "steps": N, "cameras": [numbers],
+"language_instruction": text}``; the folder of an episode holds ``steps.npz`` (`state` and `action`, [N, 7]) and
 ``image_<camera>_<step>.jpg``. A camera that an episode does not list is absent from its slices. There are no times:
 BridgeData was recorded at 5 Hz, and the clock made from that is synthetic.
 
@@ -40,7 +40,7 @@ class BridgeConfig(EpisodeConfig):
 
 
 def items(path: Path, config: BridgeConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """Clips of every episode that ``episodes.jsonl`` names."""
+    """List the clips of every episode that ``episodes.jsonl`` in the folder `path` names."""
     named = set()
     for where, row in jsonl.rows(path / "episodes.jsonl", quarantine):
         try:

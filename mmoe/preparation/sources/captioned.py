@@ -1,4 +1,4 @@
-"""A picture with a caption as a sample: what several kinds of raw data hold."""
+"""Makes a sample of a picture with a caption, which several kinds of raw data hold."""
 
 from mmoe.data.load.media import image_size
 from mmoe.preparation.sources import jsonl
@@ -7,7 +7,10 @@ from mmoe.schema.sample import Sample, Segment
 
 
 def captioned(key: str, recording: str, picture: bytes, suffix: str, file: str, caption: str, where: str) -> Sample:
-    """The picture's bytes, of `file` with this `suffix`, and its caption (from `where`): the two sides of a pair."""
+    """Make a sample of a picture and its caption, the two sides of a pair.
+
+    `picture` is the bytes of `file`, whose name ends in `suffix`; `where` names the place of the caption in messages.
+    """
     height, width = image_size(picture, file)
     member = f"image{suffix.lower()}"
     return Sample(

@@ -1,4 +1,4 @@
-"""comma2k19: one minute segments of a highway commute, with the log of the car's bus and an inertial unit.
+"""Reads comma2k19: one minute segments of a highway commute, with the log of the car's bus and an inertial unit.
 
 A segment is a folder with ``global_pose/frame_times`` (``.npy`` content without the extension, as all its logs),
 ``processed_log/CAN/{speed,steering_angle}/{t,value}``, ``processed_log/IMU/{accelerometer,gyro}/{t,value}`` and the
@@ -103,7 +103,7 @@ class _Clip:
 
 
 def items(path: Path, config: Comma2k19Config, quarantine: Quarantine) -> Iterator[Item]:
-    """Clips of the segment at `path`, or of every segment under it. Raises DataError where there is none."""
+    """List the clips of the segment at `path`, or of every segment under it; raise DataError where there is none."""
     found = [path] if (path / _FRAMES).is_file() else sorted(file.parents[1] for file in path.rglob(_FRAMES))
     if not found:
         raise DataError(f"{path} holds no {_FRAMES}, so it is no comma2k19 segment; give the folder of the segments")

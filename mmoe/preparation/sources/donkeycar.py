@@ -1,4 +1,4 @@
-"""Donkeycar tubs, version 2: one camera, steering angle and throttle, on an indoor track.
+"""Reads donkeycar tubs, version 2: one camera, steering angle and throttle, on an indoor track.
 
 A tub is one recording. Its ``_timestamp_ms`` is when the record was written, which after a conversion says nothing
 of when the picture was taken, so the clock is synthetic: record index / drive rate. The tub is cut into clips of
@@ -45,7 +45,7 @@ class DonkeycarConfig(Config):
 
 
 def items(path: Path, config: DonkeycarConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """Clips of the tub at `path`, or of every tub under it. Raises DataError where there is none."""
+    """List the clips of the tub at `path`, or of every tub under it; raise DataError where there is none."""
     tubs = [path] if (path / "manifest.json").is_file() else sorted(m.parent for m in path.rglob("manifest.json"))
     if not tubs:
         raise DataError(f"{path} holds no manifest.json, so it is not a donkeycar tub (v2); give the tub's folder")

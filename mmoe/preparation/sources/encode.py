@@ -1,4 +1,7 @@
-"""Bytes of members that readers make themselves: pictures out of videos, pieces of sounds, tables."""
+"""Encodes members that readers make themselves: pictures out of videos, pieces of sounds, tables.
+
+H, W: height and width in pixels; N: readings, D: dimensions of one; n: samples of a sound.
+"""
 
 from io import BytesIO
 
@@ -16,28 +19,31 @@ _WIDE = {"PCM_24", "PCM_32", "FLOAT", "DOUBLE"}  # more than 16 bits a sample; F
 
 
 def encode_jpeg(picture: np.ndarray, quality: int) -> bytes:
-    """A picture u8 [H, W, 3] as JPEG with colours at full resolution (4:4:4)."""
+    """Encode a picture u8 [H, W, 3] as JPEG with colors at full resolution (4:4:4)."""
     buffer = BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
 def encode_table(table: np.ndarray) -> bytes:
-    """A table of readings [N, D] as float32 ``.npy``."""
+    """Encode a table of readings [N, D] as float32 ``.npy``."""
     buffer = BytesIO()
     np.save(buffer, table.astype(np.float32))
     return buffer.getvalue()
 
 
 def encode_flac(wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> bytes:
-    """Samples [n] or [n, channels] (float in [-1, 1], or int16/int32 over their whole range) as FLAC."""
+    """Encode samples [n] or [n, channels] (float in [-1, 1], or int16/int32 over their whole range) as FLAC.
+
+    `rate` is in Hz, `subtype` the width as soundfile names it.
+    """
     buffer = BytesIO()
     soundfile.write(buffer, wave, rate, format="FLAC", subtype=subtype)
     return buffer.getvalue()
 
 
 def flac_piece(sound: bytes, start: int, stop: int, where: str) -> bytes:
-    """Samples [start, stop) of a sound, at its own width up to 24 bits. Raises DataError.
+    """Cut samples [start, stop) out of a sound, as FLAC at its own width up to 24 bits; raises DataError.
 
     Every channel is kept, but for more than FLAC can hold, which are averaged into one, as training hears them.
     """

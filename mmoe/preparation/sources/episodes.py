@@ -1,4 +1,4 @@
-"""Clips of robot episodes: rows at a fixed rate, each with pictures, a state and the action that was commanded.
+"""Cuts robot episodes into clips: rows at a fixed rate, each with pictures, a state and the commanded action.
 
 An episode is one recording. It is cut into clips of a few time slices, each slice the row it falls on; clips share
 no slice. Nothing of a clip reaches outside its episode: where fewer rows than an action chunk are left, the table
@@ -51,7 +51,10 @@ class EpisodeConfig(Config):
 
 @dataclass(frozen=True)
 class View:
-    """Pictures of one camera: encoded bytes of each slice row, and `file_ns` [R], when its file says they were."""
+    """Holds the pictures of one camera, as encoded bytes of each of R slice rows.
+
+    `file_ns` [R] is when its file says they were.
+    """
 
     name: str  # as a member's name begins
     suffix: str
@@ -62,7 +65,10 @@ class View:
 
 @dataclass(frozen=True)
 class Episode:
-    """The rows of an episode: `times_ns` [N] from its start, `tables` [N, D] by STATE and ACTION, `texts` [N]."""
+    """Holds the N rows of an episode: `times_ns` [N] from its start, `tables` [N, D] by STATE and ACTION, `texts` [N].
+
+    D is the number of dimensions of a table.
+    """
 
     name: str
     times_ns: np.ndarray
@@ -71,14 +77,14 @@ class Episode:
 
 
 def windows(rows: int, config: EpisodeConfig) -> Iterator[range]:
-    """The slice rows of each clip of an episode of so many rows."""
+    """Yield the slice rows of each clip of an episode of so many rows."""
     chosen = range(0, rows, config.rows_per_slice)
     for first in range(0, len(chosen), config.slices):
         yield chosen[first : first + config.slices]
 
 
 def clip(key: str, episode: Episode, rows: range, views: list[View], config: EpisodeConfig, where: str) -> Sample:
-    """The sample of the slices at `rows`; every view has a picture of each of them."""
+    """Make the sample of the slices at `rows`; every view has a picture of each of them."""
     origin_ns = int(episode.times_ns[rows[0]])
     episode_ns = episode.times_ns - origin_ns
     reference_ns = episode_ns[list(rows)]

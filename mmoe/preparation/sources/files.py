@@ -1,4 +1,4 @@
-"""Files of a folder that somebody else filled: which there are, what their names may be, and their bytes.
+"""Finds and reads files of a folder that somebody else filled: which there are, what they may be called, their bytes.
 
 Only regular files are opened (a FIFO would wait for ever, a device never end), and no more of them is read than the
 bounds allow. Names that begin with a dot are hidden on purpose, and no reader looks at them. What a reader has no use
@@ -18,7 +18,7 @@ OTHER_KIND = "file of another kind"
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """A regular file, open for reading. Raises OSError for anything else, and for a name that no file can have."""
+    """Open a regular file for reading; raise OSError for anything else, and for a name that no file can have."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # first: opening some devices does something
             raise OSError(0, "it is no regular file")
@@ -33,7 +33,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file. Raises OSError, and `Refused` where they are more than the bounds allow."""
+    """Read the bytes of a regular file; raise OSError, and `Refused` where they are more than the bounds allow."""
     with open_regular(path) as file:
         check_bound("file_bytes", os.fstat(file.fileno()).st_size, str(path), "has too many bytes")
         data = file.read(bounds().file_bytes + 1)  # what a kernel makes up states no size
@@ -42,7 +42,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def read_bytes(path: Path, where: str) -> bytes:
-    """The bytes of the file that `where` names. Raises `Refused`."""
+    """Read the bytes of the file that `where` names in messages; raise `Refused` where they cannot be read."""
     try:
         return read_regular(path)
     except OSError as error:
@@ -61,7 +61,7 @@ def check_name(name: str, where: str) -> None:
 
 
 def listing(root: Path, quarantine: Quarantine) -> list[Path]:
-    """The regular files below `root` that are not hidden, sorted; others are refused, as are names out of UTF-8."""
+    """List the regular files below `root` that are not hidden, sorted; refuse others, and names out of UTF-8."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]

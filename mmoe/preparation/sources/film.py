@@ -1,4 +1,4 @@
-"""Films, as containers of streams: which stream is meant, its times, and its sound by time.
+"""Reads films, as containers of streams: which stream is meant, its times, and its sound by time.
 
 Times are int64 ns after the start of the chosen video stream, the origin of `VideoFrames.times_ns`.
 """
@@ -31,9 +31,10 @@ _SCALE = {"u8": 2**7, "s16": 2**15, "s32": 2**31, "flt": 1, "dbl": 1}  # full sc
 
 @dataclass(frozen=True)
 class Film:
-    """What a file's header says: the chosen streams by number (`sound` None: there is none), and the length in ns.
+    """Holds what a file's header says: the chosen streams by number, and the length in ns.
 
-    `best` is whether the video is the stream that FFmpeg ranks first, which is the only one decord reads.
+    `sound` is None where there is none. `best` is true if the video is the stream that FFmpeg ranks first, which is the
+    only one decord reads.
     """
 
     file: Path
@@ -45,7 +46,10 @@ class Film:
 
 @dataclass(frozen=True)
 class Run:
-    """Sound without a gap: mono f32 `wave` [n] whose first sample is at `start_ns`; `file_ns` [n] by its packets."""
+    """A piece of sound without a gap: mono f32 `wave` [n] whose first sample is at `start_ns`.
+
+    `file_ns` [n] are the times of the samples by its packets.
+    """
 
     start_ns: int
     rate: int
@@ -54,7 +58,7 @@ class Run:
 
     @property
     def times_ns(self) -> np.ndarray:
-        """Give the time of every sample, counted from the first at the rate."""
+        """The time [n] of every sample in ns, counted from the first at the rate."""
         return self.start_ns + np.arange(len(self.wave), dtype=np.int64) * sync.SECOND_NS // self.rate
 
     def flac(self) -> bytes:
@@ -63,7 +67,7 @@ class Run:
 
 
 def open_film(file: Path, video: Choice, sound: Choice | Literal["none"]) -> Film:
-    """Choose the streams of a file. Raises `Refused` where it cannot be read or the choice is not plain."""
+    """Choose the streams of a file; raise `Refused` where it cannot be read or the choice is not plain."""
     with open_container(file, str(file)) as container, translated(str(file)):
         seen = _choose(container, "video", video, file)
         heard = None if sound == "none" else _choose(container, "audio", sound, file)
@@ -135,7 +139,7 @@ def _origin(stream: av.stream.Stream) -> int:
 
 @lru_cache(maxsize=4)
 def packet_times(film: Film) -> dict[int, np.ndarray]:
-    """The times [N] that the container gives the packets of the chosen streams, by stream number, sorted."""
+    """Return the times [N] that the container gives the packets of the chosen streams, by stream number, sorted."""
     where = str(film.file)
     with open_container(film.file, where) as container, translated(where):
         streams = [container.streams[number] for number in (film.video, film.sound) if number is not None]
@@ -150,7 +154,7 @@ def packet_times(film: Film) -> dict[int, np.ndarray]:
 
 
 def sound_between(film: Film, start_ns: int, stop_ns: int) -> list[Run]:
-    """The sound in [start_ns, stop_ns): one run without a gap after the other, none where there is no sound."""
+    """Read the sound in [start_ns, stop_ns): one run without a gap after the other, none where there is no sound."""
     runs: list[Run] = []
     parts: list[tuple[int, np.ndarray]] = []
     rate = 0

@@ -1,4 +1,4 @@
-"""Pictures with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
+"""Reads pictures with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
 
 A sample is one picture and one caption, its two sides a contrastive pair. A picture is a recording, so all its
 captions fall on one side of the split. Files of the folder that no row names are refused, so that they are counted.
@@ -25,7 +25,7 @@ class ImageCaptionConfig(Config):
 
 
 def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """One item per picture and caption; the second field's captions have keys ending in ``-1``, and so on."""
+    """List one item per picture and caption; the second field's captions have keys ending in ``-1``, and so on."""
     named = {path / "captions.jsonl"}
     for where, row in jsonl.rows(path / "captions.jsonl", quarantine):
         try:

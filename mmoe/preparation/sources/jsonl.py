@@ -1,4 +1,4 @@
-"""JSON as readers find it: folders described by a ``.jsonl`` file, tables, and the fields of their rows."""
+"""Reads JSON as readers find it: folders described by a ``.jsonl`` file, tables, and the fields of their rows."""
 
 import json
 import math
@@ -20,7 +20,7 @@ _EXACT = 2**53  # integers beyond it are no count, number or time
 
 
 def rows(path: Path, quarantine: Quarantine) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every line of the file that holds a JSON object; other lines are refused.
+    """Yield (place, row) of every line of the file that holds a JSON object; other lines are refused.
 
     Raises DataError when the file cannot be read.
     """
@@ -40,7 +40,7 @@ def rows(path: Path, quarantine: Quarantine) -> Iterator[tuple[str, dict[str, An
 
 
 def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every line of a stream, without its end and without a byte order mark.
+    """Yield (offset, line) of every line of a stream, without its end and without a byte order mark.
 
     Of a line beyond the bound of a row no more than one byte too many is given, for `parse` to refuse; the rest
     of it is passed over, so that no line takes more memory than that.
@@ -59,7 +59,7 @@ def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_row(data: bytes, file: Path | str, offset: int, where: str) -> dict[str, Any]:
-    """The JSON object that stands at byte `offset` of `file`. Raises `Refused`."""
+    """Return the JSON object that stands at byte `offset` of `file`; raise `Refused` for what is none."""
     check_bound("row_bytes", len(data), where, "is a row of too many bytes")
     row = parse(decode(data, file, offset), where)
     if not isinstance(row, dict):
@@ -68,7 +68,7 @@ def parse_row(data: bytes, file: Path | str, offset: int, where: str) -> dict[st
 
 
 def parse(text: str, where: str) -> Any:
-    """What a JSON text holds. Raises `Refused` for what is none, and beyond the bounds of depth and digits."""
+    """Return what a JSON text holds; raise `Refused` for what is none, and beyond the bounds of depth and digits."""
     table = bounds()
     long = re.compile("[0-9]" + f"{{{table.json_digits + 1}}}")
     integer = real = None
@@ -112,7 +112,7 @@ def _too_deep(where: str) -> Refused:
 
 
 def load(file: Path, remedy: str) -> Any:
-    """What a file of JSON holds. Raises DataError; `remedy` is for a file that cannot be opened."""
+    """Read a file of JSON; raise DataError, with `remedy` for a file that cannot be opened."""
     try:
         data = read_regular(file)
     except OSError as error:
@@ -121,7 +121,7 @@ def load(file: Path, remedy: str) -> Any:
 
 
 def text_of(row: dict[str, Any], field: str, where: str) -> str:
-    """The string in `field`, not blank."""
+    """Return the string in `field` of a row, not blank; raise `Refused` for anything else."""
     if not isinstance(row.get(field), str):
         found = "is missing" if field not in row else f"is {brief(row[field])}, not a string"
         raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
@@ -131,7 +131,10 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 
 def number_of(row: dict[str, Any], field: str, where: str, what: str = "a number") -> float:
-    """The finite number in `field`; NaN and Infinity, which JSON's readers take, are none."""
+    """Return the finite number in `field` of a row; NaN and Infinity, which JSON's readers take, are none.
+
+    `what` says in the message what is wanted. Raises `Refused`.
+    """
     if not is_number(row.get(field)):
         found = "is missing" if field not in row else f"is {brief(row[field])}, not {what}"
         raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
@@ -139,7 +142,7 @@ def number_of(row: dict[str, Any], field: str, where: str, what: str = "a number
 
 
 def integer_of(row: dict[str, Any], field: str, where: str) -> int:
-    """The integer in `field`, of no more than 53 bits."""
+    """Return the integer in `field` of a row; raise `Refused` for anything else, and for more than 53 bits."""
     value = row.get(field)
     if type(value) is not int or abs(value) > _EXACT:
         found = "is missing" if field not in row else f"is {brief(value)}, not an integer of 53 bits"
@@ -148,7 +151,7 @@ def integer_of(row: dict[str, Any], field: str, where: str) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that float64 holds."""
+    """Tell whether a value of JSON is a number that float64 holds."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:
@@ -156,7 +159,7 @@ def is_number(value: Any) -> bool:
 
 
 def encode_text(text: str, where: str) -> bytes:
-    """UTF-8. Refuses lone surrogates, which JSON escapes can spell but no text holds."""
+    """Encode a text as UTF-8; refuse lone surrogates, which JSON escapes can spell but no text holds."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -165,7 +168,7 @@ def encode_text(text: str, where: str) -> bytes:
 
 
 def decode(data: bytes, file: Path | str, offset: int) -> str:
-    """UTF-8 `data` that stands at byte `offset` of `file`, without the byte order mark that it may begin with."""
+    """Decode UTF-8 `data` that stands at byte `offset` of `file`, without a byte order mark; raise `Refused`."""
     if offset == 0:
         check_utf16(data, file)
         data, offset = (data[len(BOM) :], len(BOM)) if data.startswith(BOM) else (data, 0)
@@ -186,15 +189,15 @@ def check_utf16(data: bytes, file: Path | str) -> None:
 
 
 def read_file(folder: Path, row: dict[str, Any], field: str, where: str) -> bytes:
-    """The bytes of the file that `row[field]` names, relative to `folder`."""
+    """Read the bytes of the file that `row[field]` names, relative to `folder`."""
     return read_bytes(folder / text_of(row, field, where), where)
 
 
 def name_of(row: dict[str, Any], field: str, where: str) -> str:
-    """The path that `row[field]` gives, in its plainest spelling: ``./a//b.png`` is ``a/b.png``."""
+    """Return the path that `row[field]` gives, in its plainest spelling: ``./a//b.png`` is ``a/b.png``."""
     return posixpath.normpath(text_of(row, field, where))
 
 
 def key_of(row: dict[str, Any], field: str, where: str) -> str:
-    """A sample's key: the path that `row[field]` gives, without the suffix."""
+    """Return a sample's key: the path that `row[field]` gives, without the suffix."""
     return splitext(name_of(row, field, where))[0]  # noqa: PTH122  # its rule for dots: keys stay what they were

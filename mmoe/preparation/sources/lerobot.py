@@ -1,4 +1,4 @@
-"""LeRobot datasets, version 3.0: robot episodes in parquet, with videos that hold many episodes end to end.
+"""Reads LeRobot datasets, version 3.0: robot episodes in parquet, with videos that hold many episodes end to end.
 
 `input` is the dataset's folder (``meta/info.json``). The picture of a row is the frame of each video at the
 episode's `from_timestamp` + the row's `timestamp`; it must be there to 1 ms. Pictures may also stand inside parquet
@@ -74,7 +74,7 @@ class _Dataset:
 
 
 def items(path: Path, config: LeRobotConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """Clips of every episode, in the order of ``meta/episodes``."""
+    """List the clips of every episode, in the order of ``meta/episodes``."""
     dataset = _open(path, config)
     tasks = _tasks(path)
     columns = [*_EPISODE, *(f"videos/{key}/{name}" for key in _videos(dataset) for name in _VIDEO)]
@@ -101,7 +101,7 @@ def items(path: Path, config: LeRobotConfig, quarantine: Quarantine) -> Iterator
 
 
 def describe(path: Path, config: LeRobotConfig) -> Vectors:
-    """Names as ``info.json`` gives them; an action's period is 1 / fps."""
+    """Return the dimensions' names as ``info.json`` gives them, and 1 / fps as the period of actions."""
     dataset = _open(path, config)
     stated = {key: _names(dataset, key) for key in dataset.vectors.values()}
     notes = tuple(

@@ -1,4 +1,4 @@
-"""nuScenes, raw: six cameras that fire as the lidar sweeps past them, key frames twice a second, scenes of 20 s.
+"""Reads raw nuScenes: six cameras that fire as the lidar sweeps past, key frames twice a second, scenes of 20 s.
 
 `path` holds ``samples/<CAM>/<log>__<CAM>__<timestamp>.jpg`` and, in ``v1.0-*/`` or beside them, the tables
 ``sample.json``, ``sample_data.json``, ``calibrated_sensor.json``, ``sensor.json``, ``ego_pose.json``, ``scene.json``
@@ -86,7 +86,7 @@ class _Clip:
 
 
 def items(path: Path, config: NuscenesConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """Clips of the scenes under `path`. Raises DataError where the tables are missing or malformed."""
+    """List the clips of the scenes under `path`; raise DataError where the tables are missing or malformed."""
     for scene in read_scenes(path):
         frames = scene.frames.get(config.reference)
         if frames is None:

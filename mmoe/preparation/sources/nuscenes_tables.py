@@ -1,4 +1,4 @@
-"""The tables of nuScenes as arrays by scene, and its bus messages. All times are int64 ns of unix time."""
+"""Reads the tables of nuScenes as arrays by scene, and its bus messages; all times are int64 ns of unix time."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _LATEST_US = 2**63 // 1000  # in int64 nanoseconds
 
 @dataclass(frozen=True)
 class Frames:
-    """The key frames of one camera in a scene, in order of time."""
+    """Holds the key frames of one camera in a scene, in order of time."""
 
     times_ns: np.ndarray  # [N]
     files: tuple[str, ...]  # relative to the root
@@ -27,7 +27,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene: its samples' tokens, the key frames by camera channel, and its ego poses.
+    """Holds a scene: its samples' tokens, the key frames by camera channel, and its N ego poses.
 
     `poses` [N, 4] are x, y, z in m and the yaw in rad in the map's frame at `poses_ns` [N], strictly increasing.
     """
@@ -40,7 +40,7 @@ class Scene:
 
 
 def read_scenes(root: Path) -> Iterator[Scene]:
-    """The scenes of every set of tables under `root`, in order of name. Raises DataError for a malformed table."""
+    """Yield the scenes of every set of tables under `root`, in order of name; raise DataError for a malformed table."""
     folders = [root] if (root / "scene.json").is_file() else sorted(file.parent for file in root.glob("*/scene.json"))
     if not folders:
         raise DataError(
@@ -145,14 +145,14 @@ def _dangling(folder: Path, table: str, other: str, token: str) -> DataError:
 
 @dataclass(frozen=True)
 class Bus:
-    """The messages of one kind in a scene; no rows where the scene has none."""
+    """Holds the messages of one kind in a scene; no rows where the scene has none."""
 
     file: Path
     rows: list[dict[str, Any]]
 
     @classmethod
     def read(cls, root: Path, scene: str, message: str) -> "Bus":
-        """Raises `Refused` for a file that is not a list of messages."""
+        """Read the messages of one kind in a scene; raise `Refused` for a file that is not a list of messages."""
         file = root / "can_bus" / f"{scene}_{message}.json"
         if not file.is_file():
             return cls(file, [])
@@ -164,11 +164,11 @@ class Bus:
 
     @property
     def times_ns(self) -> np.ndarray:
-        """[N], as the file has them."""
+        """The times [N] of the N messages in ns, as the file has them."""
         return np.array([_ns(row["utime"], self.file) for row in self.rows], np.int64)
 
     def column(self, key: str, width: int) -> np.ndarray:
-        """The values [N, width] under a key."""
+        """Return the values [N, width] of the N messages under a key."""
         try:
             table = np.array([row[key] for row in self.rows], np.float64)
             return table.reshape(len(self.rows), width)

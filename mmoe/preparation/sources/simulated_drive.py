@@ -1,4 +1,4 @@
-"""The simulated drive as a source: its recordings come out of the config alone."""
+"""Offers the simulated drive as a source: its recordings come out of the config alone."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Plain text: ``.txt`` cut into documents, ``.jsonl`` with one document a line, ``.parquet`` with one a row.
+"""Reads plain text: ``.txt`` cut into documents, ``.jsonl`` with one document a line, ``.parquet`` with one a row.
 
 ``.txt`` and ``.jsonl`` may be compressed (``.gz``, ``.zst``). Every file is one recording. A ``.txt`` is cut at
 paragraph borders, else line ends, else sentences, else characters, so that no document is longer than `max_bytes`;
@@ -55,7 +55,7 @@ class TextReaderConfig(Config):
 
 
 def items(path: Path, config: TextReaderConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """Documents of the file at `path`, or of every text file under the folder."""
+    """List the documents of the file at `path`, or of every text file under the folder."""
     found = [path] if path.is_file() else listing(path, quarantine)
     files = {file: None for file in found if file == path or _SUFFIX.search(file.name)}
     root = path.parent if path.is_file() else path
@@ -83,7 +83,7 @@ def items(path: Path, config: TextReaderConfig, quarantine: Quarantine) -> Itera
 
 
 def cut(data: bytes, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Byte ranges [start, stop) that cover UTF-8 `data`, each of at most `max_bytes`, ending at the best border.
+    """Yield byte ranges [start, stop) that cover UTF-8 `data`, each of at most `max_bytes`, ending at the best border.
 
     A border is taken in the second half of what fits, so that documents are at least half full.
     """

@@ -1,4 +1,4 @@
-"""Videos with their sound: ``.mp4 .mov .mkv .avi .webm`` files, each a recording, cut into clips of time slices.
+"""Reads videos with their sound: ``.mp4 .mov .mkv .avi .webm`` files, each a recording, cut into clips of time slices.
 
 A slice is the last frame of a period (the reference) and the sound that led up to it, as long as a period.
 Frames and sound are found by the times in the file, never by number / rate: the spacing of frames may vary, and sound
@@ -71,7 +71,10 @@ class VideoConfig(Config):
 
 
 def items(path: Path, config: VideoConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """Clips of the video at `path`, or of every video under it; their number follows from the length in the header."""
+    """List the clips of the video at `path`, or of every video under it.
+
+    The number of clips follows from the length in the file's header.
+    """
     root = path.parent if path.is_file() else path
     found = [path] if path.is_file() else files.listing(path, quarantine)
     films = [file for file in found if file == path or file.suffix.lower() in VIDEO_SUFFIXES]

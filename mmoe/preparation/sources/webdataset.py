@@ -1,4 +1,4 @@
-"""Pictures with captions in WebDataset tars: members ``<key>.<field>``, adjacent for one sample.
+"""Reads pictures with captions in WebDataset tars: members ``<key>.<field>``, adjacent for one sample.
 
 A key ends at the first dot of a name's last path component; the rest, lower-cased, is the field. A sample is the one
 picture (``.jpg .jpeg .png .webp``) and the text of a key: the ``.txt`` where there is one, else the string that the
@@ -51,7 +51,7 @@ class _Group:
 
 
 def items(path: Path, config: WebDatasetConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """One item per sample of the tar at `path`, or of the folder's tars in order of their names."""
+    """List one item per sample of the tar at `path`, or of the folder's tars in order of their names."""
     found = [path] if path.is_file() else files.listing(path, quarantine)
     tars = {file: None for file in found if file == path or _matches(file.relative_to(path), config.tars)}
     others = (file for file in found if file not in tars and file.suffix.lower() != ".tar")
