@@ -1,4 +1,4 @@
-"""`data.*`: the sources of a run, the stages that mix them, and how sequences are filled and decoded."""
+"""Declares the `data.*` keys of a config: the sources of a run, the stages that mix them, packing and decoding."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from mmoe.schema.bounds import Bounds
 
 
 class SourceConfig(Config):
-    """One source of the mixture.
+    """Configures one source of the mixture: its folder, how it is prepared, and its options.
 
     `shards` is the prepared folder, a local path or a URL (s3://, gs://, https://). `kind` and `input` say how to
     prepare it where it does not exist yet (`mmoe prepare kind input shards`); a simulation has no `input`.
@@ -60,10 +60,13 @@ class DataConfig(Config):
 
     @property
     def patch_budget(self) -> int:
-        """Give the VISION vectors that a sequence has room for."""
+        """The number of VISION vectors that a sequence has room for."""
         return self.patches_per_sequence or self.sequence_length
 
     def limits(self, seed: int, isolated_pair_share: float | None = None) -> SequenceBudget:
-        """What a sequence holds; `isolated_pair_share` in place of the configured one."""
+        """Return what one sequence holds, as a `SequenceBudget` with the draws keyed by `seed`.
+
+        `isolated_pair_share`, where given, takes the place of the configured one.
+        """
         share = self.isolated_pair_share if isolated_pair_share is None else isolated_pair_share
         return SequenceBudget(seed, self.sequence_length, self.patch_budget, share)

@@ -1,4 +1,4 @@
-"""Whether what an index says can be true: asked before any of it is used as a place, a size or a number.
+"""Check that what an index says can be true, before any of it is used as a place, a size or a number.
 
 Checksums tell a damaged index; this tells one that was written wrongly, or by somebody else.
 """
@@ -27,7 +27,7 @@ _MOST_FRAMES = 1 << 20  # of one segment
 
 
 def check_segments(path: str, segments: np.ndarray) -> None:
-    """Raises DataError where a field of a segment is out of its range, or a range ends before it begins."""
+    """Raise DataError where a field of a segment is out of its range, or a range ends before it begins."""
     bounds = {"modality": (0, len(Modality) - 1), **_LARGEST}
     for name, (least, greatest) in bounds.items():
         values = segments[name]
@@ -45,7 +45,7 @@ def check_segments(path: str, segments: np.ndarray) -> None:
 def check_members(
     path: str, segments: np.ndarray, segment_offsets: np.ndarray, ranges: np.ndarray, member_offsets: np.ndarray
 ) -> None:
-    """Raises DataError where a member lies nowhere in a tar, or a segment names one that its row has not.
+    """Raise DataError where a member lies nowhere in a tar, or a segment names one that its row has not.
 
     `ranges` [members, 2]: offset and size; the offsets cut segments and members into rows.
     """

@@ -1,4 +1,4 @@
-"""How much a split holds, told by kinds of segments: enough to size a mixture for any tokenizer, without an index.
+"""Count how much a split holds by kinds of segments: enough to size a mixture for any tokenizer, without an index.
 
 Segments that differ in nothing but their length take positions that follow from their number and total length. A
 split of a billion samples has few such groups (cameras of one size, sounds of one rate); pictures of the web have
@@ -27,7 +27,7 @@ class Extent:
         self.slices = 0
 
     def add(self, segments: np.ndarray) -> None:
-        """One sample's segments, `SEGMENT_DTYPE` [n]."""
+        """Count the segments of one sample, `SEGMENT_DTYPE` [n]."""
         slices = set(segments["slice"].tolist()) - {-1}
         self.clips += bool(slices)
         self.slices += len(slices)
@@ -40,7 +40,7 @@ class Extent:
             self.spans[group] += 0 if kind == Modality.ACTION else stop - start
 
     def segments(self, modality: Modality) -> int:
-        """Number of segments of this modality."""
+        """Return the number of segments of this modality."""
         return sum(count for group, count in self.counts.items() if group[0] == modality)
 
     def merge(self, other: "Extent") -> None:
@@ -51,7 +51,7 @@ class Extent:
         self.slices += other.slices
 
     def groups(self) -> tuple[SegmentGroup, ...]:
-        """The groups in a fixed order; beyond `MOST_GROUPS` of them, picture sizes are rounded to powers of two."""
+        """Return the groups in a fixed order; beyond `MOST_GROUPS`, picture sizes are rounded to powers of two."""
         counts, spans, step = self.counts, self.spans, 8
         while len(counts) > MOST_GROUPS:
             counts, spans = _coarser(counts, step), _coarser(spans, step)

@@ -1,4 +1,4 @@
-"""The Parquet file of a shard index: no byte of it reaches the Parquet reader before its checksum was compared.
+"""Write and read the Parquet file of a shard index: each byte's checksum is compared before Parquet reads it.
 
 It is a plain Parquet file to everybody else. In front of its footer stands a block that Parquet readers pass over::
 

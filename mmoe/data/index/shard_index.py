@@ -1,4 +1,4 @@
-"""The shard index and the source manifest: what is known of the data without opening a tar.
+"""Write and read shard indices, which state what is known of a shard without opening its tar.
 
 A prepared source is a folder::
 
@@ -68,7 +68,10 @@ INDEX_SCHEMA = pa.schema(
 
 
 class Member(NamedTuple):
-    """A member of a tar: ``<key>.<field>``, byte offset and size of its content, and the CRC-32 that it must have."""
+    """A member of a tar as its index states it: where its content lies, and which checksum it must have.
+
+    `name` is ``<key>.<field>``; then byte offset and size of the content, and its CRC-32.
+    """
 
     name: str
     offset: int
@@ -77,15 +80,19 @@ class Member(NamedTuple):
 
 
 def is_prepared(folder: str | Path, storage: Storage = DEFAULT) -> bool:
-    """Whether an address, near or far, is that of a prepared source. Raises StorageError where a store does not say."""
+    """Return True if the folder at an address, near or far, is a prepared source.
+
+    Raises StorageError where a store does not say.
+    """
     return storage.exists(join(folder, MANIFEST))
 
 
 @dataclass(frozen=True)
 class SegmentTable:
-    """The segments of one shard in memory: row r owns ``segments[segment_offsets[r]:segment_offsets[r + 1]]``.
+    """Holds the segments of one shard in memory, cut into rows, one a sample.
 
-    Read alone, the fields are those in `PLANNED`: all that planning needs, at a fraction of the index's bytes.
+    Row r owns ``segments[segment_offsets[r]:segment_offsets[r + 1]]``. Read alone, the fields are those in `PLANNED`:
+    all that planning needs, at a fraction of the index's bytes.
     """
 
     tar: str
@@ -94,7 +101,10 @@ class SegmentTable:
 
     @classmethod
     def read(cls, tar: str | Path, storage: Storage = DEFAULT, digest: str | None = None) -> "SegmentTable":
-        """Raises DataError where it cannot be read, or is not the index of `digest` (`ShardEntry`)."""
+        """Read the segments from the index beside `tar`.
+
+        Raises DataError where it cannot be read, or is not the index of `digest` (`ShardEntry`).
+        """
         path = with_suffix(tar, ".parquet")
         columns = [f"segments.list.element.{name}" for name in PLANNED]
         table = _read(path, storage, digest, columns)
@@ -110,7 +120,7 @@ class SegmentTable:
 
 @dataclass(frozen=True)
 class ShardIndex(SegmentTable):
-    """The whole index of one shard in memory: flat arrays and the offsets that cut them into rows.
+    """Holds the whole index of one shard in memory: flat arrays and the offsets that cut them into rows.
 
     Row r owns its range of `text_ids` (i32) and of the members as it does of the segments (`SEGMENT_DTYPE`).
     """
@@ -128,7 +138,10 @@ class ShardIndex(SegmentTable):
 
     @classmethod
     def read(cls, tar: str | Path, storage: Storage = DEFAULT, digest: str | None = None) -> "ShardIndex":
-        """Read all columns. Raises DataError where it cannot be read, or is not the index of `digest`."""
+        """Read all columns of the index beside `tar`.
+
+        Raises DataError where it cannot be read, or is not the index of `digest`.
+        """
         path = with_suffix(tar, ".parquet")
         table = _read(path, storage, digest)
         members, text, segments = (_chunk(table, name) for name in ("members", "text_ids", "segments"))
@@ -156,7 +169,7 @@ class ShardIndex(SegmentTable):
         return index
 
     def check_tar(self, storage: Storage = DEFAULT) -> None:
-        """Raises DataError where the tar is missing, or not as long as the one that was indexed."""
+        """Raise DataError where the tar is missing, or not as long as the one that was indexed."""
         size = storage.size(self.tar)
         if size is None or size == self.tar_bytes:
             return
@@ -172,7 +185,10 @@ class ShardIndex(SegmentTable):
 
     @property
     def tar_bytes(self) -> int:
-        """Bytes of the tar that was indexed: up to its last member, two blocks of zeros, rounded up to a record."""
+        """The size in bytes of the tar that was indexed.
+
+        It reaches up to its last member, then two blocks of zeros, rounded up to a record.
+        """
         if not len(self.member_ranges):
             return tarfile.RECORDSIZE
         offset, size = self.member_ranges[self.member_ranges[:, 0].argmax()].tolist()
@@ -181,46 +197,46 @@ class ShardIndex(SegmentTable):
 
     @cached_property
     def rows(self) -> list[slice]:
-        """Give the range of every row in `segments`."""
+        """The range of every row in `segments`."""
         return [slice(a, b) for a, b in zip(self.segment_offsets[:-1], self.segment_offsets[1:])]
 
     def row_segments(self, row: int) -> np.ndarray:
-        """Give the segments of a row, `SEGMENT_DTYPE` [n]."""
+        """Return the segments of a row, `SEGMENT_DTYPE` [n]."""
         return self.segments[self.rows[row]]
 
     def row_text(self, row: int) -> np.ndarray:
-        """Give the token ids of all texts of a row, i32 [n]."""
+        """Return the token ids of all texts of a row, i32 [n]."""
         return self.text_ids[self.text_offsets[row] : self.text_offsets[row + 1]]
 
     def row_member(self, row: int, member: int) -> tuple[str, int, int]:
-        """Name, byte offset and size in the tar of a row's member."""
+        """Return name, byte offset and size in the tar of a row's member."""
         at = self.member_offsets[row] + member
         offset, size = self.member_ranges[at]
         return self.member_names[at].as_py(), int(offset), int(size)
 
     def row_crc32(self, row: int, member: int) -> int:
-        """CRC-32 of the content of a row's member, as it was written."""
+        """Return the CRC-32 of the content of a row's member, as it was written."""
         return int(self.member_crc32[self.member_offsets[row] + member])
 
     def member(self, row: int, member: int) -> Member:
-        """A row's member as it lies in the tar, under its full name ``<key>.<field>``."""
+        """Return a row's member as it lies in the tar, under its full name ``<key>.<field>``."""
         name, offset, size = self.row_member(row, member)
         return Member(f"{self.keys[row]}.{name}", offset, size, self.row_crc32(row, member))
 
     def row_members(self, row: int) -> int:
-        """How many members a row has."""
+        """Return how many members a row has."""
         return int(self.member_offsets[row + 1] - self.member_offsets[row])
 
     def row_decord(self, row: int, member: int) -> bool:
-        """Whether preparation proved that decord reads this video of a row as PyAV does."""
+        """Return True if preparation proved that decord reads this video of a row as PyAV does."""
         return bool(self.member_decord[self.member_offsets[row] + member])
 
 
 def write_index(tar: str | Path, rows: list[dict]) -> str:
-    """Write the index beside `tar`: one dict a sample with the fields of `INDEX_SCHEMA`; returns its digest.
+    """Write the index beside `tar`, and return its digest.
 
-    `segments` is a `SEGMENT_DTYPE` array, `text_ids` an i32 array, `members` a list of (name, offset, size, crc32,
-    decord) as in the schema.
+    `rows` holds one dict a sample with the fields of `INDEX_SCHEMA`: `segments` is a `SEGMENT_DTYPE` array, `text_ids`
+    an i32 array, `members` a list of (name, offset, size, crc32, decord) as in the schema.
     """
     columns = {name: [row[name] for row in rows] for name in ("key", "recording", "content_hash", "text_ids")}
     columns["members"] = [
@@ -242,7 +258,7 @@ def write_index(tar: str | Path, rows: list[dict]) -> str:
 
 
 def _digest(rows: list[dict]) -> str:
-    """Of what the rows say, whatever the bytes that a version of parquet makes of them."""
+    """Digest what the rows say, whatever the bytes that a version of parquet makes of them."""
 
     def parts() -> Iterator[bytes]:
         for row in rows:

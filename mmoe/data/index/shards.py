@@ -1,4 +1,4 @@
-"""WebDataset tar shards: written with an index of byte ranges, read one member at a time.
+"""Write WebDataset tar shards with an index of byte ranges, and read them one member at a time.
 
 A sample is a run of adjacent tar members ``<key>.<field>``. WebDataset cuts a name at the first dot of its last
 path component and lower-cases the field, so names for which that would lose or merge something are refused.
@@ -55,12 +55,12 @@ def check_field(key: str, field: str) -> None:
 
 
 class ShardWriter:
-    """Writes the shards of one split: ``shard-000000.tar`` and its index ``shard-000000.parquet``, and so on.
+    """Writes the shards of one split, each a tar with its index beside it.
 
-    A shard is closed when it holds `max_rows` samples or the next sample would take it over `max_bytes`; a
-    larger sample stands alone. The same samples give the same bytes. Tar and index are written under temporary
-    names and renamed together, so a shard that can be seen is whole. Leaving the context by an exception removes
-    the shard in progress.
+    They are ``shard-000000.tar`` and its index ``shard-000000.parquet``, and so on. A shard is closed when it holds
+    `max_rows` samples or the next sample would take it over `max_bytes`; a larger sample stands alone. The same samples
+    give the same bytes. Tar and index are written under temporary names and renamed together, so a shard that can be
+    seen is whole. Leaving the context by an exception removes the shard in progress.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = 256 << 20, max_rows: int = 10_000) -> None:
@@ -92,10 +92,10 @@ class ShardWriter:
         segments: np.ndarray,
         decord: frozenset[str] = frozenset(),
     ) -> None:
-        """Append one sample: `text_ids` [n] i32, `segments` [m] `SEGMENT_DTYPE`; `decord` names the
-        videos that decord is proven to read as PyAV does.
+        """Append one sample to the shard in progress.
 
-        Raises DataError for a key or member name that WebDataset would change, and for a key seen before.
+        `text_ids` is [n] i32, `segments` [m] `SEGMENT_DTYPE`; `decord` names the videos that decord is proven to read
+        as PyAV does. Raises DataError for a key or member name that WebDataset would change, and for a key seen before.
         """
         check_key(key)
         for field in members:
@@ -161,7 +161,7 @@ def _append(file: BinaryIO, name: str, content: bytes) -> tuple[int, int]:
 def read_member(
     tar: str | Path, offset: int, size: int, name: str = "", storage: Storage = DEFAULT, crc32: int | None = None
 ) -> bytes:
-    """The `size` bytes at `offset` of a local or remote tar, as one range read.
+    """Read the content of one member, the `size` bytes at `offset` of a local or remote tar, as one range read.
 
     `name` is ``<key>.<field>``; without one any name will do. The tar header in front of the content is read along,
     to notice an index that belongs to another tar. Of a member that stands in an index, `read_stored` compares the
@@ -174,7 +174,10 @@ def read_member(
 
 @dataclass(frozen=True)
 class Stored:
-    """A member of a stored row: `name` is its field, `where` names tar, key and field in messages."""
+    """Holds the content of a member of a stored row.
+
+    `name` is its field, `where` names tar, key and field in messages.
+    """
 
     name: str
     content: bytes
@@ -190,14 +193,17 @@ def read_stored(index: ShardIndex, row: int, member: int, storage: Storage = DEF
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes `start`..`stop` of a tar that hold several members, with their headers, and what else lies between."""
+    """Marks the bytes of a tar that are read at once for several members.
+
+    Bytes `start`..`stop` hold the members with their headers, and what else lies between.
+    """
 
     start: int
     stop: int
     members: tuple[Member, ...]
 
     def cut(self, content: bytes, tar: str | Path, name: str) -> bytes:
-        """The bytes of the member `name`, out of those of the span.
+        """Return the bytes of the member `name`, out of those of the span.
 
         Raises DataError for a tar that is not the one indexed, and for a member that is not as it was written.
         """
@@ -206,7 +212,7 @@ class Span:
 
 
 def spans(members: Iterable[Member], gap: int = GAP) -> list[Span]:
-    """The ranges to read for members: one for those less than `gap` bytes apart."""
+    """Return the ranges to read for members: one for those less than `gap` bytes apart."""
     found: list[list[Member]] = []
     end = None
     for member in sorted(members, key=lambda m: m.offset):

@@ -1,4 +1,4 @@
-"""Laid-out documents -> `PackedBatch`."""
+"""Collate laid-out documents into a `PackedBatch`."""
 
 import numpy as np
 import torch
@@ -42,8 +42,11 @@ class Collator:
         groups: list[int],
         quarantined: tuple[Quarantined, ...] = (),
     ) -> PackedBatch:
-        """Sequence b is of contrastive group ``groups[b]``. In place of a part's documents, a number is the positions
-        that stay padding."""
+        """Pack sequences of laid-out documents into one batch.
+
+        Sequence b is of contrastive group ``groups[b]``. In place of a part's documents, a number is the positions
+        that stay padding.
+        """
         B, L = len(sequences), self.length
         token_ids = np.full((B, L), Structure.PAD, np.int64)
         modality = np.zeros((B, L), np.uint8)
@@ -133,11 +136,11 @@ class Collator:
         )
 
     def size(self, sequences: int) -> int:
-        """Bytes of a batch of so many sequences, without what is rare in it."""
+        """Return the bytes of a batch of so many sequences, without what is rare in it."""
         return sequences * (self.length * _POSITION_BYTES + self.patches * (4 * self.dims[Modality.VISION] + 8))
 
     def check_room(self, sequences: int, workers: int, prefetch: int) -> None:
-        """Raises ConfigError where the batches that are held at a time do not fit the free memory."""
+        """Raise ConfigError where the batches that are held at a time do not fit the free memory."""
         held = workers * prefetch + 1
         needed, free = held * self.size(sequences), free_memory()
         if needed > free:

@@ -1,4 +1,4 @@
-"""Containers of films: the one place that opens them, bounds them, and translates what FFmpeg raises.
+"""Open the containers of films, in this one place: bound them, and translate what FFmpeg raises.
 
 A file is whatever its bytes say, not its name: a playlist named .mp4 makes FFmpeg read other files or the network, a
 session description opens ports. So only the formats of `FORMATS` are opened, by no protocol but that of local files.
@@ -76,7 +76,7 @@ def _check_header(container: InputContainer, where: str) -> None:
 
 @dataclass(frozen=True)
 class Packets:
-    """The shown packets of a video stream in the order of decoding: `pts` i64 [N], `is_key` bool [N].
+    """Holds the shown packets of a video stream in the order of decoding: `pts` i64 [N], `is_key` bool [N].
 
     `hidden`: how many others there are, which an edit list or the codec says are never shown, or that have no time.
     """
@@ -87,7 +87,7 @@ class Packets:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing that is decoded after a key frame is shown before it: no frame needs one before its GOP."""
+        """True if no frame needs one before its GOP: nothing that is decoded after a key frame is shown before it."""
         latest_first = np.minimum.accumulate(self.pts[::-1])[::-1]  # the earliest that is yet to come
         return bool(len(self.pts)) and bool(self.is_key[0]) and bool((latest_first == self.pts)[self.is_key].all())
 

@@ -1,4 +1,4 @@
-"""From a planned document part to a laid-out document: read the members, decode, tokenise, lay out."""
+"""Turn a planned document part into a laid-out document: read the members, decode, tokenize, lay out."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class StandIn(Protocol):
 
     @property
     def modality(self) -> Modality:
-        """Name the modality that is replaced."""
+        """The modality that is replaced."""
 
     def __call__(self, row: RowPlace, index: Index, segments: np.ndarray, at: int) -> tuple[int, int, np.void] | None:
         """Return shard, row and segment, of the same source, shown for `segments[at]`; None for zeros (silence)."""
@@ -38,7 +38,7 @@ class StandIn(Protocol):
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Where a source's shards lie, by shard number of the planned split."""
+    """Says where a source's shards lie, by shard number of the planned split."""
 
     name: str
     tars: tuple[str, ...]
@@ -59,14 +59,17 @@ class SampleLoader:
         skip: frozenset[Modality] = frozenset(),
         storage: Storage = DEFAULT,
     ) -> None:
-        """`skip`: modalities that are left out of the documents (an analysis that does not look at them)."""
+        """Make a loader of the parts of `sources`, by their numbers.
+
+        `skip`: modalities that are left out of the documents (an analysis that does not look at them).
+        """
         self.sources, self.tokenizers, self.video_backend = sources, tokenizers, video_backend
         self.stand_in, self.skip, self.storage = stand_in, skip, storage
         self._index: Callable[[str], ShardIndex] = lru_cache(_INDICES_A_SOURCE * len(sources))(self._load)
         self._begun: dict[tuple, _Row] = {}
 
     def __call__(self, ref: DocumentRef, text_ids: np.ndarray | None = None) -> list[Document]:
-        """The documents of a part: one, or the part and the isolated texts of its pairs, in pair order.
+        """Decode the documents of a part: one, or the part and the isolated texts of its pairs, in pair order.
 
         `text_ids` replaces the row's text (candidate ranking); it needs a row with one TEXT segment.
         """
@@ -91,7 +94,7 @@ class SampleLoader:
                 self._begun[_key(ref)] = _Row(self, ref).begin()
 
     def index(self, source: int, shard: int) -> ShardIndex:
-        """Give the index of a shard, from the cache where it was read before."""
+        """Return the index of a shard, from the cache where it was read before."""
         return self._index(self.sources[source].tars[shard])
 
     def _load(self, tar: str) -> ShardIndex:

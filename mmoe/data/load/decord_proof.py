@@ -1,4 +1,4 @@
-"""decord, and the proof that it may read a film: that it gives frame by frame what PyAV gives.
+"""Read films by decord, and prove that it may: that it gives frame by frame what PyAV gives.
 
 decord counts the packets of a film and seeks by that count: where the GOPs are open, an edit list trims the film, or
 packets are never shown, it gives other frames than those asked for, and says nothing. A damaged table ends its
@@ -41,7 +41,7 @@ _SECONDS, _SECONDS_A_FRAME = 60.0, 0.5  # that the process apart may take
 
 
 class DecordReader:
-    """Frames of the best video stream by decord; only for films that are proven.
+    """Reads frames of the best video stream by decord; only for films that are proven.
 
     `scaled` (height, width) is passed to decord where it can scale to it; else frames come at full size.
     """
@@ -61,7 +61,10 @@ class DecordReader:
         self.damaged: set[int] = set()  # it does not tell
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
-        """Decode the frames at `indices` [n]: uint8 [n, H, W, 3]. Raises `Refused` where decord cannot."""
+        """Decode the frames at `indices` [n]: uint8 [n, H, W, 3].
+
+        Raises `Refused` where decord cannot.
+        """
         try:
             return self._video.get_batch(indices).asnumpy()
         except self._raised as error:
@@ -69,7 +72,7 @@ class DecordReader:
 
 
 def why_not(data: bytes | Path, where: str) -> str | None:
-    """Say why decord must not read a film; None: it is proven to give what PyAV gives.
+    """Return why decord must not read a film; None where it is proven to give what PyAV gives.
 
     The film is decoded as a whole, several times; of a file this is done once a process. Raises `Refused` for a film
     that PyAV cannot read either.
@@ -146,7 +149,7 @@ def _digest(pixels: np.ndarray) -> bytes:
 
 
 def _compare(data: bytes | Path, times_ns: np.ndarray, digests: list[bytes], keys: np.ndarray) -> str | None:
-    """What decord gives otherwise, in order and where it is made to seek; `keys` are the numbers of the key frames."""
+    """Say what decord gives otherwise, in order and where it is made to seek; `keys` are the key frames' numbers."""
     everything = np.arange(len(times_ns))
     around = np.unique((keys[:, None] + np.arange(-1, 2)).clip(0, len(times_ns) - 1))
     ahead = everything[1 : 2 * _AHEAD : 2]  # as a batch that leaves frames out

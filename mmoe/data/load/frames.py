@@ -1,4 +1,4 @@
-"""Frames of films: random access by number to what a video stream shows, in the order it is shown."""
+"""Give random access by number to the frames that a video stream shows, in the order it shows them."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,7 +20,7 @@ _CHEAPER_THAN_SEEKING = 16  # frames ahead that are decoded on the way
 
 
 class VideoFrames:
-    """Random access to the frames of one video stream: number `stream` of the file, else the best by FFmpeg's rank.
+    """Gives random access to the frames of one video stream: number `stream` of a file, else FFmpeg's best.
 
     `data` is the file's bytes, or its path, where it need not fit into memory. `times_ns` i64 [N] is each frame's
     presentation time after the stream's start, strictly increasing; `size` is (height, width) upright. Both backends
@@ -60,16 +60,16 @@ class VideoFrames:
 
     @property
     def damaged(self) -> set[int]:
-        """Give the indices of frames found damaged so far, of those that were asked for."""
+        """The indices of frames found damaged so far, of those that were asked for."""
         return self._reader.damaged
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Give height and width of the frames in pixels; decodes the first one."""
+        """The height and width of the frames in pixels; the first one is decoded for it."""
         return self.frames(np.array([0])).shape[1:3]
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
-        """Frames uint8 [n, H, W, 3] at `indices` [n], in presentation order; any order, repeats allowed."""
+        """Decode the frames at `indices` [n], in presentation order; any order, repeats allowed: uint8 [n, H, W, 3]."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise Refused(
@@ -83,9 +83,10 @@ class VideoFrames:
 def stored_frames(
     data: bytes, backend: Backend, where: str, proven: bool, scaled: tuple[int, int] | None = None
 ) -> VideoFrames:
-    """Frames of a film that is stored in a shard; `proven`: what its index says of decord.
+    """Open the frames of a film that is stored in a shard.
 
-    Raises `Refused` for a film that decord is to read and was not proven for at preparation.
+    `proven`: what its index says of decord. Raises `Refused` for a film that decord is to read and was not proven for
+    at preparation.
     """
     if backend == "decord" and not proven:
         reason = "it was not proven, by preparing it with prepare.video_backend=decord, that decord shows its frames"
@@ -94,7 +95,7 @@ def stored_frames(
 
 
 def unproven(where: str, reason: str, key: str) -> Refused:
-    """The refusal of a film by decord; `key` is the config key that asks for it."""
+    """Return the refusal of a film by decord; `key` is the config key that asks for it."""
     return Refused(UNPROVEN, f"{where} is not read by decord: {reason}; set {key}=auto, or encode it as H.264 mp4")
 
 

@@ -1,4 +1,4 @@
-"""Every document of a split once, in batches that one process decodes or that data replicas share."""
+"""Read every document of a split once, in batches that one process decodes or that data replicas share."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def dealt(batches: Sequence[list[T]], size: int, nothing: T, replica: int, replicas: int) -> list[list[T]]:
-    """Give one replica its share of `batches`: every `replicas`-th one, as many and as large for each.
+    """Return one replica's share of `batches`: every `replicas`-th one, as many and as large for each.
 
     Ranks that exchange tokens must do so equally often, with equal shapes: where there are several replicas, a batch of
     fewer than `size` sequences is filled up with `nothing`, and the last round with batches of nothing else.
@@ -35,7 +35,7 @@ def dealt(batches: Sequence[list[T]], size: int, nothing: T, replica: int, repli
 
 
 class HeldoutBatches:
-    """The batches of a split, planned when this is made and decoded as often as they are asked for.
+    """Holds the batches of a split, planned when this is made and decoded as often as they are asked for.
 
     `isolated` packs every pair as two documents, else none. Of a source that has more than `most_documents`, a seeded
     choice of so many; of more than `most_batches` batches, a seeded choice of these, the same every time. A sample that
@@ -80,7 +80,7 @@ class HeldoutBatches:
 
     @property
     def documents(self) -> set[tuple[int, int, int]]:
-        """Source, shard and row of every document that the batches hold, or hold a part of."""
+        """The source, shard and row of every document that the batches hold, or hold a part of."""
         return {ref[:3] for plan in self.plans for sequence in plan for ref in sequence.documents}
 
     def share(self, replica: int, replicas: int) -> Iterator[PackedBatch]:

@@ -1,4 +1,4 @@
-"""Batches decoded ahead by processes, in the order of their plans whoever dies on the way.
+"""Decode batches ahead in worker processes, and deliver them in the order of their plans whoever dies on the way.
 
 torch's own loader ends with its first dead worker, at any line of the training process, and shares one queue whose
 lock a killed worker may take with it. Here a worker has a connection of its own: when it dies, what it had not
@@ -32,7 +32,7 @@ _LOOK_S = 5.0  # between two looks whether the training process lives
 
 
 class Batches(Protocol):
-    """What makes a batch of a plan; a sample that stands in `known_bad` is left undecoded, for the reason given."""
+    """Makes the batch of a plan; a sample that stands in `known_bad` is left undecoded, for the reason given."""
 
     known_bad: dict[Place, str]
 
@@ -40,7 +40,7 @@ class Batches(Protocol):
 
 
 class RemoteTraceback(Exception):  # noqa: N818  # as multiprocessing calls its own, which says it better
-    """Where a worker met the error that this is the cause of."""
+    """Says where a worker met the error that this is the cause of."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -56,7 +56,7 @@ def batches(
     watchdog_seconds: float,
     condemn: Callable[[Place, str], None],
 ) -> Iterator[Any]:
-    """``dataset[plan]`` of every plan, in order, decoded ahead by `workers` processes (0: in this one).
+    """Yield ``dataset[plan]`` of every plan, in order, decoded ahead by `workers` processes (0: in this one).
 
     `condemn` is told of a sample whose decoding ended a worker, and how; it puts it into ``dataset.known_bad``, or
     raises. Raises WorkerError, naming what the workers were doing, where a death cannot be laid to a sample.

@@ -1,4 +1,4 @@
-"""Payloads: bytes of a picture or a sound -> arrays.
+"""Decode payloads, the bytes of a picture or a sound, into arrays.
 
 Every loader takes `where`, the name of the payload in messages (file or tar, and key), and raises DataError with
 it for bytes that cannot be used. Nothing is guessed and no reader replaces another silently.
@@ -43,7 +43,7 @@ _SPARE = 2  # a picture is decoded at no less than twice the size it is then res
 
 
 def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], upright (EXIF orientation), transparent parts over white, 16 bits scaled to 8.
+    """Decode a picture as uint8 [H, W, 3]: upright (EXIF), transparent parts over white, 16 bits scaled to 8.
 
     Of an animation the first frame. `least` (height, width): a JPEG more than `_SPARE` times as large may come out at
     a half, a quarter or an eighth of its size, which its decoder gives at a fraction of the cost.
@@ -58,14 +58,14 @@ def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) ->
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """Height and width in pixels of the upright picture, from its header alone."""
+    """Return height and width in pixels of the upright picture, from its header alone."""
     with _picture(data, where) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def image_format(data: bytes, where: str) -> str:
-    """The kind of a picture, as the suffix of a file: one of `PICTURE_FORMATS` in lower case."""
+    """Return the kind of a picture, as the suffix of a file: one of `PICTURE_FORMATS` in lower case."""
     with _picture(data, where) as image:
         kind = image.format
         assert kind is not None  # it was read from a file
@@ -103,13 +103,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def reduced_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int] | None:
-    """The (height, width) that a frame of this size is scaled to as it is converted: `least`; None: it is no larger."""
+    """Return the (height, width) that a frame of this size is converted to: `least`; None: it is no larger."""
     return least if size != least and all(side >= wanted for side, wanted in zip(size, least, strict=True)) else None
 
 
 @contextmanager
 def open_sound(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
-    """A sound whose header has been checked: what it states is within the bounds, and fits into its bytes."""
+    """Open a sound and check its header: what it states is within the bounds, and fits into its bytes."""
     with (
         reading("sound", where, "give a whole WAV, FLAC, OGG or MP3 file, or leave it out"),
         soundfile.SoundFile(io.BytesIO(data)) as sound,
@@ -126,7 +126,7 @@ def open_sound(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
 
 
 def sound_blocks(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
-    """Samples [start, stop) of every channel in blocks [n, channels]; fewer where the sound ends before."""
+    """Yield samples [start, stop) of every channel in blocks [n, channels]; fewer where the sound ends before."""
     sound.seek(start)
     at, most = start, max(1, _VALUES_AT_ONCE // sound.channels)
     while at < stop:
@@ -138,13 +138,13 @@ def sound_blocks(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) 
 
 
 def audio_info(data: bytes, where: str) -> tuple[int, int]:
-    """Samples per channel and sample rate in Hz, from the header."""
+    """Return samples per channel and sample rate in Hz, from the header."""
     with open_sound(data, where) as sound:
         return sound.frames, sound.samplerate
 
 
 def load_audio(data: bytes, start: int, stop: int, where: str) -> tuple[np.ndarray, int]:
-    """Samples [start, stop) as float32 mono [n] in [-1, 1] (channels are averaged), and the rate in Hz."""
+    """Decode samples [start, stop) as float32 mono [n] in [-1, 1] (channels are averaged), and the rate in Hz."""
     check_bound("array_bytes", 4 * (stop - start), where, f"has samples {start} to {stop}, too many bytes as float32")
     with open_sound(data, where) as sound:
         rate = sound.samplerate

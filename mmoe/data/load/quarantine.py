@@ -1,4 +1,4 @@
-"""Samples that cannot be decoded while a run trains: written down, counted, and stopped when they are too many.
+"""Write down and count samples that cannot be decoded while a run trains, and stop it when they are too many.
 
 Their place in the sequence becomes padding and stays in the planned counts, so the plan never changes.
 """
@@ -21,7 +21,7 @@ FEW = 8  # of a source: never enough to stop a run, whatever their share
 
 
 class Quarantine:
-    """Counts of parts met and quarantined by all data replicas, by source.
+    """Counts the parts met and quarantined by all data replicas, by source.
 
     `path` is the ``quarantine.jsonl`` to append to, one object a line.
     """
@@ -34,7 +34,7 @@ class Quarantine:
         self._examples: dict[int, str] = {}
 
     def add(self, met: dict[int, int], quarantined: tuple[Quarantined, ...]) -> None:
-        """A batch here: parts by source number (the quarantined among them), and those that are lost."""
+        """Record a batch of this replica: parts met by source number (the quarantined among them), and those lost."""
         for source, number in met.items():
             self._new[source, 0] += number
         if quarantined and self.path is not None:
@@ -49,7 +49,7 @@ class Quarantine:
             self._examples.setdefault(item.source, item.reason)
 
     def known_bad(self, tars: list[tuple[str, ...]]) -> dict[tuple[int, int, int], str]:
-        """Reasons by source, shard and row of the samples that ended a decoding process in an earlier session.
+        """Return why samples ended a decoding process in an earlier session, by source, shard and row.
 
         `tars` are each source's shards. They are read from the file, where every replica has written its own: a run
         that goes on does not die of the same sample again. Delete their lines to have them tried again.
@@ -73,7 +73,7 @@ class Quarantine:
         return self.path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
 
     def settle(self, sum_over_data: Callable[[Tensor], Tensor]) -> None:
-        """After a step: count what all replicas met and lost in it.
+        """Count, after a step, what all replicas met and lost in it.
 
         Raises DataError, on every rank that reads for a replica, beyond the error budget.
         """
@@ -91,7 +91,7 @@ class Quarantine:
         self._new.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the counts of the run so far, as a checkpoint holds them."""
+        """Return the counts of the run so far, as a checkpoint holds them."""
         return {"met": dict(+self.met), "lost": dict(+self.lost)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Bytes that somebody else wrote: whatever a decoder raises over them becomes one sentence."""
+"""Read bytes that somebody else wrote, so that whatever a decoder raises over them becomes one sentence."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def reading(what: str, where: str, remedy: str, refusal: str = "") -> Iterator[N
 
 
 def unreadable(what: str, where: str, error: Exception, remedy: str, refusal: str = "") -> DataError:
-    """Say in a sentence what a decoder's exception says."""
+    """Return a DataError that says in a sentence what a decoder's exception says."""
     # decord's messages may quote the whole file; the sentence keeps the readable end of it.
     reason = re.sub(r"Error opening <.*?>: ", "", re.sub(r"[^\x20-\x7e\xa1-\ud7ff]+", " ", str(error)))
     reason = re.sub(r" at 0x[0-9a-f]+", "", reason)  # an address would make the list of each attempt another

@@ -1,4 +1,4 @@
-"""The stream: prepared sources -> optimizer steps of `PackedBatch`es, planned here and decoded by workers."""
+"""Stream prepared sources as optimizer steps of `PackedBatch`es, planned here and decoded by workers."""
 
 import traceback
 from collections import Counter, deque
@@ -33,9 +33,11 @@ from mmoe.tokenizers.bundle import Tokenizers
 
 @dataclass(frozen=True)
 class StepData:
-    """One optimizer step of this replica: its micro-batches, the planned counts of the whole global batch, and where
-    the plan stands after it; `lost` counts the documents cut or dropped so far, by "source / reason"; `balance` is that
-    of attention and of vision work over the replicas."""
+    """Holds one optimizer step of this replica: its micro-batches, and the planned counts of the whole global batch.
+
+    With it goes where the plan stands after the step. `lost` counts the documents cut or dropped so far, by
+    "source / reason"; `balance` is that of attention and of vision work over the replicas.
+    """
 
     batches: Iterator[PackedBatch]
     counts: Counts
@@ -45,7 +47,7 @@ class StepData:
 
 
 class SequenceDataset:
-    """Decodes plans: of a list of sequences, their batch.
+    """Decodes the plan of a batch, a list of sequences, into that batch.
 
     A part that cannot be decoded becomes padding and is named in the batch, whatever its decoder raised; with
     `strict` a DataError names it. A store that does not answer raises in any case: that is no fault of the sample.
@@ -113,7 +115,7 @@ class SequenceDataset:
             return ""  # the index itself cannot be read: the reason says so
 
     def name(self, place: Place) -> str:
-        """What a sample is called in messages."""
+        """Return what a sample is called in messages."""
         source, shard, row = place
         return f"row {row} of {self.decoder.sources[source].tars[shard]}"
 
@@ -129,7 +131,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 class Stream:
-    """Endless training steps of one data replica; `restore` continues exactly where a step's state was taken.
+    """Yields the endless training steps of one data replica; `restore` continues exactly where a state was taken.
 
     A global batch is `sequences` consecutive sequences of the plan, the same for any number of `replicas`;
     `assign_to_replicas` gives each its own by attention and vision work, and keeps contrastive groups where their
@@ -174,14 +176,17 @@ class Stream:
         self.dataset.known_bad = self.quarantine.known_bad([files.tars for files in decoder.sources])
 
     def state(self, data: StepData | None = None) -> dict[str, Any]:
-        """What to resume from, after step `data` (its batches taken), or before the first."""
+        """Return what to resume from, after step `data` (its batches taken), or before the first."""
         return {
             "plan": self.planner.state if data is None else data.plan,
             "quarantine": self.quarantine.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`. Raises ConfigError where it is of another number of sources."""
+        """Continue from a `state`.
+
+        Raises ConfigError where it is of another number of sources.
+        """
         self.planner.restore(state["plan"])
         self.quarantine.load_state_dict(state["quarantine"])
 
@@ -234,7 +239,11 @@ def make_collator(
     label_weights: np.ndarray,
     skip: frozenset[Modality] = frozenset(),
 ) -> Collator:
-    """Make what packs documents into batches of the config's shape; the modalities in `skip` get no vectors."""
+    """Make the `Collator` that packs documents into batches of the config's shape.
+
+    `label_weights` [modalities] is the loss weight of a label by the modality of its target; the modalities in `skip`
+    get no vectors.
+    """
     return Collator(
         length=config.sequence_length,
         patches=config.patch_budget,
@@ -248,7 +257,7 @@ def make_collator(
 def load_batches(
     dataset: SequenceDataset, plans: Any, config: DataConfig, activity: Activity, condemn: Callable[[Place, str], None]
 ) -> Iterator[PackedBatch]:
-    """Decode `plans` ahead, by as many workers as the config says; `condemn` as for `mmoe.data.load.loader.batches`."""
+    """Yield the batches of `plans`, decoded ahead by the config's workers; `condemn` as for `loader.batches`."""
     return batches(
         dataset,
         plans,

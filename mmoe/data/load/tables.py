@@ -1,4 +1,4 @@
-"""Arrays out of ``.npy`` and ``.npz`` bytes, whose headers are checked before anything is allocated for them."""
+"""Load arrays from ``.npy`` and ``.npz`` bytes, whose headers are checked before anything is allocated for them."""
 
 import io
 import math
@@ -17,7 +17,10 @@ _SUFFIX = ".npy"
 
 
 def load_npy(data: bytes, where: str) -> np.ndarray:
-    """An array of numbers or text. Raises DataError for what is no whole ``.npy``, `Refused` beyond the bounds."""
+    """Load an array of numbers or text from ``.npy`` bytes.
+
+    Raises DataError for what is no whole ``.npy``, `Refused` beyond the bounds.
+    """
     with reading("table", where, "write it with numpy.save, without objects"):
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
@@ -38,8 +41,10 @@ def load_npy(data: bytes, where: str) -> np.ndarray:
 
 
 def load_array(data: bytes, where: str) -> np.ndarray:
-    """A table of readings, float or integer [rows, dimensions], from ``.npy`` bytes. Refuses NaN and infinity, and
-    what float32 cannot hold."""
+    """Load a table of readings, float or integer [rows, dimensions], from ``.npy`` bytes.
+
+    Refuses NaN and infinity, and what float32 cannot hold.
+    """
     table = load_npy(data, where)
     if table.ndim != 2 or table.dtype.kind not in "fiu":
         raise DataError(
@@ -59,7 +64,10 @@ def load_array(data: bytes, where: str) -> np.ndarray:
 
 
 def load_npz(data: bytes, where: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` by name, of `names` alone where given. Errors as `load_npy`, and for a missing name."""
+    """Load the arrays of an ``.npz`` by name, of `names` alone where given.
+
+    Raises errors as `load_npy`, and for a missing name.
+    """
     with (
         reading("set of tables", where, "write it with numpy.savez, without objects"),
         zipfile.ZipFile(io.BytesIO(data)) as archive,

@@ -1,4 +1,4 @@
-"""What is known of films without a decoder: which members are films, and what may decode them."""
+"""Say what is known of films without a decoder: which members are films, and what may decode them."""
 
 from typing import Literal
 
@@ -11,5 +11,5 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
 
 def is_video(name: str) -> bool:
-    """Whether a member of this name is a video; other VISION members are still pictures."""
+    """Return True if a member of this name is a video; other VISION members are still pictures."""
     return name.lower().endswith(VIDEO_SUFFIXES)

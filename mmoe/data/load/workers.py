@@ -1,4 +1,4 @@
-"""What decoding processes are doing, for all to see: whoever is late, and what one was at when it died."""
+"""Show what decoding processes are doing: who is late, and what one was at when it died."""
 
 import logging
 import os
@@ -21,22 +21,22 @@ _here: int | None = None  # the number of this process among the workers
 
 
 class WorkerError(MmoeError):
-    """A decoding process that ended by itself: killed, out of memory, or crashed in a decoder."""
+    """A decoding process ended by itself: killed, out of memory, or crashed in a decoder."""
 
 
 def become_worker(number: int) -> None:
-    """Called once in a decoding process."""
+    """Turn this process into decoding process `number`; it is called once in each."""
     global _here
     _here = number
 
 
 def is_worker() -> bool:
-    """Whether this is a decoding process, and not the training process."""
+    """Return True if this is a decoding process, and not the training process."""
     return _here is not None
 
 
 class Activity:
-    """What each worker does, in memory shared with the training process: a time, a pid, a sample, a line of text."""
+    """Shows what each worker does, in memory shared with the training process: a time, a pid, a sample, a text."""
 
     def __init__(self, workers: int) -> None:
         count = max(workers, 1)
@@ -56,7 +56,7 @@ class Activity:
         self._numbers, self._places, self._texts = (tensor.numpy() for tensor in shared)
 
     def say(self, text: str, place: Place | None = None) -> None:
-        """Called where the work is done, in a worker or in the training process; `place` is the sample in hand."""
+        """Write down what this process, a worker or the training process, does now; `place` is its sample."""
         worker = _here or 0
         line = text.encode(errors="backslashreplace")[:_WIDTH].ljust(_WIDTH, b"\0")
         self._texts[worker] = np.frombuffer(line, np.uint8)
@@ -64,20 +64,20 @@ class Activity:
         self._numbers[worker] = time.time(), os.getpid()
 
     def place(self, worker: int) -> Place | None:
-        """The sample that a worker has in hand."""
+        """Return the sample that a worker has in hand."""
         source, shard, row = self._places[worker].tolist()
         return None if source < 0 else (source, shard, row)
 
     def text(self, worker: int) -> str:
-        """Give what a worker said last."""
+        """Return what a worker said last."""
         return self._texts[worker].tobytes().rstrip(b"\0").decode(errors="replace")
 
     def clear(self, worker: int) -> None:
-        """Before another process becomes this worker."""
+        """Forget what a worker said, before another process becomes this worker."""
         self._numbers[worker], self._places[worker], self._texts[worker] = 0.0, -1, 0
 
     def lines(self) -> list[str]:
-        """One sentence a worker."""
+        """Return one sentence a worker on what it does."""
         now, sentences = time.time(), []
         for worker, (since, pid) in enumerate(self._numbers.tolist()):
             doing = f"pid {int(pid)}, for {now - since:.0f} s: {self.text(worker)}" if since else "has not begun"
@@ -97,7 +97,7 @@ class WorkerWatchdog:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around whatever may take too long."""
+        """Watch while the context lasts; it goes around whatever may take too long."""
         self._since = time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Dealing the sequences of one global batch to data replicas, so that none waits long for another.
+"""Deal the sequences of one global batch to data replicas, so that none waits long for another.
 
 Sequences equal in positions are not equal in work: attention grows with the squares of their documents, the vision
 encoder with their patches, and a replica that has the most of either is waited for. Each kind is measured by what a
@@ -20,7 +20,7 @@ MOST_SEQUENCES = 1 << 20  # of a global batch: all are planned before the first 
 
 
 class ContrastiveScope(Enum):
-    """Where all sequences of a contrastive group are."""
+    """Says within what all sequences of a contrastive group are."""
 
     MICRO_BATCH = "micro_batch"  # of one replica: it is dealt whole
     MICRO_STEP = "micro_step"  # of all replicas: its embeddings are gathered within the forward pass
@@ -28,15 +28,17 @@ class ContrastiveScope(Enum):
 
     @classmethod
     def narrowest(cls, group: int, micro_sequences: int, replicas: int) -> "ContrastiveScope":
-        """The narrowest that groups of so many sequences fill without a rest."""
+        """Return the narrowest scope that groups of so many sequences fill without a rest."""
         if micro_sequences % group == 0:
             return cls.MICRO_BATCH
         return cls.MICRO_STEP if micro_sequences * replicas % group == 0 else cls.STEP
 
 
 def check_dealing(sequences: int, group: int, micro_sequences: int, replicas: int) -> None:
-    """Raises ConfigError where a global batch is not made of whole contrastive groups and whole micro-steps, and for
-    one of more sequences than a step can plan."""
+    """Raise ConfigError where a global batch is not made of whole contrastive groups and whole micro-steps.
+
+    It is raised, too, for a batch of more sequences than a step can plan.
+    """
     if sequences > MOST_SEQUENCES:
         raise ConfigError(
             f"training.global_batch_positions makes {sequences:,} sequences a step, more than the {MOST_SEQUENCES:,} "
@@ -52,11 +54,12 @@ def check_dealing(sequences: int, group: int, micro_sequences: int, replicas: in
 
 
 def assign_to_replicas(costs: np.ndarray, group: int, micro_sequences: int, replicas: int) -> np.ndarray:
-    """Which sequences each replica gets, in its order of work: [replicas, S / replicas] indices into `costs`.
+    """Deal sequences to replicas by greedy balancing: in each round the costliest goes to the least loaded one.
 
-    `costs` [S, C] are of C kinds of work; one replica alone goes by the first. A contrastive group is `group`
-    consecutive sequences. One that fits a micro-batch stays together and in order, one that fits a micro-step stays in
-    it. S must be a multiple of group and of micro_sequences x replicas.
+    Returns [replicas, S / replicas] indices into `costs`, each replica's in its order of work. `costs` [S, C] are of C
+    kinds of work; one replica alone goes by the first. A contrastive group is `group` consecutive sequences. One that
+    fits a micro-batch stays together and in order, one that fits a micro-step stays in it. S must be a multiple of
+    group and of micro_sequences x replicas.
     """
     if replicas == 1:
         costs = costs[:, :1]
@@ -87,9 +90,9 @@ def assign_to_replicas(costs: np.ndarray, group: int, micro_sequences: int, repl
 
 
 def balance(costs: np.ndarray, dealt: np.ndarray) -> np.ndarray:
-    """Give the work of the replica that has most of it over the mean, [C] of each kind in `costs` [S, C]; 1 of none.
+    """Return the work of the replica that has most of it over the mean, [C], one number a kind; 1 where there is none.
 
-    `dealt` is what `assign_to_replicas` gives.
+    `costs` [S, C] is the work of each sequence by kind, `dealt` is what `assign_to_replicas` gives.
     """
     work = costs[dealt].sum(axis=1)
     mean = work.mean(axis=0)

@@ -1,4 +1,4 @@
-"""A source as an endless, keyed order of documents, read block by block.
+"""Read a source block by block as an endless, keyed order of documents.
 
 An epoch is a keyed permutation of the source's shards, cut into blocks of a few shards, then a keyed permutation of
 the rows inside each block. A block is a table of *parts*: one for a document that fits a sequence, several for a
@@ -49,7 +49,7 @@ OUTCOMES = (
 
 @dataclass(frozen=True)
 class SequenceBudget:
-    """What a sequence holds, and which pairs become two documents."""
+    """Says how much a sequence holds, and which pairs become two documents."""
 
     seed: int
     sequence_length: int
@@ -59,9 +59,10 @@ class SequenceBudget:
 
 @dataclass(frozen=True)
 class ShuffleBlock:
-    """Documents in drawn order: document d is ``parts[offsets[d]:offsets[d + 1]]``; `counts` [parts, columns] i64.
+    """Holds a block of documents in drawn order, each as one or several parts.
 
-    `lengths` [documents] i64 is the positions a document takes in all its parts, `outcome` u1 what became of it.
+    Document d is ``parts[offsets[d]:offsets[d + 1]]``; `counts` is [parts, columns] i64. `lengths` [documents] i64 is
+    the positions a document takes in all its parts, `outcome` u1 what became of it.
     """
 
     parts: np.ndarray
@@ -75,7 +76,7 @@ class ShuffleBlock:
 
 
 class PlannedSource:
-    """One split of a prepared source as an endless order of documents; it keeps a block, and the next, in memory."""
+    """Orders the documents of one split of a prepared source without end; it keeps a block, and the next, in memory."""
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class PlannedSource:
         self._measured: dict[int, tuple[SegmentTable, Measures]] = {}  # by shard, of a source that is one block
 
     def at(self, counter: int) -> tuple[ShuffleBlock, int]:
-        """The block that document number `counter` of the endless order lies in, and its place there."""
+        """Return the block that document number `counter` of the endless order lies in, and its place there."""
         epoch, within = divmod(counter, self.rows)
         if self._epoch[0] != epoch:
             order = rng(self.limits.seed, self.number, epoch).permutation(len(self.shards))
@@ -123,7 +124,7 @@ class PlannedSource:
         return self._blocks[epoch, number], within - start
 
     def once(self, shard: int, rows: np.ndarray, counter: int) -> ShuffleBlock:
-        """The given rows of a shard in their order, as documents number `counter` and after."""
+        """Return the given rows of a shard in their order, as documents number `counter` and after."""
         return self._build(np.array([shard]), rows, counter)
 
     def _build(self, shards: np.ndarray, rows: np.ndarray, counter: int) -> ShuffleBlock:
@@ -258,7 +259,7 @@ class PlannedSource:
         return _Pieces.join(pieces), documents[unusable]
 
     def check_slices(self) -> None:
-        """Raises ConfigError where a slice of the first shard is longer than a sequence: no cut could help."""
+        """Raise ConfigError where a slice of the first shard is longer than a sequence: no cut could help."""
         table = self._read(0)
         each, _ = measure_slices(table, np.arange(len(table)), self.tokenizers, self.name)
         length, patches = int(each.isolated.max(initial=0)), int(each.count("patches").max(initial=0))
@@ -291,7 +292,7 @@ class _Pieces:
 
 
 def _counts(measures: Measures, isolated: np.ndarray) -> np.ndarray:
-    """[documents, columns] of documents in one piece."""
+    """Count documents that are in one piece: [documents, columns]."""
     counts = np.empty((len(isolated), columns()), np.int64)
     length = np.where(isolated, measures.isolated, measures.length)
     counts[:, POSITIONS] = length
@@ -303,12 +304,12 @@ def _counts(measures: Measures, isolated: np.ndarray) -> np.ndarray:
 
 
 def rng(seed: int, *counters: int) -> np.random.Generator:
-    """A generator that depends on nothing but its key; counters may be -1."""
+    """Return a generator that depends on nothing but its key; counters may be -1."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *(c + 1 for c in counters)])))
 
 
 def units(seed: int, source: int, counter: int, number: int) -> np.ndarray:
-    """Keyed numbers in [0, 1), one for each of the documents `counter`.. of a source: SplitMix64 over the key."""
+    """Return keyed numbers in [0, 1) for the documents `counter`.. of a source: SplitMix64 over the key."""
     key = np.full(number, seed, np.uint64)
     counters = np.arange(counter + 1, counter + 1 + number, dtype=np.uint64)
     for value in (np.uint64(source + 1), counters):

@@ -1,4 +1,4 @@
-"""What a document will cost, from its index row alone: positions, patches, labels, pairs, action elements.
+"""Measure the cost of a document from its index row alone: positions, patches, labels, pairs, action elements.
 
 The closed forms of `mmoe.modalities` and the layout in `mmoe.modalities.document` state the same thing twice, on
 purpose: planning needs the counts of millions of rows without building one. A property test holds them equal.
@@ -18,7 +18,7 @@ from mmoe.tokenizers.bundle import Tokenizers
 
 @dataclass(frozen=True)
 class Measures:
-    """Counts by row, [n] i64; `labels` is [n, modalities], by the modality of the target."""
+    """Holds counts by row, [n] i64; `labels` is [n, modalities], by the modality of the target."""
 
     length: np.ndarray  # positions of the document packed in one piece
     isolated: np.ndarray  # positions when every pair's text is a document of its own
@@ -31,11 +31,11 @@ class Measures:
     text_only: np.ndarray  # bool: nothing but text, so it may be cut at any token
 
     def count(self, name: str) -> np.ndarray:
-        """Count by row what a modality names among its `count_columns`."""
+        """Return the count by row of what a modality names among its `count_columns`."""
         return self.counted[:, count_names().index(name)]
 
     def take(self, rows: np.ndarray) -> "Measures":
-        """Give the measures of these rows, by their numbers or a mask."""
+        """Return the measures of these rows, by their numbers or a mask."""
         return Measures(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     @staticmethod
@@ -45,7 +45,7 @@ class Measures:
 
 
 def plan_segments(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
-    """What each of the segments [n], of whatever modalities, takes in a sequence, by what their modalities say."""
+    """Plan how much each of the segments [n] takes in a sequence, by what their modalities say."""
     kind, n = segments["modality"], len(segments)
     plan = Planned.without_targets(np.zeros(n, np.int64))
     tokens, around, labels, closing = (array.copy() for array in (plan.tokens, plan.around, plan.labels, plan.closing))
@@ -70,7 +70,7 @@ def plan_segments(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> 
 
 
 def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokenizers, source: str) -> Measures:
-    """Measures of `rows` documents whose segments are `segments` [n], segment i belonging to document `row[i]`."""
+    """Measure `rows` documents whose segments are `segments` [n], segment i belonging to document `row[i]`."""
     kind = segments["modality"]
     plan = plan_segments(segments, tokenizers, source)
     tokens, in_slice = plan.tokens, segments["slice"] >= 0
@@ -124,7 +124,7 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
 
 
 def measure_index(table: SegmentTable, tokenizers: Tokenizers, source: str) -> Measures:
-    """Measures of every row of a shard."""
+    """Measure every row of a shard."""
     row = np.repeat(np.arange(len(table)), np.diff(table.segment_offsets))
     return measure(table.segments, row, len(table), tokenizers, source)
 
@@ -132,7 +132,7 @@ def measure_index(table: SegmentTable, tokenizers: Tokenizers, source: str) -> M
 def measure_slices(
     table: SegmentTable, rows: np.ndarray, tokenizers: Tokenizers, source: str
 ) -> tuple[Measures, np.ndarray]:
-    """Measures of every time slice of the rows [n] (increasing), each as a document of its own; and slices by row.
+    """Measure every time slice of the rows [n] (increasing) as a document of its own; also count slices by row.
 
     Four positions of each (bos, video_start, video_end, eos) belong to the clip and not to the slice.
     """
@@ -148,7 +148,7 @@ def measure_slices(
 
 
 def epoch_positions(split: SplitEntry, tokenizers: Tokenizers, source: str) -> int:
-    """Positions of every document of a split in one piece, from the manifest's groups of segments alone.
+    """Count the positions of all documents of a split in one piece, from the manifest's groups of segments alone.
 
     Exact but for lengths that differ inside a group: the last code frame of a sound, and rounded picture sizes.
     """

@@ -1,4 +1,4 @@
-"""Which share of the positions each source gets, stage by stage, and how often its data would then be seen.
+"""Share the positions of a run among its sources, stage by stage, and say how often each source would be seen.
 
 A *stage* is a range of positions of the run. In it source i gets ``P(i) = n_i**(1/T) / sum_j n_j**(1/T)`` of the
 positions (recipes.md, 5), n_i its size in positions; T may move linearly from the stage's start to its end. A source
@@ -24,7 +24,7 @@ _GRID = 2.0**-30  # shares are multiples of this: exp and log differ in the last
 
 
 class StageConfig(Config):
-    """One stage of `data.stages`; it begins where the one before it ends."""
+    """Configures one stage of `data.stages`; it begins where the one before it ends."""
 
     until: int | None = Field(default=None, gt=0)  # positions since the start of the run; null: the end of the run
     temperature: float | tuple[float, float] | None = None  # T, or T at the stage's start and at its end
@@ -51,7 +51,7 @@ class StageConfig(Config):
 
 
 def check_stages(stages: dict[str, StageConfig], sources: Sequence[str]) -> None:
-    """Raises ValueError for stages that do not follow each other or name a source that is not there."""
+    """Raise ValueError for stages that do not follow each other or name a source that is not there."""
     for name, stage in stages.items():
         for unknown in set(stage.drawn) - set(sources):
             raise ValueError(f"stage {name} names source {unknown!r}, which is not in data.sources")
@@ -64,7 +64,7 @@ def check_stages(stages: dict[str, StageConfig], sources: Sequence[str]) -> None
 
 @dataclass(frozen=True)
 class SourceSize:
-    """A source of the mixture: its positions in one epoch, and how many epochs the run may see at most."""
+    """Says how large a source is: its positions in one epoch, and how many epochs the run may see at most."""
 
     name: str
     positions: int
@@ -73,7 +73,7 @@ class SourceSize:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What one stage takes from one source: positions, their share of the stage, and epochs of the source."""
+    """Says how much one stage takes from one source: positions, their share of the stage, and epochs of it."""
 
     positions: float
     share: float
@@ -81,12 +81,15 @@ class Expectation:
 
 
 class Stage:
-    """One stage over all sources of the run: ``shares(position)`` are fractions that sum to 1."""
+    """Shares one stage among all sources of the run: ``shares(position)`` are fractions that sum to 1."""
 
     def __init__(
         self, name: str, config: StageConfig, start: int, stop: int, sources: Sequence[SourceSize], used: np.ndarray
     ) -> None:
-        """`used` [sources]: expected positions of the earlier stages, which count towards `max_epochs`."""
+        """Make the stage of the positions `start`..`stop` of the run over `sources`.
+
+        `used` [sources]: expected positions of the earlier stages, which count towards `max_epochs`.
+        """
         self.name, self.config, self.start, self.stop = name, config, start, stop
         self._names = [source.name for source in sources]
         self._logs = np.log([max(source.positions, 1) for source in sources])
@@ -101,11 +104,11 @@ class Stage:
             )
 
     def shares(self, position: int) -> np.ndarray:
-        """[sources] fractions at this position of the run, below every ceiling."""
+        """Return the fractions of the sources, [sources], at this position of the run, below every ceiling."""
         return _below(self.wanted(position), self._ceiling)
 
     def wanted(self, position: int) -> np.ndarray:
-        """[sources] fractions before `max_epochs` is looked at."""
+        """Return the fractions of the sources, [sources], before `max_epochs` is looked at."""
         if self.config.weights is not None:
             weights = np.array([self.config.weights.get(name, 0.0) for name in self._names])
             return weights / weights.sum()
@@ -118,7 +121,7 @@ class Stage:
         return weights / weights.sum()
 
     def mean(self, shares: str) -> np.ndarray:
-        """[sources] `shares` ("shares" or "wanted") averaged over the stage."""
+        """Average `shares` ("shares" or "wanted") over the stage: [sources]."""
         if not isinstance(self.config.temperature, tuple):
             return getattr(self, shares)(self.start)
         at = self.start + (np.arange(_STEPS) + 0.5) / _STEPS * (self.stop - self.start)
@@ -126,13 +129,16 @@ class Stage:
 
 
 class Mixture:
-    """The stages of a run over its sources, in the order of `sources`.
+    """Holds the stages of a run over its sources, in the order of `sources`.
 
     Raises ConfigError where the sources' `max_epochs` leave too little for a stage.
     """
 
     def __init__(self, stages: dict[str, StageConfig], sources: Sequence[SourceSize], end: int) -> None:
-        """`end`: positions of the whole run, where a last stage without `until` ends."""
+        """Make the stages of a run over `sources`.
+
+        `end`: positions of the whole run, where a last stage without `until` ends.
+        """
         self.sources, self.stages = tuple(sources), list[Stage]()
         start, used = 0, np.zeros(len(self.sources))
         for name, config in stages.items():
@@ -147,15 +153,15 @@ class Mixture:
         return [stage.stop for stage in self.stages[:-1]]
 
     def stage(self, position: int) -> Stage:
-        """The stage that this position of the run lies in; the last one goes on for ever."""
+        """Return the stage that this position of the run lies in; the last one goes on for ever."""
         return self.stages[bisect_right(self._borders, position)]
 
     def shares(self, position: int) -> np.ndarray:
-        """[sources] fractions of the positions, multiples of 2**-30, equal on every machine."""
+        """Return the fractions of the positions, [sources]: multiples of 2**-30, equal on every machine."""
         return np.rint(self.stage(position).shares(position) / _GRID) * _GRID
 
     def expected(self, stage: Stage) -> list[Expectation]:
-        """What the stage is expected to take, by source."""
+        """Return how much the stage is expected to take, by source."""
         length = stage.stop - stage.start
         return [
             Expectation(share * length, share, share * length / max(source.positions, 1))
@@ -163,7 +169,7 @@ class Mixture:
         ]
 
     def warnings(self) -> list[str]:
-        """One sentence for every source that a stage would see more often than is useful, or that a cap holds back."""
+        """Return a sentence for each source that a stage would see too often to be useful, or that a cap holds back."""
         sentences = []
         for stage in self.stages:
             wanted = stage.mean("wanted")

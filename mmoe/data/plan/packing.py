@@ -1,4 +1,4 @@
-"""Best-fit packing of one window of documents into sequences under two capacities."""
+"""Pack one window of documents into sequences by best fit, under two capacities."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The plan: which documents, in which sequence, as a pure function of ``(seed, counters)``.
+"""Plan which documents go into which sequence, as a pure function of ``(seed, counters)``.
 
 A window takes documents one by one from the source furthest behind its share of the positions, is packed on its own
 by best fit, and its sequences are shuffled. So the state is a window number, the next sequence in it, and a few
@@ -24,7 +24,7 @@ _SPARE = 16  # documents read ahead of the estimate of what a window takes from 
 
 
 class DocumentRef(NamedTuple):
-    """A document part: units `first`..`last` of a row (text tokens, or slices, or 0..1 for the whole)."""
+    """Names a document part: units `first`..`last` of a row (text tokens, or slices, or 0..1 for the whole)."""
 
     source: int
     shard: int
@@ -37,7 +37,7 @@ class DocumentRef(NamedTuple):
 
 
 class SequencePlan(NamedTuple):
-    """Sequence `number` of the run: its document parts in order, `PART_DTYPE` [n]."""
+    """Lists the document parts of sequence `number` of the run in order, `PART_DTYPE` [n]."""
 
     number: int
     parts: np.ndarray
@@ -45,13 +45,13 @@ class SequencePlan(NamedTuple):
 
     @property
     def documents(self) -> list[DocumentRef]:
-        """Name the document parts one by one, as they are decoded."""
+        """The document parts one by one, as they are decoded."""
         return [DocumentRef(*part[:-1]) for part in self.parts.tolist()]
 
 
 @dataclass
 class PlanState:
-    """Where the plan stands. All but `next_sequence` is as it was when the window began.
+    """Says where the plan stands; all but `next_sequence` is as it was when the window began.
 
     `drawn` documents and `served` positions by source; `owed` is what its planned positions are ahead of those.
     `lost` counts the documents that were cut or dropped, by "source / reason". `shares` by source are what the window
@@ -88,16 +88,19 @@ class Planner:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Give where the plan stands, as a checkpoint holds it."""
+        """The place where the plan stands, as a checkpoint holds it."""
         return asdict(self._state)
 
     @property
     def lost(self) -> dict[str, int]:
-        """Documents cut or dropped up to the end of the present window, by "source / reason"."""
+        """The number of documents cut or dropped up to the end of the present window, by "source / reason"."""
         return dict((self._after or self._state).lost)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`. Raises ConfigError where it is of another number of sources."""
+        """Continue from a `state`.
+
+        Raises ConfigError where it is of another number of sources.
+        """
         if len(state["drawn"]) != len(self.sources):
             raise ConfigError(
                 f"the checkpoint's stream has {len(state['drawn'])} sources, the config {len(self.sources)}; "
@@ -221,7 +224,7 @@ class Planner:
 def plan_once(
     sources: list[PlannedSource], limits: SequenceBudget, most_documents: int | None = None
 ) -> list[SequencePlan]:
-    """Every document of every source exactly once, packed as one window and left in packing order.
+    """Plan every document of every source exactly once, packed as one window and left in packing order.
 
     `most_documents`: of a source that has more, a seeded choice of so many.
     """
@@ -241,7 +244,7 @@ def plan_once(
 def pack(
     parts: np.ndarray, counts: np.ndarray, limits: SequenceBudget, generator: np.random.Generator | None, first: int
 ) -> list[SequencePlan]:
-    """Sequences of `parts` [n] with their `counts` [n, columns], numbered from `first`.
+    """Pack `parts` [n] with their `counts` [n, columns] into sequences, numbered from `first`.
 
     `generator` shuffles the sequences and the parts inside each: packing sorts both by length, and under a capacity
     the last positions of a sequence are the ones whose tokens are dropped.

@@ -1,4 +1,4 @@
-"""The prepared sources of a run: their manifests, and what planning and decoding ask of them."""
+"""Hold the prepared sources of a run: their manifests, and what planning and decoding ask of them."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from mmoe.tokenizers.text import check_fingerprint
 
 
 class PreparedSources:
-    """The prepared sources with their manifests, in config order; the order numbers them."""
+    """Holds the prepared sources with their manifests, in config order; the order numbers them."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config, self.storage = config, Storage(config.storage)
@@ -29,14 +29,14 @@ class PreparedSources:
         self.manifests = dict(zip(self.names, loaded, strict=True))
 
     def check(self, tokenizers: Tokenizers) -> None:
-        """Raises DataError where an index was written with another text tokenizer."""
+        """Raise DataError where an index was written with another text tokenizer."""
         for folder, manifest in zip(self.folders, self.manifests.values(), strict=True):
             check_fingerprint(tokenizers.text, manifest.text_fingerprint, folder)
 
     def planned(
         self, split: str, limits: SequenceBudget, tokenizers: Tokenizers, only: list[str] | None = None
     ) -> list[PlannedSource]:
-        """Give the orders of documents of a split, of the sources in `only` where given; each keeps its number."""
+        """Return the orders of documents of a split, of the sources in `only` where given; each keeps its number."""
         return [
             PlannedSource(number, name, folder, self.manifests[name], split, limits, tokenizers, self.storage)
             for number, (name, folder) in enumerate(zip(self.names, self.folders, strict=True))
@@ -44,7 +44,7 @@ class PreparedSources:
         ]
 
     def files(self, split: str) -> list[SourceFiles]:
-        """Name the shards of a split by source; a source without this split has none."""
+        """Return the shards of a split by source; a source without this split has none."""
         return [
             SourceFiles(name, tuple(join(folder, s.path) for s in self.manifests[name].splits[split].shards))
             if split in self.manifests[name].splits
@@ -53,7 +53,7 @@ class PreparedSources:
         ]
 
     def mixture(self, tokenizers: Tokenizers, end: int) -> Mixture:
-        """The stages over the training splits, for a run of `end` positions."""
+        """Return the stages over the training splits, for a run of `end` positions."""
         return Mixture(self.config.stages, sizes(self.config, self.manifests, tokenizers), end)
 
 
@@ -70,7 +70,7 @@ def _check_there(config: DataConfig) -> None:
 
 
 def sizes(config: DataConfig, manifests: dict[str, SourceManifest], tokenizers: Tokenizers | None) -> list[SourceSize]:
-    """Positions of one epoch by source: as the config gives them, else as the manifest of the prepared source says."""
+    """Return the size of each source in positions of one epoch: from the config, else from the source's manifest."""
     found = []
     for name, source in config.sources.items():
         positions = source.positions

@@ -1,4 +1,4 @@
-"""A bounded folder of byte strings on the node's own disk, shared by every process of the node."""
+"""Cache byte strings in a bounded folder on the node's own disk, shared by every process of the node."""
 
 import fcntl
 import hashlib
@@ -19,7 +19,7 @@ _ABANDONED_S = 3600
 
 
 class ByteCache:
-    """At most `limit` bytes in `folder`; what was used longest ago goes first.
+    """Keeps at most `limit` bytes in `folder`; what was used longest ago goes first.
 
     An entry is one file, written under another name and renamed, with its length and checksum in front: a reader
     sees a whole entry or none, and one that a crash of the machine left torn is dropped when it is met. The sum of
@@ -32,7 +32,7 @@ class ByteCache:
         self._unfinished.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> bytes | None:
-        """Give what is kept under `key`, None where there is nothing whole."""
+        """Return what is kept under `key`, None where there is nothing whole."""
         path = self._path(key)
         try:
             stored = path.read_bytes()

@@ -1,4 +1,4 @@
-"""One request to a remote store through fsspec: bytes, or what is known of an object; and what an error means.
+"""Make one request to a remote store through fsspec, for bytes or facts of an object, and say what an error means.
 
 File systems of fsspec may run an event loop in a thread, which does not survive a fork. So they belong to the
 `Remote` of one process, and `Storage` makes a new one where the process is another. What the client libraries
@@ -49,21 +49,24 @@ class StorageError(DataError):
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """`version` changes when the object does, as far as the store tells; `size` in bytes, None where it does not."""
+    """Says which version of an object a remote store holds, and how large it is.
+
+    `version` changes when the object does, as far as the store tells; `size` in bytes, None where it does not.
+    """
 
     size: int | None
     version: str
 
 
 class Remote:
-    """The file systems of this process, one for each kind of address. An attempt ends after `timeout_s`."""
+    """Holds the file systems of this process, one for each kind of address. An attempt ends after `timeout_s`."""
 
     def __init__(self, timeout_s: float, connections: int) -> None:
         self.timeout_s, self.connections = timeout_s, connections
         self._systems: dict[str, fsspec.AbstractFileSystem] = {}
 
     def read(self, url: str, start: int | None, stop: int | None) -> bytes:
-        """The bytes `start`..`stop` of an object, fewer where it ends before; all of it with None."""
+        """Read the bytes `start`..`stop` of an object, fewer where it ends before; all of it with None."""
         system, path = self._at(url)
         if isinstance(system, AsyncFileSystem):
             return sync(system.loop, system._cat_file, path, start=start, end=stop, timeout=self.timeout_s)
@@ -110,7 +113,7 @@ class Remote:
         return system
 
     def _options(self, scheme: str) -> dict[str, Any]:
-        """SequenceBudget laid over what fsspec's own configuration says of this kind of address."""
+        """Lay what the config says over what fsspec's own configuration says of this kind of address."""
         aliases = next((names for names in (("s3", "s3a"), ("http", "https")) if scheme in names), (scheme,))
         given = {key: value for name in aliases for key, value in fsspec.config.conf.get(name, {}).items()}
         if scheme in ("s3", "s3a"):
@@ -136,7 +139,7 @@ async def _head(system: Any, url: str) -> dict[str, Any]:
 
 
 def refusal(url: str, error: Exception, lost: str = "") -> DataError | None:
-    """What to raise for an error that trying again cannot cure, or None where it may; `lost` ends the first clause."""
+    """Return what to raise for an error that no retry can cure, None where one may; `lost` ends its first clause."""
     names = {base.__name__ for base in type(error).__mro__}
     status = status_of(error)
     said = f"{type(error).__name__}: {error}".strip(": ")
@@ -169,7 +172,7 @@ def refusal(url: str, error: Exception, lost: str = "") -> DataError | None:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, however the library wraps it."""
+    """Return the HTTP status behind an error, however the library wraps it."""
     readers: tuple[Callable[[Any], Any], ...] = (
         lambda e: e.response["ResponseMetadata"]["HTTPStatusCode"],  # botocore
         lambda e: e.status,  # aiohttp

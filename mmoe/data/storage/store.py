@@ -1,4 +1,4 @@
-"""The one place that reads a prepared source's bytes: manifests, shard indices and byte ranges of tars.
+"""Read a prepared source's bytes, in this one place: manifests, shard indices and byte ranges of tars.
 
 An address is a local path (or ``file://``), ``s3://``, ``gs://``, ``https://`` or whatever else fsspec knows. Local
 files are read directly. A remote read may come from a bounded cache on the node's disk, is tried again where the
@@ -37,7 +37,7 @@ _RANGE_NOT_SATISFIABLE = 416
 
 
 class StorageConfig(Config):
-    """How remote shards are read; local files need none of it."""
+    """Configures how remote shards are read; local files need none of it."""
 
     nature: ClassVar[Nature] = Nature.OPERATIONAL
 
@@ -51,7 +51,7 @@ class StorageConfig(Config):
 
 @dataclass
 class StorageStats:
-    """What a process has read from remote stores since it was asked last."""
+    """Counts what a process has read from remote stores since it was asked last."""
 
     requests: int = 0  # attempts, failed ones too
     bytes: int = 0  # received
@@ -68,7 +68,7 @@ class StorageStats:
                 setattr(self, name, getattr(self, name) + count)
 
     def take(self) -> dict[str, float]:
-        """The counts so far; they begin again at zero."""
+        """Return the counts so far; they begin again at zero."""
         names = [f.name for f in fields(self) if f.name != "_lock"]
         with self._lock:
             counts = {name: getattr(self, name) for name in names}
@@ -78,13 +78,13 @@ class StorageStats:
 
 
 class Reading:
-    """A range that is on its way; `result` waits for it and raises what went wrong."""
+    """Stands for a range that is on its way; `result` waits for it and raises what went wrong."""
 
     def __init__(self, pieces: list[Future] | Callable[[], bytes]) -> None:
         self._pieces = pieces
 
     def result(self) -> bytes:
-        """Wait for the bytes and give them."""
+        """Wait for the bytes and return them."""
         if callable(self._pieces):
             return self._pieces()
         found = [piece.result() for piece in self._pieces]
@@ -92,7 +92,7 @@ class Reading:
 
 
 class _Process:
-    """What must not be shared with a forked child: event loops, threads, locks."""
+    """Holds what must not be shared with a forked child: event loops, threads, locks."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.remote = Remote(config.timeout_s, config.concurrency)
@@ -105,7 +105,7 @@ class _Process:
 
 
 class Storage:
-    """Reads by address. It may be pickled and survives a fork: every process opens connections of its own."""
+    """Reads bytes by address. It may be pickled and survives a fork: every process opens its own connections."""
 
     def __init__(self, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
@@ -116,11 +116,11 @@ class Storage:
 
     @property
     def stats(self) -> StorageStats:
-        """Of this process: a worker's reads are counted in the worker."""
+        """The counts of what this process has read: a worker's reads are counted in the worker."""
         return self._process().stats
 
     def read(self, url: str | Path, what: str = "") -> bytes:
-        """All bytes of a file; `what` they are serves the messages.
+        """Read all bytes of a file; `what` they are serves the messages.
 
         Raises DataError when it does not exist or may not be read, StorageError when the store gives no answer.
         """
@@ -132,7 +132,7 @@ class Storage:
         return self.read_range(url, 0, info.size, what)
 
     def read_range(self, url: str | Path, start: int, stop: int, what: str = "") -> bytes:
-        """The bytes `start`..`stop` of a file; `what` they are serves the messages.
+        """Read the bytes `start`..`stop` of a file; `what` they are serves the messages.
 
         Raises DataError when the file does not exist, may not be read or ends before; StorageError when the store
         gives no answer.
@@ -144,7 +144,7 @@ class Storage:
         return self.begin(url, start, stop, what).result()
 
     def begin(self, url: str | Path, start: int, stop: int, what: str = "") -> Reading:
-        """Like `read_range`, without waiting; a local file is read when its result is asked for."""
+        """Begin to read a range without waiting, as `read_range`; a local file is read when its result is asked."""
         if local_path(url) is not None:
             return Reading(lambda: read_file(url, what, start, stop))
         cuts = [*range(start, stop, _REQUEST_BYTES), stop] if stop > start else [start, stop]
@@ -152,7 +152,7 @@ class Storage:
         return Reading([pool.submit(self._range, str(url), a, b, what) for a, b in pairwise(cuts)])
 
     def size(self, url: str | Path) -> int | None:
-        """Bytes of a file as it is now; None where a remote store does not say."""
+        """Return the bytes of a file as it is now; None where a remote store does not say."""
         if (path := local_path(url)) is not None:
             try:
                 return Path(path).stat().st_size
@@ -161,7 +161,10 @@ class Storage:
         return self._info(str(url)).size
 
     def exists(self, url: str | Path) -> bool:
-        """Whether there is such a file. Raises StorageError where a remote store does not say."""
+        """Return True if there is such a file.
+
+        Raises StorageError where a remote store does not say.
+        """
         if (path := local_path(url)) is not None:
             return os.path.exists(path)  # noqa: PTH110  # false, not an error, where it may not be looked at
         try:
@@ -173,7 +176,7 @@ class Storage:
         return True
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """`function` of every item in order, several at once: for reading many files far away."""
+        """Call `function` on every item in order, several at once: for reading many files far away."""
         items = list(items)
         with ThreadPoolExecutor(max(1, min(self.config.concurrency, len(items)))) as pool:
             return list(pool.map(function, items))
