@@ -65,7 +65,7 @@ def local_path(url: str | Path) -> str | None:
 
 
 def is_missing(address: str) -> bool:
-    """Whether a local address names nothing. What is far away is never made: reading it says what it lacks."""
+    """Return whether a local address names nothing. What is far away is never made: reading it says what it lacks."""
     path = local_path(address)
     return path is not None and not Path(path).exists()
 

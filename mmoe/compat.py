@@ -71,7 +71,7 @@ def process_groups() -> list[dist.ProcessGroup]:
 
 
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
-    """How long a collective on CPU tensors may take in the group. Public: none yet."""
+    """Return how long a collective on CPU tensors may take in the group. Public: none yet."""
     return group._get_backend(torch.device("cpu")).options._timeout
 
 

@@ -83,7 +83,7 @@ BACKENDS = {
 
 @cache
 def status(name: str) -> Status:
-    """Whether the backend can be used here; raises BackendError for a name that is none."""
+    """Return whether the backend can be used here; raises BackendError for a name that is none."""
     if name not in BACKENDS:
         hint = did_you_mean(name, BACKENDS) or "."
         raise BackendError(f"{brief(name)} is not a backend{hint} Known are {', '.join(BACKENDS)}")

@@ -87,7 +87,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``["optim.lr.peak=1e-3"]`` -> ``{"optim": {"lr": {"peak": 0.001}}}``; values are read as YAML."""
+    """Parse ``["optim.lr.peak=1e-3"]`` to ``{"optim": {"lr": {"peak": 0.001}}}``; values are read as YAML."""
     tree: dict[str, Any] = {}
     for item in overrides:
         where = f"override {brief(item)}"

@@ -19,7 +19,7 @@ class ProcessGroupRanks:
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if self.grouped else (0, 1)
 
     def every(self, act: Callable[[], T]) -> T:
-        """What `act` returns here, once it has returned on every rank."""
+        """Return what `act` returns here, once it has returned on every rank."""
         result, failure = _attempt(act)
         if self.grouped:
             failures: list[BaseException | None] = [None] * self.size
@@ -30,7 +30,7 @@ class ProcessGroupRanks:
         return result
 
     def first(self, act: Callable[[], T]) -> T:
-        """What `act` returns on rank 0, which alone calls it."""
+        """Return what `act` returns on rank 0, which alone calls it."""
         result: Any = None
         failure: BaseException | None = None
         if self.rank == 0:

@@ -27,7 +27,7 @@ class StoppedError(MmoeError):
 
 
 def name_ranks(ranks: list[int]) -> str:
-    """``[0, 1, 2, 5]`` -> ``ranks 0-2, 5``."""
+    """Name ranks briefly: ``[0, 1, 2, 5]`` as ``ranks 0-2, 5``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:

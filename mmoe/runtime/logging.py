@@ -14,7 +14,7 @@ Show = Callable[[str, int], None]  # prints a message of a level
 
 
 def restart_count() -> int:
-    """How often torchrun has restarted the processes of this run after an error (`--max-restarts`)."""
+    """Return how often torchrun has restarted the processes of this run after an error (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 

@@ -42,7 +42,7 @@ STORE_SECONDS = 10.0  # for one question to the store; and the longest that a ra
 
 
 class StepWatchdog:
-    """``with Watch(timeout, run_folder) as watch: ... watch.beat(step, "forward")``.
+    """Ends a run that hangs: ``with StepWatchdog(timeout, folder) as watch: ... watch.beat(step, "forward")``.
 
     Enter and leave it on all ranks together, once all groups exist (their timeouts are set to fit). An exception that
     leaves it is told to the other ranks, and marked with the step (`at_step`) and the failure of another rank that

@@ -34,7 +34,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class State:
-    """What rank `rank` does: published as JSON, read by whoever assembles the hang report."""
+    """Says what rank `rank` does: published as JSON, read by whoever assembles the hang report."""
 
     rank: int
     host: str
@@ -62,7 +62,7 @@ class State:
 
 
 def pending_collectives() -> tuple[tuple[Collective, ...], dict[str, int]]:
-    """What has not ended, the oldest first, and the number of the last one called by the group's name."""
+    """Return what has not ended, the oldest first, and the number of the last one called by the group's name."""
     members = {group.group_name: tuple(dist.get_process_group_ranks(group)) for group in process_groups()}
     waits: list[Collective] = []
     called: dict[str, int] = {}

@@ -82,11 +82,11 @@ class PackedBatch:
 
     @property
     def valid(self) -> Tensor:
-        """[B, L] bool: positions that are not padding."""
+        """Mark the positions that are not padding, bool [B, L]."""
         return self.document >= 0
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch with every tensor on `device`."""
+        """Return the batch with every tensor on `device`."""
         changes: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)

@@ -50,7 +50,7 @@ def _further() -> list[str]:
 
 
 class Counts(NamedTuple):
-    """What a sequence or a step holds, known before anything is decoded."""
+    """Counts what a sequence or a step holds, known before anything is decoded."""
 
     columns: np.ndarray  # i64 [columns()]
 
@@ -61,7 +61,7 @@ class Counts(NamedTuple):
 
     @property
     def labels(self) -> np.ndarray:
-        """[modalities] by modality of the target."""
+        """Count the labels by modality of their target, [modalities]."""
         return self.columns[labels()]
 
     @property
@@ -86,7 +86,7 @@ class Counts(NamedTuple):
 
     @property
     def work(self) -> np.ndarray:
-        """[2] of attention and of the vision encoder: what replicas are to have equally much of."""
+        """Give the work of attention and of the vision encoder, [2]: what replicas are to have equally much of."""
         return self.columns[[COST, PATCHES]]
 
     def count(self, name: str) -> int:

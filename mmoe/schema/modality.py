@@ -42,7 +42,7 @@ class _Modalities(type):
 
 
 class Modality(int, metaclass=_Modalities):
-    """What a position holds, by its code. STRUCTURE marks the tokens between segments, and padding.
+    """Names what a position holds, by its code. STRUCTURE marks the tokens between segments, and padding.
 
     The codes of the built-in ones never change; others are numbered as they are registered, which the `extensions` of a
     run decide. Raises ValueError for a code that there is not.
@@ -166,7 +166,7 @@ def renumbered(codes: np.ndarray, names: list[str], where: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Planned:
-    """What n segments of one modality take in a sequence, known without decoding them: i64 [n] each.
+    """Says what n segments of one modality take in a sequence, known without decoding them: i64 [n] each.
 
     `tokens` are the positions of the payload, `around` those of the structure tokens that the layout puts around it.
     `labels` counts the positions that are targets of their own modality, `closing` (bool) says whether a structure

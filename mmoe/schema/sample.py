@@ -93,7 +93,7 @@ class Segment:
 
 @dataclass
 class Sample:
-    """What a reader yields and a shard stores: named members (raw bytes) and the ordered segments over them.
+    """Holds what a reader yields and a shard stores: named members (raw bytes) and the ordered segments over them.
 
     `key` must not contain a dot (WebDataset cuts a key at its first dot). `recording` is what splits hold
     out as a whole: a drive, an episode, a speaker's take. Within a time slice all VISION segments come first.

@@ -43,7 +43,7 @@ PHASE_ITERATIONS = 32  # of Griffin-Lim
 
 
 class MelConfig(Config):
-    """How the mel codec hears: fixed when it is fitted, and stored with it."""
+    """Configures how the mel codec hears: fixed when it is fitted, and stored with it."""
 
     sample_rate: int = Field(8000, gt=0, le=768_000)  # Hz; other rates are resampled to it
     window: int = Field(256, ge=16, le=1 << 16)  # samples of one analysis window, and of its FFT
@@ -81,7 +81,7 @@ class AudioConfig(Config):
 
 
 class AudioCodec(Protocol):
-    """What the data needs of a codec: `codebooks` levels of `codebook_size` codes, `sample_rate` in Hz."""
+    """Encodes sound for the data: `codebooks` levels of `codebook_size` codes, `sample_rate` in Hz."""
 
     sample_rate: int
     codebooks: int

@@ -38,7 +38,7 @@ class TokenizersConfig(Config):
 
 @dataclass(frozen=True)
 class VectorDims:
-    """Where the dimensions of one source's vectors stand in the union over sources (by dimension name)."""
+    """Says where the dimensions of one source's vectors stand in the union over sources (by dimension name)."""
 
     names: tuple[str, ...]  # of the union
     columns: dict[str, np.ndarray]  # source -> columns of the union its dimensions take

@@ -7,7 +7,7 @@ from mmoe.schema.vectors import VectorStats
 
 
 def is_constant(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Whether a dimension never varied: its deviation is f32 rounding of its mean, or nothing."""
+    """Return whether a dimension never varied: its deviation is f32 rounding of its mean, or nothing."""
     return std <= np.maximum(1e-8, 1e-7 * np.abs(mean))
 
 
@@ -24,7 +24,7 @@ def require_finite(values: np.ndarray, names: tuple[str, ...]) -> None:
 
 
 class Fences:
-    """What readings of a source may be: none outside of what preparation saw, and glitches among those clipped.
+    """Bounds what readings of a source may be: none outside of what preparation saw, and glitches among those clipped.
 
     Statistics of manifests that hold no fences allow everything and clip nothing.
     """

@@ -96,7 +96,7 @@ class VisionTokenizer:
         return vectors
 
     def blank(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
-        """What `encode` gives, with zeros (grey) for the pixels."""
+        """Make the vectors that `encode` gives, with zeros (grey) for the pixels."""
         coordinates = self.coordinates(rows, columns, tubelets)
         vectors = np.zeros((len(coordinates), self.vector_dim), np.float32)
         vectors[:, self.patch_dim :] = coordinates
@@ -107,7 +107,7 @@ class VisionTokenizer:
         return _positions(rows, columns, tubelets)
 
     def coordinates(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
-        """Where in its picture each vector of `encode` lies: f32 [n, COORDINATES].
+        """Say where in its picture each vector of `encode` lies: f32 [n, COORDINATES].
 
         Row and column as y, x in (-1, 1), with the sines and cosines of their first harmonics. Rotary positions only
         say how far apart two positions are; with these a patch knows by itself that it shows the road ahead.
