@@ -24,7 +24,7 @@ from mmoe.commands.console import show_record
 from mmoe.errors import MmoeError
 from mmoe.runtime.launch import rank_zero_first, distributed_context, same_config, strongest
 from mmoe.runtime.logging import set_up_logging
-from mmoe.runtime.watch import Watch
+from mmoe.runtime.watch import StepWatchdog
 
 folder, timeout = Path("run"), 3.0
 rank = int(os.environ["RANK"])
@@ -94,7 +94,7 @@ def test_a_dying_rank_ends_all_and_both_say_why_in_one_file(tmp_path):
         logger.info("only once")
         logger.warning("a worry of rank " + str(rank))
         warnings.warn("a thing of rank " + str(rank))
-        with Watch(timeout, folder) as watch:
+        with StepWatchdog(timeout, folder) as watch:
             for step in range(1, 6):
                 watch.beat(step, "forward")
                 if step == 3 and rank == 1:
@@ -157,7 +157,7 @@ def test_torchrun_restarts_the_run_which_goes_on_where_it_was(tmp_path):
         """
         folder.mkdir(exist_ok=True)
         saved = folder / "saved.txt"
-        with Watch(timeout, folder) as watch:
+        with StepWatchdog(timeout, folder) as watch:
             first = int(saved.read_text()) + 1 if saved.exists() else 1
             logger.info(f"begins at step {first}")
             for step in range(first, 6):

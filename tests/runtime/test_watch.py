@@ -17,7 +17,7 @@ def test_a_hang_is_reported_with_the_collective_and_the_ranks_that_are_missing(t
         import ctypes, subprocess
         group = dist.new_group([0, 1], group_desc="mesh_tp")
         (Path("pid") / str(subprocess.Popen(["sleep", "100"]).pid)).touch()  # a child of each rank
-        with Watch(timeout, folder) as watch:
+        with StepWatchdog(timeout, folder) as watch:
             for step in range(1, 6):
                 watch.beat(step, "forward")
                 strongest(0)
@@ -51,7 +51,7 @@ def test_a_rank_that_does_not_end_after_the_failure_of_another_is_ended(tmp_path
         tmp_path,
         """
         signal.signal(signal.SIGTERM, lambda *_: None)  # as the training loop, which wants to end its step first
-        with Watch(timeout, folder) as watch:
+        with StepWatchdog(timeout, folder) as watch:
             watch.beat(1, "forward")
             if rank == 1:
                 raise ValueError("broken")
@@ -69,7 +69,7 @@ def test_no_process_outlives_torchrun(tmp_path):
     run = Torchrun(
         tmp_path,
         """
-        with Watch(timeout, folder) as watch:
+        with StepWatchdog(timeout, folder) as watch:
             Path(f"started-{rank}").touch()
             time.sleep(100)
         """,
