@@ -46,12 +46,11 @@ class Measures:
 
 def plan_segments(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
     """Plan how much each of the segments [n] takes in a sequence, by what their modalities say."""
-    kind, n = segments["modality"], len(segments)
-    plan = Planned.without_targets(np.zeros(n, np.int64))
-    tokens, around, labels, closing = (array.copy() for array in (plan.tokens, plan.around, plan.labels, plan.closing))
-    columns: dict[str, np.ndarray] = {}
-    for code in np.unique(kind):
-        chosen = kind == code
+    kind, n = np.ascontiguousarray(segments["modality"]), len(segments)
+    tokens, around, labels = (np.zeros(n, np.int64) for _ in range(3))
+    closing, columns = np.zeros(n, bool), dict[str, np.ndarray]()
+    for code in _present(kind):
+        chosen = np.flatnonzero(kind == code)
         spec = Modality(code).spec
         planned = spec.planned(segments[chosen], tokenizers, source)
         if planned.columns.keys() != set(spec.count_columns):
@@ -63,15 +62,21 @@ def plan_segments(segments: np.ndarray, tokenizers: Tokenizers, source: str) -> 
                 "loss term by the builder's `target`"
             )
         tokens[chosen], around[chosen] = planned.tokens, planned.around
-        labels[chosen], closing[chosen] = planned.labels, planned.closing
+        if planned.labels.any() or planned.closing.any():
+            labels[chosen], closing[chosen] = planned.labels, planned.closing
         for name, counted in planned.columns.items():
             columns.setdefault(name, np.zeros(n, np.int64))[chosen] = counted
     return Planned(tokens, around, labels, closing, columns)
 
 
+def _present(kinds: np.ndarray) -> list[int]:
+    """The codes among u8 [n], in order; a plan asks for millions, and counting them is quicker than sorting."""
+    return np.flatnonzero(np.bincount(kinds)).tolist()
+
+
 def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokenizers, source: str) -> Measures:
     """Measure `rows` documents whose segments are `segments` [n], segment i belonging to document `row[i]`."""
-    kind = segments["modality"]
+    kind = np.ascontiguousarray(segments["modality"])
     plan = plan_segments(segments, tokenizers, source)
     tokens, in_slice = plan.tokens, segments["slice"] >= 0
     text, vision = kind == Modality.TEXT, kind == Modality.VISION
@@ -101,7 +106,7 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
     # target of a VISION position, which carries no label.
     unlabelled = text & in_slice & same_slice & vision[before] & (tokens > 0)
     labels = np.zeros((rows, len(Modality)), np.int64)
-    for code in np.unique(kind):
+    for code in _present(kind[plan.labels > 0]):
         labels[:, code] = total(np.where(kind == code, plan.labels - unlabelled, 0))
     # A text predicts the structure token behind it where it ends its slice or document: not before an action.
     ends = np.ones(len(segments), bool)
