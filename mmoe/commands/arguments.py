@@ -17,7 +17,7 @@ Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. da
 
 Extending = Annotated[
     list[str] | None,
-    typer.Option("--extension", metavar="MODULE", help="module that registers a reader; repeatable"),
+    typer.Option("--extension", metavar="MODULE", help="module that registers a reader or a modality; repeatable"),
 ]
 
 

@@ -110,10 +110,6 @@ class ClassRegistry(Kinds[type[T]]):
     A config that names one by its kind alone holds it as ``Annotated[str, AfterValidator(registry.known)]``.
     """
 
-    def __init__(self, what: str, group: str, base: type[T], built_in: Mapping[str, str]) -> None:
-        """`base` says what `T` is."""
-        super().__init__(what, group, base, built_in)
-
     def known(self, kind: str) -> str:
         """Give the kind back, as a pydantic validator. Raises ValueError as `find`."""
         try:
@@ -135,7 +131,7 @@ class ClassRegistry(Kinds[type[T]]):
         return isinstance(found, type) and issubclass(found, self.base)
 
     def _same(self, known: type[T], found: type[T]) -> bool:
-        return (known.__module__, known.__qualname__) == (found.__module__, found.__qualname__)
+        return is_same_class(known, found)
 
     @property
     def _remedy(self) -> str:
@@ -175,6 +171,11 @@ def distinct(parts: tuple[K, ...]) -> tuple[K, ...]:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"two are named {', '.join(twice)}; give each a name of its own, e.g. name: {twice[0]}_2")
     return parts
+
+
+def is_same_class(known: type, found: type) -> bool:
+    """Return whether two classes are one, of a module that was imported twice."""
+    return (known.__module__, known.__qualname__) == (found.__module__, found.__qualname__)
 
 
 def _name(found: Any) -> str:

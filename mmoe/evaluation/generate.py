@@ -195,7 +195,9 @@ def _logits(run: Run, document: Document, at: int) -> Tensor:
     """What the model expects after position `at` of the document: [V]."""
     patches = len(document.values[Modality.VISION][1]) if Modality.VISION in document.values else 0
     size = {"sequence_length": len(document), "patches_per_sequence": patches}
-    collate = make_collator(run.config.data.model_copy(update=size), run.tokenizers, run.config.losses.label_weights())
+    collate = make_collator(
+        run.config.data.model_copy(update=size), run.tokenizers, run.config.losses.ce.label_weights()
+    )
     origin = DocumentRef(0, 0, 0, 0, 0, 1, False, True)
     batch: PackedBatch = collate([[(origin, [document])]], groups=[0]).to(run.device)
     return run.model.logits(run.model(batch).hidden[0, at][None])[0]

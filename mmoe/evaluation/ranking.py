@@ -194,7 +194,7 @@ class _Batches:
 
     def __init__(self, run: Run, decoder: SampleLoader, candidates: list[_Candidate]) -> None:
         self.decoder, self.size = decoder, run.config.training.heldout_sequences
-        self._collate = make_collator(run.config.data, run.tokenizers, run.config.losses.label_weights())
+        self._collate = make_collator(run.config.data, run.tokenizers, run.config.losses.ce.label_weights())
         data = run.config.data
         self.batches = list(_micro_batches(candidates, data.sequence_length, data.patch_budget, self.size))
 

@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from mmoe.config.base import Config
@@ -30,10 +29,6 @@ class LossConfig(Config):
     load_balance: BalanceConfig = BalanceConfig()
     z_loss: float = Field(default=0.001, ge=0)  # of the routers' z-loss
     terms: ChosenTerms = ()  # further ones, by kind
-
-    def label_weights(self) -> np.ndarray:
-        """Return the `loss_weight` of a label by the modality of its target, f32 [modalities]."""
-        return self.ce.label_weights()
 
     @model_validator(mode="after")
     def _distinct(self) -> "LossConfig":

@@ -14,7 +14,7 @@ _TITLES = {
 class RouterTerm(LossTerm):
     """Counts one of the routers' losses, a mean over a micro-batch's sequences, by its sequences."""
 
-    itemised = by_modality = False
+    itemized = by_modality = False
 
     def __init__(self, name: str, weight: float) -> None:
         super().__init__(name, weight)

@@ -85,7 +85,7 @@ class LossTerm:
 
     title: str = ""  # what pages call it; empty: its name
     event_names: tuple[str, ...] = ()  # what it counts beside its items
-    itemised: bool = True  # its items are reported by source
+    itemized: bool = True  # its items are reported by source
     by_modality: bool = True  # and by modality
     couples: bool = False  # items of different micro-batches of a contrastive group depend on one another
 
@@ -136,5 +136,5 @@ class LossTermConfig(KindConfig):
         raise NotImplementedError
 
 
-LOSS_TERMS = Registry("loss term", "mmoe.losses", LossTermConfig, {})
+LOSS_TERMS = Registry[LossTermConfig]("loss term", "mmoe.losses", LossTermConfig, {})
 """The kinds of further terms; those of every run have keys of their own in `LossConfig`."""

@@ -92,7 +92,8 @@ class LossTerms(Sequence[LossTerm]):
         router = output.auxiliary.terms(loads, self._balance) if output.auxiliary is not None else {}
         context = partial(LossContext, model, output.hidden, batch, vocabulary, part=part, router=router)
         loss_for_backward = output.hidden.new_zeros((), dtype=torch.promote_types(output.hidden.dtype, torch.float32))
-        total, report = loss_for_backward.detach(), LossReport.zero()
+        loss = loss_for_backward.detach()
+        shares, items, events = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
         for term in self:
             planned = denominators[term.name]
             sums = term.compute(context(planned=planned, cached=(cached or {}).get(term.name)))
@@ -100,14 +101,14 @@ class LossTerms(Sequence[LossTerm]):
                 continue
             value = _over(sums.total, planned, term.name)
             loss_for_backward = loss_for_backward + term.weight * value
-            report.terms[term.name] = value.detach() * sums.reports
-            total = total + term.weight * report.terms[term.name]
-            if sums.items is not None and term.itemised:
-                report.items[term.name] = _table(sums.items, batch) * sums.reports
+            shares[term.name] = value.detach() * sums.reports
+            loss = loss + term.weight * shares[term.name]
+            if sums.items is not None and term.itemized:
+                items[term.name] = _table(sums.items, batch) * sums.reports
             if term.event_names:
-                events = [sums.events[name].double() for name in term.event_names]
-                report.events[term.name] = torch.stack(events) * sums.reports
-        return LossReport(loss_for_backward, total, report.terms, report.items, report.events)
+                counted = [sums.events[name].double() for name in term.event_names]
+                events[term.name] = torch.stack(counted) * sums.reports
+        return LossReport(loss_for_backward, loss, shares, items, events)
 
     def figures(self, report: LossReport, sources: Sequence[str]) -> dict[str, float]:
         """Break a step down into flat scalars: ``ce_text``, ``ce_from_<source>``, ``contrastive_accuracy``, ..."""

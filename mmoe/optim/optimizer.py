@@ -49,7 +49,7 @@ class OptimizerConfig(KindConfig):
         raise NotImplementedError
 
 
-OPTIMIZERS = Registry(
+OPTIMIZERS = Registry[OptimizerConfig](
     "optimizer",
     "mmoe.optimizers",
     OptimizerConfig,

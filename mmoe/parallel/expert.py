@@ -54,10 +54,10 @@ class ParallelDispatcher(ABC, Generic[P]):
         """Bring the rows back, and add up the weighted ones of each token here; dropped choices add zero."""
 
 
-PARALLEL_DISPATCHERS = ClassRegistry(
+PARALLEL_DISPATCHERS = ClassRegistry[ParallelDispatcher](
     "exchange",
     "mmoe.exchanges",
-    ParallelDispatcher,  # type: ignore[type-abstract]  # its classes are compared with it
+    ParallelDispatcher,
     {"fixed": "mmoe.parallel.expert:PaddedAllToAllDispatcher", "variable": "mmoe.parallel.expert:AllToAllDispatcher"},
 )
 

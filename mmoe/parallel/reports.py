@@ -47,7 +47,7 @@ def _tables(
     """Return the report's tables by term, each with the shapes that all ranks give them."""
     return [
         (report.terms, {term.name: () for term in terms}),
-        (report.items, {term.name: (sources, len(Modality), 2) for term in terms if term.itemised}),
+        (report.items, {term.name: (sources, len(Modality), 2) for term in terms if term.itemized}),
         (report.events, {term.name: (len(term.event_names),) for term in terms if term.event_names}),
     ]
 

@@ -15,7 +15,7 @@ class CallbackConfig(KindConfig):
         raise NotImplementedError
 
 
-CALLBACKS = Registry("callback", "mmoe.callbacks", CallbackConfig, {})
+CALLBACKS = Registry[CallbackConfig]("callback", "mmoe.callbacks", CallbackConfig, {})
 """The kinds of callbacks. What records, shows and evaluates a run is configured where it lives and is always there."""
 
 ChosenCallbacks = Annotated[

@@ -32,7 +32,7 @@ class SinkConfig(KindConfig):
         raise NotImplementedError
 
 
-SINKS = Registry(
+SINKS = Registry[SinkConfig](
     "sink",
     "mmoe.sinks",
     SinkConfig,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from mmoe.config.registry import is_same_class
 from mmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Modality(int, metaclass=_Modalities):
         """Register a modality from outside the package. Raises ConfigError where there is another of its name."""
         if spec.name in cls.names:
             known = cls.named(spec.name)
-            if known._spec is None or _place(known._spec) != _place(spec):
+            if known._spec is None or not is_same_class(type(known._spec), type(spec)):
                 raise ConfigError(f"there is a modality {spec.name} already; register it by another name")
             known._spec = spec  # its module was imported a second time
             return known
@@ -116,10 +117,6 @@ class Modality(int, metaclass=_Modalities):
         return _found, (self.name, int(self), tuple(type(kind._spec).__module__ for kind in further))
 
 
-def _place(spec: ModalitySpec) -> tuple[str, str]:
-    return type(spec).__module__, type(spec).__qualname__
-
-
 def _found(name: str, code: int, modules: tuple[str, ...]) -> Modality:
     """The modality of this name, in a process that may not have imported yet what registers it and those before it."""
     for module in modules if name not in Modality.names else ():
@@ -135,6 +132,7 @@ def _found(name: str, code: int, modules: tuple[str, ...]) -> Modality:
 for _name in ("STRUCTURE", "TEXT", "VISION", "AUDIO", "INERTIAL", "STATE", "ACTION"):
     setattr(Modality, _name, Modality._add(_name, None))
 BUILT_IN = len(Modality)
+CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)  # that a side of a contrastive pair can be of
 
 
 def modality_tokens() -> tuple[str, ...]:

@@ -86,8 +86,7 @@ def step_gradients(
         cached = _prepass(model, batches, coupled, denominators, setting)
 
     def losses(output: ModelOutput, batch: PackedBatch, number: int, loads: ExpertLoadAccumulator) -> LossReport:
-        part = ranks.part(model)
-        before = cached[number] if cached else {}
+        part, before = ranks.part(model), cached[number]
         return setting.terms.compute(model, output, batch, denominators, setting.vocabulary, loads, part, before)
 
     if ranks.pipeline is None:

@@ -177,7 +177,7 @@ class Run:
             self.tokenizers,
             seed=self.config.training.seed,
             micro_sequences=self.config.training.heldout_sequences,
-            label_weights=self.config.losses.label_weights(),
+            label_weights=self.config.losses.ce.label_weights(),
             isolated=isolated,
             **choices,
         )

@@ -44,7 +44,7 @@ class TrainState:
             end=config.training.budget_positions,
             sequences=batch.sequences,
             group_sequences=run.resolved.contrastive_group,
-            label_weights=config.losses.label_weights(),
+            label_weights=config.losses.ce.label_weights(),
             replica=run.ranks.replica,
             replicas=run.ranks.replicas,
             quarantine=run.folder / "quarantine.jsonl",

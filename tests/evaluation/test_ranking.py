@@ -136,7 +136,7 @@ def test_what_a_candidate_takes_is_known_before_it_is_decoded(run, source):
 
 def make_single(run, length: int):
     data = run.config.data.model_copy(update={"sequence_length": length})
-    return make_collator(data, run.tokenizers, run.config.losses.label_weights())
+    return make_collator(data, run.tokenizers, run.config.losses.ce.label_weights())
 
 
 def test_rows_that_fit_no_sequence_are_counted(run):

@@ -138,18 +138,18 @@ NAMED = [{"dispatcher": "last_first"}, {"dispatcher": "gathering"}, {"expert_bac
 
 @pytest.mark.parametrize("moe", NAMED, ids=str)
 def test_it_trains_to_the_weights_of_the_built_in_one(moe) -> None:
-    assert not differences("weights", trained(_in_float64(moe), 1), built_in(), 1e-11)
+    assert not differences("weights", trained(case(moe), 1), built_in(), 1e-11)
 
 
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2}], ids=str)
 @pytest.mark.parametrize("moe", NAMED, ids=str)
 def test_it_trains_on_two_processes_to_the_weights_of_one(two: Pool, moe, parallel) -> None:
-    many = replace(_in_float64(moe), parallel=parallel)
+    many = replace(case(moe), parallel=parallel)
     assert not differences("weights", two.run(trained, many, 2)[0], built_in(), 1e-11)
 
 
 def test_an_exchange_that_cannot_split_sequences_gives_way_to_one_that_can(two: Pool) -> None:
-    many = replace(_in_float64({"dispatcher": "gathering"}), parallel={"ep": 2, "tp": 2})
+    many = replace(case({"dispatcher": "gathering"}), parallel={"ep": 2, "tp": 2})
     assert not differences("weights", two.run(trained, many, 2)[0], built_in(), 1e-11)
 
 
@@ -217,11 +217,6 @@ def test_a_dry_run_sends_and_computes_by_the_formula() -> None:
 def test_parameters_that_the_table_does_not_know_belong_to_their_block_or_the_root() -> None:
     assert unit_of("losses.depth.head.weight") == Unit("")
     assert unit_of("decoder.blocks.3.adapter.weight") == Unit("decoder.blocks.3")
-
-
-def _in_float64(moe: dict[str, Any]) -> Case:
-    """The case gives float64 the engine `loop`; an engine of this file stays."""
-    return case({"expert_backend": "loop"} | moe)
 
 
 def _model(moe: dict[str, Any]) -> ModelConfig:

@@ -76,7 +76,7 @@ def batch_of(rows: list[int], seed: int = 0) -> PackedBatch:
     labels[torch.rand(B, L, generator=generator) < 0.3] = IGNORE
     source = torch.randint(0, 3, (B, L), generator=generator).short()
     kinds = target_modality(labels.clamp(min=0), VOCABULARY).long()
-    weight = torch.from_numpy(CONFIG.label_weights())[kinds] * (labels >= 0)
+    weight = torch.from_numpy(CONFIG.ce.label_weights())[kinds] * (labels >= 0)
     target = torch.randn(B, H, A, generator=generator)
     mask = torch.rand(B, H, A, generator=generator) > 0.3
     # Two pairs in every sequence: sight against text, and text against sound.
@@ -265,7 +265,7 @@ def test_items_the_plan_did_not_count_are_refused(model: Heads) -> None:
 
 
 def test_label_weights_follow_the_modality_of_the_target() -> None:
-    weights = CONFIG.label_weights()
+    weights = CONFIG.ce.label_weights()
     named = {kind.name: float(weights[kind]) for kind in Modality}
     zero = dict.fromkeys(("VISION", "INERTIAL", "STATE"), 0)
     assert named == {"STRUCTURE": 0.25, "TEXT": 1.0, "AUDIO": 0.5, "ACTION": 2.0} | zero

@@ -74,10 +74,10 @@ class AttentionBackend(ABC):
         raise NotImplementedError
 
 
-ATTENTION_BACKENDS = ClassRegistry(
+ATTENTION_BACKENDS = ClassRegistry[AttentionBackend](
     "attention backend",
     "mmoe.attention",
-    AttentionBackend,  # type: ignore[type-abstract]  # its classes are compared with it
+    AttentionBackend,
     {
         "sdpa_documents": "mmoe.models.attention.documents:DocumentAttention",
         "dense": "mmoe.models.attention.dense:DenseAttention",

@@ -228,10 +228,10 @@ class CapacityDispatcher(LocalDispatcher):
         return TokenPermutation(row.view_as(routing.expert_TK), choice_in_row[:-1], ends.int(), complete=False)
 
 
-DISPATCHERS = ClassRegistry(
+DISPATCHERS = ClassRegistry[LocalDispatcher](
     "dispatcher",
     "mmoe.dispatchers",
-    LocalDispatcher,  # type: ignore[type-abstract]  # its classes are compared with it
+    LocalDispatcher,
     {
         "dropless": "mmoe.models.moe.dispatch:DroplessDispatcher",
         "capacity": "mmoe.models.moe.dispatch:CapacityDispatcher",

@@ -62,10 +62,10 @@ class ProductEngine(ExpertEngine):
         return self.multiply(hidden_RF, down_EFD, ends_E)
 
 
-EXPERT_ENGINES = ClassRegistry(
+EXPERT_ENGINES = ClassRegistry[ExpertEngine](
     "expert engine",
     "mmoe.expert_engines",
-    ExpertEngine,  # type: ignore[type-abstract]  # its classes are compared with it
+    ExpertEngine,
     {
         "grouped_mm": "mmoe.models.moe.engines.grouped_mm:GroupedMMEngine",
         "loop": "mmoe.models.moe.engines.loop:LoopEngine",
