@@ -1,12 +1,17 @@
 """Action chunks: continuous targets read at one token, or ids of bins with a token each."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from mmoe.modalities.document import DocumentBuilder
-from mmoe.schema.batch import IGNORE
-from mmoe.schema.manifest import SegmentGroup
 from mmoe.schema.modality import Modality, ModalitySpec, Payload, Planned
-from mmoe.tokenizers.bundle import Tokenizers
+
+if TYPE_CHECKING:
+    from mmoe.modalities.document import DocumentBuilder
+    from mmoe.schema.manifest import SegmentGroup
+    from mmoe.tokenizers.bundle import Tokenizers
 
 
 class ActionSpec(ModalitySpec):
@@ -37,6 +42,8 @@ class ActionSpec(ModalitySpec):
         segment, columns = payload.segment, dims.columns[payload.source]
         rows, mask = tokenizer.chunk_of(payload.table(), int(segment["start"]), int(segment["stop"]))
         if tokenizers.discrete_actions:
+            from mmoe.schema.batch import IGNORE
+
             ids = tokenizers.vocabulary.ranges["action"].start + tokenizer.encode(rows)
             return (np.where(mask, ids, IGNORE).reshape(-1),)
         target = np.zeros((len(rows), dims.size), np.float32)

@@ -1,12 +1,18 @@
 """Sound: ids of a codec's codes."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from mmoe.modalities.document import DocumentBuilder
-from mmoe.schema.manifest import SegmentGroup
 from mmoe.schema.modality import ModalitySpec, Payload, Planned
-from mmoe.tokenizers.audio import AudioCodec, serialise
-from mmoe.tokenizers.bundle import Tokenizers
+
+if TYPE_CHECKING:
+    from mmoe.modalities.document import DocumentBuilder
+    from mmoe.schema.manifest import SegmentGroup
+    from mmoe.tokenizers.audio import AudioCodec
+    from mmoe.tokenizers.bundle import Tokenizers
 
 
 class AudioSpec(ModalitySpec):
@@ -31,6 +37,8 @@ class AudioSpec(ModalitySpec):
 
     def encode(self, payload: Payload, tokenizers: Tokenizers) -> np.ndarray:
         """Turn what is heard into ids [n]; nothing is silence."""
+        from mmoe.tokenizers.audio import serialise
+
         codec, config = _codec(tokenizers), tokenizers.config.audio
         assert config is not None  # which the codec is loaded by
         samples = int(payload.segment["stop"] - payload.segment["start"])

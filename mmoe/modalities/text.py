@@ -1,10 +1,16 @@
 """Text: stored token ids. What stands around it depends on what it follows, which is measured with its document."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from mmoe.schema.manifest import SegmentGroup
 from mmoe.schema.modality import ModalitySpec, Planned
-from mmoe.tokenizers.bundle import Tokenizers
+
+if TYPE_CHECKING:
+    from mmoe.schema.manifest import SegmentGroup
+    from mmoe.tokenizers.bundle import Tokenizers
 
 
 class TextSpec(ModalitySpec):

@@ -1,23 +1,29 @@
 """What INERTIAL and STATE have in common: one vector a segment, the last row of its table, normalised by source."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmoe.modalities.document import DocumentBuilder
-from mmoe.schema.manifest import SegmentGroup, SourceManifest
 from mmoe.schema.modality import Modality, ModalitySpec, Payload, Planned
-from mmoe.tokenizers.bundle import Tokenizers
+
+if TYPE_CHECKING:
+    from mmoe.modalities.document import DocumentBuilder
+    from mmoe.schema.manifest import SegmentGroup, SourceManifest
+    from mmoe.tokenizers.bundle import Tokenizers
 
 
 class VectorSpec(ModalitySpec):
     """One position a segment, without any structure token around it."""
 
+    kind: Modality
     token: int  # that it stands on
 
     def vector_size(self, tokenizers: Tokenizers, manifests: Mapping[str, SourceManifest]) -> int:
         """Count the dimensions of all sources together."""
-        return tokenizers.dims[Modality.named(self.name)].size
+        return tokenizers.dims[self.kind].size
 
     def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
         """Plan one position each."""
@@ -29,15 +35,13 @@ class VectorSpec(ModalitySpec):
 
     def encode(self, payload: Payload, tokenizers: Tokenizers) -> np.ndarray:
         """Normalise the reading, f32 [dimensions of all sources]; zeros where there is none."""
-        kind = Modality.named(self.name)
-        dims = tokenizers.dims[kind]
+        dims = tokenizers.dims[self.kind]
         value = np.zeros(dims.size, np.float32)
         if payload.shown is not None:
             reading = payload.table()[payload.shown["stop"] - 1]
-            value[dims.columns[payload.source]] = tokenizers.normalisers[payload.source, kind](reading)
+            value[dims.columns[payload.source]] = tokenizers.normalisers[payload.source, self.kind](reading)
         return value
 
     def layout(self, builder: DocumentBuilder, encoded: np.ndarray, payload: Payload) -> None:
         """Append the vector."""
-        kind = Modality.named(self.name)
-        builder.vectors(kind, self.token, encoded[None], offset_ns=int(payload.segment["offset_ns"]))
+        builder.vectors(self.kind, self.token, encoded[None], offset_ns=int(payload.segment["offset_ns"]))

@@ -1,13 +1,18 @@
 """Pictures: patch vectors in place of their placeholders, of stills and of the frames of films."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmoe.modalities.document import DocumentBuilder
-from mmoe.schema.manifest import SegmentGroup, SourceManifest
 from mmoe.schema.modality import ModalitySpec, Payload, Planned
-from mmoe.tokenizers.bundle import Tokenizers
+
+if TYPE_CHECKING:
+    from mmoe.modalities.document import DocumentBuilder
+    from mmoe.schema.manifest import SegmentGroup, SourceManifest
+    from mmoe.tokenizers.bundle import Tokenizers
 
 
 class VisionSpec(ModalitySpec):

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import Pairs
-from mmoe.schema.modality import Modality
-
-CONTRASTED = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
+from mmoe.schema.modality import CONTRASTED, Modality
 
 
 class ActionHead(nn.Module):

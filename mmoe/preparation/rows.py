@@ -19,11 +19,10 @@ from mmoe.data.load.tables import load_array
 from mmoe.data.load.video import Backend, is_video
 from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
-from mmoe.models.heads import CONTRASTED
 from mmoe.optional import needs
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.schema.manifest import VECTORS
-from mmoe.schema.modality import Modality
+from mmoe.schema.modality import CONTRASTED, Modality
 from mmoe.schema.sample import NO_PAIR, SEGMENT_DTYPE, SEGMENT_FIELDS, Sample, Segment
 from mmoe.tokenizers.rates import check_rates
 from mmoe.tokenizers.text import TextTokenizer

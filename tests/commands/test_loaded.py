@@ -51,6 +51,14 @@ def test_importing_the_training_loads_no_reader(module):
     assert module in modules and not unwanted(modules)
 
 
+def test_a_process_that_makes_chunks_loads_no_torch():
+    """A preparation has one for each core: of modalities it asks by what name a payload is refused."""
+    asked = "[kind.spec.refused_as for kind in Modality if kind is not Modality.STRUCTURE]"
+    script = f"import sys, mmoe.preparation.chunks\nfrom mmoe.schema.modality import Modality\n{asked}"
+    modules = python("-c", f"{script}\nprint(*sys.modules)").split()
+    assert "mmoe.modalities.vision" in modules and "torch" not in modules
+
+
 def test_what_a_training_must_not_load_is_recognised():
     assert unwanted("mmoe.training.run mmoe.reporting ray ray.util rays mmoe.preparation.sources.text plotly.io") == [
         "mmoe.reporting",
