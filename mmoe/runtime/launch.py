@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ def distributed_context(timeout_seconds: float, run_folder: Path) -> Iterator[in
                 logger.info(_introduction(world, backend))
             yield world
     except Exception as error:
+        outlast_sigterm()
         step = getattr(error, "at_step", None)
         after = error.after if hasattr(error, "after") else _first_failure(rank, error)  # marked by the watcher
         record_error(run_folder, rank, error, step=step, after=after)
@@ -73,6 +75,15 @@ def distributed_context(timeout_seconds: float, run_folder: Path) -> Iterator[in
         _leave_after_error()
         raise
     dist.destroy_process_group()
+
+
+def outlast_sigterm() -> None:
+    """Ignore SIGTERM from here on: torchrun sends one to all ranks when one fails, and these have errors to write.
+
+    It ends them all the same, 30 seconds later.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def same_config(text: str) -> None:

@@ -15,6 +15,7 @@ from mmoe.config.load import dump
 from mmoe.data.load.stream import StepData
 from mmoe.errors import CheckpointError, DivergenceError
 from mmoe.runtime.agreement import ProcessGroupRanks
+from mmoe.runtime.launch import outlast_sigterm
 from mmoe.runtime.watch import StepWatchdog
 from mmoe.training.callback import Callback, Callbacks, EvaluationResult
 from mmoe.training.decision import Decision, agree
@@ -182,6 +183,11 @@ def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
     previous: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception:
+        if dist.is_initialized():
+            previous.pop(signal.SIGTERM)
+            outlast_sigterm()
+        raise
     finally:
         for number, old in previous.items():
             signal.signal(number, old)

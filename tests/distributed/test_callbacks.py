@@ -76,15 +76,21 @@ def test_an_error_on_one_rank_alone_ends_the_other_which_names_it(folder, tmp_pa
     """Both close their callbacks: the one whose peer is gone is ended by the error of the collective it waits in."""
     (tmp_path / "config.yaml").write_text(dump(tree(folder, tmp_path / "run", dp_shard=2, timeout_seconds=30)))
     script = f"""
+        import time
         from pathlib import Path
         from mmoe.config.load import load
         from mmoe.recipe.config import RunConfig
+        from mmoe.runtime import launch
         from mmoe.runtime.launch import distributed_context
         from mmoe.training.loop import Trainer
         from mmoe.training.run import Run
         from tests.training.callbacks import Log, failing
         config = load(RunConfig, {str(tmp_path / "config.yaml")!r})
-        log = Log()
+        log, write = Log(), launch.record_error
+        def write_late(folder, rank, error, **known):  # torchrun's SIGTERM, for the rank that failed first, comes earlier
+            time.sleep(3 * (rank == 0))
+            write(folder, rank, error, **known)
+        launch.record_error = write_late
         try:
             with distributed_context(30, Path(config.training.run)):
                 Trainer(Run.build(config), [*failing("on_step", rank=1), log]).train()

@@ -137,7 +137,6 @@ def test_different_configs_stop_every_rank_with_the_same_sentence(tmp_path):
     run = Torchrun(
         tmp_path,
         """
-        signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, when the first of them ends
         same_config("optim: {lr: 1.0}\\ndata: {length: 8}\\n")
         same_config("optim: {lr: %s}\\ndata: {length: 8}\\n" % (0.5 if rank == 1 else 1.0))
         """,
