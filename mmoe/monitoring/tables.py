@@ -63,7 +63,8 @@ def decode(content: bytes, path: Path) -> list[StepRecord]:
     Raises DataError where it is no part of this format.
     """
     with _naming(path):
-        table = pq.read_table(pa.BufferReader(content))
+        with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as parquet:
+            table = parquet.read(use_threads=False)  # whose threads would let go of `content` while decoders are forked
         shapes = _shapes(table.schema, path)
         steps, sessions = table["step"].to_pylist(), table["session"].to_pylist()
         tables = {name: _values(table[name], shape) for name, shape in shapes.items()}

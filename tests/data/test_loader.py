@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from mmoe.data.load import loader
 from mmoe.data.load.loader import RemoteTraceback, batches
 from mmoe.data.load.workers import Activity, WorkerError, WorkerWatchdog
 from mmoe.errors import DataError
@@ -108,6 +109,30 @@ def test_a_worker_that_was_killed_once_costs_no_sample(tmp_path):
 def test_a_death_that_no_sample_explains_ends_the_run_with_what_was_done(tmp_path):
     with pytest.raises(WorkerError, match="ended by itself.*SIGKILL.*data.prefetch.*collating"):
         list(loaded([["a"], ["collate"], ["b"]], tmp_path))
+
+
+def test_a_worker_that_hangs_in_its_start_is_started_again_and_costs_nothing(tmp_path, monkeypatch, caplog):
+    """A fork may take along a lock that a thread held: Python's list of threads, an allocator's, a library's."""
+    work = loader._work
+
+    def hang_once(dataset, number, *rest):
+        mark = tmp_path / f"hung-{number}"
+        if not mark.exists():
+            mark.touch()
+            time.sleep(600)
+        work(dataset, number, *rest)
+
+    monkeypatch.setattr(loader, "_work", hang_once)
+    monkeypatch.setattr(loader, "_BEGIN_S", 3.0)
+    # plans that no connection holds: to send them to one that does not read would never end
+    plans = [[f"{number} {'-' * 300_000}"] for number in range(6)]
+    assert list(loaded(plans, tmp_path, workers=2)) == plans
+    assert caplog.text.count("did not begin within 3 s") == 2
+
+    monkeypatch.setattr(loader, "_work", lambda *_: time.sleep(600))
+    monkeypatch.setattr(loader, "_BEGIN_S", 0.1)
+    with pytest.raises(WorkerError, match=r"9 decoding processes did not begin .* data.workers=0"):
+        list(loaded(plans, tmp_path, workers=2))
 
 
 def test_what_a_worker_raises_is_raised_here_as_it_is(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import tarfile
+import threading
 import zlib
 
 import numpy as np
@@ -10,6 +11,7 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmoe.data.index import file as index_file
 from mmoe.data.index.shard_index import PLANNED, Member, SegmentTable, ShardIndex
 from mmoe.data.index.shards import ShardWriter, check_key, read_member, spans
 from mmoe.errors import DataError
@@ -244,6 +246,16 @@ def test_spans_hold_every_member_and_leave_out_every_wide_gap(sizes, data):
     assert all(b.start - a.stop >= gap for a, b in itertools.pairwise(found))
     inside = [(b[1] - 512) - (a[1] + a[2]) for s in found for a, b in zip(s.members, s.members[1:])]
     assert all(between < gap for between in inside)
+
+
+def test_an_index_is_read_by_the_thread_that_asks_for_it(tmp_path, monkeypatch):
+    """A thread of pyarrow's holds Python's locks at times of its own: a child forked at such a time hangs."""
+    (shard,) = write(tmp_path / "train", {f"sample-{number}": {"bin": b"payload"} for number in range(9)})
+    readers, read = set(), index_file._Ranges.read
+    monkeypatch.setattr(index_file._Ranges, "read", lambda *given: readers.add(threading.get_ident()) or read(*given))
+    SegmentTable.read(tmp_path / shard.path)
+    ShardIndex.read(tmp_path / shard.path)
+    assert readers == {threading.get_ident()}
 
 
 def test_any_fsspec_url_can_be_read(tmp_path):

@@ -87,7 +87,7 @@ def test_an_error_on_one_rank_alone_ends_the_other_which_names_it(folder, tmp_pa
         from tests.training.callbacks import Log, failing
         config = load(RunConfig, {str(tmp_path / "config.yaml")!r})
         log, write = Log(), launch.record_error
-        def write_late(folder, rank, error, **known):  # torchrun's SIGTERM, for the rank that failed first, comes earlier
+        def write_late(folder, rank, error, **known):  # SIGTERM comes earlier: torchrun sees that rank 1 has failed
             time.sleep(3 * (rank == 0))
             write(folder, rank, error, **known)
         launch.record_error = write_late

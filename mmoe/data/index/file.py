@@ -136,8 +136,10 @@ def _read(path: str, schema: pa.Schema, storage: Storage, columns: list[str] | N
     unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if unpacked > bounds().file_bytes:
         raise ValueError(f"it unpacks to {unpacked} bytes, more than data.bounds.file_bytes {bounds().file_bytes}")
-    with pq.ParquetFile(pa.PythonFile(file, mode="r"), metadata=metadata) as parquet:
-        return parquet.read(columns)
+    # Threads of pyarrow's would take Python's locks to read the file and to let go of it, at any later time: also while
+    # this process forks its decoding workers, which then hang. Several indices are read at once anyway.
+    with pq.ParquetFile(pa.PythonFile(file, mode="r"), metadata=metadata, pre_buffer=False) as parquet:
+        return parquet.read(columns, use_threads=False)
 
 
 def _metadata(

@@ -12,6 +12,7 @@ import pickle
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,11 @@ logger = logging.getLogger(__name__)
 
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGBUS)  # no memory, no room in /dev/shm: perhaps not the sample's doing
 _MOST_UNEXPLAINED = 8  # deaths of a run's workers that name no sample
-_LOOK_S = 5.0  # between two looks whether the training process lives
+_BEGUN = -1  # a worker's first answer, in the place of a plan's number
+_LOOK_S = 5.0  # between two looks whether the other side lives
+# A process has this long from its start to its first line. A fork takes locks along as they are at that moment: one
+# that a thread of the training process holds is never released in the child (Python's own, before 3.12, among them).
+_BEGIN_S = 60.0
 
 
 class Batches(Protocol):
@@ -98,7 +103,10 @@ def _in_order(pool: "_Pool", plans: Iterable[Any], ahead: int, watchdog: WorkerW
 
 
 class _Worker:
-    """One decoding process, its end of the connection, and the plans by number that it has not answered."""
+    """One decoding process, its end of the connection, and the plans by number that it has not answered.
+
+    It is sent them once it has begun: to one that hangs in its start, the sending itself might never end.
+    """
 
     def __init__(self, number: int, dataset: Batches) -> None:
         self.number = number
@@ -107,6 +115,7 @@ class _Worker:
             target=_work, args=(dataset, number, theirs, os.getpid()), name=f"decoder {number}", daemon=True
         )
         self.process.start()
+        self.started, self.begun = time.monotonic(), False
         theirs.close()
         self.plans: dict[int, Any] = {}
 
@@ -124,6 +133,7 @@ class _Pool:
         self._done: dict[int, Any] = {}
         self._suspected: set[Place] = set()  # in hand when a worker was ended from outside, once
         self._unexplained: Counter[int] = Counter()  # deaths that name no sample, by number of the plan
+        self._never_began = 0  # workers
         self._workers: list[_Worker] = []
         self._process = os.getpid()
         atexit.register(self.close)  # before multiprocessing waits for what it only asks to end
@@ -141,18 +151,21 @@ class _Pool:
         """Hand plan `number` to the worker with the fewest."""
         worker = min(self._workers, key=lambda w: len(w.plans))
         worker.plans[number] = plan
-        self._send(worker, number, plan)
+        if worker.begun:
+            self._send(worker, number, plan)
 
     def take(self, number: int) -> Any:
         """The answer to plan `number`; raises what its decoding raised."""
         while number not in self._done:
             waited = [end for worker in self._workers for end in (worker.connection, worker.process.sentinel)]
-            ready = connection.wait(waited)
+            ready = connection.wait(waited, min(_LOOK_S, _BEGIN_S))
             for worker in list(self._workers):
                 if worker.connection in ready:
                     self._receive(worker)
                 elif worker.process.sentinel in ready:
                     self._bury(worker)
+                elif not worker.begun and time.monotonic() - worker.started > _BEGIN_S:
+                    self._begin_again(worker)
         answer = self._done.pop(number)
         if isinstance(answer, _Failure):
             answer.throw()
@@ -176,8 +189,13 @@ class _Pool:
     def _drain(self, worker: _Worker) -> None:
         while worker.connection.poll():
             number, answer = worker.connection.recv()
-            self._done[number] = answer
-            del worker.plans[number]
+            if number == _BEGUN:
+                worker.begun = True
+                for waiting, plan in worker.plans.items():
+                    self._send(worker, waiting, plan)
+            else:
+                self._done[number] = answer
+                del worker.plans[number]
 
     def _bury(self, worker: _Worker) -> None:
         """Find out what a dead worker died of, and give what it left undone to another in its place."""
@@ -205,12 +223,26 @@ class _Pool:
                     "it was killed (often for memory: lower data.workers or data.prefetch, or give /dev/shm more room) "
                     f"or crashed in a decoder. {'; '.join(lines)}"
                 )
+        self._replace(worker)
+
+    def _begin_again(self, worker: _Worker) -> None:
+        """Start another process for one that hangs in its start."""
+        self._never_began += 1
+        if self._never_began > _MOST_UNEXPLAINED:
+            raise WorkerError(
+                f"{self._never_began} decoding processes did not begin within {_BEGIN_S:g} s of their start; set "
+                "data.workers=0 to decode in the training process, or find what keeps them from starting"
+            )
+        logger.warning(f"decoding worker {worker.number} did not begin within {_BEGIN_S:g} s: another is started")
+        worker.end()
+        self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        """Start another process, which is given what an ended one left undone."""
         self.activity.clear(worker.number)
         another = _Worker(worker.number, self.dataset)
         another.plans = worker.plans
         self._workers[worker.number] = another
-        for number, plan in another.plans.items():
-            self._send(another, number, plan)
 
 
 def _ending(code: int) -> str:
@@ -240,6 +272,7 @@ def _work(dataset: Batches, number: int, line: connection.Connection, parent: in
         signal.signal(ignored, signal.SIG_IGN)
     torch.set_num_threads(1)
     become_worker(number)
+    line.send((_BEGUN, None))
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     outbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_read_plans, args=(line, inbox, parent), daemon=True).start()
