@@ -36,6 +36,7 @@ test-all: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_names.py
 
 types: $(DEV)
 	$(BIN)/mypy

@@ -294,7 +294,7 @@ def main() -> None:
             "sequences": after.sequences * windows,
             "drawn": [n * windows for n in after.drawn],
             "served": [n * windows for n in after.served],
-            "owed": after.owed,
+            "deficit": after.deficit,
             "lost": {},
         }
         restored = started_apart(large, state)

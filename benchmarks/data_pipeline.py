@@ -1,9 +1,9 @@
-"""How much of bare decoding's speed the stream keeps: planning, reading, tokenising, packing and handing over included.
+"""How much of bare decoding's speed the stream keeps: planning, reading, tokenizing, packing and handing over included.
 
     python benchmarks/data_pipeline.py [--rounds 3] [--sequences 24] [--cameras 2]
 
 Both sides decode the same documents with two processes: one calls PyAV (or decord), soundfile and Pillow on their bytes
-and throws the result away, at full size and as the stream calls them (films scaled to their grid of patches, JPEGs by
+and throws the result away, at full size and as the stream calls them (videos scaled to their grid of patches, JPEGs by
 their decoder to no less than twice that); the other is the stream with two workers as training uses it, by PyAV.
 The share that is to be kept is of bare decoding by the backend in use, PyAV; decord's speeds stand beside it, bare and
 of the stream.
@@ -33,7 +33,7 @@ from mmoe.data.index.shards import read_member
 from mmoe.data.load.decode import SourceFiles
 from mmoe.data.load.media import reduced_size
 from mmoe.data.load.stream import Stream
-from mmoe.data.load.video import Backend, is_video
+from mmoe.data.load.video import VideoBackend, is_video
 from mmoe.data.plan.mixture import StageConfig
 from mmoe.data.plan.planner import SequencePlan
 from mmoe.data.plan.prepared import PreparedSources
@@ -49,34 +49,34 @@ from mmoe.tokenizers.vision import VisionConfig
 WORKERS = 2
 CAMERAS = {"480 x 832": (480, 832, 20), "900 x 1600, as nuScenes": (900, 1600, 8)}  # pixels of a frame, recordings
 PATCH = 16
-PICTURES = 96  # of 768 x 1024 pixels
+IMAGES = 96  # of 768 x 1024 pixels
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """Smooth noise, so that a JPEG of it is as large as a photograph's."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     lines = []
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         coarse = Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8))
         fine = np.asarray(coarse.resize((1024, 768), Image.BICUBIC), np.int16) + rng.integers(-12, 13, (768, 1024, 3))
         Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
-        lines.append(f'{{"image": "{number}.jpg", "caption": "picture number {number}"}}\n')
+        lines.append(f'{{"image": "{number}.jpg", "caption": "image number {number}"}}\n')
     (folder / "captions.jsonl").write_text("".join(lines))
 
 
 def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataConfig, PreparedSources, TokenizersConfig]:
     text = TextTokenizer.bytes()
-    write_pictures(root / "raw")
+    write_images(root / "raw")
     options = {"recordings": recordings, "slices": [4, 4], "height": height, "width": width}
     options["prepare"] = {"heldout_share": 0.1}
     if status("decord").available:
-        options["prepare"]["video_backend"] = "decord"  # proven to read the films, or its stream would be padding
+        options["prepare"]["video_backend"] = "decord"  # proven to read the videos, or its stream would be padding
     prepare("simulated_drive", "-", root / "drive", text_tokenizer=text, workers=2, options=options)
-    prepare("image_caption", root / "raw", root / "pictures", text_tokenizer=text, workers=2)
+    prepare("image_caption", root / "raw", root / "images", text_tokenizer=text, workers=2)
     config = DataConfig(
-        sources={name: SourceConfig(kind="-", shards=str(root / name)) for name in ("drive", "pictures")},
-        stages={"all": StageConfig(weights={"drive": 0.7, "pictures": 0.3})},
+        sources={name: SourceConfig(kind="-", shards=str(root / name)) for name in ("drive", "images")},
+        stages={"all": StageConfig(weights={"drive": 0.7, "images": 0.3})},
         sequence_length=4096,
         window_documents=256,
         workers=WORKERS,
@@ -92,7 +92,7 @@ def build(root: Path, height: int, width: int, recordings: int) -> tuple[DataCon
 Grid = Callable[[int, int], tuple[int, int]] | None
 
 
-def film_by_pyav(content: io.BytesIO, frames: np.ndarray, scaled: tuple[int, int] | None) -> None:
+def video_by_pyav(content: io.BytesIO, frames: np.ndarray, scaled: tuple[int, int] | None) -> None:
     """Decode from the first frame to the last of `frames`, and convert these; `scaled` is (height, width)."""
     wanted, converter = set(frames.tolist()), VideoReformatter()
     size = {} if scaled is None else {"height": scaled[0], "width": scaled[1], "interpolation": "AREA"}
@@ -105,14 +105,14 @@ def film_by_pyav(content: io.BytesIO, frames: np.ndarray, scaled: tuple[int, int
                 return
 
 
-def film_by_decord(content: io.BytesIO, frames: np.ndarray, scaled: tuple[int, int] | None) -> None:
+def video_by_decord(content: io.BytesIO, frames: np.ndarray, scaled: tuple[int, int] | None) -> None:
     import decord  # Linux on x86-64 alone has it
 
     height, width = scaled or (-1, -1)
     decord.VideoReader(content, num_threads=1, width=width, height=height).get_batch(frames).asnumpy()
 
 
-FILMS = {"pyav": film_by_pyav, "decord": film_by_decord}
+VIDEOS = {"pyav": video_by_pyav, "decord": video_by_decord}
 
 
 def decode(tar: str, index: ShardIndex, part: np.void, grid: Grid, backend: str) -> None:
@@ -130,17 +130,17 @@ def decode(tar: str, index: ShardIndex, part: np.void, grid: Grid, backend: str)
             continue
         content = io.BytesIO(read_member(tar, offset, size, f"{index.keys[int(part['row'])]}.{name}"))
         if kind == Modality.VISION and is_video(name):
-            FILMS[backend](content, mine["start"], None if grid is None else reduced_size(frame, least))
+            VIDEOS[backend](content, mine["start"], None if grid is None else reduced_size(frame, least))
         elif kind == Modality.VISION:
             image = Image.open(content)
             if grid is not None:
                 image.draft("RGB", (2 * least[1], 2 * least[0]))
             np.asarray(image)
         elif kind == Modality.AUDIO:
-            sound = soundfile.SoundFile(content)
+            wave_file = soundfile.SoundFile(content)
             for segment in mine:
-                sound.seek(int(segment["start"]))
-                sound.read(int(segment["stop"] - segment["start"]), dtype="float32")
+                wave_file.seek(int(segment["start"]))
+                wave_file.read(int(segment["stop"] - segment["start"]), dtype="float32")
         else:
             np.load(content)
 
@@ -211,7 +211,7 @@ def compare(camera: tuple[int, int, int], rounds: int, sequences: int) -> dict[s
         planner = make_stream(config, sources, tokenizers).planner
         plans = [planner.next_sequence() for _ in range(sequences)]
         positions, files = sum(plan.counts.positions for plan in plans), sources.files("train")
-        backends: dict[str, Backend] = {"": "pyav"} | ({"decord ": "decord"} if status("decord").available else {})
+        backends: dict[str, VideoBackend] = {"": "pyav"} | ({"decord ": "decord"} if status("decord").available else {})
         rates = {}
         for _ in range(rounds):
             for label, backend in backends.items():

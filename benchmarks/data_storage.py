@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.addresses import join
+from mmoe.addresses import join_address
 from mmoe.commands.console import Console
 from mmoe.data.index.shard_index import SegmentTable, ShardIndex
 from mmoe.data.index.shards import spans
@@ -46,7 +46,7 @@ def read_samples(
     began = time.perf_counter()
     manifest = SourceManifest.load(url, storage.read)
     shards = manifest.splits["train"].shards
-    tars = [join(url, shards[i].path) for i in rng(seed, 0).permutation(len(shards))[:BLOCK_SHARDS]]
+    tars = [join_address(url, shards[i].path) for i in rng(seed, 0).permutation(len(shards))[:BLOCK_SHARDS]]
     storage.map(lambda tar: SegmentTable.read(tar, storage), tars)
     planned = time.perf_counter() - began
     indices = storage.map(lambda tar: ShardIndex.read(tar, storage), tars)

@@ -54,7 +54,7 @@ def random_tokens() -> Tokens:
 
 def moe_layer(experts: int, capacity_factor: float | None = None) -> MoELayer:
     config = MoEConfig(n_experts=experts, top_k=TOP_K, intermediate_size=HIDDEN, capacity_factor=capacity_factor)
-    return initialise(MoELayer(WIDTH, config)).bfloat16()
+    return initialize(MoELayer(WIDTH, config)).bfloat16()
 
 
 def transformers_block(ours: MoELayer, implementation: str) -> Qwen3MoeSparseMoeBlock:
@@ -75,7 +75,7 @@ def transformers_block(ours: MoELayer, implementation: str) -> Qwen3MoeSparseMoe
     return block
 
 
-def initialise(module: nn.Module) -> nn.Module:
+def initialize(module: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -174,7 +174,7 @@ def main() -> None:
     blocks["batched_mm"].experts(x[0, :16], torch.zeros(16, TOP_K, dtype=torch.long), torch.ones(16, TOP_K).bfloat16())
     batched = (time.perf_counter() - begin) * 1e3 * SEQUENCES * LENGTH / 16  # it copies a weight for every choice
 
-    dense = initialise(SwiGLU(WIDTH, TOP_K * HIDDEN)).bfloat16()
+    dense = initialize(SwiGLU(WIDTH, TOP_K * HIDDEN)).bfloat16()
     steps = {
         "dense SwiGLU": step_of(dense, lambda x: [dense(x)], x, upstream),
         "dropless": moe_step(layer, tokens, x, upstream),

@@ -28,7 +28,7 @@ from rich.table import Table
 from mmoe.commands.console import Console
 from mmoe.config.load import load
 from mmoe.optim.optimizer import build_optimizer
-from mmoe.parallel.build import spread
+from mmoe.parallel.build import build_spread
 from mmoe.parallel.mesh import Mesh, ParallelDims
 from mmoe.parallel.ranks import LocalExecutor, StepExecutor
 from mmoe.planning.communication import Communication, MicroBatch
@@ -77,7 +77,7 @@ class Side:
             self.model = config.model.build(self.assumed.inputs, 0)
         else:
             self.mesh = Mesh(self.resolved.dims)
-            self.model, ranks = spread(self.resolved, self.assumed.inputs, 1, 0, self.mesh, device)
+            self.model, ranks = build_spread(self.resolved, self.assumed.inputs, 1, 0, self.mesh, device)
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optim.optimizer)
         for group in self.optimizer.param_groups:

@@ -43,8 +43,8 @@ def main() -> None:
         seconds = {
             "prepare, train, stop": mmoe("train", CONFIG, digest, "--stop-after", str(STOP + OVERLAP)),
             "resume, train, evaluate": mmoe("train", CONFIG, digest, "--from-step", str(STOP)),
-            "other pictures": mmoe("evaluate", str(RUN), "--shuffle", "vision"),
-            "no pictures": mmoe("evaluate", str(RUN), "--blank", "vision"),
+            "other images": mmoe("evaluate", str(RUN), "--shuffle", "vision"),
+            "no images": mmoe("evaluate", str(RUN), "--blank", "vision"),
             "report": mmoe("report", str(RUN)),
         }
     wall = time.perf_counter() - started
@@ -65,8 +65,8 @@ def checks(summary: dict) -> list[tuple[str, float, str, bool]]:
         ("packing efficiency", summary["packing_efficiency"], ">=", 0.97),
         ("action error / mean baseline", mse / baselines["mean"], "<=", 0.35),
         ("action error / ridge baseline", mse / baselines["ridge"], "<", 1.0),
-        ("error with other pictures / action error", shuffled / mse, ">=", 2.0),
-        ("error with other pictures / mean baseline", shuffled / baselines["mean"], ">=", 0.8),
+        ("error with other images / action error", shuffled / mse, ">=", 2.0),
+        ("error with other images / mean baseline", shuffled / baselines["mean"], ">=", 0.8),
         ("recall@1 of 64", retrieval["r1"], ">=", 0.12),
         ("recall@1, lower bound", retrieval["r1_low"], ">", 0.06),
         ("resume exact", summary["resume_exact"], "==", True),
@@ -82,7 +82,7 @@ def show(summary: dict, seconds: dict[str, float]) -> None:
     for what, value, target, ok in checks(summary):
         table.add_row(what, str(value) if isinstance(value, bool) else f"{value:.4g}", target, "ok" if ok else "MISSED")
     blank = summary["action_mse_blank_vision"] / summary["action_mse_baselines"]["mean"]
-    table.add_row("error without pictures / mean baseline", f"{blank:.4g}", "", "")
+    table.add_row("error without images / mean baseline", f"{blank:.4g}", "", "")
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}", "", "")
     for part, value in seconds.items():
         table.add_row(f"seconds: {part}", f"{value:.0f}", "", "")

@@ -186,11 +186,11 @@ def figure(traces: dict[str, list[Trace]]) -> go.Figure:
     """Max/mean load of the worst layer over steps, a plot for each setting and a line for each seed."""
     columns = 3
     rows = -(-len(traces) // columns)
-    picture = make_subplots(rows, columns, subplot_titles=list(traces), shared_yaxes=True, vertical_spacing=0.16)
+    image = make_subplots(rows, columns, subplot_titles=list(traces), shared_yaxes=True, vertical_spacing=0.16)
     for number, (setting, (name, seeds)) in enumerate(zip(SETTINGS, traces.items(), strict=True)):
         place = {"row": number // columns + 1, "col": number % columns + 1}
         for seed, trace in zip(SEEDS, seeds):
-            picture.add_scatter(
+            image.add_scatter(
                 x=list(range(1, STEPS + 1)),
                 y=np.array(trace.load).max(1).round(3),
                 mode="lines",
@@ -198,12 +198,12 @@ def figure(traces: dict[str, list[Trace]]) -> go.Figure:
                 name=f"{name}, seed {seed}",
                 **place,
             )
-        picture.add_hline(y=BOUND, line={"color": INK, "width": 1, "dash": "dot"}, **place)
-        picture.update_xaxes(title="step", **place)
-    picture.update_yaxes(title="max / mean load", col=1)
-    picture.update_yaxes(range=[0.9, EXPERTS / TOP_K + 0.2])
+        image.add_hline(y=BOUND, line={"color": INK, "width": 1, "dash": "dot"}, **place)
+        image.update_xaxes(title="step", **place)
+    image.update_yaxes(title="max / mean load", col=1)
+    image.update_yaxes(range=[0.9, EXPERTS / TOP_K + 0.2])
     title = {"text": "Load of the busiest expert over the mean, worst layer", "font": {"size": 14, "color": MUTED}}
-    return style(picture, 70 + 260 * rows, showlegend=False, title=title, margin={"l": 56, "r": 16, "t": 70, "b": 44})
+    return style(image, 70 + 260 * rows, showlegend=False, title=title, margin={"l": 56, "r": 16, "t": 70, "b": 44})
 
 
 def main() -> None:

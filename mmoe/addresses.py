@@ -29,7 +29,7 @@ def check_address(address: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """The text, with what is secret in the addresses that occur in it replaced by asterisks."""
+    """Return the text with asterisks for what is secret in the addresses that occur in it."""
     return _ADDRESS.sub(_hide, text)
 
 
@@ -55,7 +55,7 @@ def _hide_parameter(found: re.Match) -> str:
 
 
 def local_path(url: str | Path) -> str | None:
-    """The path of a local address, None of a remote one. Raises DataError for a shell command."""
+    """Return the path of a local address, None for a remote one. Raises DataError for a shell command."""
     text = os.fspath(url)
     if "://" not in text:
         if text.startswith("pipe:"):
@@ -70,12 +70,12 @@ def is_missing(address: str) -> bool:
     return path is not None and not Path(path).exists()
 
 
-def join(folder: str | Path, name: str) -> str:
-    """The address of `name` in a local or remote folder."""
+def join_address(folder: str | Path, name: str) -> str:
+    """Return the address of `name` in a local or remote folder."""
     return f"{os.fspath(folder).rstrip('/')}/{name}" if name else os.fspath(folder)
 
 
 def with_suffix(url: str | Path, suffix: str) -> str:
-    """The address of the file of the same stem with another suffix."""
+    """Return the address of the file of the same stem with another suffix."""
     folder, slash, name = os.fspath(url).rpartition("/")
     return f"{folder}{slash}{name.rpartition('.')[0] or name}{suffix}"

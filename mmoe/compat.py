@@ -1,4 +1,4 @@
-"""The private names of torch that this package uses: what each is for, and the public one that may take its place.
+"""Gathers the private names of torch that this package uses: what each is for, and which public one may replace it.
 
 torch may rename or drop them without notice: then this is the file to mend. Processes that only load data import it
 too, so what `import torch` has not loaded already (torch.distributed.tensor takes a second) is imported in functions.
@@ -57,16 +57,16 @@ foreach_add_, foreach_copy_, foreach_mul_ = torch._foreach_add_, torch._foreach_
 foreach_norm = torch._foreach_norm
 
 # What Muon does to a matrix, and to its rate. Public: `torch.optim.Muon`, once it takes sharded parameters.
-orthogonalised, adjusted_rate = _zeropower_via_newtonschulz, _adjust_lr
+orthogonalized, adjusted_rate = _zeropower_via_newtonschulz, _adjust_lr
 
 
 def default_store() -> dist.Store:
-    """The store through which the processes of the default group have found each other. Public: none yet."""
+    """Return the store through which the processes of the default group found each other. Public: none yet."""
     return dist.distributed_c10d._get_default_store()
 
 
 def process_groups() -> list[dist.ProcessGroup]:
-    """All groups of this process, the default one among them. Public: none yet."""
+    """Return all groups of this process, the default one among them. Public: none yet."""
     return list(dist.distributed_c10d._world.pg_map)
 
 
@@ -76,18 +76,18 @@ def group_timeout(group: dist.ProcessGroup) -> timedelta:
 
 
 def flight_records() -> list[str]:
-    """torch's flight recorders as JSON, gloo's and NCCL's: the last collectives of this process. Public: none yet."""
+    """Return torch's flight recorders as JSON, gloo's and NCCL's: this process's last collectives. Public: none yet."""
     gloo = c10d._dump_fr_trace_json()  # type: ignore[attr-defined]  # missing in torch's stubs
     return [gloo, c10d._dump_nccl_trace_json()] if torch.cuda.is_available() else [gloo]  # type: ignore[attr-defined]
 
 
-def flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """The axes of `mesh` as one, with a group of its own. Public: none yet."""
+def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Join the axes of `mesh` into one that has a group of its own. Public: none yet."""
     return mesh._flatten(name)
 
 
 def local_shape_and_offset(x: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of the part of `x` that is here, and where it begins in the whole. Public: none yet."""
+    """Return the shape of the part of `x` that is here, and where it begins in the whole. Public: none yet."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
@@ -101,7 +101,7 @@ def storage_info(path: str, offset: int, length: int) -> Any:
 
 
 def group_of_collective(operation: Any, arguments: tuple) -> dist.ProcessGroup | None:
-    """The group that an operation sends in; None for one that sends nothing. Public: none yet."""
+    """Return the group that an operation sends in; None for one that sends nothing. Public: none yet."""
     from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 
     if operation not in collective_ops or operation in sync_ops:
@@ -140,9 +140,11 @@ def fake_rank(rank: int, world: int) -> Iterator[None]:
 
 @contextmanager
 def shapes_apart() -> Iterator[None]:
-    """DTensor finds a result's shape by running the operation once on whole fake tensors. Inside, that is seen by no
-    mode: it is not work of this rank, and would be counted as a product and as memory of the global size. Public: none
-    yet."""
+    """Hide from all modes how DTensor finds a result's shape, as long as the context lasts. Public: none yet.
+
+    It runs the operation once on whole fake tensors. That is not work of this rank, and would be counted as a product
+    and as memory of the global size.
+    """
     from torch.distributed.tensor import DTensor
 
     propagator = DTensor._op_dispatcher.sharding_propagator

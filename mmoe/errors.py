@@ -1,4 +1,4 @@
-"""The errors a user is meant to read: one sentence that names the place, the fault and the remedy."""
+"""Defines the errors a user is meant to read: one sentence that names the place, the fault and the remedy."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -7,23 +7,23 @@ from typing import Any
 
 
 class MmoeError(Exception):
-    """Base of every error whose message is addressed to the user; the CLI prints it without a traceback."""
+    """Is the base of all errors whose message is for the user; the CLI prints them without a traceback."""
 
 
 class ConfigError(MmoeError):
-    """A configuration that cannot run: names the key, the reason and the remedy."""
+    """Says why a configuration cannot run: the key, the reason and the remedy."""
 
 
 class DataError(MmoeError):
-    """A file or sample that cannot be used: names the file, the key inside it and the remedy."""
+    """Says why a file or sample cannot be used: the file, the key inside it and the remedy."""
 
 
 class MissingFileError(DataError):
-    """A file that is not where its address says."""
+    """Says that a file is not where its address says."""
 
 
 class Refused(DataError):  # noqa: N818  # what became of an item, the word its lists and messages use
-    """An item that cannot become a sample: `reason` is the class it is counted under, the message says it in full."""
+    """Says why an item cannot become a sample: in full, and as the class `reason` that it is counted under."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both, so that the exception survives pickling
@@ -45,19 +45,19 @@ def counted_as(reason: str) -> Iterator[None]:
 
 
 class BackendError(MmoeError):
-    """An optional package that a config asks for and that is not usable here."""
+    """Says that an optional package which a config asks for is not usable here."""
 
 
 class OutputError(MmoeError):
-    """A file that a command writes and cannot: the disk is full, or the place is not writable."""
+    """Says that a command cannot write a file: the disk is full, or the place is not writable."""
 
 
 class CheckpointError(MmoeError):
-    """A checkpoint that cannot be written or read."""
+    """Says why a checkpoint cannot be written or read."""
 
 
 class DivergenceError(MmoeError):
-    """A training step whose gradients are not finite; nothing was updated."""
+    """Says that the gradients of a training step are not finite; nothing was updated."""
 
 
 def brief(value: Any, most: int = 100, quoted: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""The one place that asks for optional packages: available, or not available because ...
+"""Asks for optional packages, in this one place: available, or not available because ...
 
 Nothing is imported before somebody asks, and the answer is kept for the life of the process.
 """
@@ -16,8 +16,8 @@ from mmoe.errors import BackendError, brief, did_you_mean
 
 
 @dataclass(frozen=True)
-class Backend:
-    """An optional package: what for, how it is imported, and how it is installed."""
+class OptionalPackage:
+    """Describes an optional package: what for, how it is imported, and how it is installed."""
 
     purpose: str
     module: str
@@ -28,7 +28,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Status:
-    """`reason` is empty, or a sentence that begins with "not available because"."""
+    """Says whether a package is usable: `reason` is empty, or begins with "not available because"."""
 
     name: str
     available: bool
@@ -53,31 +53,35 @@ def _no_grouped_gemm() -> str | None:
 
 
 BACKENDS = {
-    "cuda": Backend("NVIDIA GPUs", "torch.cuda", "torch", "torch", _no_cuda),
-    "decord": Backend("video decoding (Linux x86-64)", "decord", "decord", "-e '.[media]'"),
-    "pyav": Backend("video decoding, everywhere", "av", "av", "-e '.[media]'"),
-    "pillow": Backend("pictures", "PIL", "pillow", "-e '.[media]'"),
-    "soundfile": Backend("files of sound", "soundfile", "soundfile", "-e '.[media]'"),
-    "torchaudio": Backend("resampling and making of sound", "torchaudio", "torchaudio", "-e '.[media]'"),
-    "plotly": Backend("pages to look at", "plotly", "plotly", "-e '.[report]'"),
-    "webdataset": Backend("reading shards as others do", "webdataset", "webdataset", "-e '.[dev]'"),
-    "tensorboard": Backend("scalar logs", "tensorboard", "tensorboard", "-e '.[trackers]'"),
-    "wandb": Backend("scalar logs", "wandb", "wandb", "-e '.[trackers]'"),
-    "trackio": Backend("scalar logs", "trackio", "trackio", "-e '.[trackers]'"),
-    "transformers": Backend("EnCodec, DAC, Mimi; parity tests", "transformers", "transformers", "-e '.[codecs]'"),
-    "s3fs": Backend("shards on S3", "s3fs", "s3fs", "-e '.[remote]'"),
-    "moto": Backend("a local S3 to measure and test with", "moto", "moto", "-e '.[dev]'"),
-    "aiohttp": Backend("shards on web servers", "aiohttp", "aiohttp", "-e '.[remote]'"),
-    "gcsfs": Backend("shards on Google Cloud Storage", "gcsfs", "gcsfs", "-e '.[remote]'"),
-    "ray": Backend("preparation on a cluster", "ray", "ray", "-e '.[prepare]'"),
-    "datasketch": Backend("near-duplicate texts", "datasketch", "datasketch", "-e '.[prepare]'"),
-    "imagehash": Backend("near-duplicate pictures", "imagehash", "imagehash", "-e '.[prepare]'"),
-    "py3langid": Backend("languages of texts", "py3langid", "py3langid", "-e '.[prepare]'"),
-    "triton": Backend("fused GPU kernels", "triton", "triton", "triton", _no_cuda),
-    "flash-attn": Backend("attention on GPUs", "flash_attn", "flash-attn", "-e '.[gpu]'", _no_cuda),
-    "transformer-engine": Backend("FP8", "transformer_engine", "transformer-engine", "-e '.[gpu]'", _no_cuda),
-    "torchao": Backend("FP8, an option", "torchao", "torchao", "torchao", _no_cuda),
-    "megablocks": Backend("expert GEMM, an option", "megablocks", "megablocks", "'megablocks[gg]'", _no_grouped_gemm),
+    "cuda": OptionalPackage("NVIDIA GPUs", "torch.cuda", "torch", "torch", _no_cuda),
+    "decord": OptionalPackage("video decoding (Linux x86-64)", "decord", "decord", "-e '.[media]'"),
+    "pyav": OptionalPackage("video decoding, everywhere", "av", "av", "-e '.[media]'"),
+    "pillow": OptionalPackage("images", "PIL", "pillow", "-e '.[media]'"),
+    "soundfile": OptionalPackage("files of audio", "soundfile", "soundfile", "-e '.[media]'"),
+    "torchaudio": OptionalPackage("resampling and making of audio", "torchaudio", "torchaudio", "-e '.[media]'"),
+    "plotly": OptionalPackage("pages to look at", "plotly", "plotly", "-e '.[report]'"),
+    "webdataset": OptionalPackage("reading shards as others do", "webdataset", "webdataset", "-e '.[dev]'"),
+    "tensorboard": OptionalPackage("scalar logs", "tensorboard", "tensorboard", "-e '.[trackers]'"),
+    "wandb": OptionalPackage("scalar logs", "wandb", "wandb", "-e '.[trackers]'"),
+    "trackio": OptionalPackage("scalar logs", "trackio", "trackio", "-e '.[trackers]'"),
+    "transformers": OptionalPackage(
+        "EnCodec, DAC, Mimi; parity tests", "transformers", "transformers", "-e '.[codecs]'"
+    ),
+    "s3fs": OptionalPackage("shards on S3", "s3fs", "s3fs", "-e '.[remote]'"),
+    "moto": OptionalPackage("a local S3 to measure and test with", "moto", "moto", "-e '.[dev]'"),
+    "aiohttp": OptionalPackage("shards on web servers", "aiohttp", "aiohttp", "-e '.[remote]'"),
+    "gcsfs": OptionalPackage("shards on Google Cloud Storage", "gcsfs", "gcsfs", "-e '.[remote]'"),
+    "ray": OptionalPackage("preparation on a cluster", "ray", "ray", "-e '.[prepare]'"),
+    "datasketch": OptionalPackage("near-duplicate texts", "datasketch", "datasketch", "-e '.[prepare]'"),
+    "imagehash": OptionalPackage("near-duplicate images", "imagehash", "imagehash", "-e '.[prepare]'"),
+    "py3langid": OptionalPackage("languages of texts", "py3langid", "py3langid", "-e '.[prepare]'"),
+    "triton": OptionalPackage("fused GPU kernels", "triton", "triton", "triton", _no_cuda),
+    "flash-attn": OptionalPackage("attention on GPUs", "flash_attn", "flash-attn", "-e '.[gpu]'", _no_cuda),
+    "transformer-engine": OptionalPackage("FP8", "transformer_engine", "transformer-engine", "-e '.[gpu]'", _no_cuda),
+    "torchao": OptionalPackage("FP8, an option", "torchao", "torchao", "torchao", _no_cuda),
+    "megablocks": OptionalPackage(
+        "expert GEMM, an option", "megablocks", "megablocks", "'megablocks[gg]'", _no_grouped_gemm
+    ),
 }
 
 
@@ -93,7 +97,7 @@ def status(name: str) -> Status:
 
 
 def require(name: str, key: str) -> ModuleType:
-    """The backend's module, for a config whose `key` asks for it; raises BackendError with the reason."""
+    """Import the package for a config whose `key` asks for it; raises BackendError with the reason."""
     try:
         found = status(name)
     except BackendError as error:
@@ -119,18 +123,18 @@ def needs(purpose: str) -> Iterator[None]:
         raise
 
 
-def _absent(backend: Backend) -> str:
+def _absent(backend: OptionalPackage) -> str:
     return f"the package {backend.distribution} is not installed: pip install {backend.install}"
 
 
-def _version(backend: Backend) -> str:
+def _version(backend: OptionalPackage) -> str:
     try:
         return metadata.version(backend.distribution)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def _lacking(backend: Backend) -> str | None:
+def _lacking(backend: OptionalPackage) -> str | None:
     if importlib.util.find_spec(backend.module) is None:
         return _absent(backend)
     if backend.condition and (lack := backend.condition()):

@@ -54,7 +54,7 @@ def test_a_secret_is_refused_and_not_printed_wherever_an_address_is_taken(addres
         with pytest.raises(MmoeError) as caught:
             call()
         assert "hunter2" not in str(caught.value)
-    command = ["mmoe", "sync-report", address]
+    command = ["mmoe", "clock-report", address]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit):
         main()

@@ -13,7 +13,7 @@ from mmoe.hashing import INCREMENT, hash64, mixed_u64, seed64
 from mmoe.models.moe.noise import gaussian, token_keys
 from mmoe.preparation.signatures import shingles
 from mmoe.preparation.sources.base import Item
-from mmoe.preparation.splits import split
+from mmoe.preparation.splits import split_recordings
 from mmoe.preparation.statistics import VectorSummary
 from mmoe.schema.sample import SEGMENT_DTYPE
 from mmoe.training.fingerprint import _digest as settings_digest
@@ -71,7 +71,7 @@ def test_runs_of_characters_have_the_same_hashes():
 
 def test_the_same_recordings_are_held_out():
     items = [Item(f"clip-{n}", f"clip-{n}", bytes) for n in range(20)]
-    drawn = [item.recording for item in split(items, 0.3, gap=0).heldout]
+    drawn = [item.recording for item in split_recordings(items, 0.3, gap=0).heldout]
     assert drawn == ["clip-1", "clip-6", "clip-9", "clip-10", "clip-17", "clip-18"]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmoe.errors import BackendError
-from mmoe.optional import BACKENDS, Backend, needs, require, status
+from mmoe.optional import BACKENDS, OptionalPackage, needs, require, status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +24,7 @@ def fresh() -> None:
     status.cache_clear()
 
 
-def add(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
+def add(monkeypatch: pytest.MonkeyPatch, backend: OptionalPackage) -> None:
     monkeypatch.setitem(BACKENDS, "sample", backend)
 
 
@@ -35,7 +35,7 @@ def test_a_present_backend_has_its_version_and_module() -> None:
 
 
 def test_a_missing_package_names_itself_the_key_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    add(monkeypatch, Backend("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[trackers]'"))
+    add(monkeypatch, OptionalPackage("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[trackers]'"))
     found = status("sample")
     reason = "not available because the package no-such-package is not installed: pip install -e '.[trackers]'"
     assert not found.available and found.version == "" and found.reason == reason
@@ -45,7 +45,7 @@ def test_a_missing_package_names_itself_the_key_and_the_remedy(monkeypatch: pyte
 
 
 def test_an_import_that_fails_for_a_missing_package_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    add(monkeypatch, Backend("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[media]'"))
+    add(monkeypatch, OptionalPackage("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[media]'"))
     sentence = "decoding video: the package no-such-package is not installed: pip install -e '.[media]'"
     with pytest.raises(BackendError, match=f"^{re.escape(sentence)}$"), needs("decoding video"):
         importlib.import_module("mmoe_no_such_module.part")
@@ -57,7 +57,7 @@ def test_an_import_that_fails_for_a_missing_package_says_what_brings_it(monkeypa
 def test_a_broken_package_is_not_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: str) -> None:
     (tmp_path / "mmoe_broken_module.py").write_text(failure)
     monkeypatch.syspath_prepend(tmp_path)
-    add(monkeypatch, Backend("nothing", "mmoe_broken_module", "broken", "broken"))
+    add(monkeypatch, OptionalPackage("nothing", "mmoe_broken_module", "broken", "broken"))
     expected = "libcudart.so.12: cannot open" if "OSError" in failure else "SystemError"
     assert f"not available because importing mmoe_broken_module fails ({expected})" in status("sample").reason
 
@@ -82,7 +82,7 @@ def test_an_unknown_backend_names_the_nearest() -> None:
 def test_answers_are_lazy_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mmoe_lazy_module.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    add(monkeypatch, Backend("nothing", "mmoe_lazy_module", "lazy", "lazy"))
+    add(monkeypatch, OptionalPackage("nothing", "mmoe_lazy_module", "lazy", "lazy"))
     asked, find_spec = [], importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: asked.append(name) or find_spec(name))
     assert "mmoe_lazy_module" not in sys.modules

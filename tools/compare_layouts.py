@@ -41,7 +41,7 @@ from mmoe.commands.console import Console, show_record
 from mmoe.commands.prepare import prepare_and_show
 from mmoe.config.load import load, merge, validate
 from mmoe.errors import ConfigError, MmoeError
-from mmoe.preparation.ready import ensure_prepared
+from mmoe.preparation.ensure_prepared import ensure_prepared
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun
 from mmoe.result import print_result, target

@@ -18,7 +18,7 @@ BLOCK = 1 << 24
 
 
 class CheckedFile(io.RawIOBase):
-    """A file written front to back and durable once closed, with its size and CRC-32.
+    """Writes a file front to back, durable once closed, and takes its size and CRC-32.
 
     Checkpoints do not use `write_atomically`: tensors are streamed, never whole in memory, and it is not a file that
     appears at once but the folder, when all ranks have written theirs.
@@ -72,7 +72,7 @@ class CheckedFile(io.RawIOBase):
 
 
 class CheckedFileSystem(FileSystem):
-    """A torch file system that writes every file as a `CheckedFile`.
+    """Writes every file of torch's checkpoint writer as a `CheckedFile`.
 
     `written` holds (size, CRC-32) of every file, by its path.
     """

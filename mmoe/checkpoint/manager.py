@@ -34,7 +34,7 @@ from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.reader import find_whole, read_document
 from mmoe.checkpoint.retention import retire
 from mmoe.checkpoint.snapshot import Snapshot
-from mmoe.checkpoint.tensors import fill
+from mmoe.checkpoint.tensors import fill_state
 from mmoe.checkpoint.writer import check_room, write
 from mmoe.errors import CheckpointError
 from mmoe.runtime.agreement import ProcessGroupRanks
@@ -88,7 +88,7 @@ class CheckpointManager:
             accept(manifest.step)
         with read_errors(path):
             document = ranks.first(lambda: read_document(path))
-            fill(path, manifest, document, state, ranks)
+            fill_state(path, manifest, document, state, ranks)
         return manifest.step
 
     def go_back(self, step: int) -> None:

@@ -10,9 +10,10 @@ from mmoe.checkpoint.files import DamagedError
 from mmoe.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-# 1, still read, numbered the optimizer's states: only names mean the same in every layout. 2, still read, had a file
-# `latest` beside the checkpoints that named the newest, no config.yaml, and no checksum of the manifest itself.
-FORMAT = 3
+# Formats 1 to 3 are still read. 1 numbered the optimizer's states: only names mean the same in every layout. 2 had a
+# file `latest` beside the checkpoints that named the newest, no config.yaml, and no checksum of the manifest itself. 3
+# had other names of parameters (`mmoe.checkpoint.upgrade`).
+FORMAT = 4
 
 
 @dataclass(frozen=True)

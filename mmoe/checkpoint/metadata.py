@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """A torch reader of the checkpoint `folder` that trusts none of its files and reads only those of its manifest.
+    """Reads the checkpoint `folder` for torch, trusting none of its files and opening only those of its manifest.
 
     `files` are the manifest's, bytes by name. Tensors themselves torch reads with ``weights_only``. Raises
     CheckpointError for a placement that is not one.

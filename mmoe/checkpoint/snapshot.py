@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mmoe.checkpoint.tensors import union
-from mmoe.checkpoint.tree import split
+from mmoe.checkpoint.tree import split_tree
 from mmoe.runtime.agreement import ProcessGroupRanks
 
 MARGIN = 1 << 20  # bytes of names, headers and state.json
@@ -37,7 +37,7 @@ class Snapshot:
 
         Raises TypeError naming the path of what cannot be saved.
         """
-        document, tensors = split(state)
+        document, tensors = split_tree(state)
         return cls(step, document, tensors, dict(texts), owner=threading.get_ident())
 
     @property

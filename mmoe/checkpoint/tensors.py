@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmoe.checkpoint.files import CheckedFileSystem
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.metadata import CheckedReader, placed_tensors
-from mmoe.checkpoint.tree import join, select_paths, split, tensor_paths
-from mmoe.checkpoint.upgrade import from_format_1
+from mmoe.checkpoint.tree import join_tree, select_paths, split_tree, tensor_paths
+from mmoe.checkpoint.upgrade import upgrade_document
 from mmoe.errors import CheckpointError
 from mmoe.runtime.agreement import ProcessGroupRanks
 
@@ -53,10 +53,11 @@ def write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: ProcessGr
     return {path.name: sums for path, sums in files.written.items()}
 
 
-def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any], ranks: ProcessGroupRanks) -> None:
+def fill_state(
+    folder: Path, manifest: Manifest, document: Any, state: dict[str, Any], ranks: ProcessGroupRanks
+) -> None:
     """Fill `state` with its sections of the checkpoint in `folder`, whose ``state.json`` holds `document`."""
-    if manifest.format == 1:
-        document = from_format_1(document)
+    document = upgrade_document(document, manifest.format)
     given = ranks.every(lambda: _tensors(folder, document, state))
     stored = tensor_paths(document)
     if manifest.format == 1:  # a parameter without a gradient had no state: this run's is the initial one
@@ -75,14 +76,14 @@ def fill(folder: Path, manifest: Manifest, document: Any, state: dict[str, Any],
     tensors = {stored[name]: tensor for name, tensor in given.items()}
     with _single_process(), _read(folder), _unwrapped(ranks):
         dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=not ranks.grouped)
-    state.update(join(select_paths({part: document[part] for part in state}, tensors.keys()), tensors))
+    state.update(join_tree(select_paths({part: document[part] for part in state}, tensors.keys()), tensors))
 
 
 def _tensors(folder: Path, document: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of `state`; raises CheckpointError where `document` lacks one of its sections."""
     if missing := state.keys() - document.keys():
         raise CheckpointError(f"{folder}/state.json has no {sorted(missing)[0]!r}; it was saved by another program")
-    return split(state)[1]
+    return split_tree(state)[1]
 
 
 def _match(folder: Path, section: str, ours: dict[str, TensorSpec], theirs: dict[str, TensorSpec]) -> bool:

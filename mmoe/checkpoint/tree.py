@@ -15,7 +15,7 @@ from torch import Tensor
 TENSOR, TUPLE, INTEGER_KEYS = "$tensor", "$tuple", "$integer_keys"
 
 
-def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+def split_tree(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     """Split `state` into a document that JSON can hold and its tensors by dotted path.
 
     Raises TypeError naming the path of any other leaf.
@@ -24,19 +24,19 @@ def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     return _encode(state, path, tensors), tensors
 
 
-def join(document: Any, tensors: dict[str, Tensor]) -> Any:
+def join_tree(document: Any, tensors: dict[str, Tensor]) -> Any:
     """Rebuild the state that `split` took apart into `document` and `tensors`."""
     if isinstance(document, list):
-        return [join(item, tensors) for item in document]
+        return [join_tree(item, tensors) for item in document]
     if not isinstance(document, dict):
         return document
     if TENSOR in document:
         return tensors[document[TENSOR]]
     if TUPLE in document:
-        return tuple(join(item, tensors) for item in document[TUPLE])
+        return tuple(join_tree(item, tensors) for item in document[TUPLE])
     if INTEGER_KEYS in document:
-        return {int(key): join(value, tensors) for key, value in document[INTEGER_KEYS].items()}
-    return {key: join(value, tensors) for key, value in document.items()}
+        return {int(key): join_tree(value, tensors) for key, value in document[INTEGER_KEYS].items()}
+    return {key: join_tree(value, tensors) for key, value in document.items()}
 
 
 def tensor_paths(document: Any, path: str = "") -> dict[str, str]:
@@ -74,24 +74,24 @@ def check_document(document: Any, path: str = "") -> None:
         check_document(value, f"{path}.{key}" if path else key)
 
 
-def names(document: Any) -> set[str]:
+def tensor_names(document: Any) -> set[str]:
     """Return the names of all tensors that `document` refers to."""
     return set(tensor_paths(document).values())
 
 
-def merge(document: Any, other: Any) -> Any:
+def merge_trees(document: Any, other: Any) -> Any:
     """Return `document` with the tensors that only `other` refers to; all that is not a tensor is as in `document`."""
     if not (isinstance(document, dict) and isinstance(other, dict)):
         return document
-    both = {key: merge(value, other[key]) if key in other else value for key, value in document.items()}
-    return both | {key: value for key, value in other.items() if key not in document and names(value)}
+    both = {key: merge_trees(value, other[key]) if key in other else value for key, value in document.items()}
+    return both | {key: value for key, value in other.items() if key not in document and tensor_names(value)}
 
 
 def select_paths(document: Any, kept: Set[str]) -> Any:
     """Return `document` without the entries of its dicts that refer to tensors, but to none of the names `kept`."""
     if not isinstance(document, dict) or TENSOR in document:
         return document
-    held = {key: names(value) for key, value in document.items()}
+    held = {key: tensor_names(value) for key, value in document.items()}
     return {key: select_paths(value, kept) for key, value in document.items() if not held[key] or held[key] & kept}
 
 

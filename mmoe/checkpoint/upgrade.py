@@ -1,17 +1,64 @@
 """Turns documents of earlier checkpoint formats into those of today's."""
 
+import re
 from typing import Any
 
 from mmoe.checkpoint.tree import INTEGER_KEYS
 from mmoe.optim.optimizer import is_block_matrix
 
+# The names of parameters and buffers before format 4, as patterns, with those of today.
+RENAMED_PARAMETERS = {
+    r"^(decoder\.blocks\.\d+\.)network(?=\.)": r"\1feed_forward",
+    r"^(decoder\.blocks\.\d+\.)network_norm(?=\.)": r"\1ffn_norm",
+    r"^(decoder\.blocks\.\d+\.feed_forward\.router\.)choice_bias$": r"\1expert_bias",
+}
 
-def from_format_1(document: dict[str, Any]) -> dict[str, Any]:
+# What is not a tensor: keys by where they stand.
+WITHIN = {
+    "trainer.stream.plan": {"owed": "deficit"},
+    "callbacks.metrics.totals": {"expert_choices": "slots_routed", "expert_choices_dropped": "slots_dropped"},
+}
+
+
+def upgrade_document(document: dict[str, Any], version: int) -> dict[str, Any]:
+    """Turn a `document` of format `version` into one of today's; the tensors keep the names they were written under."""
+    if version == 1:
+        document = _name_states(document)
+    return _rename(document) if version < 4 else document
+
+
+def _rename(document: dict[str, Any]) -> dict[str, Any]:
+    """Give parameters, the plan of the data and the counts of slots the names of format 4."""
+    renamed = dict(document)
+    for section in ("model", "optimizer"):
+        if section in document:
+            renamed[section] = {_today(name): value for name, value in document[section].items()}
+    for path, names in WITHIN.items():
+        renamed = _rename_within(renamed, path.split("."), names)
+    return renamed
+
+
+def _rename_within(tree: Any, path: list[str], names: dict[str, str]) -> Any:
+    """Give the keys of the mapping at `path` their names of today, where the tree has one there."""
+    if not isinstance(tree, dict):
+        return tree
+    if not path:
+        return {names.get(key, key): value for key, value in tree.items()}
+    first, *rest = path
+    return tree | {first: _rename_within(tree[first], rest, names)} if first in tree else tree
+
+
+def _today(name: str) -> str:
+    for before, now in RENAMED_PARAMETERS.items():
+        name = re.sub(before, now, name)
+    return name
+
+
+def _name_states(document: dict[str, Any]) -> dict[str, Any]:
     """Name the optimizer's states in a `document` of format 1 by parameter; it numbered them through each one's groups.
 
     Muon's groups had no names: its parameters were the matrices of the blocks that AdamW did not have, in the order
-    of the model. A parameter that had no gradient yet had no state, and gets an empty one. The tensors keep the
-    names under which they were written.
+    of the model. A parameter that had no gradient yet had no state, and gets an empty one.
     """
     if "adamw" not in document.get("optimizer", {}):
         return document

@@ -13,7 +13,7 @@ from mmoe.checkpoint.files import CheckedFileSystem, sync_folder
 from mmoe.checkpoint.manifest import FORMAT, MANIFEST, Manifest
 from mmoe.checkpoint.snapshot import Snapshot
 from mmoe.checkpoint.tensors import union, write_tensors
-from mmoe.checkpoint.tree import merge
+from mmoe.checkpoint.tree import merge_trees
 from mmoe.errors import CheckpointError
 from mmoe.runtime.agreement import ProcessGroupRanks
 
@@ -44,7 +44,7 @@ def _finish(partial: Path, snapshot: Snapshot, documents: list[Any], written: Ma
     files = CheckedFileSystem()
     for name, text in snapshot.texts.items():
         files.write(partial / name, text.encode())
-    files.write(partial / "state.json", json.dumps(functools.reduce(merge, documents)).encode())
+    files.write(partial / "state.json", json.dumps(functools.reduce(merge_trees, documents)).encode())
     sums = {**written, **{path.name: sums for path, sums in files.written.items()}}
     files.write(partial / MANIFEST, Manifest(FORMAT, snapshot.step, sums).to_json().encode())
     sync_folder(partial)

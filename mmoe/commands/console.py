@@ -1,7 +1,7 @@
 """Provides the consoles that mmoe prints by: all that is printed is text, never markup or a control sequence.
 
 Names of sources, files and keys come from elsewhere. `[bold]` in one is six characters and two brackets, `:car:` no
-picture, and an escape sequence is shown and not obeyed. Our own styles are given as arguments or as `Text`.
+image, and an escape sequence is shown and not obeyed. Our own styles are given as arguments or as `Text`.
 """
 
 import logging
@@ -17,7 +17,7 @@ _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u20
 
 
 class Console(rich.console.Console):
-    """A `rich` console for text that others wrote, in messages, tables, titles and rules alike."""
+    """Prints text that others wrote through `rich`, in messages, tables, titles and rules alike."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False} | options)

@@ -16,11 +16,11 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processor
 
 
 def doctor() -> None:
-    """What this machine has: versions, cores, memory, GPU, and every optional backend."""
-    report(console)
+    """Show what this machine has: versions, cores, memory, GPU, and every optional package."""
+    print_diagnosis(console)
 
 
-def report(console: Console) -> None:
+def print_diagnosis(console: Console) -> None:
     """Print versions, the machine and the table of backends."""
     from mmoe.optional import BACKENDS, status
 

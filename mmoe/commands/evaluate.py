@@ -14,7 +14,7 @@ from mmoe.commands.console import Console, console
 from mmoe.errors import MmoeError
 
 if TYPE_CHECKING:
-    from mmoe.evaluation.inference import Progress
+    from mmoe.evaluation.inference import MeasureProgress
     from mmoe.schema.modality import Modality
     from mmoe.training.run import Run
 
@@ -45,7 +45,7 @@ def evaluate(
 
 
 @contextmanager
-def watched_progress(run: "Run", console: Console) -> Iterator["Progress"]:
+def watched_progress(run: "Run", console: Console) -> Iterator["MeasureProgress"]:
     """Show how far an evaluation is, on the first rank, and stop it where its ranks do not go on together."""
     from mmoe.commands.progress import evaluation_progress
     from mmoe.runtime.watch import StepWatchdog

@@ -1,4 +1,4 @@
-"""The command line: `mmoe <command>`, or `python -m mmoe <command>`."""
+"""Defines the command line: `mmoe <command>`, or `python -m mmoe <command>`."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from mmoe import __version__
 from mmoe.addresses import without_secrets
+from mmoe.commands.clock_report import clock_report
 from mmoe.commands.console import console, errors, show_record
 from mmoe.commands.doctor import doctor
 from mmoe.commands.estimate import estimate
@@ -21,7 +22,6 @@ from mmoe.commands.inspect import inspect
 from mmoe.commands.prepare import prepare
 from mmoe.commands.report import report
 from mmoe.commands.stages import stages
-from mmoe.commands.sync_report import sync_report
 from mmoe.commands.train import train
 from mmoe.commands.upcycle import upcycle
 from mmoe.errors import MmoeError
@@ -40,7 +40,7 @@ for command in (
     report,
     export,
     upcycle,
-    sync_report,
+    clock_report,
     doctor,
 ):
     app.command()(command)

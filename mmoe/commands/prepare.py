@@ -21,10 +21,10 @@ from mmoe.runtime.logging import set_up_logging
 
 if TYPE_CHECKING:
     from mmoe.data.config import SourceConfig
-    from mmoe.preparation.tally import Summary
+    from mmoe.preparation.source_report import Summary
     from mmoe.tokenizers.text import TextConfig
 
-Engine = Literal["processes", "ray"]  # as `mmoe.preparation.engines.Engine`, which would be slow to import here
+EngineName = Literal["processes", "ray"]  # as `mmoe.preparation.engines.Engine`, which would be slow to import here
 GRACE_SECONDS = 10.0  # for a preparation to end by the Ctrl-C that has ended its parent
 
 
@@ -39,7 +39,9 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="processes; the output is the same for any number; default: what pays")
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="ray: on a Ray cluster (RAY_ADDRESS), or a local one")] = "processes",
+    engine: Annotated[
+        EngineName, typer.Option(help="ray: on a Ray cluster (RAY_ADDRESS), or a local one")
+    ] = "processes",
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what a broken-off call did")] = False,
     dedup: Annotated[bool, typer.Option("--dedup", help="leave out near duplicates too; equal ones always")] = False,
     against: Annotated[
@@ -53,11 +55,11 @@ def prepare(
     """
     from mmoe.config.extensions import import_extensions
     from mmoe.config.load import merge, parse_overrides
-    from mmoe.data.storage.store import DEFAULT
+    from mmoe.data.storage.store import DEFAULT_STORAGE
     from mmoe.tokenizers.text import TextConfig
 
     import_extensions(extensions or ())
-    tokenizer = TextConfig(path=text_tokenizer).build(DEFAULT.read)
+    tokenizer = TextConfig(path=text_tokenizer).build(DEFAULT_STORAGE.read)
     duplicates: dict[str, object] = {"near": True} if dedup else {}
     duplicates |= {"against": against} if against else {}
     prepare_and_show(
@@ -134,7 +136,7 @@ def _prepare_missing(
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from mmoe.config.extensions import import_extensions
-    from mmoe.preparation.ready import ensure_prepared
+    from mmoe.preparation.ensure_prepared import ensure_prepared
 
     set_up_logging(show_record)
     try:

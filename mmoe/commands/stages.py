@@ -17,7 +17,7 @@ WARNING = Text("warning", "yellow")
 
 
 def stages(config: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
-    """What each stage will take from each source: shares, positions, epochs, before anything runs."""
+    """Show what each stage will take from each source, before anything runs: shares, positions, epochs."""
     show_stages(config_at(config, overrides), console)
 
 

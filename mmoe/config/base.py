@@ -1,4 +1,4 @@
-"""The base class of every configuration node, and the types that several of them share."""
+"""Defines the base class of every configuration node, and the types that several of them share."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from mmoe.errors import DataError
 
 
 class Config(BaseModel):
-    """A node of the configuration tree: strict (no coercion), frozen, finite, and closed to unknown keys.
+    """Is a node of the configuration tree: strict (no coercion), frozen, finite, and closed to unknown keys.
 
     Each component declares its own subclass next to its code; `mmoe.recipe.config.RunConfig` joins them.
     A cross-field rule is a `model_validator(mode="after")` that raises `ValueError` with reason and remedy.

@@ -1,9 +1,9 @@
-"""YAML with one parent and dotted overrides -> the validated tree, and a sentence for every fault on the way."""
+"""Turns YAML with one parent and dotted overrides into the validated tree, or a sentence for every fault."""
 
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -29,7 +29,7 @@ _HINTS = {
 
 
 def read_layers(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The mapping of a YAML file's parent (`extends`, relative to it; empty without one), and the file's own."""
+    """Read the mapping of a YAML file's parent (`extends`, relative to it; empty without one), and the file's own."""
     path = Path(path)
     own = _read(path)
     parent = own.pop("extends", None)
@@ -70,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` laid over `base`: mappings merge key by key, anything else replaces."""
+    """Lay `changes` over `base`: mappings merge key by key, anything else replaces."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -79,7 +79,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys in place of mappings in mappings; an empty mapping stays a value."""
+    """Put dotted keys in place of mappings in mappings; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -106,10 +106,18 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def load(kind: type[C], path: str | Path, overrides: Sequence[str] | None = None) -> C:
-    """The tree of `kind` in a YAML file with `overrides` applied; raises `ConfigError` naming every bad key."""
+def load(
+    kind: type[C],
+    path: str | Path,
+    overrides: Sequence[str] | None = None,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> C:
+    """Read the tree of `kind` from a YAML file, with `overrides`; raises `ConfigError` naming every bad key.
+
+    `upgrade` turns what the file holds, where an earlier version may have written it, into the tree of today.
+    """
     try:
-        parent, own = read_layers(path)
+        parent, own = map(upgrade, read_layers(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a YAML file such as configs/demo.yaml") from None
     tree = merge(parent, own)
@@ -144,7 +152,7 @@ def sentences(kind: type[BaseModel], tree: Any, error: ValidationError) -> list[
 
 
 def dump(config: Config) -> str:
-    """YAML of the resolved tree; `load` gives back an equal one. Raises ConfigError where it would be too long to."""
+    """Write the resolved tree as YAML that `load` reads again. Raises ConfigError where it would be too long to."""
     text = yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
     if len(text) > MOST_BYTES:
         raise ConfigError(f"the config, written out, is longer than {MOST_BYTES:,} bytes; name fewer sources")

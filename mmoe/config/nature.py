@@ -1,4 +1,4 @@
-"""What each field of a config is to a run that goes on: whether it may be another than it was."""
+"""Says of each field of a config what it is to a run that goes on: whether it may be another than it was."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WEIGHT = list(Nature)
 
 @dataclass(frozen=True)
 class Difference:
-    """One key of which two configs have different values, as plain values of JSON."""
+    """Names a key of which two configs have different values, with both as plain values of JSON."""
 
     key: str
     nature: Nature

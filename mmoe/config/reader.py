@@ -1,4 +1,4 @@
-"""YAML as configs and overrides are written in: plain values only, bounded before anything is expanded.
+"""Reads YAML as configs and overrides are written in: plain values only, bounded before anything is expanded.
 
 What is read is the YAML that people agree on. A plain word is true, false, null, a decimal number, or text: `on`,
 `no`, `012`, `1:30` and dates, which YAML 1.1 turns into something else, stay text, so that a key which wants a
@@ -33,7 +33,7 @@ _STRING_TAGS = ("tag:yaml.org,2002:str", "!")
 
 
 class Dumper(yaml.SafeDumper):
-    """`safe_dump` that puts text into quotes where `read_yaml` would take it for a number."""
+    """Writes YAML as `safe_dump` does, with text in quotes where `read_yaml` would take it for a number."""
 
 
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$"), list("-+0123456789."))

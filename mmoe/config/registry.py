@@ -34,7 +34,7 @@ K = TypeVar("K", bound=KindConfig)
 
 
 class Kinds(Generic[T]):
-    """The kinds of one sort of part, each an object of the class `base`.
+    """Finds the kinds of one sort of part by name, each an object of the class `base`.
 
     `built_in` maps a kind to ``"module:object"``, which is imported when it is asked for. An installed package offers
     its own by an entry point of `group` (its name the kind, its value ``module:object``); what is imported anyway, such

@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Address, Config, Options
 from mmoe.config.nature import Nature
-from mmoe.data.load.video import Backend
+from mmoe.data.load.video import VideoBackend
 from mmoe.data.plan.blocks import SequenceBudget
-from mmoe.data.plan.mixture import StageConfig, check_stages
+from mmoe.data.plan.mixture import StageConfig, check_mixture_stages
 from mmoe.data.storage.store import StorageConfig
 from mmoe.schema.bounds import Bounds
 
@@ -45,7 +45,7 @@ class DataConfig(Config):
     workers: Annotated[int, Nature.OPERATIONAL] = Field(default=0, ge=0, le=1024)
     # Micro-batches a worker holds ready.
     prefetch: Annotated[int, Nature.OPERATIONAL] = Field(default=4, gt=0, le=1024)
-    video_backend: Backend = "auto"  # decord: for films that preparation proved it to read, the others are refused
+    video_backend: VideoBackend = "auto"  # decord: for videos that it is proven to read, the others are refused
     # Share of a source's documents that may be quarantined.
     error_budget: Annotated[float, Nature.OPERATIONAL] = Field(default=0.01, ge=0, le=1)
     # Without a batch, until the workers are listed.
@@ -55,7 +55,7 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _stages(self) -> "DataConfig":
-        check_stages(self.stages, list(self.sources))
+        check_mixture_stages(self.stages, list(self.sources))
         return self
 
     @property

@@ -27,7 +27,7 @@ class _Row:
 class Ablation:
     """Says what the decoder shows instead: `blank` gives zeros (silence), `shuffle` another recording's payload.
 
-    `donors` maps (source, shard, row) to the (shard, row) whose pictures or sounds are used.
+    `donors` maps (source, shard, row) to the (shard, row) whose images or audio clips are used.
     """
 
     mode: Literal["blank", "shuffle"]

@@ -59,7 +59,7 @@ class Chunks:
 
 
 def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) -> Chunks:
-    """Read every chunk of a split from the action tables alone; no picture or sound is opened."""
+    """Read every chunk of a split from the action tables alone; no image or audio is opened."""
     dims, chunk = tokenizers.dims[Modality.ACTION], tokenizers.config.action.chunk
     keys, recording, parts = [], [], []
     for number, files in enumerate(sources.files(split)):
@@ -78,10 +78,10 @@ def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) ->
                     table, start = tables[int(segment["member"])], int(segment["start"])
                     rows, inside = tokenizer.chunk_of(table, start, int(segment["stop"]))
                     target, mask = np.zeros((chunk, dims.size)), np.zeros((chunk, dims.size), bool)
-                    target[:, columns], mask[:, columns] = tokenizer.normalise(rows), inside
+                    target[:, columns], mask[:, columns] = tokenizer.normalize(rows), inside
                     last = np.zeros(dims.size)
                     if start > 0:
-                        last[columns] = tokenizer.normalise(table[start - 1 : start])[0]
+                        last[columns] = tokenizer.normalize(table[start - 1 : start])[0]
                     keys.append((number, shard, row, count))
                     recording.append(index.recordings[row])
                     time_ns = int(segment["timestamp_ns"] + segment["offset_ns"])
@@ -145,7 +145,7 @@ def _from_bins(
         name = run.sources.names[part[0]]
         tokenizer, columns = run.tokenizers.actions[name], dims.columns[name]
         ids = bins(start, start + tokenizer.tokens).reshape(chunk, tokenizer.dims)
-        values[number][:, columns] = tokenizer.normalise(tokenizer.decode(np.maximum(ids, 0)))
+        values[number][:, columns] = tokenizer.normalize(tokenizer.decode(np.maximum(ids, 0)))
         there[number][:, columns] = ids >= 0
     return values, there
 

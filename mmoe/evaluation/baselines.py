@@ -1,4 +1,4 @@
-"""Fits the three predictors an action error stands beside on the training split; none of them sees a picture.
+"""Fits the three predictors an action error stands beside on the training split; none of them sees an image.
 
 Shape suffixes: M chunks, H steps of a chunk, A action dimensions, F features.
 """
@@ -112,7 +112,7 @@ class Baselines:
 
 
 def read_features(run: Run, only: list[str], **choices: Any) -> FeatureRows:
-    """Read the features of every chunk of the sources `only` without opening a picture.
+    """Read the features of every chunk of the sources `only` without opening an image.
 
     `choices` are those of `Run.heldout`.
     """

@@ -11,7 +11,7 @@ from mmoe.data.load.heldout import HeldoutBatches
 from mmoe.errors import ConfigError
 from mmoe.evaluation.actions import chunk_starts, logged_actions, predict_actions
 from mmoe.evaluation.cross_entropy import TokenScores
-from mmoe.evaluation.inference import Progress, inference
+from mmoe.evaluation.inference import MeasureProgress, inference
 from mmoe.recipe.evaluation import EvaluationConfig
 from mmoe.training.callback import Callback, EvaluationResult
 from mmoe.training.loop import Trainer
@@ -48,15 +48,15 @@ class Evaluation(Callback):
             return
         trainer = self._trainer
         with _random_state_kept():
-            scalars = measure(trainer.run, self._heldout, lambda *_: trainer.beat("evaluation"))
+            scalars = measure_run(trainer.run, self._heldout, lambda *_: trainer.beat("evaluation"))
         trainer.tell_evaluation(EvaluationResult(result.step, scalars))
 
 
-def measure(run: Run, heldout: HeldoutBatches, progress: Progress | None = None) -> dict[str, float]:
+def measure_run(run: Run, heldout: HeldoutBatches, progress: MeasureProgress | None = None) -> dict[str, float]:
     """Measure the run on held-out batches; all ranks call this, and all get the same figures.
 
     ``ce_<modality>`` and ``ce_<modality>_from_<source>`` are means over labels in nats, by the modality of the target;
-    ``action_mse`` and ``action_mse_from_<source>`` means over elements in normalised units (of discrete actions, from
+    ``action_mse`` and ``action_mse_from_<source>`` means over elements in normalized units (of discrete actions, from
     the bins that were logged). ``seconds`` is the time it took on this rank.
     """
     started = time.perf_counter()

@@ -23,7 +23,7 @@ from mmoe.evaluation.baselines import Baselines, read_features
 from mmoe.evaluation.cross_entropy import TokenScores
 from mmoe.evaluation.examples import examples
 from mmoe.evaluation.features import FeatureRows
-from mmoe.evaluation.inference import Progress, inference
+from mmoe.evaluation.inference import MeasureProgress, inference
 from mmoe.evaluation.ranking import rank_candidates
 from mmoe.evaluation.retrieval import POOL, POOLS, PairEmbeddings, report_retrieval
 from mmoe.files import write_atomically, writes
@@ -42,14 +42,14 @@ def evaluate(
     shards: str | None = None,
     blank: Modality | None = None,
     shuffle: Modality | None = None,
-    progress: Progress | None = None,
+    progress: MeasureProgress | None = None,
 ) -> dict[str, Any] | None:
     """Measure `run` on its held-out split, or on that of the prepared folder `shards`; returns what it writes.
 
     The model is measured as it is spread: with a process group all ranks call this, and rank 0 alone writes and returns
     the result; the others return None once it has. `blank` zeroes a modality, `shuffle` takes it from another held-out
     recording. Writes ``evaluation.json`` into the run's folder, ``evaluation-blank-vision.json`` and the like under an
-    ablation, and ``evaluation-on-<folder>...json`` for other shards. Errors of actions are in normalised units, CE in
+    ablation, and ``evaluation-on-<folder>...json`` for other shards. Errors of actions are in normalized units, CE in
     nats. `progress` is told of every round of batches.
     Raises ConfigError for choices that exclude each other, DataError where nothing is held out.
     """
@@ -117,7 +117,9 @@ class _Measured:
     ranking: dict[str, dict[str, Any]]
 
     @classmethod
-    def from_run(cls, run: Run, only: list[str], taken: Ablation | None, progress: Progress | None) -> "_Measured":
+    def from_run(
+        cls, run: Run, only: list[str], taken: Ablation | None, progress: MeasureProgress | None
+    ) -> "_Measured":
         """Run the model over everything that is held out of the sources `only`; all ranks together."""
         tokens = TokenScores(run.tokenizers.vocabulary, run.sources.names)
         actions: dict[int, tuple[np.ndarray, np.ndarray]] = {}

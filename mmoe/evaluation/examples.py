@@ -29,7 +29,7 @@ def examples(run: Run, chunks: Chunks, predicted: np.ndarray) -> dict[str, dict[
         name = run.sources.names[number]
         mine = np.flatnonzero(chunks.source == number)
         columns, tokenizer = run.tokenizers.dims[Modality.ACTION].columns[name], run.tokenizers.actions[name]
-        true, guess = (tokenizer.denormalise(x[mine][:, :, columns]) for x in (chunks.target, predicted))
+        true, guess = (tokenizer.denormalize(x[mine][:, :, columns]) for x in (chunks.target, predicted))
         inside = np.all(chunks.mask[mine][:, 0, columns], axis=1)  # the first step was logged
         recordings: dict[str, list[int]] = {}
         samples: dict[tuple[int, ...], list[int]] = {}

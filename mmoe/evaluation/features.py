@@ -29,7 +29,7 @@ Entries = tuple[np.ndarray, np.ndarray]  # keys and values
 @dataclass(frozen=True)
 class _Slice:
     vectors: Entries
-    sound: Entries  # share of each audio code; the key is its token id
+    audio: Entries  # share of each audio code; the key is its token id
     times: Entries
 
 
@@ -104,7 +104,7 @@ def _rows(batch: PackedBatch, starts: np.ndarray) -> list[Entries]:
         )
         entries = [
             own.vectors,
-            (_AUDIO + own.sound[0], own.sound[1]),
+            (_AUDIO + own.audio[0], own.audio[1]),
             own.times,
             (np.array([_EARLIER]), np.array([len(earlier)])),
             (_TEXT + text, counts),
@@ -112,7 +112,7 @@ def _rows(batch: PackedBatch, starts: np.ndarray) -> list[Entries]:
         for lag, past in enumerate(reversed(earlier[-LAGS:]), start=1):
             entries.append((past.vectors[0] + lag * _LAG, past.vectors[1]))
         if earlier:
-            codes, shares = _join([past.sound for past in earlier])
+            codes, shares = _join([past.audio for past in earlier])
             codes, where = np.unique(codes, return_inverse=True)
             entries.append((_AUDIO + _LAG + codes, np.bincount(where, shares, len(codes)) / len(earlier)))
         rows.append(_join(entries))

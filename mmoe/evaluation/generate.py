@@ -1,4 +1,4 @@
-"""Samples from a run for `mmoe generate`: text that continues a prompt, and sound written to a wav.
+"""Samples from a run for `mmoe generate`: text that continues a prompt, and audio written to a wav.
 
 Every token is sampled among the ids that are legal at its place and the whole document is run again for the next
 one: there is no key-value cache, so n tokens cost n forward passes (fine for a look at a small run).
@@ -24,7 +24,7 @@ from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import NO_PAIR
-from mmoe.tokenizers.audio import Layout, code_order, deserialise, serialise
+from mmoe.tokenizers.audio import Layout, code_order, deserialize, serialize
 from mmoe.tokenizers.vocabulary import Structure
 from mmoe.training.run import Run
 
@@ -77,10 +77,10 @@ class CodeGrammar:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What stands before the first generated token; `patches` with their positions, `sound` and `text` as ids."""
+    """What stands before the first generated token; `patches` with their positions, `audio` and `text` as ids."""
 
     patches: tuple[np.ndarray, np.ndarray] | None
-    sound: np.ndarray | None
+    audio: np.ndarray | None
     text: np.ndarray
 
     def builder(self, run: Run) -> DocumentBuilder:
@@ -88,8 +88,8 @@ class _Prompt:
         builder.structure(Structure.BOS)
         if self.patches is not None:
             builder.image(*self.patches, pair=NO_PAIR)
-        if self.sound is not None:
-            builder.audio(self.sound, 0, NO_PAIR)
+        if self.audio is not None:
+            builder.audio(self.audio, 0, NO_PAIR)
         return builder
 
 
@@ -104,14 +104,14 @@ def generate(
 ) -> str:
     """Sample the text that follows `prompt`, up to the end the model chooses or `max_tokens`.
 
-    `image` and `audio` stand before the prompt as in training (picture or sound, then its text). Raises
+    `image` and `audio` stand before the prompt as in training (image or audio, then its text). Raises
     ConfigError where prompt and answer do not fit a sequence, DataError for a file that cannot be read.
     """
     sampling, tokenizers = sampling or Sampling(), run.tokenizers
     texts = tokenizers.vocabulary.ranges["text"]
     legal = torch.tensor([Structure.EOS, *texts])
     start = _Prompt(
-        _picture(run, image), _sound(run, audio), texts.start + tokenizers.text.encode(prompt).astype(np.int64)
+        _image(run, image), _audio(run, audio), texts.start + tokenizers.text.encode(prompt).astype(np.int64)
     )
 
     def document(generated: list[int]) -> Document:
@@ -132,21 +132,21 @@ def generate(
 
 
 def speak(run: Run, path: Path, *, prompt: str = "", seconds: float = 2.0, sampling: Sampling | None = None) -> float:
-    """Sample a sound, decode it with the run's codec and write it to `path` (wav); returns its length in seconds.
+    """Sample an audio clip, decode it with the run's codec and write it to `path` (wav); returns its length in seconds.
 
-    The document is ``bos prompt audio_start codes audio_end``. In training a sound stands before its text, so a
-    prompt in front of it is no more than context. The sound ends where the model ends it, after `seconds` at most.
-    Raises ConfigError for a run without an audio codec and where the sound fits no sequence.
+    The document is ``bos prompt audio_start codes audio_end``. In training an audio clip stands before its text, so a
+    prompt in front of it is no more than context. The audio ends where the model ends it, after `seconds` at most.
+    Raises ConfigError for a run without an audio codec and where the audio fits no sequence.
     """
     sampling, tokenizers = sampling or Sampling(), run.tokenizers
     codec, vocabulary = tokenizers.audio, tokenizers.vocabulary
     if codec is None:
-        raise ConfigError(f"{run.folder}: tokenizers.audio is null, so this run has no codec to make sound with")
+        raise ConfigError(f"{run.folder}: tokenizers.audio is null, so this run has no codec to make audio with")
     text = vocabulary.ranges["text"].start + tokenizers.text.encode(prompt).astype(np.int64)
     frames = int(codec.num_frames(round(seconds * codec.sample_rate), codec.sample_rate))
     if frames < 1:
-        raise ConfigError(f"a sound of {seconds} s has no code frame; ask for more seconds")
-    with needs("writing sound"):
+        raise ConfigError(f"an audio clip of {seconds} s has no code frame; ask for more seconds")
+    with needs("writing audio"):
         import soundfile
     start = _Prompt(None, None, text)
     _check_room(run, 3 + len(text) + frames * codec.codebooks)
@@ -188,7 +188,7 @@ def _sample_codes(
             generated.append(token)
             grammar.advance((token - first) // size)
     flat = (np.array(generated) - first) % size
-    return deserialise(flat, len(flat) // codec.codebooks, codec.codebooks, config.layout)
+    return deserialize(flat, len(flat) // codec.codebooks, codec.codebooks, config.layout)
 
 
 def _logits(run: Run, document: Document, at: int) -> Tensor:
@@ -203,12 +203,12 @@ def _logits(run: Run, document: Document, at: int) -> Tensor:
     return run.model.logits(run.model(batch).hidden[0, at][None])[0]
 
 
-def _picture(run: Run, path: Path | None) -> tuple[np.ndarray, np.ndarray] | None:
+def _image(run: Run, path: Path | None) -> tuple[np.ndarray, np.ndarray] | None:
     if path is None:
         return None
     if not run.tokenizers.value_dims[Modality.VISION]:
-        raise ConfigError(f"{run.folder} was trained without pictures, so it cannot read {path}; leave --image out")
-    with needs("decoding pictures"):
+        raise ConfigError(f"{run.folder} was trained without images, so it cannot read {path}; leave --image out")
+    with needs("decoding images"):
         from mmoe.data.load.media import load_image
     pixels = load_image(_read(path), str(path))
     vision = run.tokenizers.vision
@@ -217,18 +217,18 @@ def _picture(run: Run, path: Path | None) -> tuple[np.ndarray, np.ndarray] | Non
     return vision.encode(frames, rows, columns), vision.positions(rows, columns)
 
 
-def _sound(run: Run, path: Path | None) -> np.ndarray | None:
+def _audio(run: Run, path: Path | None) -> np.ndarray | None:
     if path is None:
         return None
     codec, config = run.tokenizers.audio, run.tokenizers.config.audio
     if codec is None or config is None:
-        raise ConfigError(f"{run.folder} was trained without sound, so it cannot read {path}; leave --audio out")
-    with needs("decoding sound"):
+        raise ConfigError(f"{run.folder} was trained without audio, so it cannot read {path}; leave --audio out")
+    with needs("decoding audio"):
         from mmoe.data.load.media import audio_info, load_audio
     data = _read(path)
     samples, _ = audio_info(data, str(path))
     wave, rate = load_audio(data, 0, samples, str(path))
-    codes, codebook = serialise(codec.encode(wave, rate), config.layout)
+    codes, codebook = serialize(codec.encode(wave, rate), config.layout)
     return run.tokenizers.vocabulary.audio_ids(codes, codebook)
 
 

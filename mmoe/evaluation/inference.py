@@ -4,7 +4,7 @@ Every rank runs the same code: each data replica sees its share of the batches, 
 batches, and `Inference.total` and `Inference.in_order` bring them together. So a measure is written once, as a sum or
 as small arrays by the number of their batch, and equals that of one process in any layout.
 
-Shape suffixes: B sequences, L positions, N labelled positions, n chosen positions, D model width, V vocabulary.
+Shape suffixes: B sequences, L positions, N labeled positions, n chosen positions, D model width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,13 +27,13 @@ from mmoe.training.run import Run
 T = TypeVar("T")
 
 # Told after each round of batches: what is measured, how many of its batches are done, and of how many.
-Progress = Callable[[str, int, int], None]
+MeasureProgress = Callable[[str, int, int], None]
 
 
 class Inference:
     """Holds a run's model as it is spread over the ranks, ready to be measured; all ranks call its methods together."""
 
-    def __init__(self, run: Run, progress: Progress | None = None) -> None:
+    def __init__(self, run: Run, progress: MeasureProgress | None = None) -> None:
         self.run, self.ranks, self.model = run, run.ranks, run.model
         self._progress = progress
         self._part = run.ranks.part(run.model)
@@ -85,7 +85,7 @@ class Inference:
 
 
 @contextmanager
-def inference(run: Run, progress: Progress | None = None) -> Iterator[Inference]:
+def inference(run: Run, progress: MeasureProgress | None = None) -> Iterator[Inference]:
     """Make the run's model ready to be measured; it goes back to the mode it was in, and its weights to their shards.
 
     With a process group all ranks enter it. `progress` is told of every round of batches.

@@ -1,11 +1,11 @@
-"""Ranks candidates: which of the given texts fits this sound or picture best.
+"""Ranks candidates: which of the given texts fits this audio or image best.
 
 Every held-out row of an audio+text or image+caption source is scored with each distinct text of the held-out rows
 of its source (its own and a seeded choice of others where there are more than `MOST_CANDIDATES`). Three scores:
 
-- ``sum``: ln p(text, end | sound), the probability that the model says this text and no more;
+- ``sum``: ln p(text, end | audio), the probability that the model says this text and no more;
 - ``mean``: the same per token, which does not prefer short texts;
-- ``pmi``: ``sum`` minus ln p(text, end) without the sound, which does not prefer frequent texts.
+- ``pmi``: ``sum`` minus ln p(text, end) without the audio, which does not prefer frequent texts.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from mmoe.data.load.heldout import dealt
 from mmoe.data.load.stream import make_collator
 from mmoe.data.plan.measure import measure_index
 from mmoe.data.plan.planner import DocumentRef
-from mmoe.evaluation.bounds import wilson_low
+from mmoe.evaluation.confidence import wilson_low
 from mmoe.evaluation.inference import Inference
 from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.schema.batch import PackedBatch
@@ -34,7 +34,7 @@ SCORES = ("sum", "mean", "pmi")
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A text to be scored: by itself, or after the sound or picture of the row `ref`. `length` and `patches` are those
+    """A text to be scored: by itself, or after the audio or image of the row `ref`. `length` and `patches` are those
     of its document, known before anything is decoded."""
 
     ref: DocumentRef

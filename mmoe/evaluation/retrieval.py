@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe.evaluation.bounds import mean_low, wilson_low
+from mmoe.evaluation.confidence import mean_low, wilson_low
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.modality import Modality
 
@@ -49,7 +49,7 @@ class PairEmbeddings:
 def report_retrieval(parts: list[PairEmbeddings], sources: list[str], seed: int) -> dict[str, Any]:
     """Return the recall of each "<source>/<kind>-text" under `by`, and at the top the entry with most captions.
 
-    Pictures come before sounds. Where no source has `POOL` different captions, the top has null figures and the
+    Images come before audio clips. Where no source has `POOL` different captions, the top has null figures and the
     `reason`.
     """
     by: dict[str, dict[str, Any]] = {}

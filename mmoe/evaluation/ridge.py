@@ -1,6 +1,6 @@
 """Fits a ridge regression of the action on every non-visual input that the model has read before it.
 
-A model that beats it has found something in the pictures (or in the order of what it heard) that no linear map
+A model that beats it has found something in the images (or in the order of what it heard) that no linear map
 of the other inputs gives; `features.py` lists them. Features are standardized; the penalty is the one, of
 `PENALTIES`, with the least error on a held-apart share of the training documents; then all of them are fitted.
 
@@ -58,7 +58,7 @@ def fit_ridge(features: np.ndarray, target: np.ndarray, mask: np.ndarray, docume
 
 
 def _solve(x: np.ndarray, y: np.ndarray, mask: np.ndarray, penalties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [penalties, F, H, A] and intercepts [penalties, H, A] of the masked, centred normal equations."""
+    """Weights [penalties, F, H, A] and intercepts [penalties, H, A] of the masked, centered normal equations."""
     features, outputs = x.shape[1], y.shape[1:]
     columns, present = y.reshape(len(y), -1), mask.reshape(len(y), -1)
     weights = np.zeros((len(penalties), features, columns.shape[1]))
@@ -68,12 +68,12 @@ def _solve(x: np.ndarray, y: np.ndarray, mask: np.ndarray, penalties: np.ndarray
         rows, mine = patterns[:, number], np.flatnonzero(group.reshape(-1) == number)
         if not rows.any():
             continue
-        centre_x, centre_y = x[rows].mean(0), columns[rows][:, mine].mean(0)
-        part = x[rows] - centre_x
+        center_x, center_y = x[rows].mean(0), columns[rows][:, mine].mean(0)
+        part = x[rows] - center_x
         values, vectors = np.linalg.eigh(part.T @ part / len(part))
-        moment = vectors.T @ (part.T @ (columns[rows][:, mine] - centre_y) / len(part))
+        moment = vectors.T @ (part.T @ (columns[rows][:, mine] - center_y) / len(part))
         for at, penalty in enumerate(penalties):
             solution = vectors @ (moment / (np.maximum(values, 0) + penalty)[:, None])
             weights[at][:, mine] = solution
-            intercepts[at, mine] = centre_y - centre_x @ solution
+            intercepts[at, mine] = center_y - center_x @ solution
     return weights.reshape(-1, features, *outputs), intercepts.reshape(-1, *outputs)

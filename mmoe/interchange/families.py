@@ -26,7 +26,7 @@ from mmoe.models.moe.layer import MoEConfig
 
 @dataclass(frozen=True)
 class Family:
-    """A Hugging Face decoder family: its model type and class, and what sets its models apart.
+    """Describes a Hugging Face family of decoders: its model type and class, and what sets its models apart.
 
     `defaults` are the values of keys that older configs of the family leave out.
     """
@@ -66,10 +66,10 @@ SIZES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 # What theirs can be and ours cannot: the one value that both have.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+FIXED_KEYS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 # Keys of theirs that are translated below, and that change nothing of what text goes through when it is read: how a
 # model is trained, generated from, stored or run. Any other key may: it is refused.
-_READ = {*FIXED, "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
+_READ = {*FIXED_KEYS, "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
 _READ |= {"num_key_value_heads", "intermediate_size", "rms_norm_eps", "tie_word_embeddings", "layer_types"}
 _READ |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 _READ |= {"sliding_window", "use_sliding_window", "moe_intermediate_size", "num_experts", "num_local_experts"}
@@ -103,7 +103,7 @@ REMEDIES = {
     "capacity_factor": "it drops nothing: evaluate the run with null in its config.yaml, and export it so",
     "score_func": "train with softmax",
     "routed_scaling_factor": "train with 1.0",
-    "groups": "train with null",
+    "n_group": "train with 1",
     "bias_update_rate": "train with 0.0 and a balance loss",
 }
 
@@ -155,7 +155,7 @@ def to_huggingface(config: ModelConfig, vocabulary_size: int, positions: int) ->
     tree: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     tree |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
     tree |= {"head_dim": config.head_width, "intermediate_size": config.intermediate_size}
-    tree |= {"vocab_size": vocabulary_size, "max_position_embeddings": positions, **FIXED}
+    tree |= {"vocab_size": vocabulary_size, "max_position_embeddings": positions, **FIXED_KEYS}
     # transformers before 5 reads the first, later ones the second
     tree |= {"rope_theta": config.rope_theta}
     tree |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
@@ -192,7 +192,7 @@ def from_huggingface(tree: dict[str, Any], where: str) -> tuple[Family, ModelCon
             )
     rope_theta = _rope_theta(tree, family.defaults["rope_theta"], where)
     tree = {"head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": False, **family.defaults, **tree}
-    for key, value in FIXED.items():
+    for key, value in FIXED_KEYS.items():
         if tree.get(key, value) != value:
             raise _unsupported(where, key, tree[key], f"ours has {value} alone")
     if tree.get("use_sliding_window", True) and tree.get("sliding_window") is not None:

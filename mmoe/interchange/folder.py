@@ -77,7 +77,7 @@ def _names(path: Path) -> list[str]:
         raise DataError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int, dtype: torch.dtype) -> None:
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int, dtype: torch.dtype) -> None:
     """Write `tensors` (views are fine) as `dtype`, in files of at most `shard_bytes`, in the order given.
 
     A tensor larger than that gets a file of its own. One shard at a time is copied into memory.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mmoe.errors import DataError
 from mmoe.interchange.families import family_of, from_huggingface, to_huggingface
-from mmoe.interchange.folder import TensorReader, read_json, write_tensors
-from mmoe.interchange.names import Row, rows
+from mmoe.interchange.folder import TensorReader, read_json, write_weights
+from mmoe.interchange.names import WeightRow, weight_rows
 from mmoe.models.decoder import MultimodalModel
 from mmoe.models.embeddings import ModelInputs
-from mmoe.parallel.materialise import assign
+from mmoe.parallel.materialize import assign
 
 SHARD_BYTES = 5_000_000_000
 VOCABULARY_KEY = "mmoe_text_ids"  # of config.json: [start, stop) of the text ids, where structure ids come first
@@ -46,7 +46,7 @@ class Pretrained(Mapping[str, Tensor]):
         self.text_ids: list[int] | None = tree.get(VOCABULARY_KEY)
         self.bos_eos_pad = [tree.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
         self._file = TensorReader(self.folder)
-        self._rows = {row.ours: row for row in rows(self.config, family.experts)}
+        self._rows = {row.ours: row for row in weight_rows(self.config, family.experts)}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._rows[name].read(self._file)
@@ -61,7 +61,7 @@ class Pretrained(Mapping[str, Tensor]):
         """Build the model with these weights, in their dtype; what text does not go through has initial values."""
         model = self.config.build(ModelInputs(self.vocabulary_size), seed=0)
         model = model.to(self["embeddings.token.weight"].dtype)
-        fill(model, self.items())
+        fill_model(model, self.items())
         self.check_read()
         return model
 
@@ -77,7 +77,7 @@ class Pretrained(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def fill(model: MultimodalModel, weights: Iterable[tuple[str, Tensor]]) -> None:
+def fill_model(model: MultimodalModel, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy whole tensors into those of their names in `model`, of which this rank may hold a part.
 
     Raises DataError where a shape differs."""
@@ -108,12 +108,12 @@ def save(
     folder, config = Path(folder), model.decoder.config
     family = family_of(config)
     state = model.state_dict()
-    table = rows(config, family.experts)
+    table = weight_rows(config, family.experts)
     dtype = dtype or model.embeddings.token.weight.dtype
     tree = to_huggingface(config, model.embeddings.token.weight.shape[0], positions) | (extra or {})
     tree |= {"torch_dtype": str(dtype).removeprefix("torch.")}
     _clear(folder)
-    write_tensors(folder, _tensors(table, state), shard_bytes, dtype)
+    write_weights(folder, _tensors(table, state), shard_bytes, dtype)
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     written = {row.ours for row in table}
     left: Counter[str] = Counter()
@@ -125,7 +125,7 @@ def save(
     return Exported(family.architecture, sum(state[name].numel() for name in written), dict(left))
 
 
-def _tensors(table: list[Row], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(table: list[WeightRow], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for row in table:
         yield from row.write(state[row.ours])
 

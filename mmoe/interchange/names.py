@@ -25,10 +25,14 @@ LAYER = {
     "attention.key": "self_attn.k_proj",
     "attention.value": "self_attn.v_proj",
     "attention.output": "self_attn.o_proj",
-    "network_norm": "post_attention_layernorm",
+    "ffn_norm": "post_attention_layernorm",
 }
 QK_NORM = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
-DENSE = {"network.gate": "mlp.gate_proj", "network.up": "mlp.up_proj", "network.down": "mlp.down_proj"}
+DENSE_NAMES = {
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ QWEN = ExpertNames(
 MODULE_ROUTER, MODULE_GATE_UP, MODULE_DOWN = "mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
-class Row(Protocol):
-    """A parameter of ours, and how it stands in a file of theirs."""
+class WeightRow(Protocol):
+    """Describes a parameter of ours, and how it stands in a file of theirs."""
 
     @property
     def ours(self) -> str:
@@ -73,7 +77,7 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Same:
-    """A parameter that is the same tensor under another name; `alternative` is read where there is no `theirs`."""
+    """Renames a parameter that is the same tensor in theirs; `alternative` is read where there is no `theirs`."""
 
     ours: str
     theirs: str
@@ -92,7 +96,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Stacked:
-    """A parameter that stacks the matrices of the `experts`, each of which is transposed in a file of theirs.
+    """Stacks the matrices of the `experts` in a parameter; each is transposed in a file of theirs.
 
     A tensor `fused` [E, parts F, D] may hold it as its part number `part`.
     """
@@ -118,26 +122,27 @@ class Stacked:
         return whole.transpose(1, 2)
 
 
-def rows(config: ModelConfig, experts: ExpertNames | None) -> list[Row]:
+def weight_rows(config: ModelConfig, experts: ExpertNames | None) -> list[WeightRow]:
     """List the parameters of the text path of a model of `config`, in the order of its forward pass."""
-    table: list[Row] = _same("", "", {"embeddings.token": MODEL["embeddings.token"]})
+    table: list[WeightRow] = _same("", "", {"embeddings.token": MODEL["embeddings.token"]})
     for number in range(config.n_layers):
         ours, theirs = f"decoder.blocks.{number}.", f"model.layers.{number}."
         table += _same(ours, theirs, LAYER | (QK_NORM if config.qk_norm else {}))
         if config.moe is None or experts is None or not config.moe.in_layer(number):
-            table += _same(ours, theirs, DENSE)
+            table += _same(ours, theirs, DENSE_NAMES)
             continue
         router = f"{theirs}{experts.router}.weight"
-        table.append(Same(f"{ours}network.router.weight", router, f"{theirs}{MODULE_ROUTER}.weight"))
+        table.append(Same(f"{ours}feed_forward.router.weight", router, f"{theirs}{MODULE_ROUTER}.weight"))
         for part, (name, each) in enumerate({"gate": experts.gate, "up": experts.up}.items()):
             fused = f"{theirs}{MODULE_GATE_UP}"
             each = f"{theirs}{each}.weight"
-            table.append(Stacked(f"{ours}network.experts.{name}", each, config.moe.n_experts, fused, part, parts=2))
+            experts_of = f"{ours}feed_forward.experts.{name}"
+            table.append(Stacked(experts_of, each, config.moe.n_experts, fused, part, parts=2))
         down = f"{theirs}{experts.down}.weight"
-        table.append(Stacked(f"{ours}network.experts.down", down, config.moe.n_experts, f"{theirs}{MODULE_DOWN}"))
+        table.append(Stacked(f"{ours}feed_forward.experts.down", down, config.moe.n_experts, f"{theirs}{MODULE_DOWN}"))
     table += _same("", "", {"decoder.norm": MODEL["decoder.norm"]})
     return table if config.tie_embeddings else table + _same("", "", UNTIED)
 
 
-def _same(ours: str, theirs: str, names: dict[str, str]) -> list[Row]:
+def _same(ours: str, theirs: str, names: dict[str, str]) -> list[WeightRow]:
     return [Same(f"{ours}{mine}.weight", f"{theirs}{name}.weight") for mine, name in names.items()]

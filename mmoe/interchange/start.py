@@ -11,7 +11,7 @@ from torch import Tensor
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.errors import ConfigError
 from mmoe.interchange.families import NEUTRAL, NEUTRAL_MOE
-from mmoe.interchange.huggingface import Pretrained, fill
+from mmoe.interchange.huggingface import Pretrained, fill_model
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.init import initial_value
 from mmoe.models.moe.layer import MoEConfig
@@ -23,7 +23,7 @@ from mmoe.training.run import UNWATCHED, Run, is_run, open_sources, read_config,
 
 logger = logging.getLogger(__name__)
 
-TABLES = ("embeddings.token.weight", "unembedding.weight")
+VOCABULARY_TABLES = ("embeddings.token.weight", "unembedding.weight")
 MATRICES = ("gate", "up", "down")
 
 
@@ -43,7 +43,7 @@ def take_weights(run: Run, config: StartConfig) -> list[str]:
     _check_same_function(source, run.config.model, config.weights)
     given = _Expanded(weights, source, run.config.model, config.noise, run.config.training.seed)
     here = run.model.state_dict()
-    fill(run.model, ((name, given[name]) for name in here if name in given))
+    fill_model(run.model, ((name, given[name]) for name in here if name in given))
     # Stages of a pipeline hold some of the names each. The first rank has all sizes, and is the one that speaks.
     sizes = ProcessGroupRanks().gather({name: value.numel() for name, value in here.items()})
     own = {name: size for part in sizes for name, size in part.items()}
@@ -95,7 +95,7 @@ def _load(run: Run, config: StartConfig) -> tuple[Mapping[str, Tensor], ModelCon
             f"training.start_from: {config.weights} has {pretrained.vocabulary_size} ids, fewer than the {len(text)} "
             f"of this run's text tokenizer; set tokenizers.text.path to {tokenizer}"
         )
-    tables = {name: _text_rows(run, name, weights[name]) for name in TABLES if name in weights}
+    tables = {name: _text_rows(run, name, weights[name]) for name in VOCABULARY_TABLES if name in weights}
     return weights | tables, pretrained.config
 
 
@@ -185,7 +185,7 @@ class _Expanded(Mapping[str, Tensor]):
     ) -> None:
         self.weights, self.target, self.noise, self.seed = weights, target, noise, seed
         numbers = [n for n in range(target.n_layers) if _has_experts(target, n) and not _has_experts(source, n)]
-        layers = [f"decoder.blocks.{n}.network." for n in numbers]
+        layers = [f"decoder.blocks.{n}.feed_forward." for n in numbers]
         self._experts = {f"{at}experts.{matrix}": f"{at}{matrix}.weight" for at in layers for matrix in MATRICES}
         shared = layers if target.moe is not None and target.moe.n_shared_experts else []
         self._zeros = {f"{at}shared.down.weight" for at in shared}

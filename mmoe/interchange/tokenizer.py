@@ -2,7 +2,7 @@
 
 In the vocabulary structure tokens come before text, so a text id is the tokenizer's own id plus their number. The
 exported file has the shifted ids and the structure tokens as special tokens, and puts `bos` in front of a text, as
-documents have it. Ids of sound and actions have no text and no place in it. A text that spells a structure token is
+documents have it. Ids of audio and actions have no text and no place in it. A text that spells a structure token is
 text there too: whoever wants the token gives its id, or says `split_special_tokens=False`.
 """
 

@@ -54,9 +54,9 @@ def _upcycle(run: Run, moe: MoEConfig, origin: StartConfig) -> Upcycled:
         raise ConfigError(f"{run.folder} holds checkpoints already; set another training.run")
     batches = [batch.to(run.device) for batch, _ in zip(run.heldout(isolated=False), range(BATCHES))]
     take_weights(run, origin.model_copy(update={"noise": 0.0}))  # refuses what does not fit
-    copies, dense = loss(run.model, batches), _dense_loss(run, moe.intermediate_size, origin, batches)
+    copies, dense = heldout_loss(run.model, batches), _dense_loss(run, moe.intermediate_size, origin, batches)
     start(run, origin)
-    losses = Upcycled(dense, copies, loss(run.model, batches) if origin.noise else copies)
+    losses = Upcycled(dense, copies, heldout_loss(run.model, batches) if origin.noise else copies)
     run.save_config()
     checkpoints.save(0, TrainState.from_run(run).state_dict() | {"callbacks": {}}, {CONFIG: dump(run.config)})
     logger.info(
@@ -75,11 +75,11 @@ def _dense_loss(run: Run, hidden: int, origin: StartConfig, batches: list[Packed
     config = run.config.model_copy(update={"model": model})
     dense = Run.build(config)
     take_weights(dense, origin)
-    return loss(dense.model, batches)
+    return heldout_loss(dense.model, batches)
 
 
 @torch.no_grad()
-def loss(model: MultimodalModel, batches: list[PackedBatch]) -> float:
+def heldout_loss(model: MultimodalModel, batches: list[PackedBatch]) -> float:
     """Compute the mean cross-entropy in nats of all labels, in the precision of the weights."""
     training = model.training
     model.eval()

@@ -34,7 +34,7 @@ class CrossEntropyConfig(Config):
     audio: float = Field(default=1.0, ge=0)
     action: float = Field(default=1.0, ge=0)
     structure: float = Field(default=1.0, ge=0)
-    # Labelled positions whose logits exist at the same time.
+    # Labeled positions whose logits exist at the same time.
     chunk: Annotated[int, Nature.LAYOUT] = Field(default=1024, gt=0)
 
     def label_weights(self) -> np.ndarray:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ActionSpec(ModalitySpec):
-    """The steps of a chunk that lie inside the recording are targets, none of which enters the input."""
+    """Makes targets of the steps of a chunk that lie inside the recording; none enters the input."""
 
     name = "ACTION"
     count_columns = ("action_elements",)
@@ -48,7 +48,7 @@ class ActionSpec(ModalitySpec):
             return (np.where(mask, ids, IGNORE).reshape(-1),)
         target = np.zeros((len(rows), dims.size), np.float32)
         present = np.zeros((len(rows), dims.size), bool)
-        target[:, columns], present[:, columns] = tokenizer.normalise(rows), mask
+        target[:, columns], present[:, columns] = tokenizer.normalize(rows), mask
         return np.where(present, target, 0.0), present
 
     def layout(self, builder: DocumentBuilder, encoded: tuple[np.ndarray, ...], payload: Payload) -> None:

@@ -1,4 +1,4 @@
-"""Sound: ids of a codec's codes."""
+"""Makes a modality of audio: ids of a codec's codes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class AudioSpec(ModalitySpec):
-    """Every code is a target, and so is the token that ends a sound."""
+    """Makes targets of all codes of an audio clip, and of the token that ends it."""
 
     name = "AUDIO"
-    refused_as = "unreadable sound"
+    refused_as = "unreadable audio"
 
     def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
         """Plan the codes of all frames and codebooks."""
@@ -30,14 +30,14 @@ class AudioSpec(ModalitySpec):
         return Planned(plan.tokens, plan.around, plan.tokens, plan.tokens > 0)
 
     def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
-        """Count the codes of sounds of the group's mean length."""
+        """Count the codes of audio clips of the group's mean length."""
         codec = _codec(tokenizers)
         frames = codec.num_frames(round(group.span / group.count), group.rate)
         return group.count * (int(frames) * codec.codebooks + 2)
 
     def encode(self, payload: Payload, tokenizers: Tokenizers) -> np.ndarray:
         """Turn what is heard into ids [n]; nothing is silence."""
-        from mmoe.tokenizers.audio import serialise
+        from mmoe.tokenizers.audio import serialize
 
         codec, config = _codec(tokenizers), tokenizers.config.audio
         assert config is not None  # which the codec is loaded by
@@ -46,8 +46,8 @@ class AudioSpec(ModalitySpec):
             wave, rate = np.zeros(samples, np.float32), int(payload.segment["rate"])
         else:
             wave, rate = payload.wave()
-            wave = np.resize(wave, samples)  # another's sound is cut or repeated to the length that was planned
-        codes, codebook = serialise(codec.encode(wave, rate), config.layout)
+            wave = np.resize(wave, samples)  # another's audio is cut or repeated to the length that was planned
+        codes, codebook = serialize(codec.encode(wave, rate), config.layout)
         return tokenizers.vocabulary.audio_ids(codes, codebook)
 
     def layout(self, builder: DocumentBuilder, encoded: np.ndarray, payload: Payload) -> None:
@@ -56,7 +56,7 @@ class AudioSpec(ModalitySpec):
 
 
 def _codec(tokenizers: Tokenizers) -> AudioCodec:
-    assert tokenizers.audio is not None  # `Tokenizers` refuses sound without a codec
+    assert tokenizers.audio is not None  # `Tokenizers` refuses audio without a codec
     return tokenizers.audio
 
 

@@ -1,4 +1,4 @@
-"""The layout of one document: where every position, label, vector and span goes.
+"""Lays out one document: where every position, label, vector and span goes.
 
     text            bos TEXT eos
     image, caption  bos image_start VISION image_end TEXT eos
@@ -23,8 +23,8 @@ from mmoe.tokenizers.vocabulary import Placeholder, Structure
 
 
 @dataclass(frozen=True)
-class Span:
-    """One side of a contrastive pair: [start, stop) in its document; `text_hash` names a TEXT side's caption."""
+class PairSide:
+    """Marks a side of a contrastive pair: [start, stop) in its document; `text_hash` names a TEXT side's caption."""
 
     pair: int
     start: int
@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Document:
-    """A laid-out document of n positions; the fields are those of `PackedBatch`, per position [n]."""
+    """Holds a laid-out document of n positions; the fields are those of `PackedBatch`, per position [n]."""
 
     token_ids: np.ndarray
     modality: np.ndarray
@@ -50,7 +50,7 @@ class Document:
     action_target: np.ndarray  # [m, H, A]
     action_mask: np.ndarray
     action_index: np.ndarray  # [m]
-    spans: tuple[Span, ...]
+    spans: tuple[PairSide, ...]
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -72,7 +72,7 @@ class DocumentBuilder:
     _values: dict[Modality, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
     _targets: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
     _actions: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
-    _spans: list[Span] = field(default_factory=list)
+    _spans: list[PairSide] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)  # the first coordinate of each run
     _length: int = 0
     _next: int = 0  # next free coordinate on all three axes
@@ -87,11 +87,11 @@ class DocumentBuilder:
         return cls(tokenizers.config.action.chunk, actions, tokenizers.camera_ids, further)
 
     def structure(self, token: int, predicted: bool = False, offset_ns: int = 0) -> None:
-        """One structure token; `predicted` where the model must learn to emit it (the end of a text or sound)."""
+        """Append a structure token; `predicted` where the model must learn to emit it (the end of a text or audio)."""
         self._append([token], Modality.STRUCTURE, predicted=predicted, offset_ns=offset_ns)
 
     def open_slice(self, number: int, timestamp_ns: int) -> None:
-        """`slice_start timestamp`; every position until `close_slice` belongs to slice `number`."""
+        """Append `slice_start timestamp`; every position until `close_slice` belongs to slice `number`."""
         self._current_slice, self._slice_time = number, None
         self.structure(Structure.SLICE_START)
         self.structure(Structure.TIMESTAMP, offset_ns=timestamp_ns)
@@ -102,7 +102,7 @@ class DocumentBuilder:
         self._current_slice, self._slice_time = NO_SLICE, None
 
     def image(self, patches: np.ndarray, positions: np.ndarray, pair: int) -> None:
-        """A still picture between its structure tokens, a slice of its own for the attention rule."""
+        """Append a still image between its structure tokens, a slice of its own for the attention rule."""
         self.structure(Structure.IMAGE_START)
         self._current_slice, self._slice_time = self._stills, None
         self._stills += 1
@@ -111,13 +111,13 @@ class DocumentBuilder:
         self.structure(Structure.IMAGE_END)
 
     def frame(self, patches: np.ndarray, positions: np.ndarray, camera: int, offset_ns: int, pair: int) -> None:
-        """One camera of the open slice, by its number in the run's rig; cameras share the slice's time coordinate."""
+        """Append a camera of the open slice, by its number in the run's rig; all share the slice's time coordinate."""
         if camera != NO_CAMERA:
             self._append([self.camera_ids[camera]], Modality.STRUCTURE, camera=camera, offset_ns=offset_ns)
         self._vision(patches, positions, camera, offset_ns, pair)
 
     def audio(self, ids: np.ndarray, offset_ns: int, pair: int) -> None:
-        """Append the codes of a sound, `ids` [n], between its structure tokens."""
+        """Append the codes of an audio clip, `ids` [n], between its structure tokens."""
         self.structure(Structure.AUDIO_START)
         self._span(pair, len(ids), Modality.AUDIO)
         self._append(ids, Modality.AUDIO, predicted=True, offset_ns=offset_ns)
@@ -155,7 +155,7 @@ class DocumentBuilder:
         self._targets.setdefault(name, []).append((values, np.arange(self._length - n, self._length)))
 
     def action(self, target: np.ndarray, mask: np.ndarray, offset_ns: int) -> None:
-        """A continuous chunk [H, A], predicted from the hidden state of one `action` token."""
+        """Append a continuous chunk [H, A], predicted from the hidden state of one `action` token."""
         self._actions.append((self._length, target, mask))
         self._append([Structure.ACTION], Modality.ACTION, offset_ns=offset_ns)
         self.structure(Structure.ACTION_END)
@@ -212,9 +212,9 @@ class DocumentBuilder:
         start, stop = self._length, self._length + n
         last = self._spans[-1] if self._spans else None
         if last and last.pair == pair and last.modality == modality:  # the cameras of one slice are one side
-            self._spans[-1] = Span(pair, last.start, stop, modality)
+            self._spans[-1] = PairSide(pair, last.start, stop, modality)
         else:
-            self._spans.append(Span(pair, start, stop, modality, text_hash))
+            self._spans.append(PairSide(pair, start, stop, modality, text_hash))
 
     def _append(
         self,

@@ -6,7 +6,7 @@ from mmoe.tokenizers.vocabulary import Placeholder
 
 
 class InertialSpec(VectorSpec):
-    """The last reading before the reference time."""
+    """Embeds the last reading before the reference time."""
 
     name = "INERTIAL"
     kind = Modality.INERTIAL

@@ -1,4 +1,4 @@
-"""The state of a vehicle or a robot: vectors added to their token's embedding."""
+"""Makes a modality of the state of a vehicle or a robot: vectors added to their token's embedding."""
 
 from mmoe.modalities.vectors import VectorSpec
 from mmoe.schema.modality import Modality
@@ -6,7 +6,7 @@ from mmoe.tokenizers.vocabulary import Structure
 
 
 class StateSpec(VectorSpec):
-    """The last state before the reference time."""
+    """Embeds the last state before the reference time."""
 
     name = "STATE"
     kind = Modality.STATE

@@ -1,4 +1,7 @@
-"""Text: stored token ids. What stands around it depends on what it follows, which is measured with its document."""
+"""Makes a modality of text, stored token ids.
+
+What stands around it depends on what it follows, which is measured with its document.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TextSpec(ModalitySpec):
-    """Every token of a text is a target."""
+    """Makes every token of a text a target."""
 
     name = "TEXT"
 

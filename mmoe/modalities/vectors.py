@@ -1,4 +1,4 @@
-"""What INERTIAL and STATE have in common: one vector a segment, the last row of its table, normalised by source."""
+"""Makes one vector a segment of INERTIAL and STATE: the last row of its table, normalized by source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class VectorSpec(ModalitySpec):
-    """One position a segment, without any structure token around it."""
+    """Gives a segment one position, without any structure token around it."""
 
     kind: Modality
     token: int  # that it stands on
@@ -34,12 +34,12 @@ class VectorSpec(ModalitySpec):
         return group.count
 
     def encode(self, payload: Payload, tokenizers: Tokenizers) -> np.ndarray:
-        """Normalise the reading, f32 [dimensions of all sources]; zeros where there is none."""
+        """Normalize the reading, f32 [dimensions of all sources]; zeros where there is none."""
         dims = tokenizers.dims[self.kind]
         value = np.zeros(dims.size, np.float32)
         if payload.shown is not None:
             reading = payload.table()[payload.shown["stop"] - 1]
-            value[dims.columns[payload.source]] = tokenizers.normalisers[payload.source, self.kind](reading)
+            value[dims.columns[payload.source]] = tokenizers.normalizers[payload.source, self.kind](reading)
         return value
 
     def layout(self, builder: DocumentBuilder, encoded: np.ndarray, payload: Payload) -> None:

@@ -1,4 +1,4 @@
-"""Pictures: patch vectors in place of their placeholders, of stills and of the frames of films."""
+"""Makes a modality of images: patch vectors in place of placeholders, of stills and of the frames of videos."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class VisionSpec(ModalitySpec):
-    """A still stands between its structure tokens, a frame of a slice behind its camera's."""
+    """Puts a still between its structure tokens, and a frame of a slice behind its camera's."""
 
     name = "VISION"
     count_columns = ("patches",)
-    refused_as = "unreadable picture or video"
+    refused_as = "unreadable image or video"
 
     def vector_size(self, tokenizers: Tokenizers, manifests: Mapping[str, SourceManifest]) -> int:
         """Count the numbers of a patch and its coordinates."""
@@ -36,7 +36,7 @@ class VisionSpec(ModalitySpec):
         return Planned.without_targets(tokens, around, patches=tokens)
 
     def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
-        """Count the patches and what stands around each picture."""
+        """Count the patches and what stands around each image."""
         patches = int(tokenizers.vision.num_tokens(np.array(group.height), np.array(group.width)))
         around = group.count * (int(group.camera) if group.sliced else 2)
         return group.span // tokenizers.config.vision.tubelet * patches + around
@@ -50,7 +50,7 @@ class VisionSpec(ModalitySpec):
             vectors = vision.blank(rows, columns, tubelets)
         else:
             least = rows * vision.config.patch, columns * vision.config.patch
-            vectors = vision.encode(payload.pictures(least), rows, columns)
+            vectors = vision.encode(payload.images(least), rows, columns)
         return vectors, vision.positions(rows, columns, tubelets)
 
     def layout(self, builder: DocumentBuilder, encoded: tuple[np.ndarray, np.ndarray], payload: Payload) -> None:

@@ -20,10 +20,10 @@ from mmoe.models.attention.module import Attention
 from mmoe.models.batch_context import BatchContext
 from mmoe.models.embeddings import Embeddings, ModelInputs
 from mmoe.models.heads import ActionHead, ContrastHead
-from mmoe.models.init import initialise
+from mmoe.models.init import initialize
 from mmoe.models.layers import RMSNorm, SwiGLU
 from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, balance_loss
-from mmoe.models.moe.layer import WIDEST, LayerRouting, MoEConfig, MoELayer
+from mmoe.models.moe.layer import MAX_WIDTH, LayerRouting, MoEConfig, MoELayer
 from mmoe.models.moe.router import Router
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.optional import require
@@ -33,12 +33,12 @@ from mmoe.schema.batch import PackedBatch, Pairs
 class ModelConfig(Config):
     """Configures the decoder: its sizes, attention, embeddings and experts."""
 
-    d_model: int = Field(gt=0, le=WIDEST)
+    d_model: int = Field(gt=0, le=MAX_WIDTH)
     n_layers: int = Field(gt=0, le=10_000)
-    n_heads: int = Field(gt=0, le=WIDEST)
-    n_kv_heads: int = Field(gt=0, le=WIDEST)
-    head_dim: int | None = Field(default=None, gt=0, le=WIDEST)  # null: d_model / heads
-    intermediate_size: int = Field(gt=0, le=WIDEST)  # SwiGLU width of dense layers
+    n_heads: int = Field(gt=0, le=MAX_WIDTH)
+    n_kv_heads: int = Field(gt=0, le=MAX_WIDTH)
+    head_dim: int | None = Field(default=None, gt=0, le=MAX_WIDTH)  # null: d_model / heads
+    intermediate_size: int = Field(gt=0, le=MAX_WIDTH)  # SwiGLU width of dense layers
     rope_theta: float = Field(default=10_000.0, gt=0)
     qk_norm: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
@@ -46,7 +46,7 @@ class ModelConfig(Config):
     attention: Annotated[str, AfterValidator(ATTENTION_BACKENDS.known)] = "sdpa_documents"
     tie_embeddings: bool = True  # the token table is the unembedding too
     init_std: float = Field(default=0.02, gt=0)  # of token and camera tables; see mmoe.models.init
-    contrast_dim: int = Field(default=128, gt=0, le=WIDEST)
+    contrast_dim: int = Field(default=128, gt=0, le=MAX_WIDTH)
     moe: MoEConfig | None = None  # null: every layer is dense
 
     @model_validator(mode="after")
@@ -91,7 +91,7 @@ class ModelConfig(Config):
     def build(self, inputs: ModelInputs, seed: int, heads: Mapping[str, nn.Module] | None = None) -> "MultimodalModel":
         """Build the model with its initial weights, float32 on the CPU; `heads` as `MultimodalModel` takes them."""
         model = MultimodalModel(self, inputs, heads)
-        initialise(model, seed, self.init_std, self.n_layers)
+        initialize(model, seed, self.init_std, self.n_layers)
         return model
 
 
@@ -103,8 +103,8 @@ class Block(nn.Module):
         size, eps = config.d_model, config.norm_eps
         self.attention_norm = RMSNorm(size, eps)
         self.attention = Attention(size, config.n_heads, config.n_kv_heads, config.head_width, config.qk_norm, eps)
-        self.network_norm = RMSNorm(size, eps)
-        self.network: nn.Module = (
+        self.ffn_norm = RMSNorm(size, eps)
+        self.feed_forward: nn.Module = (
             MoELayer(size, config.moe, number)
             if config.moe is not None and config.moe.in_layer(number)
             else SwiGLU(size, config.intermediate_size)
@@ -113,11 +113,11 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, context: BatchContext) -> tuple[Tensor, LayerRouting | None]:
         """Send [B, L, D] through attention and network, and return also what was routed (None where it is dense)."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context.rotary, context.attention)
-        normed = self.network_norm(x_BLD)
-        if isinstance(self.network, MoELayer):
-            out, routing = self.network(normed, context.tokens)
+        normed = self.ffn_norm(x_BLD)
+        if isinstance(self.feed_forward, MoELayer):
+            out, routing = self.feed_forward(normed, context.tokens)
         else:
-            out, routing = self.network(normed), None
+            out, routing = self.feed_forward(normed), None
         return x_BLD + out, routing
 
 
@@ -137,7 +137,7 @@ class RouterAuxLosses:
     """Holds what the router losses are made of, with gradient.
 
     `balance_loss` (of the sequences) and `z_loss` are means over the batch's sequences and the layers of experts.
-    By layer of experts: `load_NE` i64 counts the choices of each expert before any drop, `probability_NE` is its
+    By layer of experts: `load_NE` i64 counts the slots of each expert before any drop, `probability_NE` is its
     mean probability over the batch's valid tokens.
     """
 
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
     def routers(self) -> list[Router]:
         """The routers of the layers of experts here, in the order of the routing statistics."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]  # not the nn.Identity of another stage
-        return [block.network.router for block in blocks if isinstance(block.network, MoELayer)]
+        return [block.feed_forward.router for block in blocks if isinstance(block.feed_forward, MoELayer)]
 
     def forward(self, x_BLD: Tensor, context: BatchContext) -> ModelOutput:
         """Send the embedded batch [B, L, D] through all blocks and the last norm."""

@@ -29,7 +29,7 @@ class ModelInputs:
 
     vocabulary_size: int
     patch_dim: int = 0  # pixels of a patch vector
-    patch_coordinates: int = 0  # numbers behind them that say where in its picture it lies
+    patch_coordinates: int = 0  # numbers behind them that say where in its image it lies
     inertial_dim: int = 0
     state_dim: int = 0
     action_chunk: int = 0
@@ -74,7 +74,7 @@ class TokenTable(Protocol):
 class PatchEmbedding(nn.Module):
     """Embeds patch vectors [..., pixels + coordinates] as [..., size] by a network of one hidden layer.
 
-    The coordinates of a patch in its picture gate what is seen in it: what a lane marking means depends on where it
+    The coordinates of a patch in its image gate what is seen in it: what a lane marking means depends on where it
     is, and a gate says so from the first step, where attention would have to find every place out by itself
     (docs/decisions.md).
     """
@@ -162,7 +162,7 @@ class Embeddings(nn.Module):
         return F.embedding(batch.camera.long() + 1, none_first, padding_idx=0)
 
     def _time(self, batch: PackedBatch) -> Tensor:
-        # A batch has few different times: all patches of a picture share theirs.
+        # A batch has few different times: all patches of an image share theirs.
         times, which = batch.offset_ns.unique(return_inverse=True)
         return F.embedding(which, self.time(times).to(self.token.weight.dtype))
 

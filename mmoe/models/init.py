@@ -26,13 +26,13 @@ from mmoe.hashing import seed64
 
 ONES = ("*norm.weight",)
 ZEROS = ("*.bias", "embeddings.time.output.weight", "action.output.weight")
-TABLES = ("embeddings.token.weight", "embeddings.camera.weight", "unembedding.weight")
+TABLE_NAMES = ("embeddings.token.weight", "embeddings.camera.weight", "unembedding.weight")
 RESIDUAL = ("decoder.*.attention.output.weight", "decoder.*.down", "decoder.*.down.weight")
 EXPERTS = ("*.experts.*",)  # [experts, fan_in, fan_out]; every other matrix is [fan_out, fan_in]
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, std: float, layers: int) -> None:
+def initialize(model: nn.Module, seed: int, std: float, layers: int) -> None:
     """Give every parameter of `model` its initial value, in its own dtype and on its own device."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, seed, std, layers))
@@ -63,7 +63,7 @@ def is_of_experts(name: str) -> bool:
 
 
 def _scale(name: str, fan_in: int, std: float, layers: int) -> float:
-    if _matches(name, TABLES):
+    if _matches(name, TABLE_NAMES):
         return std
     return (fan_in * (2 * layers if _matches(name, RESIDUAL) else 1)) ** -0.5
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AXES = 3
+ROTARY_AXES = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RotaryTables:
         dtype = torch.promote_types(dtype, torch.float32)
         even = torch.arange(0, head_dim, 2, device=position.device)
         frequency = 1.0 / theta ** (even.to(dtype) / head_dim)
-        axis = (even // 2) % AXES
+        axis = (even // 2) % ROTARY_AXES
         angle = position.to(dtype)[..., axis] * frequency
         angle = torch.cat((angle, angle), dim=-1).unsqueeze(-2)
         return cls(angle.cos(), angle.sin())

@@ -16,8 +16,8 @@ def parameter_count(config: ModelConfig, inputs: ModelInputs) -> int:
     experts = 0
     if config.moe is not None:
         with_experts = sum(map(config.moe.in_layer, range(config.n_layers)))
-        networks = config.moe.n_experts + config.moe.n_shared_experts
-        experts = 3 * size * config.moe.intermediate_size * networks + size * (
+        per_layer = config.moe.n_experts + config.moe.n_shared_experts
+        experts = 3 * size * config.moe.intermediate_size * per_layer + size * (
             config.moe.n_experts + config.moe.shared_gate
         )
     blocks = (

@@ -141,9 +141,9 @@ class MetricsCallback(Callback):
 
     def _record(self, trainer: Trainer, result: StepResult, tables: bool) -> StepRecord:
         window, totals = self._window, self._totals
-        chosen, dropped = self._routing.choices()
+        chosen, dropped = self._routing.slots()
         if chosen:
-            _add(totals, expert_choices=chosen, expert_choices_dropped=dropped)
+            _add(totals, slots_routed=chosen, slots_dropped=dropped)
         scalars = {
             "loss": float(result.losses.loss),
             **{f"loss_{name}": float(value) for name, value in result.losses.terms.items()},
@@ -200,7 +200,7 @@ def _data(trainer: Trainer, result: StepResult) -> dict[str, float]:
     """
     names, plan, stream = trainer.run.sources.names, result.data.plan, trainer.state.stream
     return {
-        **{f"planned_positions/{n}": s + o for n, s, o in zip(names, plan["served"], plan["owed"])},
+        **{f"planned_positions/{n}": s + o for n, s, o in zip(names, plan["served"], plan["deficit"])},
         **{f"served_positions/{n}": s for n, s in zip(names, plan["served"])},
         **{f"lost/{reason.replace(' / ', '/', 1)}": count for reason, count in result.data.lost.items()},
         **{f"quarantined/{name}": count for name, count in (+stream.quarantine.lost).items()},

@@ -68,13 +68,13 @@ class RunReader:
             raise self._nothing()
         return found[0]
 
-    def tables(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tables.Chunk]:
+    def tables(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tables.TableChunk]:
         """Yield the table `name` of the records after step `start` up to and with `stop`, in order, some at a time."""
         return tables.read(self.folder / tables.FOLDER, name, start, stop)
 
     def table_names(self) -> list[str]:
         """Return the names of the tables of the last records; none for a dense model."""
-        return tables.names(self.folder / tables.FOLDER)
+        return tables.table_names(self.folder / tables.FOLDER)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         if not self.path.is_file():

@@ -51,17 +51,17 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 def write_summary(folder: Path) -> dict[str, Any]:
     """Write ``summary.json`` into the run's `folder` and return it; figures that were not measured are null."""
-    summary = summarise(RunRecords.read(folder))
+    summary = summarize(RunRecords.read(folder))
     with writes(folder / SUMMARY):
         write_atomically(folder / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
 
-def summarise(records: RunRecords) -> dict[str, Any]:
+def summarize(records: RunRecords) -> dict[str, Any]:
     """Sum up a run: rates over all its steps, losses at its end. Raises DataError where nothing was trained."""
     reader, plain = records.reader, records.plain
     columns, last = reader.columns("peak_memory_bytes", "mfu", "positions", "positions_per_second"), reader.last()
-    chosen, dropped = last.get("expert_choices", 0), last.get("expert_choices_dropped", 0)
+    chosen, dropped = last.get("slots_routed", 0), last.get("slots_dropped", 0)
     summary = {
         "steps": last["step"],
         "positions": last["positions"],

@@ -21,13 +21,13 @@ from mmoe.errors import DataError
 from mmoe.monitoring.record import StepRecord
 
 FOLDER = "tables"
-VERSION = "1"
+TABLES_VERSION = "1"
 _VERSION, _SHAPES = b"mmoe.tables", b"mmoe.shapes"
 _PART = re.compile(r"step-(\d{9,})\.parquet")
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TableChunk:
     """Holds consecutive records of one table: R `steps`, and `values` of R rows (counts i64, else as recorded)."""
 
     steps: np.ndarray
@@ -44,7 +44,7 @@ def encode(records: Sequence[StepRecord]) -> bytes:
     for name, shape in shapes.items():
         values = _narrow(np.stack([record.tables[name] for record in records]))
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(shape)))
-    metadata = {_VERSION: VERSION.encode(), _SHAPES: json.dumps(shapes).encode()}
+    metadata = {_VERSION: TABLES_VERSION.encode(), _SHAPES: json.dumps(shapes).encode()}
     target = io.BytesIO()
     pq.write_table(
         pa.table(columns).replace_schema_metadata(metadata),
@@ -57,7 +57,7 @@ def encode(records: Sequence[StepRecord]) -> bytes:
     return target.getvalue()
 
 
-def decode(content: bytes, path: Path) -> list[StepRecord]:
+def decode_part(content: bytes, path: Path) -> list[StepRecord]:
     """Decode all records of a part; `path` names it in errors.
 
     Raises DataError where it is no part of this format.
@@ -79,27 +79,27 @@ def part_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}.parquet"
 
 
-def parts(folder: Path) -> list[tuple[int, Path]]:
+def part_files(folder: Path) -> list[tuple[int, Path]]:
     """Return the parts of a store with their first steps, in order; none where there is no store."""
     found = ((_PART.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def names(folder: Path) -> list[str]:
+def table_names(folder: Path) -> list[str]:
     """Return the names of the tables that the store's last part has."""
-    if not (found := parts(folder)):
+    if not (found := part_files(folder)):
         return []
     path = found[-1][1]
     with _naming(path):
         return list(_shapes(pq.read_schema(path), path))
 
 
-def read(folder: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
+def read(folder: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[TableChunk]:
     """Yield the table `name` of the records after step `start` up to and with step `stop`, a part at a time, in order.
 
     Parts outside that range and other tables are not read; parts without the table are passed over. Raises DataError.
     """
-    found = parts(folder)
+    found = part_files(folder)
     ends = [first for first, _ in found[1:]] + [None]
     for (first, path), end in zip(found, ends):
         if (end is not None and end <= start + 1) or (stop is not None and first > stop):
@@ -112,7 +112,7 @@ def read(folder: Path, name: str, start: int = 0, stop: int | None = None) -> It
             steps, values = table["step"].to_numpy(), _values(table[name], shapes[name])
         wanted = (steps > start) & (steps <= (steps.max(initial=0) if stop is None else stop))
         if wanted.any():
-            yield Chunk(steps[wanted], values[wanted])
+            yield TableChunk(steps[wanted], values[wanted])
 
 
 @contextmanager
@@ -130,10 +130,10 @@ def _naming(path: Path) -> Iterator[None]:
 def _shapes(schema: pa.Schema, path: Path) -> dict[str, tuple[int, ...]]:
     metadata = schema.metadata or {}
     version = metadata.get(_VERSION, b"none").decode(errors="replace")
-    if version != VERSION:
+    if version != TABLES_VERSION:
         raise DataError(
-            f"{path} is of format {version}, and this version of mmoe reads format {VERSION} of {FOLDER}/; go on with "
-            f"the version that wrote it, or move {path.parent} away"
+            f"{path} is of format {version}, and this version of mmoe reads format {TABLES_VERSION} of {FOLDER}/; go "
+            f"on with the version that wrote it, or move {path.parent} away"
         )
     return {name: tuple(shape) for name, shape in json.loads(metadata[_SHAPES]).items()}
 

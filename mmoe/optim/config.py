@@ -37,7 +37,7 @@ class OptimConfig(Config):
         if reference is not None:
             ratio = f"{batch.global_batch_positions:,} / {reference:,}"
             rule = f"{self.lr.peak:g} x ({ratio}) ** {self.lr.exponent:g}, {self.lr.scaling_rule}"
-        table = Table("optimisation", "value", "from", title_justify="left")
+        table = Table("optimization", "value", "from", title_justify="left")
         table.columns[1].justify = "right"
         table.add_row("peak rate", f"{schedule.peak:.3g}", rule)
         table.add_row("last rate", f"{schedule(batch.iterations - 1):.3g}", f"{schedule.kind} over the run's steps")

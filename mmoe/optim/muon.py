@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mmoe.compat import adjusted_rate, orthogonalised
+from mmoe.compat import adjusted_rate, orthogonalized
 from mmoe.config.nature import Nature
 from mmoe.errors import ConfigError
 from mmoe.optim.optimizer import OptimizerConfig, StateTensor
@@ -63,7 +63,7 @@ class ShardedMuon(torch.optim.Muon):
                 average = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
                 direction = parameter.grad.lerp(average, momentum) if group["nesterov"] else average
                 whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
-                update = orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                update = orthogonalized(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 if isinstance(parameter, DTensor):  # every rank has the update: nothing is sent
                     update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
                     update = update.to(parameter.device)  # an offloaded parameter is not where its mesh is

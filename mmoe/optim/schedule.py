@@ -16,7 +16,7 @@ from mmoe.errors import ConfigError
 from mmoe.optim.batch import BatchArithmetic
 
 
-class Span(Config):
+class Stretch(Config):
     """Says how long a stretch of the run is, in one of three units.
 
     Positions and fractions survive a new batch size.
@@ -27,7 +27,7 @@ class Span(Config):
     fraction: float | None = Field(default=None, ge=0, le=1)  # of the run's steps
 
     @model_validator(mode="after")
-    def _one(self) -> "Span":
+    def _one(self) -> "Stretch":
         given = [name for name in ("steps", "positions", "fraction") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, positions and fraction, not {' and '.join(given) or 'none'}")
@@ -60,11 +60,11 @@ class ScheduleConfig(Config):
     nature: ClassVar[Nature] = Nature.ADJUSTABLE
 
     kind: Literal["cosine", "linear", "one_cycle", "wsd", "constant"] = "cosine"
-    warmup: Span = Span(fraction=0.02)
+    warmup: Stretch = Stretch(fraction=0.02)
     start: float = Field(default=0.01, ge=0, le=1)  # the least rate of the warmup
     minimum: float = Field(default=0.1, ge=0, le=1)
-    hold: Span | None = None
-    decay: Span | None = None
+    hold: Stretch | None = None
+    decay: Stretch | None = None
 
     @model_validator(mode="after")
     def _spans(self) -> "ScheduleConfig":

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelInputs, MultimodalModel
 from mmoe.models.size import parameter_count
-from mmoe.parallel.materialise import materialise
+from mmoe.parallel.materialize import materialize
 from mmoe.parallel.mesh import Mesh
 from mmoe.parallel.parallelize import parallelize, recompute_and_compile
 from mmoe.parallel.pipeline import StageModel, on_meta
@@ -27,7 +27,7 @@ def build(
         model = setting.model.build(inputs, seed, setting.heads(inputs))
         recompute_and_compile(model, setting.parallel)
         return model.to(device=device, dtype=setting.precision.parameter_dtype), LocalExecutor()
-    return spread(setting, inputs, sources, seed, Mesh(setting.dims, device.type), device)
+    return build_spread(setting, inputs, sources, seed, Mesh(setting.dims, device.type), device)
 
 
 def _check_memory(setting: RankSetting, inputs: ModelInputs, device: torch.device) -> None:
@@ -47,13 +47,13 @@ def _check_memory(setting: RankSetting, inputs: ModelInputs, device: torch.devic
         )
 
 
-def spread(
+def build_spread(
     setting: RankSetting, inputs: ModelInputs, sources: int, seed: int, mesh: Mesh, device: torch.device
 ) -> tuple[MultimodalModel, MeshExecutor]:
     """Build this rank's part of the model with its initial weights, and the executor of this rank."""
     model = on_meta(setting, inputs, mesh.rank("pp"))
     parallelize(model, mesh, setting.parallel, setting.precision)
     shards = torch.device("cpu") if setting.parallel.offload else device
-    materialise(model, seed, setting.model.init_std, setting.model.n_layers, shards, device)
+    materialize(model, seed, setting.model.init_std, setting.model.n_layers, shards, device)
     pipeline = Pipeline(model, mesh, setting, device) if isinstance(model, StageModel) else None
     return model, MeshExecutor(mesh, setting, sources, device, pipeline)

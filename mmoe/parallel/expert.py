@@ -39,19 +39,19 @@ class ParallelDispatcher(ABC, Generic[P]):
 
     @abstractmethod
     def plan(self, routing: Routing, tokens: Tokens) -> P:
-        """Give every choice a row, or drop it."""
+        """Give every slot a row, or drop it."""
 
     @abstractmethod
-    def dispatch(self, x_TD: Tensor, placement: P) -> Tensor:
+    def dispatch(self, x_TD: Tensor, permutation: P) -> Tensor:
         """Send each row its token, [R, D]; empty rows are zero."""
 
     @abstractmethod
-    def wait(self, rows_RD: Tensor, placement: P) -> Tensor:
+    def wait(self, rows_RD: Tensor, permutation: P) -> Tensor:
         """Wait for the rows of the experts here, and sort them by expert."""
 
     @abstractmethod
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: P) -> Tensor:
-        """Bring the rows back, and add up the weighted ones of each token here; dropped choices add zero."""
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, permutation: P) -> Tensor:
+        """Bring the rows back, and add up the weighted ones of each token here; dropped slots add zero."""
 
 
 PARALLEL_DISPATCHERS = ClassRegistry[ParallelDispatcher](
@@ -88,7 +88,7 @@ class ShardedExperts(nn.Module):
     def __init__(self, experts: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
         for name, parameter in experts.named_parameters():
-            cut = [Shard(CUTS[f"network.experts.{name}"].dim)]
+            cut = [Shard(CUTS[f"feed_forward.experts.{name}"].dim)]
             setattr(self, name, nn.Parameter(distribute_tensor(parameter.data, mesh, cut, src_data_rank=None)))
         self._experts = [experts.to("meta")]  # in a list: its parameters are not parameters of this module
 
@@ -100,9 +100,9 @@ class ShardedExperts(nn.Module):
 
 @dataclass(frozen=True)
 class PaddedPermutation:
-    """Places the choices in rows of all E experts, equally many for each, which travel whole.
+    """Places the slots in rows of all E experts, equally many for each, which travel whole.
 
-    `local`: the placement among the rows of all experts.
+    `local`: the permutation among the rows of all experts.
     """
 
     local: TokenPermutation
@@ -111,12 +111,12 @@ class PaddedPermutation:
 
     @property
     def complete(self) -> bool:
-        """True if every choice has a row and every row a choice."""
+        """True if every slot has a row and every row a slot."""
         return self.local.complete
 
     @property
     def dropped_TK(self) -> Tensor:
-        """The choices that got no row, bool."""
+        """The slots that got no row, bool."""
         return self.local.dropped_TK
 
 
@@ -124,26 +124,26 @@ class PaddedAllToAllDispatcher(ParallelDispatcher[PaddedPermutation]):
     """Sends equally many rows from every rank to every other, so nobody waits for sizes."""
 
     def plan(self, routing: Routing, tokens: Tokens) -> PaddedPermutation:
-        """Place the choices as one process does; each rank gets the rows of its experts."""
+        """Place the slots as one process does; each rank gets the rows of its experts."""
         local = self.local.plan(routing, tokens)
         here = self.local.experts // self.ranks
         # Each expert here has a group of rows from every rank, as many as an expert has in the whole local plan.
         ends = local.ends_E[:here] * self.ranks
         return PaddedPermutation(local, ends, AllToAll(None, None, self.group))
 
-    def dispatch(self, x_TD: Tensor, placement: PaddedPermutation) -> Tensor:
+    def dispatch(self, x_TD: Tensor, permutation: PaddedPermutation) -> Tensor:
         """Send the rows of all experts to the ranks that hold them."""
-        return placement.exchange.start(self.local.dispatch(x_TD, placement.local))
+        return permutation.exchange.start(self.local.dispatch(x_TD, permutation.local))
 
-    def wait(self, rows_RD: Tensor, placement: PaddedPermutation) -> Tensor:
+    def wait(self, rows_RD: Tensor, permutation: PaddedPermutation) -> Tensor:
         """Wait for the rows and sort them by expert."""
-        placement.exchange.wait()
-        return self._swapped(rows_RD, self.ranks, len(placement.ends_E))
+        permutation.exchange.wait()
+        return self._swapped(rows_RD, self.ranks, len(permutation.ends_E))
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: PaddedPermutation) -> Tensor:
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, permutation: PaddedPermutation) -> Tensor:
         """Send the rows back and add up those of each token, [T, D]."""
-        rows = self._swapped(y_RD, len(placement.ends_E), self.ranks)
-        return self.local.combine(placement.exchange.reverse(rows), weight_TK, placement.local)
+        rows = self._swapped(y_RD, len(permutation.ends_E), self.ranks)
+        return self.local.combine(permutation.exchange.reverse(rows), weight_TK, permutation.local)
 
     @staticmethod
     def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
@@ -153,15 +153,15 @@ class PaddedAllToAllDispatcher(ParallelDispatcher[PaddedPermutation]):
 
 @dataclass(frozen=True)
 class AllToAllPermutation:
-    """Holds the order in which the choices of the tokens here travel, and that of the rows here by expert.
+    """Holds the order in which the slots of the tokens here travel, and that of the rows here by expert.
 
-    `row_HK` is the place of each choice among the `choice_R` that travel, their number where it was dropped; `arrived`
+    `row_HK` is the place of each slot among the `slot_R` that travel, their number where it was dropped; `arrived`
     places what arrives in rows sorted by expert. `complete` is about all tokens of the routing, `all_travel` about the
-    choices of those here.
+    slots of those here.
     """
 
     row_HK: Tensor
-    choice_R: Tensor
+    slot_R: Tensor
     here_T: Tensor | None
     arrived: TokenPermutation
     exchange: AllToAll
@@ -181,7 +181,7 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
     splits_sequences = True
 
     def plan(self, routing: Routing, tokens: Tokens) -> AllToAllPermutation:
-        """Place the choices of the tokens here, and tell the ranks how many rows will travel."""
+        """Place the slots of the tokens here, and tell the ranks how many rows will travel."""
         local = self.local.plan(routing, tokens)
         dropped_TK, expert_HK, dropped_HK = local.dropped_TK, routing.expert_TK, local.dropped_TK
         if tokens.local_index_T is not None:
@@ -191,18 +191,18 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
         sent_SF = count(expert, experts + 1)[:-1].view(self.ranks, -1)
         arrived_SF, received, sent = self._rows(sent_SF)
         rows = sum(sent)
-        choice = expert.argsort(stable=True)
-        row = torch.empty_like(choice)
-        row[choice] = torch.arange(len(choice), device=choice.device).clamp(max=rows)
+        slot = expert.argsort(stable=True)
+        row = torch.empty_like(slot)
+        row[slot] = torch.arange(len(slot), device=slot.device).clamp(max=rows)
         return AllToAllPermutation(
             row_HK=row.view_as(expert_HK),
-            choice_R=choice[:rows],
+            slot_R=slot[:rows],
             here_T=tokens.local_index_T,
             arrived=self._arrived(arrived_SF, sum(received)),
             exchange=AllToAll(received, sent, self.group),
             dropped_TK=dropped_TK,
             complete=local.complete,
-            all_travel=rows == len(choice),
+            all_travel=rows == len(slot),
         )
 
     def _rows(self, sent_SF: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -219,22 +219,22 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
         expert_R1 = expert_SF.repeat_interleave(arrived_SF.flatten(), output_size=rows)[:, None]
         return by_expert(expert_R1, here, self.local.group_multiple)
 
-    def dispatch(self, x_HD: Tensor, placement: AllToAllPermutation) -> Tensor:
-        """Send the rows of the choices to the ranks that hold their experts."""
-        row_HK = placement.row_HK
-        rows = permute_tokens(x_HD, placement.choice_R, row_HK.flatten(), row_HK.shape[1], placement.all_travel)
-        return placement.exchange.start(rows)
+    def dispatch(self, x_HD: Tensor, permutation: AllToAllPermutation) -> Tensor:
+        """Send the rows of the slots to the ranks that hold their experts."""
+        row_HK = permutation.row_HK
+        rows = permute_tokens(x_HD, permutation.slot_R, row_HK.flatten(), row_HK.shape[1], permutation.all_travel)
+        return permutation.exchange.start(rows)
 
-    def wait(self, rows_RD: Tensor, placement: AllToAllPermutation) -> Tensor:
+    def wait(self, rows_RD: Tensor, permutation: AllToAllPermutation) -> Tensor:
         """Wait for the rows and sort them by expert."""
-        placement.exchange.wait()
-        arrived = placement.arrived
-        return permute_tokens(rows_RD, arrived.choice_R, arrived.row_TK.flatten(), complete=arrived.complete)
+        permutation.exchange.wait()
+        arrived = permutation.arrived
+        return permute_tokens(rows_RD, arrived.slot_R, arrived.row_TK.flatten(), complete=arrived.complete)
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: AllToAllPermutation) -> Tensor:
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, permutation: AllToAllPermutation) -> Tensor:
         """Send the rows back and add up those of each token here, [H, D]."""
-        arrived = placement.arrived
-        rows = permute_tokens(y_RD, arrived.row_TK.flatten(), arrived.choice_R, complete=arrived.complete)
-        weight_HK = weight_TK if placement.here_T is None else weight_TK[placement.here_T]
-        back = placement.exchange.reverse(rows)
-        return unpermute_tokens(back, weight_HK, placement.row_HK, placement.choice_R, placement.all_travel)
+        arrived = permutation.arrived
+        rows = permute_tokens(y_RD, arrived.row_TK.flatten(), arrived.slot_R, complete=arrived.complete)
+        weight_HK = weight_TK if permutation.here_T is None else weight_TK[permutation.here_T]
+        back = permutation.exchange.reverse(rows)
+        return unpermute_tokens(back, weight_HK, permutation.row_HK, permutation.slot_R, permutation.all_travel)

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mmoe.compat import flatten
+from mmoe.compat import flatten_mesh
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
 
-DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 WEIGHTS = ("pp", "dp_replicate", "fsdp", "tp")
-DEGREES = (*DENSE, "ep")
+DEGREES = (*DENSE_AXES, "ep")
 SPARSE = ("pp", "dp_replicate", "edp", "ep")
 
 
@@ -110,9 +110,9 @@ class ParallelDims:
             "cp": "positions of a sequence",
             "tp": "heads, FFN columns, vocabulary; positions in between",
         }
-        for axis in DENSE:
+        for axis in DENSE_AXES:
             table.add_row(axis, str(getattr(self, axis)), what[axis])
-        table.add_row("processes", str(self.world), " x ".join(str(getattr(self, axis)) for axis in DENSE))
+        table.add_row("processes", str(self.world), " x ".join(str(getattr(self, axis)) for axis in DENSE_AXES))
         table.add_row("ep", str(self.ep), f"experts, borrowed from dp_shard x cp x tp = {self.edp * self.ep}")
         table.add_row("edp", str(self.edp), "dp_shard x cp x tp / ep")
         return table
@@ -153,14 +153,14 @@ class Mesh:
         def made(axes: tuple[str, ...]) -> DeviceMesh:
             return init_device_mesh(device_type, tuple(getattr(dims, axis) for axis in axes), mesh_dim_names=axes)
 
-        self.dense, self._weights, self._sparse = made(DENSE), made(WEIGHTS), made(SPARSE)
+        self.dense, self._weights, self._sparse = made(DENSE_AXES), made(WEIGHTS), made(SPARSE)
         # Flattened once, on every rank in the same order: making a group is a collective.
         joined = {
             "data": ("dp_replicate", "dp_shard"),
             "sequence": ("cp", "tp"),
             "loss": ("dp_replicate", "dp_shard", "cp", "tp"),
         }
-        self._joined = {name: flatten(self.dense[axes], name) for name, axes in joined.items()}
+        self._joined = {name: flatten_mesh(self.dense[axes], name) for name, axes in joined.items()}
         self.peers = self._peers()
 
     def _peers(self) -> dist.ProcessGroup:

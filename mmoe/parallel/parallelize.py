@@ -34,8 +34,8 @@ def parallelize(model: MultimodalModel, mesh: Mesh, config: ParallelConfig, prec
     if dims.tp > 1:
         shard_tensors(model, mesh.axis("tp"))
     for block in blocks:
-        if isinstance(block.network, MoELayer) and (dims.ep > 1 or dims.sequence_ranks > 1):
-            shard_experts(block.network, mesh.axis("ep"), dims.sequence_ranks > 1)
+        if isinstance(block.feed_forward, MoELayer) and (dims.ep > 1 or dims.sequence_ranks > 1):
+            shard_experts(block.feed_forward, mesh.axis("ep"), dims.sequence_ranks > 1)
     recompute_and_compile(model, config)
     _shard(model, mesh, config, precision)
 

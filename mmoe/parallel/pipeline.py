@@ -99,7 +99,7 @@ class StageModel(MultimodalModel):
         return table
 
 
-def check_stages(layers: int, each: int, pp: int, micro_batches: int) -> None:
+def check_pipeline_stages(layers: int, each: int, pp: int, micro_batches: int) -> None:
     """Raise ConfigError where the layers or the micro-batches do not fit `pp` ranks with `each` so many stages."""
     if pp * each > layers:
         raise ConfigError(

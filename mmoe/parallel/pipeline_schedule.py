@@ -36,7 +36,7 @@ from mmoe.schema.batch import PackedBatch
 
 # The losses of a numbered micro-batch, given the model's output on it and the loads of the step before it.
 Losses = Callable[[ModelOutput, PackedBatch, int, ExpertLoadAccumulator], LossReport]
-Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
+PipelineSchedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Pipeline:
         self._names = router_losses(setting.losses.load_balance) if routed else ()
         self._step: _Step | None = None
         self._form: tuple[int, tuple[int, int]] | None = None  # micro-batches and shape that the schedule is for
-        self._schedule: Schedule | None = None
+        self._schedule: PipelineSchedule | None = None
         dist.barrier(mesh.group("pp"))  # the first exchange between two ranks alone may not open a group
 
     def run(
@@ -158,7 +158,7 @@ class Pipeline:
         self.model.set_reshard_after_backward(last, recurse=False)
         self.model.set_is_last_backward(last)
 
-    def _made(self, micro_batches: int, batch: PackedBatch) -> Schedule:
+    def _made(self, micro_batches: int, batch: PackedBatch) -> PipelineSchedule:
         border = self._border(batch, torch.device("meta"))
         for tensor in border:
             tensor.requires_grad_()

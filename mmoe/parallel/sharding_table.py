@@ -36,21 +36,21 @@ CUTS = {
     "attention.key.weight": Cut("tp", 0),
     "attention.value.weight": Cut("tp", 0),
     "attention.output.weight": Cut("tp", 1),
-    "network.gate.weight": Cut("tp", 0),
-    "network.up.weight": Cut("tp", 0),
-    "network.down.weight": Cut("tp", 1),
-    "network.experts.gate": Cut("ep", 0),
-    "network.experts.up": Cut("ep", 0),
-    "network.experts.down": Cut("ep", 0),
+    "feed_forward.gate.weight": Cut("tp", 0),
+    "feed_forward.up.weight": Cut("tp", 0),
+    "feed_forward.down.weight": Cut("tp", 1),
+    "feed_forward.experts.gate": Cut("ep", 0),
+    "feed_forward.experts.up": Cut("ep", 0),
+    "feed_forward.experts.down": Cut("ep", 0),
 }
 FEW_HEADS = ("attention.key.weight", "attention.value.weight")  # whole on every rank where ranks outnumber their heads
 
-DENSE = Unit("network", matrices=True)
+DENSE_UNIT = Unit("feed_forward", matrices=True)
 # By the beginning of a parameter's name in its block. Experts are cut by width: there may be fewer of them than ranks.
 UNITS = {
-    "network.experts.": Unit("network.experts", "edp", 1, matrices=True),
-    "network.shared.": Unit("network.shared", matrices=True),
-    **dict.fromkeys(("network.gate.", "network.up.", "network.down."), DENSE),
+    "feed_forward.experts.": Unit("feed_forward.experts", "edp", 1, matrices=True),
+    "feed_forward.shared.": Unit("feed_forward.shared", matrices=True),
+    **dict.fromkeys(("feed_forward.gate.", "feed_forward.up.", "feed_forward.down."), DENSE_UNIT),
 }
 
 

@@ -66,8 +66,8 @@ def shard_tensors(model: MultimodalModel, mesh: DeviceMesh) -> None:
     for block in model.decoder.blocks:
         if isinstance(block, Block):
             _shard_attention(block.attention, mesh)
-            if isinstance(block.network, SwiGLU):
-                _shard_network(block.network, mesh)
+            if isinstance(block.feed_forward, SwiGLU):
+                _shard_feed_forward(block.feed_forward, mesh)
     if model.embeddings is not None:
         model.embeddings.token = VocabularyEmbedding(model.embeddings.token, mesh)
     if model.unembedding is not None:
@@ -96,17 +96,17 @@ def _shard_attention(attention: Attention, mesh: DeviceMesh) -> None:
     parallelize_module(attention, mesh, plan)
 
 
-def _shard_network(network: SwiGLU, mesh: DeviceMesh) -> None:
+def _shard_feed_forward(feed_forward: SwiGLU, mesh: DeviceMesh) -> None:
     styles: dict[int, ParallelStyle] = {0: ColwiseParallel(), 1: RowwiseParallel(output_layouts=Partial())}
-    plan = {name: styles[CUTS[f"network.{name}.weight"].dim] for name in ("gate", "up", "down")}
+    plan = {name: styles[CUTS[f"feed_forward.{name}.weight"].dim] for name in ("gate", "up", "down")}
     entry = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    parallelize_module(network, mesh, {"": entry, **plan})
+    parallelize_module(feed_forward, mesh, {"": entry, **plan})
 
     def leave(_: nn.Module, __: tuple, part_BMD: Tensor) -> Tensor:
         # RowwiseParallel could sum and split too, but returns a view, which FSDP warns of.
         return reduce_scatter_gather_grad(part_BMD.unflatten(1, (mesh.size(), -1)).transpose(0, 1), mesh.get_group())
 
-    network.register_forward_hook(leave)
+    feed_forward.register_forward_hook(leave)
 
 
 class RepeatedHeads(ParallelStyle):

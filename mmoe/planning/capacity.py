@@ -1,4 +1,4 @@
-"""Advises on the capacity factor: what each would have dropped of the choices that a run made, and its memory.
+"""Advises on the capacity factor: what each would have dropped of the slots that a run made, and its memory.
 
 Shape suffixes: N layers of experts, C capacity factors.
 """
@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.config.load import load
 from mmoe.errors import ConfigError, DataError
 from mmoe.models.decoder import ModelConfig
 from mmoe.models.moe.statistics import CAPACITY_FACTORS, capacities
 from mmoe.monitoring.reader import RunReader
 from mmoe.monitoring.tables import FOLDER
 from mmoe.precision.config import PrecisionConfig
-from mmoe.recipe.config import RunConfig
+from mmoe.training.run import UNWATCHED, read_config
 
-LIMIT = 1e-3  # of the choices may be dropped
+LIMIT = 1e-3  # of the slots may be dropped
 LAST = 0.5  # of the steps are looked at, unless told otherwise: routing settles first
-BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 FORMULA = (
     "rows of an expert for a sequence: C = ceil(cf * L * K / E); bytes of a sequence's rows in a layer: "
@@ -32,14 +31,14 @@ FORMULA = (
 class CapacityAdvice:
     """Holds figures for C capacity factors and N layers of experts (numbered from 0 among them).
 
-    `drops` [N, C] i64 are the choices that each factor would have dropped, `choices` [N] i64 all of them, between the
+    `drops` [N, C] i64 are the slots that each factor would have dropped, `slots` [N] i64 all of them, between the
     records of steps `first` and `last`. `rows` [C] are those of one expert for one sequence, `bytes` [C]
     the activations of one sequence in the experts of one layer.
     """
 
     factors: tuple[float, ...]
     drops: np.ndarray
-    choices: np.ndarray
+    slots: np.ndarray
     rows: np.ndarray
     bytes: np.ndarray
     first: int
@@ -47,13 +46,13 @@ class CapacityAdvice:
 
     @property
     def rates(self) -> np.ndarray:
-        """The share of the choices of each layer that each factor would have dropped, [N, C]."""
-        return self.drops / np.maximum(self.choices, 1)[:, None]
+        """The share of the slots of each layer that each factor would have dropped, [N, C]."""
+        return self.drops / np.maximum(self.slots, 1)[:, None]
 
     @property
     def rates_overall(self) -> np.ndarray:
-        """The share of the choices of all layers that each factor would have dropped, [C]."""
-        return self.drops.sum(0) / max(self.choices.sum(), 1)
+        """The share of the slots of all layers that each factor would have dropped, [C]."""
+        return self.drops.sum(0) / max(self.slots.sum(), 1)
 
     @property
     def smallest(self) -> list[float | None]:
@@ -80,9 +79,7 @@ def read_advice(folder: str | Path, share: float = LAST) -> CapacityAdvice:
     Raises ConfigError where it is no run or has no experts, DataError where nothing was trained or counted.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}/config.yaml does not exist: {folder} is not a run; train it first")
-    config = load(RunConfig, folder / "config.yaml")
+    config = read_config(folder, UNWATCHED)
     return advise(RunReader(folder), config.model, config.data.sequence_length, config.precision, share)
 
 
@@ -104,11 +101,11 @@ def advise(
                 f"{folder}/{FOLDER}: the records of steps {factors.steps[0]} to {factors.steps[-1]} have other "
                 "capacity_factors than this version counts; choose a later part of the run with --last"
             )
-    steps, drops, choices = np.zeros(0, np.int64), np.int64(0), np.int64(0)
+    steps, drops, slots = np.zeros(0, np.int64), np.int64(0), np.int64(0)
     for would_drop, chosen in zip(reader.tables("would_drop", begin), reader.tables("expert_load", begin)):
         steps = np.concatenate([steps, would_drop.steps])
         drops = drops + would_drop.values.sum(0)
-        choices = choices + chosen.values.sum((0, 2, 3, 4))
+        slots = slots + chosen.values.sum((0, 2, 3, 4))
     if not len(steps):
         raise DataError(
             f"{folder}/{FOLDER} has no would_drop after step {begin} of {last}; choose a larger part of the run with "
@@ -119,9 +116,9 @@ def advise(
     return CapacityAdvice(
         factors=CAPACITY_FACTORS,
         drops=np.asarray(drops),
-        choices=np.asarray(choices),
+        slots=np.asarray(slots),
         rows=rows,
-        bytes=rows * moe.n_experts * width * BYTES[precision.compute],
+        bytes=rows * moe.n_experts * width * BYTES_OF_DTYPE[precision.compute],
         first=int(steps[0]),
         last=int(steps[-1]),
     )

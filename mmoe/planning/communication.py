@@ -21,8 +21,8 @@ from mmoe.parallel.expert import PaddedAllToAllDispatcher, parallel_dispatcher_o
 from mmoe.parallel.pipeline import TIED, StageModel
 from mmoe.parallel.reports import report_size
 from mmoe.parallel.setting import RankSetting
-from mmoe.planning.communication_traffic import Traffic, name_of, ranks_of
-from mmoe.planning.memory_shards import Place, by_unit, shards
+from mmoe.planning.communication_traffic import Traffic, ranks_of, traffic_axis
+from mmoe.planning.memory_shards import RankPlace, by_unit, shards
 from mmoe.schema.modality import Modality
 
 WIDE = 8  # bytes of an integer, and of what is added up for reports
@@ -44,9 +44,9 @@ class MicroBatch:
 class Communication:
     """Computes the traffic of one rank at `place`, whose part of the model is `model` (on meta)."""
 
-    def __init__(self, setting: RankSetting, model: nn.Module, place: Place | None = None) -> None:
+    def __init__(self, setting: RankSetting, model: nn.Module, place: RankPlace | None = None) -> None:
         self.setting, self.dims, self.batch = setting, setting.dims, setting.batch
-        self.place = place or Place()
+        self.place = place or RankPlace()
         self.shards = shards(setting.model, setting.precision, model, self.dims, self.place)
         self.wide = setting.precision.parameter_dtype.itemsize
         self.narrow = 2 if setting.precision.compute == "bfloat16" else self.wide
@@ -82,7 +82,7 @@ class Communication:
 
     def _add(self, axis: str, collective: str, size: int, calls: int = 1) -> None:
         if ranks_of(self.dims, axis) > 1:
-            self.traffic.add(name_of(self.dims, axis, collective), collective, size, calls)
+            self.traffic.add(traffic_axis(self.dims, axis, collective), collective, size, calls)
 
     def _weights(self) -> None:
         """FSDP2: a gather and a reduction for each of its modules. What stays gathered until a backward pass serves the
@@ -129,11 +129,11 @@ class Communication:
     def _tensor(self, again: int, back: int) -> None:
         model = self.setting.model
         attended = self._positions // self.dims.cp * model.d_model  # [B, M, D]
-        networks = len(self.layers) - len(self.routed)
+        dense_layers = len(self.layers) - len(self.routed)
         # What enters attention and a dense network is gathered, what leaves is summed and split; gradients as well.
-        self._there_and_back("tp", attended * self.narrow, len(self.layers) + networks, again, back)
-        self._add("tp", "reduce_scatter", attended * self.narrow, len(self.layers) * again + networks)
-        self._add("tp", "all_gather", attended * self.narrow, (len(self.layers) + networks) * back)
+        self._there_and_back("tp", attended * self.narrow, len(self.layers) + dense_layers, again, back)
+        self._add("tp", "reduce_scatter", attended * self.narrow, len(self.layers) * again + dense_layers)
+        self._add("tp", "all_gather", attended * self.narrow, (len(self.layers) + dense_layers) * back)
         if self.first:  # the token table: ids are gathered, vectors summed and split
             self._add("tp", "all_gather", self._positions // self.dims.cp * WIDE)
             self._add("tp", "reduce_scatter", attended * self.wide)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from mmoe.compat import C10D, FUNCTIONAL, TorchDispatchMode, group_of_collective, tree_leaves
 from mmoe.parallel.mesh import Mesh
-from mmoe.planning.communication_traffic import AXES, Traffic, name_of
+from mmoe.planning.communication_traffic import TRAFFIC_AXES, Traffic, traffic_axis
 
 # By operation: the name of the collective, and which argument (or "result") is the whole tensor that it is about.
 COLLECTIVES: dict[Any, tuple[str, int | str]] = {
@@ -33,7 +33,7 @@ COLLECTIVES: dict[Any, tuple[str, int | str]] = {
 
 
 class CommunicationTrace(TorchDispatchMode):
-    """A context that counts the collectives this rank takes part in, as `traffic` so far.
+    """Counts the collectives that this rank takes part in while the context lasts, as `traffic` so far.
 
     Raises KeyError for a collective that it does not know.
     """
@@ -41,7 +41,7 @@ class CommunicationTrace(TorchDispatchMode):
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self.traffic, self._degrees = Traffic(), mesh.dims
-        self._axis = {mesh.group(axis).group_name: axis for axis in AXES if axis not in ("peers", "all")}
+        self._axis = {mesh.group(axis).group_name: axis for axis in TRAFFIC_AXES if axis not in ("peers", "all")}
         if mesh.dims.dp_replicate > 1:
             for device_mesh in (mesh.fsdp, mesh.edp_fsdp):
                 self._axis[device_mesh.get_group("dp_replicate").group_name] = "dp_replicate"
@@ -63,7 +63,7 @@ class CommunicationTrace(TorchDispatchMode):
         if group is not None and group.size() > 1:
             collective, whole = COLLECTIVES[function]
             value = result if isinstance(whole, str) else arguments[whole]
-            axis = name_of(self._degrees, self._axis[group.group_name], collective)
+            axis = traffic_axis(self._degrees, self._axis[group.group_name], collective)
             self.traffic.add(axis, collective, _bytes(value))
 
     def take(self) -> Traffic:

@@ -11,7 +11,7 @@ from rich.table import Table
 from mmoe.parallel.mesh import ParallelDims
 
 # The groups of a run by what they are for.
-AXES = ("fsdp", "edp", "ep", "tp", "cp", "sequence", "data", "loss", "pp", "dp_replicate", "peers", "all")
+TRAFFIC_AXES = ("fsdp", "edp", "ep", "tp", "cp", "sequence", "data", "loss", "pp", "dp_replicate", "peers", "all")
 GATHERED = ("fsdp", "edp", "tp", "cp", "sequence", "loss")
 # What a collective among all ranks is counted for: the first of these axes that has them all.
 WHOLE = {
@@ -25,7 +25,7 @@ WHOLE = {
 }
 
 
-class Kind(NamedTuple):
+class TrafficKind(NamedTuple):
     """Names a collective on an axis of the mesh."""
 
     axis: str
@@ -40,13 +40,13 @@ class Traffic:
     an all-to-all take, what an all-reduce or a broadcast shares, what is sent or received.
     """
 
-    calls: dict[Kind, int] = field(default_factory=dict)
-    bytes: dict[Kind, int] = field(default_factory=dict)
+    calls: dict[TrafficKind, int] = field(default_factory=dict)
+    bytes: dict[TrafficKind, int] = field(default_factory=dict)
 
     def add(self, axis: str, collective: str, size: int, calls: int = 1) -> None:
         """Count `calls` collectives of `size` bytes each on `axis`."""
         if calls:
-            kind = Kind(axis, collective)
+            kind = TrafficKind(axis, collective)
             self.calls[kind] = self.calls.get(kind, 0) + calls
             self.bytes[kind] = self.bytes.get(kind, 0) + calls * size
 
@@ -81,7 +81,7 @@ class Traffic:
             part.calls[kind], part.bytes[kind] = calls, size
         return parts
 
-    def rows(self) -> Iterator[tuple[Kind, int, int]]:
+    def rows(self) -> Iterator[tuple[TrafficKind, int, int]]:
         """Yield (kind, calls, bytes) of each kind, the largest first."""
         for kind, size in sorted(self.bytes.items(), key=lambda item: (-item[1], item[0])):
             yield kind, self.calls[kind], size
@@ -130,7 +130,7 @@ def ranks_of(dims: ParallelDims, axis: str) -> int:
     return joined[axis] if axis in joined else getattr(dims, axis)
 
 
-def name_of(dims: ParallelDims, axis: str, collective: str) -> str:
+def traffic_axis(dims: ParallelDims, axis: str, collective: str) -> str:
     """Return `axis`, or where its group has all ranks the name that this has for `collective`.
 
     torch has one group of all ranks for all purposes.

@@ -17,7 +17,7 @@ from mmoe.tokenizers.bundle import TokenizersConfig
 
 
 @dataclass(frozen=True)
-class PlannedSource:
+class SourceForecast:
     """Says what a source has of the steps that `inspect` has planned."""
 
     name: str
@@ -32,7 +32,7 @@ class PlannedSource:
 class Inspection:
     """Says what is in the first steps of a run."""
 
-    sources: list[PlannedSource]
+    sources: list[SourceForecast]
     sequences: int
     length: int  # of a sequence, in positions
     packing_efficiency: float  # share of the positions that hold something
@@ -73,7 +73,7 @@ def inspect(config: RunConfig, steps: int, replicas: int) -> Inspection:
     for source, target in zip(planned, targets.tolist(), strict=True):
         mine = parts[parts["source"] == source.number]
         served, begun = int(mine["length"].sum()), int((mine["part"] == 0).sum())
-        shares.append(PlannedSource(source.name, served / positions, target, len(mine), served, begun / source.rows))
+        shares.append(SourceForecast(source.name, served / positions, target, len(mine), served, begun / source.rows))
     works = [np.array([s.counts.work for s in batch]) for batch in batches]
     balances = [balance(work, assign_to_replicas(work, group, micro, replicas)) for work in works]
     attention, vision = np.mean(balances, axis=0).tolist()

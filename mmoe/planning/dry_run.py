@@ -69,8 +69,8 @@ def dry_run(
         model = on_meta(run, assumed.inputs, mesh.rank("pp"))
         parallelize(model, mesh, run.parallel, run.precision)
         if run.model.moe is not None:
-            choices = documents.sequences * documents.length // run.dims.sequence_ranks * run.model.moe.top_k
-            plan_routing(model, load, choices)
+            slots = documents.sequences * documents.length // run.dims.sequence_ranks * run.model.moe.top_k
+            plan_routing(model, load, slots)
         with FakeTensorMode(allow_non_fake_inputs=True), shapes_apart():
             model.to_empty(device=DEVICE)
             for module in model.modules():

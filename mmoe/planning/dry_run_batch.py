@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mmoe.data.config import DataConfig
-from mmoe.data.storage.store import DEFAULT
+from mmoe.data.storage.store import DEFAULT_STORAGE
 from mmoe.errors import ConfigError
 from mmoe.models.embeddings import ModelInputs
 from mmoe.schema.batch import IGNORE, PackedBatch, Pairs, Values
@@ -41,7 +41,7 @@ class Assumed:
         """
         bins = tokenizers.action.bins if tokenizers.action.mode == "discrete" else 0
         text = tokenizers.text
-        if vocabulary_size is None and (text.path is None or DEFAULT.exists(text.path)):
+        if vocabulary_size is None and (text.path is None or DEFAULT_STORAGE.exists(text.path)):
             vocabulary = Vocabulary(text.build().size, action_bins=bins)
         else:
             others = Vocabulary(0, action_bins=bins).size
@@ -64,7 +64,7 @@ class Assumed:
 class Documents:
     """Describes a batch in which `count` equally long documents fill each of `sequences` of `length` positions.
 
-    Each has a picture of `patches`, an inertial, a state and an action vector, and labelled text. The picture and the
+    Each has an image of `patches`, an inertial, a state and an action vector, and labeled text. The image and the
     text are a contrastive pair.
     """
 
@@ -76,7 +76,7 @@ class Documents:
 
     @classmethod
     def from_config(cls, data: DataConfig, max_patches: int, sequences: int, count: int) -> "Documents":
-        """Fill `sequences` with `count` documents each, whose pictures have `max_patches` at most.
+        """Fill `sequences` with `count` documents each, whose images have `max_patches` at most.
 
         Raises ConfigError where so many documents do not fill a sequence.
         """
@@ -139,7 +139,7 @@ class Documents:
             return Values(torch.zeros(room, width), torch.cat([index, spare]))
 
         inputs = assumed.inputs
-        picture = (first[:, None] + torch.arange(patches)).flatten()
+        image = (first[:, None] + torch.arange(patches)).flatten()
         spans = torch.stack([first, first + patches, first + patches + 3, first + size], 1).view(-1, 2, 2)
         order = np.arange(size, dtype=np.int32)
         continuous = documents if inputs.action_dim else 0
@@ -156,7 +156,7 @@ class Documents:
             loss_weight=torch.ones(self.sequences, self.length),
             values={
                 Modality.VISION: values(
-                    inputs.patch_dim + inputs.patch_coordinates, picture, self.sequences * self.patch_budget
+                    inputs.patch_dim + inputs.patch_coordinates, image, self.sequences * self.patch_budget
                 ),
                 Modality.INERTIAL: values(inputs.inertial_dim, first + patches, documents),
                 Modality.STATE: values(inputs.state_dim, first + patches + 1, documents),

@@ -23,7 +23,7 @@ Note = Callable[[Any, tuple, Any], None]  # operation, arguments, result
 
 
 class DryMode(TorchDispatchMode):
-    """A mode on top of a `FakeTensorMode` that computes integers which come from no float.
+    """Computes, on top of a `FakeTensorMode`, the integers which come from no float.
 
     So the layout of a batch (documents, labels, places) is real, and what depends on weights has a shape alone. A
     number that the host reads from the latter is taken for 1: the flags of reports, all of which are set. The `notes`

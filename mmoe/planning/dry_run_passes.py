@@ -91,7 +91,7 @@ class Passes:
 
 
 class DryRanks(MeshExecutor):
-    """A rank's executor that notes its passes."""
+    """Executes a rank's passes and notes them."""
 
     def __init__(self, mesh: Mesh, setting: RankSetting, sources: int, model: MultimodalModel, passes: Passes) -> None:
         pipeline = DryPipeline(model, mesh, setting, passes) if isinstance(model, StageModel) else None
@@ -130,7 +130,7 @@ class DryRanks(MeshExecutor):
 
 
 class DryPipeline(Pipeline):
-    """A pipeline that notes its passes."""
+    """Runs a pipeline's passes and notes them."""
 
     def __init__(self, model: StageModel, mesh: Mesh, setting: RankSetting, passes: Passes) -> None:
         super().__init__(model, mesh, setting, DEVICE)

@@ -22,7 +22,7 @@ from mmoe.planning.dry_run import RankCost, dry_run
 from mmoe.planning.dry_run_batch import Assumed, Documents
 from mmoe.planning.dry_run_routing import Load
 from mmoe.planning.memory import StateMemory
-from mmoe.planning.memory_shards import Place
+from mmoe.planning.memory_shards import RankPlace
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun
 
@@ -66,10 +66,10 @@ class Plan:
         """Find the cost of `rank` by the dry run."""
         return dry_run(self.run, self.optim, rank, self.assumed, self.documents, self.load)
 
-    def place(self, rank: int) -> Place:
+    def place(self, rank: int) -> RankPlace:
         """Return where a rank stands on the axes that cut parameters."""
         within = rank % (self.dims.world // self.dims.pp)
-        return Place(within // self.dims.tp % self.dims.fsdp, within % self.dims.tp)
+        return RankPlace(within // self.dims.tp % self.dims.fsdp, within % self.dims.tp)
 
     def stage(self, rank: int) -> int:
         """Return the number of the pipeline stage of a rank."""
@@ -86,8 +86,8 @@ class Plan:
         pairs = -(-self.documents.sequences * self.documents.count // dims.sequence_ranks)
         if moe is None:
             return MicroBatch(self.labels(rank), pairs)
-        choices = self.documents.sequences * self.documents.length // dims.sequence_ranks * moe.top_k
-        sent = self.load.sent(choices, dims.ep, rank % dims.ep, moe.capacity_factor)
+        slots = self.documents.sequences * self.documents.length // dims.sequence_ranks * moe.top_k
+        sent = self.load.sent(slots, dims.ep, rank % dims.ep, moe.capacity_factor)
         return MicroBatch(self.labels(rank), pairs, sum(sent), sent[rank % dims.ep] * dims.ep)
 
     def traffic(self, rank: int) -> Traffic:

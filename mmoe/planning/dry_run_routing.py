@@ -1,4 +1,4 @@
-"""Routes without a router: says where the choices of a batch go, from a stated load, as whole numbers."""
+"""Routes without a router: says where the slots of a batch go, from a stated load, as whole numbers."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ from mmoe.parallel.mesh import ParallelDims
 
 @dataclass(frozen=True)
 class Load:
-    """States how the choices of a batch are spread over the ranks of an `ep` group.
+    """States how the slots of a batch are spread over the ranks of an `ep` group.
 
-    They share the choices evenly, but the rank that is looked at gets `imbalance` times the mean. Capacity keeps what
+    They share the slots evenly, but the rank that is looked at gets `imbalance` times the mean. Capacity keeps what
     an expert has room for.
     """
 
@@ -34,41 +34,41 @@ class Load:
             )
         return cls(imbalance)
 
-    def sent(self, choices: int, ranks: int, busiest: int, room: float | None) -> list[int]:
-        """Return how many rows a rank with so many `choices` sends to each of the `ranks`.
+    def sent(self, slots: int, ranks: int, busiest: int, room: float | None) -> list[int]:
+        """Return how many rows a rank with so many `slots` sends to each of the `ranks`.
 
-        `busiest` is the number of the busiest rank. `room` is the capacity factor; None: every choice has a row.
+        `busiest` is the number of the busiest rank. `room` is the capacity factor; None: every slot has a row.
         """
         shares = [(ranks - self.imbalance) / (ranks - 1) if ranks > 1 else 1.0] * ranks
         shares[busiest] = min(self.imbalance, ranks)
         if room is not None:
             shares = [min(share, room) for share in shares]
-        return [round(share * choices / ranks) for share in shares]
+        return [round(share * slots / ranks) for share in shares]
 
 
 class PlannedDispatcher(AllToAllDispatcher):
-    """A variable exchange whose numbers of rows are those of `load`, where every rank has `choices`."""
+    """Exchanges as many rows as `load` says, where every rank has `slots`."""
 
-    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup, load: Load, choices: int) -> None:
+    def __init__(self, local: LocalDispatcher, group: dist.ProcessGroup, load: Load, slots: int) -> None:
         super().__init__(local, group)
-        self.load, self.choices = load, choices
+        self.load, self.slots = load, slots
 
     def _rows(self, sent_SF: Tensor) -> tuple[Tensor, list[int], list[int]]:
         dist.all_to_all_single(torch.empty_like(sent_SF), sent_SF, group=self.group)
         rank = dist.get_rank(self.group)
-        sent = self.load.sent(self.choices, self.ranks, rank, self.local.capacity_factor)
+        sent = self.load.sent(self.slots, self.ranks, rank, self.local.capacity_factor)
         arrived_SF = torch.tensor([_even(sent[rank], sent_SF.shape[1])] * self.ranks)
         return arrived_SF, [sent[rank]] * self.ranks, sent
 
 
-def plan_routing(model: nn.Module, load: Load, choices: int) -> None:
+def plan_routing(model: nn.Module, load: Load, slots: int) -> None:
     """Set the row counts of every exchange of `model` whose sizes depend on what is routed by `load`.
 
-    Every rank has `choices`.
+    Every rank has `slots`.
     """
     for module in model.modules():
         if isinstance(module, MoELayer) and isinstance(module.dispatcher, AllToAllDispatcher):
-            module.dispatcher = PlannedDispatcher(module.dispatcher.local, module.dispatcher.group, load, choices)
+            module.dispatcher = PlannedDispatcher(module.dispatcher.local, module.dispatcher.group, load, slots)
 
 
 def _even(number: int, parts: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch import nn
 from mmoe.optim.config import OptimConfig
 from mmoe.optim.optimizer import owner
 from mmoe.parallel.setting import RankSetting
-from mmoe.planning.memory_shards import Place, shards
+from mmoe.planning.memory_shards import RankPlace, shards
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StateMemory:
     whole_gradients: int
 
     @classmethod
-    def from_setting(cls, setting: RankSetting, optim: OptimConfig, model: nn.Module, place: Place) -> StateMemory:
+    def from_setting(cls, setting: RankSetting, optim: OptimConfig, model: nn.Module, place: RankPlace) -> StateMemory:
         """Compute the memory of a rank at `place` whose part of the model is `model` (on meta)."""
         found = shards(setting.model, setting.precision, model, setting.dims, place)
         dtype = setting.precision.parameter_dtype

@@ -15,7 +15,7 @@ from mmoe.precision.config import PrecisionConfig
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Says where a rank is on the axes that cut parameters unevenly."""
 
     fsdp: int = 0
@@ -51,7 +51,7 @@ class Shard:
         """The number of elements after a gather, padding included."""
         return self.chunk * self.parts
 
-    def held(self, place: Place) -> int:
+    def held(self, place: RankPlace) -> int:
         """Count the elements that the rank at `place` holds between the gathers."""
         here = size = -(-self.rows // self.parts)
         if self.unit.axis == "fsdp":  # ranks that share experts do so evenly
@@ -60,7 +60,7 @@ class Shard:
 
 
 def shards(
-    config: ModelConfig, precision: PrecisionConfig, model: nn.Module, dims: ParallelDims, place: Place
+    config: ModelConfig, precision: PrecisionConfig, model: nn.Module, dims: ParallelDims, place: RankPlace
 ) -> list[Shard]:
     """Return a `Shard` of every parameter of `model` (as `on_meta` gives it), in its order."""
     found = []

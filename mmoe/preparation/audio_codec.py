@@ -1,4 +1,4 @@
-"""Fits an audio codec to the sounds of a source while the source is prepared."""
+"""Fits an audio codec to the audio clips of a source while the source is prepared."""
 
 import json
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ AUDIO_REPORT = "audio_codec.json"
 
 
 def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig, seed: int) -> str:
-    """Fit a codec on the training sounds of a source, save it, and return a sentence with its error.
+    """Fit a codec on the training audio clips of a source, save it, and return a sentence with its error.
 
-    The error is that on the held-out sounds, or on the training sounds where none are held out.
+    The error is that on the held-out audio clips, or on the training audio clips where none are held out.
     """
     rate = config.mel.sample_rate
     codec = MelCodec.fit(_waves(folder, manifest, "train", rate), config, seed)
@@ -30,12 +30,12 @@ def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig,
     report = {"fingerprint": codec.fingerprint, "split": measured, "reconstruction_error": errors}
     (folder / AUDIO_REPORT).write_text(json.dumps(report, indent=1))
     levels = ", ".join(f"{error:.3f} with {level}" for level, error in errors.items())
-    return f"audio codec: mean squared error of the normalised log-mel bands ({measured}), by levels: {levels}"
+    return f"audio codec: mean squared error of the normalized log-mel bands ({measured}), by levels: {levels}"
 
 
 def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:
     """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
-    with needs("decoding sound"):
+    with needs("decoding audio"):
         from mmoe.data.load.media import load_audio
     for shard in manifest.splits[name].shards:
         index = ShardIndex.read(folder / shard.path)

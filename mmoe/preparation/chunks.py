@@ -23,12 +23,12 @@ from mmoe.config.base import Config
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import ShardWriter, read_stored
 from mmoe.data.load.tables import load_array
-from mmoe.data.load.video import Backend
-from mmoe.preparation.hygiene import FilterConfig, find_fault
+from mmoe.data.load.video import VideoBackend
+from mmoe.preparation.filters import FilterConfig, find_fault
 from mmoe.preparation.rows import Row, make_row
 from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
+from mmoe.preparation.source_report import SplitReport
 from mmoe.preparation.sources.base import Item, Refused
-from mmoe.preparation.tally import Tally
 from mmoe.schema.bounds import Bounds, bounded_by
 from mmoe.schema.manifest import ShardEntry
 from mmoe.schema.modality import Modality
@@ -46,7 +46,7 @@ class ChunkConfig(Config):
 
     shard_bytes: int = Field(256 << 20, gt=0)
     shard_rows: int = Field(10_000, gt=0)
-    video_backend: Backend = "auto"  # decord: stored films it is proven to read, the others are refused
+    video_backend: VideoBackend = "auto"  # decord: stored videos it is proven to read, the others are refused
     filters: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
     bounds: Bounds = Bounds()  # of what is read of one file
@@ -66,7 +66,7 @@ class Chunk:
         return f"{self.side}-{self.number:06d}"
 
 
-def cut(side: str, items: Sequence[Item], length: int) -> list[Chunk]:
+def cut_chunks(side: str, items: Sequence[Item], length: int) -> list[Chunk]:
     """Cut the items of a side into chunks of at most `length` items, as even as they can be."""
     count = -(-len(items) // length)
     ends = [len(items) * number // count for number in range(count + 1)] if count else []
@@ -74,8 +74,8 @@ def cut(side: str, items: Sequence[Item], length: int) -> list[Chunk]:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A finished chunk on disk, whose files are read when they are asked for."""
+class StoredChunk:
+    """Reads the files of a finished chunk on disk when they are asked for."""
 
     folder: Path
 
@@ -113,9 +113,9 @@ class Stored:
         """The items that a filter took out, as (item, reason, message)."""
         return [tuple(line) for line in self.record["removed"]]
 
-    def tally(self) -> Tally:
+    def report(self) -> SplitReport:
         """Read the counts that the samples of the chunk add up to."""
-        return Tally.load(self.record["tally"], self.arrays)
+        return SplitReport.load(self.record["report"], self.arrays)
 
     def signatures(self) -> Signatures:
         """Read the hashes and signatures that duplicates are found by."""
@@ -134,7 +134,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Make:
+class ChunkMaker:
     """Makes chunks: a call writes the folder ``<chunk.name>`` in `folder`, and returns the number of its items.
 
     It is picklable: the work of an engine.
@@ -144,7 +144,7 @@ class Make:
     config: ChunkConfig
     tokenizer: TextTokenizer
     vector_names: dict[str, tuple[str, ...]]
-    sound_rate: int | None = None  # Hz, of the codec that is to be fitted
+    audio_rate: int | None = None  # Hz, of the codec that is to be fitted
 
     def __call__(self, chunk: Chunk) -> int:
         """Write the folder of the chunk, and return the number of its items."""
@@ -163,19 +163,19 @@ class Make:
 
     def row(self, item: Item) -> Row | Refused:
         """Make the sample of an item and check it; what is wrong with it is returned, not raised."""
-        return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.sound_rate)
+        return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.audio_rate)
 
 
 @dataclass(frozen=True)
-class Thinning:
-    """A finished chunk of which some `items` (numbers) turned out to be duplicates."""
+class ChunkDuplicates:
+    """Names a finished chunk and those of its `items` (numbers) that turned out to be duplicates."""
 
     name: str
     items: frozenset[int]
 
 
 @dataclass(frozen=True)
-class Thin:
+class DuplicateRemover:
     """Writes chunks again without their duplicates, from their shards in `source`, into `folder`.
 
     A call returns the number of samples left out.
@@ -185,16 +185,16 @@ class Thin:
     folder: Path
     config: ChunkConfig
 
-    def __call__(self, thinning: Thinning) -> int:
+    def __call__(self, chunk: ChunkDuplicates) -> int:
         """Write the folder of the samples that are left, and return the number of those left out."""
-        stored = Stored(self.source / thinning.name)
+        stored = StoredChunk(self.source / chunk.name)
         config = self.config.model_copy(update={"dedup": DedupConfig()})  # what is left has been compared
-        with _Writer(self.folder / thinning.name, config) as writer:
+        with _Writer(self.folder / chunk.name, config) as writer:
             for item, row in zip(stored.arrays["item"].tolist(), stored.rows(), strict=True):
-                if item not in thinning.items:
+                if item not in chunk.items:
                     writer.add(row, item)
             writer.finish(stored.refused, stored.removed)
-        return len(thinning.items)
+        return len(chunk.items)
 
 
 class _Writer:
@@ -204,7 +204,7 @@ class _Writer:
         self._folder = folder
         self._temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
         self._shards = ShardWriter(self._temporary, config.shard_bytes, config.shard_rows)
-        self._tally, self._signatures = Tally(), SignatureBuilder(config.dedup)
+        self._report, self._signatures = SplitReport(), SignatureBuilder(config.dedup)
         self._text_bytes: list[int] = []
         self._flags: dict[int, Counter[str]] = {}
 
@@ -212,7 +212,7 @@ class _Writer:
         if row.sample.flags:
             self._flags[len(self._text_bytes)] = row.sample.flags
         self._text_bytes.append(row.text_bytes)
-        self._tally.add(row)
+        self._report.add(row)
         self._signatures.add(
             item,
             row.content_hash,
@@ -226,20 +226,20 @@ class _Writer:
     def finish(self, refused: list[tuple[int, str, str]], removed: list[tuple[int, str, str]]) -> None:
         self._shards.__exit__(None)
         record = {
-            "tally": self._tally.as_dict(),
+            "report": self._report.as_dict(),
             "refused": refused,
             "removed": removed,
             "flags": self._flags,
             "shards": [s.model_copy(update={"path": Path(s.path).name}).model_dump() for s in self._shards.shards],
         }
-        arrays = {"text_bytes": np.array(self._text_bytes, np.int64), **self._tally.arrays()}
+        arrays = {"text_bytes": np.array(self._text_bytes, np.int64), **self._report.arrays()}
         arrays |= self._signatures.build().arrays()
         np.savez(self._temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]  # numpy's stubs: as its flag
         text = json.dumps(record)  # ASCII: file names may hold what is no UTF-8
         (self._temporary / "record.json").write_text(text, encoding="ascii")
         if self._folder.exists():  # half of one, or finished by somebody who was thought dead
             shutil.rmtree(self._folder)
-        # Not synced, as a file by `write_atomically` is: what a crash of the machine cuts, `Stored.whole` finds.
+        # Not synced, as a file by `write_atomically` is: what a crash of the machine cuts, `StoredChunk.whole` finds.
         self._temporary.rename(self._folder)
 
     def __enter__(self) -> "_Writer":
@@ -256,9 +256,9 @@ def _texts(row: Row) -> list[str]:
 
 
 def _sizes(row: Row) -> list[tuple[int, int]]:
-    """Height and width of the still pictures."""
-    pictures = (s for s in row.sample.segments if s.modality is Modality.VISION and s.slice == NO_SLICE)
-    return [(picture.height, picture.width) for picture in pictures]
+    """Height and width of the still images."""
+    images = (s for s in row.sample.segments if s.modality is Modality.VISION and s.slice == NO_SLICE)
+    return [(image.height, image.width) for image in images]
 
 
 def _stored_row(index: ShardIndex, at: int, content_hash: int, text_bytes: int, flags: Counter[str]) -> Row:

@@ -26,7 +26,7 @@ _ASSEMBLING = "assembling"
 
 
 class Job:
-    """The folder of an unfinished preparation, held by one process at a time.
+    """Holds the folder of an unfinished preparation for one process at a time.
 
     Leaving the context by an exception keeps it, so that the same command goes on from there.
     """

@@ -5,10 +5,10 @@ from pathlib import Path
 from mmoe.config.base import Config
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
-from mmoe.preparation.lists import GAP, Refusals
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.lists import SPLIT_GAP, Refusals
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.files import check_name
-from mmoe.preparation.splits import GAP_NS, Split, split
+from mmoe.preparation.splits import GAP_NS, Split, split_recordings
 
 
 def check_named(input: str | Path) -> None:
@@ -17,7 +17,7 @@ def check_named(input: str | Path) -> None:
         raise DataError("the input is empty, which names no folder; give the file or folder of the recordings")
 
 
-def list_items(source: Source, input: Path, reader: Config, quarantine: Quarantine) -> list[Item]:
+def list_items(source: Source, input: Path, reader: Config, quarantine: Refuse) -> list[Item]:
     """List the items that may be made; those whose key or recording cannot be one are refused."""
     if not source.generated and not input.exists():
         raise DataError(f"{input} does not exist; give the file or folder of the recordings to prepare")
@@ -41,9 +41,9 @@ def split_items(source: Source, items: list[Item], lost: Refusals, heldout_share
     """Split the items that are not `lost` by side; also return the refusals of those in the gap between the sides."""
     gone = {key for key, *_ in lost}
     left = [item for item in items if item.key not in gone]
-    sides = split(left, heldout_share, gap=0 if source.clock == "none" else GAP_NS)
+    sides = split_recordings(left, heldout_share, gap=0 if source.clock == "none" else GAP_NS)
     said = "sample {} lies in the gap before the held-out tail of {}"
-    return sides, [(item.key, GAP, said.format(item.key, item.recording)) for item in sides.gap]
+    return sides, [(item.key, SPLIT_GAP, said.format(item.key, item.recording)) for item in sides.gap]
 
 
 def can_split(source: Source, items: list[Item], lost: Refusals, heldout_share: float) -> bool:

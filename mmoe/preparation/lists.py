@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from mmoe.errors import DataError
-from mmoe.preparation.chunks import Chunk, Stored
-from mmoe.preparation.tally import ItemLog, Tally
+from mmoe.preparation.chunks import Chunk, StoredChunk
+from mmoe.preparation.source_report import ItemLog, SplitReport
 
 QUARANTINE = "quarantine.jsonl"  # what could not be read
 REMOVED = "removed.jsonl"  # what could be read and was left out
-GAP = "gap before the held-out tail"  # the reason of what the split leaves out
+SPLIT_GAP = "gap before the held-out tail"  # the reason of what the split leaves out
 
 # (item, reason, message, key of what it duplicates or "") of samples left out of a chunk
 Removed = list[tuple[int, str, str, str]]
@@ -24,7 +24,7 @@ def write_lists(
         for line in listed:
             refused.write(*line)
         for chunk, place in folders.items():
-            stored = Stored(place)
+            stored = StoredChunk(place)
             for number, reason, message in stored.refused:
                 refused.write(chunk.items[number].key, reason, message)
             lines = [(*line, "") for line in stored.removed] + removed.get(chunk.name, [])
@@ -34,7 +34,7 @@ def write_lists(
 
 
 def unfilled(
-    tallies: dict[str, Tally],
+    reports: dict[str, SplitReport],
     heldout_share: float,
     refused: ItemLog,
     left_out: ItemLog,
@@ -45,7 +45,7 @@ def unfilled(
 
     The error names the commonest reason, and where the lists will be.
     """
-    taken = {name: tally.samples for name, tally in tallies.items()}
+    taken = {name: report.samples for name, report in reports.items()}
     empty = "train" if not taken["train"] else "heldout" if heldout_share and not taken["heldout"] else None
     if empty is None:
         return None
@@ -54,7 +54,7 @@ def unfilled(
         more = ", or set prepare.heldout_share=0" if empty == "heldout" else ""
         return DataError(f"{input} gives no sample for the split {empty}; add recordings{more}")
     # The gap follows from the split: whoever has nothing left wants to know what became of the rest.
-    named = {reason: count for reason, count in counts.items() if reason != GAP} or counts
+    named = {reason: count for reason, count in counts.items() if reason != SPLIT_GAP} or counts
     reason = max(named, key=named.__getitem__)
     lists = [str(beside(output, n)) for log, n in ((refused, QUARANTINE), (left_out, REMOVED)) if log.counts]
     return DataError(
@@ -97,5 +97,5 @@ def refusals(folders: dict[Chunk, Path]) -> Refusals:
     return [
         (chunk.items[number].key, reason, message)
         for chunk, place in folders.items()
-        for number, reason, message in Stored(place).refused
+        for number, reason, message in StoredChunk(place).refused
     ]

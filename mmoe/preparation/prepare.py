@@ -28,12 +28,20 @@ from mmoe.addresses import check_address
 from mmoe.config.base import Config
 from mmoe.config.load import validate
 from mmoe.data.load.reading import reading
-from mmoe.data.storage.store import DEFAULT
+from mmoe.data.storage.store import DEFAULT_STORAGE
 from mmoe.errors import DataError
 from mmoe.optional import require
 from mmoe.preparation.audio_codec import fit_audio_codec
-from mmoe.preparation.chunks import Chunk, ChunkConfig, Make, Stored, Thin, Thinning, cut
-from mmoe.preparation.dedup import Duplicates
+from mmoe.preparation.chunks import (
+    Chunk,
+    ChunkConfig,
+    ChunkDuplicates,
+    ChunkMaker,
+    DuplicateRemover,
+    StoredChunk,
+    cut_chunks,
+)
+from mmoe.preparation.duplicates import Duplicates
 from mmoe.preparation.engines import Engine, run
 from mmoe.preparation.job import JOB_FORMAT, Job, listing_digest
 from mmoe.preparation.listing import can_split, check_named, list_items, split_items
@@ -49,12 +57,12 @@ from mmoe.preparation.lists import (
     with_list,
     write_lists,
 )
-from mmoe.preparation.references import Reference, Sign, find_references, is_signed, load_signatures
+from mmoe.preparation.references import Reference, ReferenceSigner, find_references, is_signed, load_signatures
 from mmoe.preparation.rows import Row, make_sample
+from mmoe.preparation.source_report import SplitReport, Summary, summary
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Item, Source
 from mmoe.preparation.statistics import KNOTS
-from mmoe.preparation.tally import Summary, Tally, summary
 from mmoe.schema.bounds import bounded_by
 from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.modality import Modality
@@ -66,7 +74,7 @@ from mmoe.tokenizers.text import TextTokenizer
 logger = logging.getLogger(__name__)
 
 # Given what is done, how many items of how many (None: unknown), gives what is told of every further ones.
-Progress = Callable[[str, int, int | None], AbstractContextManager[Callable[[int], None]]]
+PrepareProgress = Callable[[str, int, int | None], AbstractContextManager[Callable[[int], None]]]
 
 SYNTHETIC = "clock: synthetic, made from a row's number and a rate; it cannot show skew between sensors"
 
@@ -81,7 +89,7 @@ class PrepareConfig(ChunkConfig):
     """Says what preparation decides for any source; given as ``prepare.<key>`` among the reader's options."""
 
     heldout_share: float = Field(0.15, ge=0, lt=1)  # of recordings, or of the length of each; 0: hold out nothing
-    audio: AudioConfig = AudioConfig()  # the codec fitted to a source with sound, where its kind is mel
+    audio: AudioConfig = AudioConfig()  # the codec fitted to a source with audio, where its kind is mel
     audio_seed: int = Field(0, ge=0)
 
     def chunks(self) -> ChunkConfig:
@@ -91,7 +99,7 @@ class PrepareConfig(ChunkConfig):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A source that `prepare` has made: its manifest, and what there is to say of it."""
+    """Holds the manifest of a source that `prepare` has made, and what there is to say of it."""
 
     manifest: SourceManifest
     summary: Summary
@@ -111,7 +119,7 @@ def prepare(
     engine: Engine = "processes",
     fresh: bool = False,
     options: dict[str, Any] | None = None,
-    progress: Progress = _unseen,
+    progress: PrepareProgress = _unseen,
 ) -> Prepared:
     """Prepare the recordings in `input` (of a kind in `SOURCES`) as the folder `output`.
 
@@ -160,7 +168,7 @@ def prepare(
         }
         resumed = job.pin(pins)
         rate = config.audio.mel.sample_rate if config.audio.kind == "mel" else None
-        make = Make(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
+        make = ChunkMaker(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
 
         def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
             assert workers is not None  # decided before there is work
@@ -170,21 +178,25 @@ def prepare(
         while True:
             sides, gap = split_items(source, items, lost, config.heldout_share)
             plan = job.remember("plan", partial(_plan, make, sides.heldout + sides.train))
-            chunks = cut("heldout", sides.heldout, plan["chunk"]) + cut("train", sides.train, plan["chunk"])
+            chunks = cut_chunks("heldout", sides.heldout, plan["chunk"]) + cut_chunks(
+                "train", sides.train, plan["chunk"]
+            )
             if workers is None:
                 workers = max(1, min(len(os.sched_getaffinity(0)), int(plan["seconds"] / _WORTH_SECONDS)))
             _make_chunks(job, make, chunks, work, resumed)
-            _sign_references(job, Sign(job.folder / "references", config.dedup, text_tokenizer), references, work)
+            sign = ReferenceSigner(job.folder / "references", config.dedup, text_tokenizer)
+            _sign_references(job, sign, references, work)
             removed = _find_duplicates(job, chunks, references, config)
-            folders = _thin_chunks(job, Thin(make.folder, job.folder / "thinned", make.config), chunks, removed, work)
-            tallies, shards = _assemble(job, folders)
+            remove = DuplicateRemover(make.folder, job.folder / "thinned", make.config)
+            folders = _remove_duplicates(job, remove, chunks, removed, work)
+            reports, shards = _assemble(job, folders)
             refused, left_out = write_lists(job.result, [*listed, *lost, *gap], folders, removed)
-            problem = unfilled(tallies, config.heldout_share, refused, left_out, input, output)
+            problem = unfilled(reports, config.heldout_share, refused, left_out, input, output)
             if problem is None:
                 break
             again = [*lost, *refusals(folders)]
             if (
-                tallies["train"].samples
+                reports["train"].samples
                 and len(again) > len(lost)
                 and can_split(source, items, again, config.heldout_share)
             ):
@@ -201,19 +213,19 @@ def prepare(
             clock=source.clock,
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
             rig=source.rig,
-            vectors=vector_stats(source, tallies["train"], tallies["heldout"]),
-            splits={name: tallies[name].entry(shards[name]) for name in SPLITS},
+            vectors=vector_stats(source, reports["train"], reports["heldout"]),
+            splits={name: reports[name].entry(shards[name]) for name in SPLITS},
             quarantined=dict(sorted(refused.counts.items())),
             removed=dict(sorted(left_out.counts.items())),
         )
-        said = summary(kind, tallies, refused.counts, left_out.counts, manifest.vectors)
+        said = summary(kind, reports, refused.counts, left_out.counts, manifest.vectors)
         said.notes.extend(source.notes)
         if source.clock == "synthetic":
             said.notes.append(SYNTHETIC)
-        if Modality.ACTION in tallies["train"].vectors:
-            rows = tallies["train"].vectors[Modality.ACTION].sample()
+        if Modality.ACTION in reports["train"].vectors:
+            rows = reports["train"].vectors[Modality.ACTION].sample()
             said.notes.append(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
-        if tallies["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
+        if reports["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
             said.notes.append(fit_audio_codec(job.result, manifest, config.audio, config.audio_seed))
         manifest.save(job.result)
         job.finish()
@@ -239,7 +251,7 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
         yield from (segment.text for segment in sample.segments if segment.modality is Modality.TEXT)
 
 
-def vector_stats(source: Source, train: Tally, heldout: Tally) -> dict[str, VectorStats]:
+def vector_stats(source: Source, train: SplitReport, heldout: SplitReport) -> dict[str, VectorStats]:
     """Return the statistics of every vector stream over all rows of the training tables, by modality name.
 
     Actions have the quantiles that bins are cut at. The held-out tables give only what is clipped of them, and how far
@@ -266,10 +278,10 @@ def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config
 
 
 def _digest(prepared: str) -> str:
-    return hashlib.sha256(SourceManifest.load(prepared, DEFAULT.read).model_dump_json().encode()).hexdigest()
+    return hashlib.sha256(SourceManifest.load(prepared, DEFAULT_STORAGE.read).model_dump_json().encode()).hexdigest()
 
 
-def _plan(make: Make, items: Sequence[Item]) -> dict[str, Any]:
+def _plan(make: ChunkMaker, items: Sequence[Item]) -> dict[str, Any]:
     """Items a chunk, and about how many seconds one process needs for all, from a few items all over the source."""
     rows, seconds = [], []
     for item in items[:: max(1, len(items) // _PROBES)][:_PROBES]:
@@ -298,9 +310,9 @@ def _work(
             advance(count)
 
 
-def _make_chunks(job: Job, make: Make, chunks: list[Chunk], work: Callable, resumed: bool) -> None:
+def _make_chunks(job: Job, make: ChunkMaker, chunks: list[Chunk], work: Callable, resumed: bool) -> None:
     make.folder.mkdir(exist_ok=True)
-    todo = [] if job.assembling else [chunk for chunk in chunks if not Stored(make.folder / chunk.name).whole()]
+    todo = [] if job.assembling else [chunk for chunk in chunks if not StoredChunk(make.folder / chunk.name).whole()]
     total = sum(len(chunk.items) for chunk in chunks)
     done = total - sum(len(chunk.items) for chunk in todo)
     if resumed:
@@ -308,7 +320,7 @@ def _make_chunks(job: Job, make: Make, chunks: list[Chunk], work: Callable, resu
     work(make, todo, done, total, "preparing")
 
 
-def _sign_references(job: Job, sign: Sign, references: list[Reference], work: Callable) -> None:
+def _sign_references(job: Job, sign: ReferenceSigner, references: list[Reference], work: Callable) -> None:
     sign.folder.mkdir(exist_ok=True)
     todo = [reference for reference in references if not is_signed(sign.folder, reference)]
     work(sign, todo, 0, None, "reading other sources")
@@ -323,7 +335,7 @@ def _find_duplicates(
     for reference in references:
         duplicates.reference(reference.side, *load_signatures(job.folder / "references", reference))
     for chunk in chunks:
-        signatures = Stored(job.folder / "chunks" / chunk.name).signatures()
+        signatures = StoredChunk(job.folder / "chunks" / chunk.name).signatures()
         items = [chunk.items[number] for number in signatures.item.tolist()]
         keys, recordings = [item.key for item in items], [item.recording for item in items]
         for found in duplicates.judge(chunk.side, signatures, keys, recordings):
@@ -333,27 +345,27 @@ def _find_duplicates(
     return removed
 
 
-def _thin_chunks(
-    job: Job, thin: Thin, chunks: list[Chunk], removed: dict[str, Removed], work: Callable
+def _remove_duplicates(
+    job: Job, remove: DuplicateRemover, chunks: list[Chunk], removed: dict[str, Removed], work: Callable
 ) -> dict[Chunk, Path]:
     """Write the chunks with duplicates again; returns where each chunk now is."""
-    thin.folder.mkdir(exist_ok=True)
-    thinnings = [Thinning(name, frozenset(line[0] for line in lines)) for name, lines in removed.items()]
-    todo = [] if job.assembling else [t for t in thinnings if not Stored(thin.folder / t.name).whole()]
-    work(thin, todo, 0, sum(len(thinning.items) for thinning in todo), "leaving out duplicates")
-    return {c: (thin.folder if c.name in removed else thin.source) / c.name for c in chunks}
+    remove.folder.mkdir(exist_ok=True)
+    found = [ChunkDuplicates(name, frozenset(line[0] for line in lines)) for name, lines in removed.items()]
+    todo = [] if job.assembling else [chunk for chunk in found if not StoredChunk(remove.folder / chunk.name).whole()]
+    work(remove, todo, 0, sum(len(chunk.items) for chunk in todo), "leaving out duplicates")
+    return {c: (remove.folder if c.name in removed else remove.source) / c.name for c in chunks}
 
 
-def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], dict[str, list[ShardEntry]]]:
+def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, SplitReport], dict[str, list[ShardEntry]]]:
     """Number the shards through and add up the counts; can be broken off anywhere and done again."""
     job.begin_assembly()
-    tallies = {name: Tally() for name in SPLITS}
+    reports = {name: SplitReport() for name in SPLITS}
     shards: dict[str, list[ShardEntry]] = {name: [] for name in SPLITS}
     for name in SPLITS:
         (job.result / name).mkdir(parents=True, exist_ok=True)
     for chunk, folder in folders.items():
-        stored, entries = Stored(folder), shards[chunk.side]
-        tallies[chunk.side].merge(stored.tally())
+        stored, entries = StoredChunk(folder), shards[chunk.side]
+        reports[chunk.side].merge(stored.report())
         for shard in stored.shards:
             path = f"{chunk.side}/shard-{len(entries):06d}.tar"
             for suffix in (".parquet", ".tar"):
@@ -361,4 +373,4 @@ def _assemble(job: Job, folders: dict[Chunk, Path]) -> tuple[dict[str, Tally], d
                 if not there.exists():
                     here.rename(there)
             entries.append(shard.model_copy(update={"path": path}))
-    return tallies, shards
+    return reports, shards

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe.addresses import join
+from mmoe.addresses import join_address
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.storage.store import DEFAULT
+from mmoe.data.storage.store import DEFAULT_STORAGE
 from mmoe.errors import DataError
 from mmoe.files import write_atomically
 from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signatures
@@ -22,7 +22,7 @@ from mmoe.tokenizers.text import TextTokenizer
 
 @dataclass(frozen=True)
 class Reference:
-    """A shard of another source's `side`, whose samples are not to occur again."""
+    """Names a shard of another source's `side`, whose samples are not to occur again."""
 
     number: int
     source: str
@@ -36,7 +36,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Sign:
+class ReferenceSigner:
     """Writes a shard's signatures as ``<name>.npz`` and ``<name>.json`` in `folder`; returns its number of samples.
 
     It is picklable: the work of an engine.
@@ -48,7 +48,7 @@ class Sign:
 
     def __call__(self, reference: Reference) -> int:
         """Write the signatures of a shard, and return the number of its samples."""
-        index = ShardIndex.read(join(reference.source, reference.shard))
+        index = ShardIndex.read(join_address(reference.source, reference.shard))
         contents = index.content_hashes.tolist()
         builder = SignatureBuilder(self.config)
         for row, content in enumerate(contents):
@@ -76,7 +76,7 @@ def find_references(config: DedupConfig, tokenizer: TextTokenizer) -> list[Refer
     """
     found: list[Reference] = []
     for source in config.against:
-        manifest = SourceManifest.load(source, DEFAULT.read)
+        manifest = SourceManifest.load(source, DEFAULT_STORAGE.read)
         if config.near and manifest.text_fingerprint != tokenizer.fingerprint:
             raise DataError(
                 f"{source} was prepared with another text tokenizer, so its texts cannot be compared for near "
@@ -91,14 +91,14 @@ def find_references(config: DedupConfig, tokenizer: TextTokenizer) -> list[Refer
 
 
 def load_signatures(folder: Path, reference: Reference) -> tuple[Signatures, Sequence[str], Sequence[str]]:
-    """Read what `Sign` wrote of a shard: the signatures, what each sample is called in messages, and its recording."""
+    """Read what `ReferenceSigner` wrote of a shard: the signatures, what messages call a sample, and its recording."""
     labels, recordings = json.loads((folder / f"{reference.name}.json").read_text(encoding="ascii"))
     with np.load(folder / f"{reference.name}.npz", allow_pickle=False) as arrays:
         return Signatures(**arrays), labels, [f"{reference.source}: {name}" for name in recordings]
 
 
 def is_signed(folder: Path, reference: Reference) -> bool:
-    """Tell whether `Sign` has finished this shard."""
+    """Tell whether `ReferenceSigner` has finished this shard."""
     return (folder / f"{reference.name}.npz").is_file()
 
 

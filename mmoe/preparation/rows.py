@@ -16,7 +16,7 @@ import numpy as np
 
 from mmoe.data.index.shards import ShardWriter, check_field, check_key
 from mmoe.data.load.tables import load_array
-from mmoe.data.load.video import Backend, is_video
+from mmoe.data.load.video import VideoBackend, is_video
 from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
 from mmoe.optional import needs
@@ -37,7 +37,7 @@ _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno
 
 @dataclass(frozen=True)
 class Row:
-    """A checked sample with its index fields.
+    """Holds a checked sample with its index fields.
 
     `text_ids` [n] i32 are the tokens of its texts, `segments` [m] its segments as SEGMENT_DTYPE. `text_bytes` is the
     UTF-8 length of its texts; `vectors` holds the tables [N, D] f32 (N readings of D dimensions) that the segments
@@ -68,18 +68,18 @@ class Row:
 def make_row(
     item: Item,
     tokenizer: TextTokenizer,
-    video_backend: Backend,
+    video_backend: VideoBackend,
     vector_names: dict[str, tuple[str, ...]],
-    sound_rate: int | None = None,
+    audio_rate: int | None = None,
 ) -> Row | Refused:
     """Make the item's sample and check it; anything wrong with the data is returned, not raised.
 
-    `sound_rate` is the rate that the codec which is to be fitted resamples sounds to, in Hz.
+    `audio_rate` is the rate that the codec which is to be fitted resamples audio clips to, in Hz.
     """
     try:
         sample = make_sample(item)
         with _translated(item.key):
-            _check_rates(sample, sound_rate)
+            _check_rates(sample, audio_rate)
             return build_row(sample, tokenizer, video_backend, vector_names)
     except Refused as refusal:
         return refusal
@@ -121,7 +121,7 @@ def _translated(key: str) -> Iterator[None]:
 
 
 def build_row(
-    sample: Sample, tokenizer: TextTokenizer, video_backend: Backend, vector_names: dict[str, tuple[str, ...]]
+    sample: Sample, tokenizer: TextTokenizer, video_backend: VideoBackend, vector_names: dict[str, tuple[str, ...]]
 ) -> Row:
     """Check every payload of the sample and tokenize its texts; raise `Refused` for what is wrong."""
     with counted_as("malformed sample"):
@@ -195,11 +195,11 @@ def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarr
                 from mmoe.data.load.frames import VideoFrames
             _check_video(segments, VideoFrames(data, "pyav", where), where)
         else:
-            with needs("decoding pictures"):
+            with needs("decoding images"):
                 from mmoe.data.load.media import load_image
-            _check_pictures(segments, 1, load_image(data, where)[None], where)
+            _check_images(segments, 1, load_image(data, where)[None], where)
     elif first.modality is Modality.AUDIO:
-        with needs("decoding sound"):
+        with needs("decoding audio"):
             from mmoe.data.load.media import audio_info, load_audio
         samples, rate = audio_info(data, where)
         for segment in segments:
@@ -221,18 +221,18 @@ def _check_video(segments: list[Segment], video: "VideoFrames", where: str) -> N
     wanted = np.unique(np.concatenate([np.arange(s.start, s.stop) for s in segments]))
     for at in range(0, len(wanted), _FRAMES_AT_ONCE):
         indices = wanted[at : at + _FRAMES_AT_ONCE]
-        _check_pictures(segments, len(video), video.frames(indices), where)
-        if video.damaged:  # a reader that takes pictures out counts them; here every epoch would show them anew
+        _check_images(segments, len(video), video.frames(indices), where)
+        if video.damaged:  # a reader that takes images out counts them; here every epoch would show them anew
             raise DataError(
                 f"{where} is damaged: the decoder makes up parts of {len(video.damaged)} frames, the first is "
                 f"{min(video.damaged)}; restore it or leave it out"
             )
 
 
-def _is_proven(data: bytes, where: str, video_backend: Backend) -> bool:
+def _is_proven(data: bytes, where: str, video_backend: VideoBackend) -> bool:
     """Prove that decord reads the video, where it is to. Raises `Refused` where it does not.
 
-    Only then: the proof decodes every film several times, and without it training takes PyAV, which is as fast.
+    Only then: the proof decodes every video several times, and without it training takes PyAV, which is as fast.
     """
     if video_backend != "decord":
         return False
@@ -244,9 +244,9 @@ def _is_proven(data: bytes, where: str, video_backend: Backend) -> bool:
     return True
 
 
-def _check_pictures(segments: list[Segment], length: int, pictures: np.ndarray, where: str) -> None:
-    """`pictures` [n, H, W, 3] must have the size that every segment states, and its range lie in `length`."""
-    height, width = pictures.shape[1:3]
+def _check_images(segments: list[Segment], length: int, images: np.ndarray, where: str) -> None:
+    """`images` [n, H, W, 3] must have the size that every segment states, and its range lie in `length`."""
+    height, width = images.shape[1:3]
     for segment in segments:
         _check_range(segment, length, where)
         if (segment.height, segment.width) != (height, width):
@@ -269,8 +269,8 @@ def _check_structure(sample: Sample) -> None:
             raise DataError(f"sample {sample.key}: in slice {segment.slice} VISION follows another modality")
         if segment.pair != NO_PAIR and segment.modality not in CONTRASTED:
             raise DataError(
-                f"sample {sample.key}: a {segment.modality.name} segment is a side of a pair, which pictures, sounds "
-                "and texts can be; leave its pair out"
+                f"sample {sample.key}: a {segment.modality.name} segment is a side of a pair, which images, audio and "
+                "texts can be; leave its pair out"
             )
         if segment.modality is not Modality.VISION:
             others.add(segment.slice)
@@ -287,7 +287,7 @@ def _check_range(segment: Segment, length: int, where: str) -> None:
 
 
 def _content_hash(sample: Sample) -> int:
-    """Of what was sensed, whatever is said of it: a picture with another caption is the same picture."""
+    """Of what was sensed, whatever is said of it: an image with another caption is the same image."""
     sensed = {s.member for s in sample.segments if s.modality is not Modality.TEXT}
     if not sensed:
         return hash64(*(s.text.encode() for s in sample.segments))

@@ -1,10 +1,10 @@
-"""Tells samples alike without their content: by exact hashes always, by signatures of texts and pictures on demand.
+"""Tells samples alike without their content: by exact hashes always, by signatures of texts and images on demand.
 
 - A *content hash* is of what was sensed (`rows.content_hash`), a *sample hash* of that and of what is said of it.
 - A text (of a sample that is nothing but text) has a MinHash over its runs of characters, after NFKC, case folding and
   joining of white space. Two signatures agree in about the share of runs that the texts have in common.
-- A still picture (outside time slices: neighboring frames of a camera are alike by nature) has a perceptual hash of
-  64 bits, which scaling and recompression change in few bits. A picture of a single tone has none.
+- A still image (outside time slices: neighboring frames of a camera are alike by nature) has a perceptual hash of
+  64 bits, which scaling and recompression change in few bits. An image of a single tone has none.
 """
 
 import re
@@ -39,7 +39,7 @@ class DedupConfig(Config):
     text_similarity: float = Field(0.7, gt=0, lt=1)  # of the runs of characters of both texts, the share common to both
     shingle: int = Field(8, ge=1)  # characters a run; short runs make all texts of few words alike
     permutations: int = Field(128, ge=16)  # numbers a signature: the similarity is estimated to 1 / sqrt of it
-    picture_bits: int = Field(6, ge=0, le=11)  # most bits of 64 in which perceptual hashes of one picture differ
+    image_bits: int = Field(6, ge=0, le=11)  # most bits of 64 in which perceptual hashes of one image differ
 
     def check(self) -> None:
         """Raise BackendError where a package that the config needs is not there."""
@@ -52,7 +52,7 @@ class DedupConfig(Config):
 class Signatures:
     """Holds the hashes and signatures of n samples.
 
-    `item` says which item each sample is; texts and pictures point to their place among the n.
+    `item` says which item each sample is; texts and images point to their place among the n.
     """
 
     item: np.ndarray  # i64 [n]
@@ -60,8 +60,8 @@ class Signatures:
     sample: np.ndarray  # i64 [n]
     text_row: np.ndarray  # i64 [t]
     text: np.ndarray  # u32 [t, permutations]
-    picture_row: np.ndarray  # i64 [p]
-    picture: np.ndarray  # u64 [p]
+    image_row: np.ndarray  # i64 [p]
+    image: np.ndarray  # u64 [p]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by name, as they are stored."""
@@ -77,7 +77,7 @@ class SignatureBuilder:
         self._content: list[int] = []
         self._sample: list[int] = []
         self._texts: list[tuple[int, np.ndarray]] = []
-        self._pictures: list[tuple[int, int]] = []
+        self._images: list[tuple[int, int]] = []
 
     def add(
         self,
@@ -106,8 +106,8 @@ class SignatureBuilder:
                 self._texts.append((row, signature))
         stills = segments["member"][(kinds == Modality.VISION) & (segments["slice"] == NO_SLICE)]
         for name in dict.fromkeys(members[number] for number in stills.tolist()):
-            if not is_video(name) and (found := picture_hash(read(name), name)) is not None:
-                self._pictures.append((row, found))
+            if not is_video(name) and (found := image_hash(read(name), name)) is not None:
+                self._images.append((row, found))
 
     def build(self) -> Signatures:
         """Stack the signatures of all samples so far."""
@@ -118,8 +118,8 @@ class SignatureBuilder:
             sample=np.array(self._sample, np.int64),
             text_row=np.array([row for row, _ in self._texts], np.int64),
             text=np.stack(text) if text else np.zeros((0, self.config.permutations), np.uint32),
-            picture_row=np.array([row for row, _ in self._pictures], np.int64),
-            picture=np.array([found for _, found in self._pictures], np.uint64),
+            image_row=np.array([row for row, _ in self._images], np.int64),
+            image=np.array([found for _, found in self._images], np.uint64),
         )
 
 
@@ -154,13 +154,13 @@ def empty_minhash(permutations: int) -> Any:
     return require("datasketch", "prepare.dedup.near").MinHash(permutations, seed=_SEED, hashfunc=int)
 
 
-def picture_hash(data: bytes, where: str) -> int | None:
-    """Compute the perceptual hash of a picture file, 64 bits; None for a picture of a single tone.
+def image_hash(data: bytes, where: str) -> int | None:
+    """Compute the perceptual hash of an image file, 64 bits; None for an image of a single tone.
 
     `where` names the file in messages.
     """
     library = require("imagehash", "prepare.dedup.near")
-    with needs("decoding pictures"):
+    with needs("decoding images"):
         from PIL import Image
 
         from mmoe.data.load.media import load_image

@@ -19,19 +19,27 @@ import numpy as np
 from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_npz
 from mmoe.errors import counted_as
-from mmoe.preparation import sync
+from mmoe.preparation.clocks import (
+    ABSENT,
+    SkewPolicy,
+    check_alignment,
+    check_clock,
+    first_at_or_after,
+    last_at_or_before,
+    nearest,
+)
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import NO_CAMERA, NO_PAIR, Segment
 
-Choice = Literal["last", "nearest", "first"]
-Kind = Literal["captured", "synthetic"]
+ReadingChoice = Literal["last", "nearest", "first"]
+ClockOrigin = Literal["captured", "synthetic"]
 
 CLOCKS = "clocks.npz"  # the member of a time-sliced sample that holds its `Clocks`
 
 # What is counted, by stream: `Sample.flags` has the keys "<stream>: <one of these>".
-KEPT = "beyond the skew budget, kept"
-LEFT_OUT = "beyond the skew budget, left out"
-GAP = "absent, no reading within the maximum gap"
+SKEW_KEPT = "beyond the skew budget, kept"
+SKEW_LEFT_OUT = "beyond the skew budget, left out"
+BEYOND_GAP = "absent, no reading within the maximum gap"
 EDGE = "absent, slice lies before the first or after the last reading"
 MISSING = "absent, the recording lacks this stream"
 REPEATED = "exact repeat of the reading before it, dropped"
@@ -39,13 +47,13 @@ UNOBSERVED = "left out, nothing was observed"  # of the stream "slice"
 
 BAD_CLOCK = "unusable clock"  # the reason of a `Refused` recording
 
-_CHOICES = {"last": sync.last_at_or_before, "nearest": sync.nearest, "first": sync.first_at_or_after}
+_CHOICES = {"last": last_at_or_before, "nearest": nearest, "first": first_at_or_after}
 _CAPTURED = (Modality.VISION, Modality.AUDIO)
 
 
 @dataclass(frozen=True)
-class Stream:
-    """A stream of a clip, and the rule by which a slice takes its share of it.
+class SensorStream:
+    """Holds a stream of a clip, and the rule by which a slice takes its share of it.
 
     `times_ns` [N] int64 is its clock in clip time, strictly increasing; [0] where the recording lacks the stream.
     `member` is the file of all its readings (reading i is row, frame or sample i of it), or one file name for each
@@ -63,17 +71,17 @@ class Stream:
     times_ns: np.ndarray
     member: str | Sequence[str]
     max_gap_ns: int | None
-    choice: Choice = "last"
+    choice: ReadingChoice = "last"
     window: int = 1
     camera: int = NO_CAMERA
     size: tuple[int, int] | Sequence[tuple[int, int]] = (0, 0)  # height, width in pixels: of all, or of each reading
-    rate: int = 0  # Hz, of sound
+    rate: int = 0  # Hz, of audio
     file_ns: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A text for each slice, stored in `member`; `paired` makes text and pictures of a slice a contrastive pair."""
+    """Gives each slice a text, stored in `member`; `paired` makes text and images of a slice a contrastive pair."""
 
     member: str
     texts: Sequence[str]
@@ -90,8 +98,8 @@ class Slices:
 
 def build_slices(
     reference_ns: np.ndarray,
-    streams: Sequence[Stream],
-    skew: sync.SkewPolicy,
+    streams: Sequence[SensorStream],
+    skew: SkewPolicy,
     where: str,
     texts: Texts | None = None,
 ) -> Slices:
@@ -104,7 +112,7 @@ def build_slices(
     flags: Counter[str] = Counter()
     streams = sorted(streams, key=lambda stream: _RANK.get(stream.modality, 1))
     with counted_as(BAD_CLOCK):
-        sync.check_clock(reference_ns, "reference", where)
+        check_clock(reference_ns, "reference", where)
         rows = {stream.name: _choose(stream, reference_ns, skew, where, flags) for stream in streams}
     if len(rows) < len(streams):
         raise ValueError(f"{where}: two streams have one name among {[stream.name for stream in streams]}")
@@ -112,7 +120,7 @@ def build_slices(
     segments: list[Segment] = []
     number = 0
     for at, time_ns in enumerate(reference_ns.tolist()):
-        held = [(stream, int(rows[stream.name][at])) for stream in streams if rows[stream.name][at] != sync.ABSENT]
+        held = [(stream, int(rows[stream.name][at])) for stream in streams if rows[stream.name][at] != ABSENT]
         if all(stream.modality is Modality.ACTION for stream, _ in held):
             flags[f"slice: {UNOBSERVED}"] += 1
             continue
@@ -129,32 +137,32 @@ _RANK = {Modality.VISION: 0, Modality.ACTION: 2}
 
 
 def _choose(
-    stream: Stream, reference_ns: np.ndarray, skew: sync.SkewPolicy, where: str, flags: Counter[str]
+    stream: SensorStream, reference_ns: np.ndarray, skew: SkewPolicy, where: str, flags: Counter[str]
 ) -> np.ndarray:
     """The reading [R] of each slice, ABSENT where it has none; counts into `flags`."""
-    times_ns = sync.check_clock(stream.times_ns, stream.name, where)
+    times_ns = check_clock(stream.times_ns, stream.name, where)
     rows = _CHOICES[stream.choice](times_ns, reference_ns, stream.max_gap_ns)
-    absent = rows == sync.ABSENT
+    absent = rows == ABSENT
     if len(times_ns):
         inside = (reference_ns >= times_ns[0]) & (reference_ns <= times_ns[-1])
-        counts = {GAP: int((absent & inside).sum()), EDGE: int((absent & ~inside).sum())}
+        counts = {BEYOND_GAP: int((absent & inside).sum()), EDGE: int((absent & ~inside).sum())}
     else:
         counts = {MISSING: len(reference_ns)}
     found = np.flatnonzero(~absent)
     raw_ns = times_ns[rows[found]]
     offset_ns = raw_ns - reference_ns[found]
     file_ns = raw_ns if stream.file_ns is None else stream.file_ns[rows[found]]
-    sync.check_alignment(reference_ns[found], offset_ns, raw_ns, file_ns, stream.name, where)
+    check_alignment(reference_ns[found], offset_ns, raw_ns, file_ns, stream.name, where)
     if stream.modality in _CAPTURED:
         keep, beyond = skew.apply(offset_ns, stream.name, where)
-        counts[LEFT_OUT if skew.policy == "drop" else KEPT] = beyond
+        counts[SKEW_LEFT_OUT if skew.policy == "drop" else SKEW_KEPT] = beyond
         rows = rows.copy()
-        rows[found[~keep]] = sync.ABSENT
+        rows[found[~keep]] = ABSENT
     flags.update({f"{stream.name}: {what}": count for what, count in counts.items() if count})
     return rows
 
 
-def _segment(stream: Stream, row: int, number: int, time_ns: int, pair: int) -> Segment:
+def _segment(stream: SensorStream, row: int, number: int, time_ns: int, pair: int) -> Segment:
     if stream.modality is Modality.ACTION:
         start, stop = row, len(stream.times_ns)
     else:
@@ -186,8 +194,8 @@ def held(
     This joins streams of different clocks into one table without reading the future. Rows that are not within the
     gap hold zeros; leave them out.
     """
-    rows = sync.last_at_or_before(stream_ns, times_ns, max_gap_ns)
-    valid = rows != sync.ABSENT
+    rows = last_at_or_before(stream_ns, times_ns, max_gap_ns)
+    valid = rows != ABSENT
     table = np.zeros((len(times_ns), values.shape[1]), values.dtype)
     table[valid] = values[rows[valid]]
     return table, valid
@@ -218,9 +226,9 @@ def interpolated(
     stand in no file, so a reader makes a table of them at its references, and a stream of that table with the
     references as its clock.
     """
-    before = sync.last_at_or_before(stream_ns, times_ns)
-    after = sync.first_at_or_after(stream_ns, times_ns)
-    valid = (before != sync.ABSENT) & (after != sync.ABSENT)
+    before = last_at_or_before(stream_ns, times_ns)
+    after = first_at_or_after(stream_ns, times_ns)
+    valid = (before != ABSENT) & (after != ABSENT)
     valid[valid] = stream_ns[after[valid]] - stream_ns[before[valid]] <= max_gap_ns
     low, high = before[valid], after[valid]
     # Differences of integers first: the times themselves may be too large for float64.
@@ -243,7 +251,7 @@ class Clocks:
     """
 
     log: str
-    kind: Kind
+    kind: ClockOrigin
     reference: str
     times_ns: dict[str, np.ndarray]
     origin_ns: int = 0

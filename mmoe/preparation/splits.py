@@ -19,7 +19,7 @@ class Split:
     gap: list[Item]
 
 
-def split(items: list[Item], share: float, gap: int) -> Split:
+def split_recordings(items: list[Item], share: float, gap: int) -> Split:
     """Hold out about `share` of the recordings as wholes, at least one of them.
 
     Recordings of the highest rank go first, equal ranks by a keyed hash of their name. Where there are so few

@@ -11,7 +11,7 @@ from mmoe.optim.schedule import Schedule
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.mesh import DEGREES, ParallelDims
 from mmoe.parallel.parallelize import check_layout
-from mmoe.parallel.pipeline import check_stages
+from mmoe.parallel.pipeline import check_pipeline_stages
 from mmoe.parallel.sequence import check_length
 from mmoe.parallel.setting import RankSetting
 from mmoe.recipe.config import RunConfig
@@ -40,7 +40,7 @@ class ResolvedRun(RankSetting):
         check_layout(config.model, dims)
         check_length(config.data.sequence_length, dims.cp, dims.tp)
         batch = config.batch_of(dims.replicas)
-        check_stages(config.model.n_layers, config.parallel.stages_per_rank, dims.pp, batch.accumulation)
+        check_pipeline_stages(config.model.n_layers, config.parallel.stages_per_rank, dims.pp, batch.accumulation)
         return cls(
             config.model,
             config.losses,
@@ -66,7 +66,7 @@ class ResolvedRun(RankSetting):
         dims, parallel = ParallelDims.from_config(config.parallel, world), config.parallel
         check_layout(config.model, dims)
         check_length(config.data.sequence_length, dims.cp, dims.tp)
-        check_stages(config.model.n_layers, parallel.stages_per_rank, dims.pp, micro_batches=dims.pp)
+        check_pipeline_stages(config.model.n_layers, parallel.stages_per_rank, dims.pp, micro_batches=dims.pp)
         return replace(alone, dims=dims)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mmoe.monitoring.tables import Chunk
+from mmoe.monitoring.tables import TableChunk
 from mmoe.planning.capacity import LIMIT, CapacityAdvice
 
 INK, MUTED, GRID = "#1b2430", "#5f6b7a", "#e6eaf0"
@@ -60,7 +60,7 @@ def curves(columns: dict[str, np.ndarray], names: dict[str, str], width: int) ->
     return style(figure, 60 + 210 * rows, showlegend=False)
 
 
-def over_even(chunks: Iterable[Chunk]) -> go.Figure | None:
+def over_even(chunks: Iterable[TableChunk]) -> go.Figure | None:
     """Draw a table by layer over its even share: each expert over the mean of its layer, over steps.
 
     The table is [N, ..., E] for N layers of E experts. Axes between layers and experts are summed, and so are
@@ -93,7 +93,7 @@ def over_even(chunks: Iterable[Chunk]) -> go.Figure | None:
     return style(figure, 320)
 
 
-def _binned(chunks: Iterable[Chunk]) -> tuple[list[int], np.ndarray]:
+def _binned(chunks: Iterable[TableChunk]) -> tuple[list[int], np.ndarray]:
     """Sums of as many neighboring records as leave at most `BINS`: the last step of each bin, and [bins, N, E] f64."""
     steps: list[int] = []
     bins: list[np.ndarray] = []
@@ -127,7 +127,7 @@ def would_drop(advice: CapacityAdvice) -> go.Figure:
     return style(figure, 340, xaxis_title="capacity factor", yaxis={"title": "choices dropped", "tickformat": ".1%"})
 
 
-def cross_entropy(evaluation: dict[str, Any]) -> go.Figure | None:
+def cross_entropy_bars(evaluation: dict[str, Any]) -> go.Figure | None:
     """Draw held-out CE beside the unigram entropy of the same tokens, by source and modality of the target."""
     rows = [
         (f"{source}<br>{kind}", entry["ce"], entry["unigram"])
@@ -162,10 +162,10 @@ def action_errors(evaluations: dict[str, dict[str, Any]]) -> go.Figure | None:
     bars = [_bar(names, column(plain, "model"), "model", MODEL)]
     for name, evaluation in evaluations.items():
         if evaluation["ablation"] and not evaluation["shards"]:
-            colour = ABLATED if evaluation["ablation"]["mode"] == "shuffle" else BLANKED
-            bars.append(_bar(names, column(evaluation, "model"), f"model, {name.replace('-', ' ')}", colour))
+            color = ABLATED if evaluation["ablation"]["mode"] == "shuffle" else BLANKED
+            bars.append(_bar(names, column(evaluation, "model"), f"model, {name.replace('-', ' ')}", color))
     bars += [_bar(names, column(plain, who), BASELINE_NAMES[who], BASELINES[who]) for who in BASELINES]
-    return style(go.Figure(bars), 360, yaxis_title="mean squared error, normalised", barmode="group")
+    return style(go.Figure(bars), 360, yaxis_title="mean squared error, normalized", barmode="group")
 
 
 def trace(examples: dict[str, Any], ablated: dict[str, dict[str, Any]], dimension: int) -> go.Figure:
@@ -181,7 +181,7 @@ def trace(examples: dict[str, Any], ablated: dict[str, dict[str, Any]], dimensio
         for name, other in ablated.items():
             same = [o for o in other["traces"] if o["recording"] == item["recording"]]
             lines += [(f"predicted, {name.replace('-', ' ')}", o, "predicted", ABLATED, "dot") for o in same]
-        for name, of, key, colour, dash in lines:
+        for name, of, key, color, dash in lines:
             line = go.Scatter(
                 x=of["x"],
                 y=[row[dimension] for row in of[key]],
@@ -189,7 +189,7 @@ def trace(examples: dict[str, Any], ablated: dict[str, dict[str, Any]], dimensio
                 legendgroup=name,
                 showlegend=column == 1,
                 mode="lines+markers" if len(of["x"]) < 60 else "lines",
-                line={"color": colour, "width": 2, "dash": dash},
+                line={"color": color, "width": 2, "dash": dash},
                 marker={"size": 5},
             )
             figure.add_trace(line, 1, column)
@@ -243,11 +243,11 @@ def retrieval(evaluations: dict[str, dict[str, Any]]) -> go.Figure | None:
     return style(figure, 360, yaxis_title="share of queries", yaxis_rangemode="tozero", barmode="group")
 
 
-def _bar(x: Any, y: Any, name: str, colour: str) -> go.Bar:
+def _bar(x: Any, y: Any, name: str, color: str) -> go.Bar:
     return go.Bar(
         x=list(x),
         y=list(y),
         name=name,
-        marker={"color": colour, "line": {"width": 0}},
+        marker={"color": color, "line": {"width": 0}},
         hovertemplate=f"%{{x}}<br>{name}: %{{y:.4g}}<extra></extra>",
     )

@@ -9,11 +9,11 @@ from markupsafe import Markup
 from mmoe.config.load import dump
 from mmoe.files import write_atomically, writes
 from mmoe.models.decoder import MultimodalModel
-from mmoe.monitoring.summary import RunRecords, summarise, write_summary
+from mmoe.monitoring.summary import RunRecords, summarize, write_summary
 from mmoe.planning.capacity import LAST, advise
 from mmoe.reporting import figures
+from mmoe.reporting.images import read_slice, slice_card
 from mmoe.reporting.page import Section, page, parts, plot
-from mmoe.reporting.pictures import read_slice, slice_card
 from mmoe.training.run import Run, model_inputs
 
 REPORT = "report.html"
@@ -33,17 +33,17 @@ TRAINING = {
 def write_report(run: Run) -> None:
     """Write ``summary.json`` and ``report.html`` into the run's folder, from its metrics and evaluations.
 
-    Pictures of sample slices are read from the held-out shards. Raises DataError where no step was recorded.
+    Images of sample slices are read from the held-out shards. Raises DataError where no step was recorded.
     """
     write_summary(run.folder)
-    html = render(run, RunRecords.read(run.folder))
+    html = render_report(run, RunRecords.read(run.folder))
     with writes(run.folder / REPORT):
         write_atomically(run.folder / REPORT, html)
 
 
-def render(run: Run, records: RunRecords) -> str:
+def render_report(run: Run, records: RunRecords) -> str:
     """Render the report of a run as a page of HTML."""
-    summary = summarise(records)
+    summary = summarize(records)
     sections = [_training(run, records), _experts(run, records)]
     if records.plain:
         sections += [
@@ -98,7 +98,7 @@ def _training(run: Run, records: RunRecords) -> Section | None:
         parts.heading("Loss terms")
         + parts.note("Each before its weight; sums over items divided by the planned counts of the step.")
         + _plot(figures.curves(columns, terms, 3))
-        + parts.heading("Optimisation and throughput")
+        + parts.heading("Optimization and throughput")
         + _plot(figures.curves(columns, TRAINING, 2))
     )
 
@@ -132,7 +132,7 @@ def _actions(records: RunRecords) -> Section | None:
     note = (
         f"{facts['chunks']} held-out chunks. Hold-last falls back to the training mean for the "
         f"{facts['hold_last_without_history']} chunks before which nothing was logged. The ridge reads every input "
-        "but the pictures."
+        "but the images."
     )
     shown = [parts.note(note), _plot(figure)]
     ablated = {
@@ -161,7 +161,7 @@ def _retrieval(records: RunRecords) -> Section | None:
 
 
 def _texts(records: RunRecords) -> Section | None:
-    figure = figures.cross_entropy(records.plain)
+    figure = figures.cross_entropy_bars(records.plain)
     shown = [] if figure is None else [_plot(figure)]
     ranking = records.plain["ranking"]
     if ranking:
@@ -177,7 +177,7 @@ def _texts(records: RunRecords) -> Section | None:
             if entry["rows"]
         ]
         heads = ["source", "rows", "candidates", "chance", "by ln p", "by ln p per token", "by PMI"]
-        shown += [parts.heading("Which text fits the sound or picture best"), parts.table(heads, rows)]
+        shown += [parts.heading("Which text fits the audio or image best"), parts.table(heads, rows)]
     return "Cross-entropy and ranking", Markup().join(shown)
 
 

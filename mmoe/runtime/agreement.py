@@ -1,4 +1,4 @@
-"""What several processes do together: all of it succeeds, or every process raises the failure of one."""
+"""Lets several processes do something together: all of it succeeds, or every process raises the failure of one."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class ProcessGroupRanks:
-    """The ranks of `group` (None: the default one), or one process where torch.distributed is not initialised."""
+    """Speaks for the ranks of `group` (None: the default one), or for one process without torch.distributed."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -44,7 +44,7 @@ class ProcessGroupRanks:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks on rank 0, an empty list elsewhere."""
+        """Return the values of all ranks on rank 0, an empty list elsewhere."""
         if not self.grouped:
             return [value]
         values: list[Any] = [None] * self.size if self.rank == 0 else []
@@ -52,7 +52,7 @@ class ProcessGroupRanks:
         return values
 
     def shared(self, failure: BaseException, rank: int | None = None) -> Exception:
-        """`failure`, of `rank` (None: this one), as the other ranks raise it."""
+        """Return `failure`, of `rank` (None: this one), as the other ranks raise it."""
         if isinstance(failure, OSError | CheckpointError):
             return failure
         return CheckpointError(f"rank {self.rank if rank is None else rank} failed ({failure!r}); see its own error")

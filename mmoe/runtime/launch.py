@@ -1,4 +1,4 @@
-"""One process of a run, or one of the many that torchrun started: its process group, its voice and its end.
+"""Begins and ends one process of a run, or one of the many that torchrun started: its group, its voice, its errors.
 
 torchrun gives each process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With them there is a process
 group; without them the run is one process, and nothing here does anything.
@@ -26,7 +26,7 @@ from mmoe.config.reader import read_yaml
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.files import writes
 from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, record_error
-from mmoe.runtime.launch_store import PERIOD_SECONDS, join
+from mmoe.runtime.launch_store import PERIOD_SECONDS, join_store
 from mmoe.runtime.logging import rank_log, restart_count
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def outlast_sigterm() -> None:
 
 
 def same_config(text: str) -> None:
-    """Every rank gives its config's YAML; where they are not all equal, every rank raises the same `ConfigError`.
+    """Compare the YAML of all ranks' configs; where they are not all equal, every rank raises the same `ConfigError`.
 
     Digests travel first (32 bytes a rank), then one text of each kind.
     """
@@ -154,10 +154,10 @@ def rank_zero_first(work: Callable[[], None]) -> None:
 
 
 def _join(timeout_seconds: float) -> str:
-    """Initialise the default group; on a GPU, CPU tensors still go by gloo (flags, objects, counts)."""
+    """Initialize the default group; on a GPU, CPU tensors still go by gloo (flags, objects, counts)."""
     timeout = timedelta(seconds=timeout_seconds + MARGIN_SECONDS)
     if not torch.cuda.is_available():
-        store, rank, world = join(timeout)
+        store, rank, world = join_store(timeout)
         dist.init_process_group("cpu:gloo", store=store, rank=rank, world_size=world, timeout=timeout)
         return "gloo"
     local = int(os.environ["LOCAL_RANK"])
@@ -168,7 +168,7 @@ def _join(timeout_seconds: float) -> str:
         )
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
-    store, rank, world = join(timeout)
+    store, rank, world = join_store(timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
     )

@@ -1,4 +1,4 @@
-"""Where a run of several processes says what went wrong: RUN/errors.jsonl for all of them.
+"""Writes what went wrong in a run of several processes to RUN/errors.jsonl, for all of them.
 
 The error that ends a process is one line of RUN/errors.jsonl, whichever rank it is of, and goes to torchrun too, which
 prints one of them. Warnings go where `mmoe.runtime.logging` says.
@@ -23,7 +23,7 @@ FAILED = "watch/failed"  # the key of the first failure of an attempt
 
 
 class StoppedError(MmoeError):
-    """A process that ends because the run hangs, another rank failed, or torchrun is gone."""
+    """Ends a process because the run hangs, another rank failed, or torchrun is gone."""
 
 
 def name_ranks(ranks: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The store through which the processes of one attempt find each other, and no process of an earlier attempt.
+"""Makes the store through which the processes of one attempt find each other, and none of an earlier attempt.
 
 torchrun keeps one store over its restarts (pytorch issues 135712 and 167288): a restarted process may read the address
 that a dead one left under the same key, and fail to connect. TORCHELASTIC_RESTART_COUNT cannot tell the attempts apart,
@@ -22,8 +22,8 @@ class JoinError(MmoeError):
     """Processes that did not all come to the start of a run."""
 
 
-def join(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The store of this attempt, this process's rank, and how many there are; from torchrun's environment.
+def join_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Return the store of this attempt, this process's rank, and how many there are; from torchrun's environment.
 
     Returns once all ranks know the attempt's name. Raises `JoinError` where they have not come within `timeout`.
     """

@@ -1,4 +1,4 @@
-"""What the rooms say through `logging`, and where it goes: the terminal is rank 0's, the others have a file each.
+"""Routes what the rooms say through `logging`: the terminal is rank 0's, the others have a file each.
 
 A room says things by ``logging.getLogger(__name__)``: INFO for whoever watches, WARNING for what may need an act.
 """

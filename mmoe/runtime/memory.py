@@ -1,4 +1,4 @@
-"""What memory this machine has, and what of it is free."""
+"""Measures what memory this machine has, and what of it is free."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ _CONTAINERS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_
 
 
 def total_memory() -> int:
-    """Bytes of memory: the machine's, or the container's limit where that is lower."""
+    """Return the bytes of memory: the machine's, or the container's limit where that is lower."""
     total = _meminfo("MemTotal")
     for limit in _CONTAINERS:
         if (found := _number(limit)) is not None:
@@ -16,7 +16,7 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that processes may still take, as far as the machine tells; never more than `total_memory`."""
+    """Return the bytes that processes may still take, as the machine tells; never more than `total_memory`."""
     return min(_meminfo("MemAvailable"), total_memory())
 
 

@@ -1,4 +1,4 @@
-"""The processes of this machine, as Linux shows them under /proc."""
+"""Finds the processes of this machine, as Linux shows them under /proc."""
 
 import os
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""A thread beside the training loop that ends a run whose processes no longer go on together.
+"""Ends, from a thread beside the training loop, a run whose processes no longer go on together.
 
 Every rank has one. It publishes a heartbeat (step, phase) in the process group's store, and stops its process when
 
@@ -34,7 +34,7 @@ from mmoe.files import write_atomically
 from mmoe.runtime.launch import MARGIN_SECONDS
 from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, record_error
 from mmoe.runtime.processes import descendants
-from mmoe.runtime.watch_report import report, verdict
+from mmoe.runtime.watch_report import hang_report, verdict
 from mmoe.runtime.watch_state import MainThread, State, blocking_call, pending_collectives, place, stack
 
 SILENT_PERIODS = 4  # without a heartbeat, until a rank counts as killed
@@ -198,7 +198,7 @@ class _Watcher(threading.Thread):
         self._answer(state)
         self._until(lambda: all(self._has(f"state/{rank}") for rank in range(self.world)), self.patience)
         states, silent = self._answers()
-        self._write(path, report(states, silent, by=self.rank, timeout=self.watch.timeout))
+        self._write(path, hang_report(states, silent, by=self.rank, timeout=self.watch.timeout))
         sentences = _first(verdict(states, silent))
         error = StoppedError(
             f"the run hangs: {sentences}; {path} has all ranks. If such a wait is to be expected, raise "
@@ -213,7 +213,7 @@ class _Watcher(threading.Thread):
         """Report what this rank knows of itself, when the others cannot be asked."""
         state = self._state()
         path = self.folder / f"hang-report-rank-{self.rank:05d}.txt"
-        text = report({self.rank: state}, {}, by=self.rank, timeout=self.watch.timeout)
+        text = hang_report({self.rank: state}, {}, by=self.rank, timeout=self.watch.timeout)
         self._write(path, f"{text}\nno other rank could be asked: {unreachable}\n")
         self._record(StoppedError(f"the run hangs ({_first(verdict({self.rank: state}, {}))}); see {path}"))
         self._exit()

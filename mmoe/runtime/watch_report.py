@@ -1,4 +1,4 @@
-"""The hang report: which rank waits in which collective since when, and which rank has not called it."""
+"""Writes the hang report: which rank waits in which collective since when, and which rank has not called it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def verdict(states: Mapping[int, State], silent: Mapping[int, Silence]) -> list[
     return causes + consequences
 
 
-def report(states: Mapping[int, State], silent: Mapping[int, Silence], *, by: int, timeout: float) -> str:
-    """The whole text: the verdict, a line for every rank, and the main threads' stacks, equal ones once."""
+def hang_report(states: Mapping[int, State], silent: Mapping[int, Silence], *, by: int, timeout: float) -> str:
+    """Write the hang report: the verdict, a line for every rank, and the main threads' stacks, equal ones once."""
     lines = [
         f"hang report of {time.strftime('%Y-%m-%d %H:%M:%S %z')}, noticed by rank {by}, restart {restart_count()}, "
         f"parallel.timeout_seconds {timeout:g}",

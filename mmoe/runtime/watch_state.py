@@ -1,4 +1,4 @@
-"""What one process can say of itself while its main thread waits: its step, the collectives it is in, its stack.
+"""Collects what a process can say of itself while its main thread waits: its step, its collectives, its stack.
 
 torch's flight recorder keeps the last 2000 collectives of a process with group, number in that group and whether they
 have ended. It misses gloo's send and receive and waits on the store; those show as a function of torch.distributed at
@@ -22,7 +22,7 @@ from mmoe.compat import flight_records, process_groups
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that this rank has called and that has not ended; `number` counts those of its group from 1."""
+    """Names a collective that has begun here and not ended; `number` counts those of its group from 1."""
 
     call: str  # e.g. gloo:all_reduce
     group: str  # e.g. default_pg or mesh_tp
@@ -87,7 +87,7 @@ class MainThread:
         self._since = time.monotonic()
 
     def look(self) -> FrameType:
-        """The innermost Python frame; call it regularly, `seconds` counts from the first look at the same call."""
+        """Look at the innermost Python frame, regularly: `seconds` counts from the first look at the same call."""
         thread = threading.main_thread().ident
         assert thread is not None  # it has been started
         frame = sys._current_frames()[thread]
@@ -103,7 +103,7 @@ class MainThread:
 
 
 def blocking_call(frame: FrameType) -> str:
-    """The function of torch.distributed that `frame` is in, with its peers where it has some; "" elsewhere."""
+    """Name the function of torch.distributed that `frame` is in, with its peers where it has some; "" elsewhere."""
     module = _module(frame)
     if not module.startswith("torch.distributed"):
         return ""
@@ -113,7 +113,7 @@ def blocking_call(frame: FrameType) -> str:
 
 
 def place(frame: FrameType) -> str:
-    """The innermost line outside torch, as ``mmoe.losses.total:120 compute``."""
+    """Name the innermost line outside torch, as ``mmoe.losses.total:120 compute``."""
     for inner, line in traceback.walk_stack(frame):
         if not _module(inner).startswith("torch"):
             return _name(inner, line)
@@ -121,7 +121,7 @@ def place(frame: FrameType) -> str:
 
 
 def stack(frame: FrameType) -> tuple[str, ...]:
-    """One text a call, the outermost first."""
+    """Return one text for each call, the outermost first."""
     return tuple(reversed([_name(inner, line) for inner, line in traceback.walk_stack(frame)]))
 
 

@@ -1,4 +1,4 @@
-"""`PackedBatch`: the only thing the model, the losses and the statistics see of the data."""
+"""Defines `PackedBatch`, the only thing the model, the losses and the statistics see of the data."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -25,7 +25,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Contrastive pairs: `span` [P, 2, 2] i64 flat half-open [start, stop) of the two sides.
+    """Holds contrastive pairs: `span` [P, 2, 2] i64 flat half-open [start, stop) of the two sides.
 
     `modality` [P, 2] u8 is the side's own modality (only its tokens are pooled), `text_hash` [P] i64 names
     the caption (equal hashes are never negatives of each other), `group` [P] i64 the contrastive group.
@@ -39,7 +39,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences of L positions.
+    """Holds B sequences of L positions.
 
     Per position ([B, L]): `token_ids` i64; `modality` u8; `document` i32 (from 0 in each sequence, -1
     padding); `slice` i32 (from 0 in its document, a still image has its own, -1 none); `position` [B, L, 3]

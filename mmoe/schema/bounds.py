@@ -1,6 +1,6 @@
-"""What is read of one file that somebody else wrote, at most: the table of bounds, and the one that is in force.
+"""Bounds what is read of one file that somebody else wrote: the table of bounds, and the one that is in force.
 
-A small file can ask for terabytes: a header that states them, a picture of one colour, nested JSON. Every reader asks
+A small file can ask for terabytes: a header that states them, an image of one color, nested JSON. Every reader asks
 `bounds()` before it allocates. The table is a context variable, because what it bounds is opened deep inside readers
 and decoders, whose own arguments say what to read and not how far; preparation and the loader set it once around
 their work, in every process.
@@ -21,29 +21,29 @@ BEYOND = "beyond the bounds"  # the reason of a `Refused` item
 class Bounds(Config):
     """Defaults that real recordings do not meet; raise one by its key where yours do (`prepare.bounds`, `data.bounds`).
 
-    Sizes are of one item: a file, a row, a picture, a film, a sound, a table.
+    Sizes are of one item: a file, a row, an image, a video, an audio clip, a table.
     """
 
     file_bytes: int = Field(8 << 30, gt=0)  # of a file that is read whole
     row_bytes: int = Field(64 << 20, gt=0)  # of a line of JSON
     json_depth: int = Field(64, gt=0)  # lists and objects inside each other
     json_digits: int = Field(400, gt=0)  # of one number
-    picture_pixels: int = Field(128_000_000, gt=0)
-    film_pixels: int = Field(40_000_000, gt=0)  # of a frame
-    film_seconds: float = Field(7 * 86400.0, gt=0)
-    film_frames: int = Field(20_000_000, gt=0)
-    sound_seconds: float = Field(86400.0, gt=0)
-    sound_channels: int = Field(64, gt=0)
-    sound_rate: int = Field(768_000, gt=0)  # Hz
+    image_pixels: int = Field(128_000_000, gt=0)
+    video_pixels: int = Field(40_000_000, gt=0)  # of a frame
+    video_seconds: float = Field(7 * 86400.0, gt=0)
+    video_frames: int = Field(20_000_000, gt=0)
+    audio_seconds: float = Field(86400.0, gt=0)
+    audio_channels: int = Field(64, gt=0)
+    audio_rate: int = Field(768_000, gt=0)  # Hz
     array_bytes: int = Field(1 << 30, gt=0)  # of a table, unpacked
 
 
-DEFAULT = Bounds()
-_bounds: ContextVar[Bounds] = ContextVar("bounds", default=DEFAULT)
+DEFAULT_BOUNDS = Bounds()
+_bounds: ContextVar[Bounds] = ContextVar("bounds", default=DEFAULT_BOUNDS)
 
 
 def bounds() -> Bounds:
-    """The bounds in force here."""
+    """Return the bounds in force here."""
     return _bounds.get()
 
 

@@ -1,4 +1,4 @@
-"""What a sequence or a step holds, as counts that the plan knows before anything is decoded."""
+"""Counts what a sequence or a step holds; the plan knows it before anything is decoded."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from mmoe.schema.modality import BUILT_IN, Modality
 
 # Columns of a part's counts: these, then labels by modality, then what further modalities count (`count_columns`).
 POSITIONS, PATCHES, PAIRS, ACTION_ELEMENTS, COST = range(5)
-FIXED = 5
+FIXED_COLUMNS = 5
 _NAMED = {"patches": PATCHES, "action_elements": ACTION_ELEMENTS}  # of the built-in modalities
 
 
 def labels() -> slice:
     """Give the columns of the labels, one a modality."""
-    return slice(FIXED, FIXED + len(Modality))
+    return slice(FIXED_COLUMNS, FIXED_COLUMNS + len(Modality))
 
 
 def columns() -> int:

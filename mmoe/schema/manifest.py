@@ -1,4 +1,4 @@
-"""The source manifest: what is known of a prepared source without opening a shard.
+"""Defines the source manifest: what is known of a prepared source without opening a shard.
 
 A prepared source is a folder::
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from mmoe.addresses import join, local_path
+from mmoe.addresses import join_address, local_path
 from mmoe.config.base import Config
 from mmoe.errors import DataError, brief
 from mmoe.files import Read, read_file, write_atomically
@@ -26,11 +26,11 @@ MOST = 1 << 50  # of anything that is counted
 
 
 class SegmentGroup(Config):
-    """`count` segments alike in all that decides their positions but length; `span` is their total stop - start."""
+    """Counts segments alike in all that decides their positions but length; `span` is their total stop - start."""
 
     modality: str
     sliced: bool  # they stand in time slices
-    camera: bool  # they are pictures of a known camera
+    camera: bool  # they are images of a known camera
     height: int = Field(ge=0, le=MOST)
     width: int = Field(ge=0, le=MOST)
     rate: int = Field(ge=0, le=MOST)
@@ -82,7 +82,7 @@ class SplitEntry(Config):
     flagged: dict[str, int] = Field(default_factory=dict)
 
     def segments(self, modality: str) -> int:
-        """Number of segments of the modality of this name."""
+        """Count the segments of the modality of this name."""
         return sum(group.count for group in self.groups if group.modality == modality)
 
 
@@ -93,7 +93,7 @@ class _Format(BaseModel):
 
 
 class SourceManifest(Config):
-    """`source.json`: all that planning and model building need to know of a prepared source."""
+    """Holds `source.json`: all that planning and model building need to know of a prepared source."""
 
     format: int
     kind: str
@@ -131,7 +131,7 @@ class SourceManifest(Config):
 
         Raises DataError for one that is missing, damaged or of another format.
         """
-        path = join(folder, MANIFEST)
+        path = join_address(folder, MANIFEST)
         if (local := local_path(path)) and not Path(local).is_file():
             raise DataError(f"{path} does not exist: {folder} is not a prepared source; run `mmoe prepare` to write it")
         content = read(path, "the source")

@@ -1,4 +1,4 @@
-"""What kinds of things a document is made of, and what each of them says of itself.
+"""Names the kinds of things that a document is made of, and what each of them says of itself.
 
 `Modality` counts the kinds there are: seven built in, and those that modules among a run's `extensions` register.
 Arrays by modality are as long as ``len(Modality)``. A `ModalitySpec` says how one is planned, encoded and laid out;
@@ -185,7 +185,7 @@ class Planned:
 
 
 class Payload(Protocol):
-    """One segment of a document that is being decoded, and what is shown of it."""
+    """Holds a segment of a document that is being decoded, and what is shown of it."""
 
     @property
     def segment(self) -> np.void:
@@ -213,11 +213,11 @@ class Payload(Protocol):
     def content(self) -> bytes:
         """Read the bytes of what is shown."""
 
-    def pictures(self, least: tuple[int, int]) -> np.ndarray:
-        """Decode the pictures that are shown, u8 [frames, H, W, 3], no smaller than `least` (rows, columns)."""
+    def images(self, least: tuple[int, int]) -> np.ndarray:
+        """Decode the images that are shown, u8 [frames, H, W, 3], no smaller than `least` (rows, columns)."""
 
     def wave(self) -> tuple[np.ndarray, int]:
-        """Decode the sound that is shown: f32 [samples] and its rate in Hz."""
+        """Decode the audio that is shown: f32 [samples] and its rate in Hz."""
 
     def table(self) -> np.ndarray:
         """Decode the table of readings that is shown, [rows, dimensions]."""

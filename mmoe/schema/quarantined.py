@@ -1,10 +1,10 @@
-"""A document part that could not be decoded."""
+"""Defines the record of a document part that could not be decoded."""
 
 from typing import NamedTuple
 
 
 class Quarantined(NamedTuple):
-    """A document part that became padding: its source's number, shard, row and key, the reason, its positions."""
+    """Names a document part that became padding: its source's number, shard, row and key, the reason, its positions."""
 
     source: int
     shard: str

@@ -1,4 +1,4 @@
-"""The cameras of a source and of a run, by name and number."""
+"""Names the cameras of a source and of a run, with their numbers."""
 
 import re
 from collections.abc import Iterable

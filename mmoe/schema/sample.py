@@ -1,4 +1,4 @@
-"""What a recording is before it becomes tokens: modalities, cameras, segments, samples.
+"""Describes a recording before it becomes tokens: modalities, cameras, segments, samples.
 
 A *sample* is an ordered list of *segments*. A segment has one modality and says which bytes of which member
 of the sample hold its payload, with the geometry its token count follows from. So an index of segments is
@@ -25,7 +25,7 @@ class Camera(IntEnum):
     BACK_RIGHT = 5
 
 
-NO_CAMERA = -1  # of a picture that no camera of a rig took, such as a photograph
+NO_CAMERA = -1  # of an image that no camera of a rig took, such as a photograph
 NO_SLICE = -1
 NO_PAIR = -1
 ALIGNMENT_NS = 1_000_000  # that the time of a reading may be from the time in its file
@@ -53,7 +53,7 @@ SEGMENT_FIELDS: tuple[str, ...] = SEGMENT_DTYPE.names or ()
 
 @dataclass(frozen=True)
 class Segment:
-    """One piece of a sample.
+    """Describes one piece of a sample.
 
     `member` names the file inside the sample (its WebDataset field, e.g. ``front.mp4``); `start`/`stop` is
     the half-open range in it, whose unit depends on the modality:
@@ -73,7 +73,7 @@ class Segment:
     `timestamp_ns` is the slice's reference time (clip time, signed, nanoseconds), `offset_ns` this member's
     own time minus the reference. `slice` numbers the time slices of the sample from 0, -1 outside one.
     `camera` is a number of the source's rig.
-    Segments that share `pair` >= 0 are the two sides of one contrastive pair (pictures or sound, and text).
+    Segments that share `pair` >= 0 are the two sides of one contrastive pair (images or audio, and text).
     """
 
     modality: Modality

@@ -8,7 +8,7 @@ from mmoe.config.base import Config
 
 
 class VectorStats(Config):
-    """Per-dimension statistics of an ACTION, STATE or INERTIAL stream over the training split.
+    """Holds statistics by dimension of an ACTION, STATE or INERTIAL stream over the training split.
 
     Values outside `low` to `high` are glitches: clipped when they are read, and not in mean and std. `clipped` counts
     those rows, by split and dimension: exact up to `statistics.RESERVOIR` rows, estimated above. Manifests written

@@ -1,4 +1,4 @@
-"""Actions: chunks of rows, normalised by quantiles or cut into bins."""
+"""Turns actions into chunks of rows, normalized by quantiles or cut into bins."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ class ActionConfig(Config):
 class ActionTokenizer:
     """Rows [N, A] of a source's action table <-> numbers about [-1, 1], or bins.
 
-    Normalisation takes (q01, q99) of the training split to (-1, 1), as openpi does. Where the standard
+    Normalization takes (q01, q99) of the training split to (-1, 1), as openpi does. Where the standard
     deviation exceeds half that range (a brake that is nearly always 0) it is the half range instead; a
     constant dimension becomes 0. Glitches are clipped to the fences of the statistics, nothing else is.
 
@@ -40,7 +40,7 @@ class ActionTokenizer:
         mean, std = np.array(stats.mean), np.array(stats.std)
         half = np.maximum((high - low) / 2, std)
         self._half = np.where(is_constant(mean, std), 0.0, half)
-        self._centre = np.where(is_constant(mean, std), mean, (low + high) / 2)
+        self._center = np.where(is_constant(mean, std), mean, (low + high) / 2)
         self._scale = np.divide(1.0, self._half, out=np.zeros_like(half), where=self._half > 0)
         if config.mode == "discrete":
             self._borders, self._values = self._bins(stats)
@@ -56,7 +56,7 @@ class ActionTokenizer:
         return 1 if self.config.mode == "continuous" else self.config.chunk * self.dims
 
     def chunk_of(self, rows: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The chunk [H, A] that begins at row `start` of `rows` [N, A], and its mask [H, A].
+        """Return the chunk [H, A] that begins at row `start` of `rows` [N, A], and its mask [H, A].
 
         The episode ends before row `stop`; from there on the chunk is 0 and the mask False. Raises DataError
         for NaN and for what preparation did not see, naming the dimension.
@@ -71,13 +71,13 @@ class ActionTokenizer:
         mask[: len(present)] = True
         return target, mask
 
-    def normalise(self, rows: np.ndarray) -> np.ndarray:
+    def normalize(self, rows: np.ndarray) -> np.ndarray:
         """Rows [..., A] in the source's units -> f32 [..., A]; what lies beyond a fence becomes the fence."""
-        return ((self.fences.clip(rows) - self._centre) * self._scale).astype(np.float32)
+        return ((self.fences.clip(rows) - self._center) * self._scale).astype(np.float32)
 
-    def denormalise(self, normalised: np.ndarray) -> np.ndarray:
-        """The inverse of `normalise`, but for what it clips; a constant dimension gives its constant."""
-        return (normalised * self._half + self._centre).astype(np.float32)
+    def denormalize(self, normalized: np.ndarray) -> np.ndarray:
+        """Undo `normalize`, but for what it clips; a constant dimension gives its constant."""
+        return (normalized * self._half + self._center).astype(np.float32)
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """Rows [..., A] -> bins i64 [..., A]."""
@@ -95,14 +95,14 @@ class ActionTokenizer:
         """
         rows = self.fences.clip(rows)
         discrete = self.config.mode == "discrete"
-        back = self.decode(self.encode(rows)) if discrete else self.denormalise(self.normalise(rows))
+        back = self.decode(self.encode(rows)) if discrete else self.denormalize(self.normalize(rows))
         return dict(zip(self.names, np.sqrt(((back - rows) ** 2).mean(0)).tolist()))
 
     def _bins(self, stats: VectorStats) -> tuple[np.ndarray, np.ndarray]:
         """Inner borders [A, bins - 1] and the value each bin stands for [A, bins]."""
         bins = self.config.bins
         if self.config.binning == "uniform":
-            edges = self._centre[:, None] + np.linspace(-1, 1, bins + 1) * self._half[:, None]
+            edges = self._center[:, None] + np.linspace(-1, 1, bins + 1) * self._half[:, None]
             return edges[:, 1:-1], (edges[:, :-1] + edges[:, 1:]) / 2
         if not stats.quantiles:
             raise ConfigError(

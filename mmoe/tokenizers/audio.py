@@ -1,4 +1,4 @@
-"""Sound to codes: a residual vector-quantised codec over log-mel frames, and the order codes are written in.
+"""Audio to codes: a residual vector-quantized codec over log-mel frames, and the order codes are written in.
 
 The codec is fitted by k-means, so it needs no training run and no download; `decode` makes a waveform one can
 listen to. Pretrained neural codecs with the same interface stand in `mmoe.tokenizers.audio_codecs`.
@@ -28,16 +28,17 @@ from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
 from mmoe.hashing import canonical_json
 from mmoe.optional import needs
-from mmoe.tokenizers.kmeans import kmeans, nearest, sample_rows
+from mmoe.tokenizers.kmeans import kmeans, nearest_centroid, sample_rows
 from mmoe.tokenizers.rates import check_rates
 
 Layout = Literal["flat", "delay"]
 Count = TypeVar("Count", int, np.ndarray)
 
-FORMAT = "mmoe mel codec 1"
+FORMAT = "mmoe mel codec 2"
+FORMAT_1 = "mmoe mel codec 1"  # still read: its `normalize_level` was spelled `normalise_level`
 FIT_FRAMES = 100_000  # frames kept for k-means: a seeded uniform sample of all that pass by
-LEVEL_RMS = 0.05  # of full scale; what `normalise_level` scales every wave to
-SILENT_RMS = 1e-5  # below it a wave is silence, and scaling it up would only amplify quantisation noise
+LEVEL_RMS = 0.05  # of full scale; what `normalize_level` scales every wave to
+SILENT_RMS = 1e-5  # below it a wave is silence, and scaling it up would only amplify quantization noise
 POWER_FLOOR = 1e-5  # added to mel power before the logarithm: about 40 dB below a wave of LEVEL_RMS
 PHASE_ITERATIONS = 32  # of Griffin-Lim
 
@@ -51,7 +52,7 @@ class MelConfig(Config):
     mels: int = Field(40, gt=0, le=1024)  # bands of the mel filter bank (HTK scale, 0 Hz to half the sample rate)
     stack: int = Field(4, gt=0, le=1024)  # analysis windows per code: the code rate is sample_rate / (hop * stack)
     codebook_size: int = Field(64, gt=1, le=1 << 16)  # codes per level
-    normalise_level: bool = True  # scale every wave to one loudness first: codes then say nothing of the gain
+    normalize_level: bool = True  # scale every wave to one loudness first: codes then say nothing of the gain
 
     @model_validator(mode="after")
     def _shapes(self) -> "MelConfig":
@@ -70,18 +71,18 @@ class MelConfig(Config):
 
 
 class AudioConfig(Config):
-    """Which codec turns sound into ids."""
+    """Says which codec turns audio into ids."""
 
     kind: Literal["mel", "encodec", "dac", "mimi"] = "mel"
     # mel: the file of the fitted codec; else the local folder of the pretrained model. Compared by what it holds.
     path: Annotated[Address | None, Nature.OPERATIONAL] = None
     codebooks: int = Field(2, gt=0)  # residual levels; of a codec that has more, the first ones
-    layout: Layout = "flat"  # order of the ids of one piece of sound, see `serialise`
+    layout: Layout = "flat"  # order of the ids of one piece of audio, see `serialize`
     mel: MelConfig = Field(default_factory=MelConfig)  # kind mel: how it is fitted, and must have been
 
 
 class AudioCodec(Protocol):
-    """Encodes sound for the data: `codebooks` levels of `codebook_size` codes, `sample_rate` in Hz."""
+    """Encodes audio for the data: `codebooks` levels of `codebook_size` codes, `sample_rate` in Hz."""
 
     sample_rate: int
     codebooks: int
@@ -95,14 +96,14 @@ class AudioCodec(Protocol):
         """Count the code frames of a wave of `samples` samples at `rate` Hz, exactly; elementwise over numpy arrays."""
 
     def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
-        """Mono f32 `wave` [n] in [-1, 1] at `rate` Hz -> i64 codes [T, Q]."""
+        """Encode mono f32 `wave` [n] in [-1, 1] at `rate` Hz as i64 codes [T, Q]."""
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes [T, Q] -> f32 wave at `sample_rate`."""
+        """Decode codes [T, Q] to an f32 wave at `sample_rate`."""
 
 
 class MelCodec:
-    """Residual vector quantiser of stacked, normalised log-mel frames.
+    """Quantizes stacked, normalized log-mel frames by residual vectors.
 
     A frame is `stack` consecutive log-mel vectors, each band less its mean, over its standard deviation.
     Level 1 is the nearest of `codebook_size` centroids, level q the centroid nearest to what is left over by
@@ -133,12 +134,12 @@ class MelCodec:
             )
         bands = rearrange(frames, "t (s m) -> (t s) m", s=mel.stack).double()
         mean, std = bands.mean(0).float(), bands.std(0).float().clamp_min(1e-3)
-        residual = _standardise(frames, mean, std)
+        residual = _standardize(frames, mean, std)
         generator = torch.Generator().manual_seed(seed)
         levels = []
         for _ in range(config.codebooks):
             levels.append(kmeans(residual, mel.codebook_size, generator))
-            residual = residual - levels[-1][nearest(residual, levels[-1])]
+            residual = residual - levels[-1][nearest_centroid(residual, levels[-1])]
         return cls(mel, mean, std, torch.stack(levels))
 
     @classmethod
@@ -149,7 +150,7 @@ class MelCodec:
         except MissingFileError:
             raise DataError(
                 f"{path} does not exist: tokenizers.audio.path must name a fitted audio codec; prepare a "
-                "source with sound to get one"
+                "source with audio to get one"
             ) from None
         try:
             tensors = load(content)
@@ -157,7 +158,9 @@ class MelCodec:
             metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
         except (SafetensorError, ValueError) as error:
             raise DataError(f"{path} cannot be read as an audio codec ({error}); fit it again") from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") == FORMAT_1:
+            metadata["config"] = str(metadata.get("config")).replace('"normalise_level"', '"normalize_level"')
+        elif metadata.get("format") != FORMAT:
             raise DataError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}; fit the audio codec again")
         try:
             config = MelConfig.model_validate_json(metadata["config"])
@@ -172,13 +175,15 @@ class MelCodec:
         return cls(config, tensors["mean"], tensors["std"], tensors["centroids"][:codebooks].contiguous())
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file; the settings stand in its metadata."""
+        """Write one safetensors file; the settings stand in its metadata."""
         save_file(self._arrays(), path, metadata={"format": FORMAT, "config": self.config.model_dump_json()})
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of settings and tensors: equal codecs give equal codes."""
-        digest = hashlib.sha256(canonical_json(self.config.model_dump()))
+        settings = self.config.model_dump()
+        settings["normalise_level"] = settings.pop("normalize_level")  # as in format 1: checkpoints hold such digests
+        digest = hashlib.sha256(canonical_json(settings))
         for name, array in sorted(self._arrays().items()):
             digest.update(f"{name}{array.shape}".encode() + array.astype("<f4").tobytes())
         return digest.hexdigest()
@@ -188,26 +193,26 @@ class MelCodec:
         return -(-resampled_length(samples, rate, self.sample_rate) // self._samples_per_frame)
 
     def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
-        """Mono f32 `wave` [n] in [-1, 1] at `rate` Hz -> i64 codes [T, Q], T = num_frames(n, rate)."""
+        """Encode mono f32 `wave` [n] in [-1, 1] at `rate` Hz as i64 codes [T, Q], T = num_frames(n, rate)."""
         residual = self._hear(wave, rate)
         codes = []
         for level in self.centroids:
-            codes.append(nearest(residual, level))
+            codes.append(nearest_centroid(residual, level))
             residual = residual - level[codes[-1]]
         return torch.stack(codes, dim=1).numpy()
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes [T, q] of the first q <= Q levels -> f32 wave [T * hop * stack]; phases by Griffin-Lim.
+        """Decode codes [T, q] of the first q <= Q levels to an f32 wave [T * hop * stack]; phases by Griffin-Lim.
 
-        The gain is lost where `normalise_level` took it away: the wave then has the level codes were made at.
+        The gain is lost where `normalize_level` took it away: the wave then has the level codes were made at.
         """
         frames, window = len(codes), self.config.window
         if frames == 0:
             return np.zeros(0, dtype=np.float32)
-        bands = self._dequantise(codes) * self.std + self.mean  # [T * stack, mels], log power
+        bands = self._dequantize(codes) * self.std + self.mean  # [T * stack, mels], log power
         bands = (bands.exp() - POWER_FLOOR).clamp_min(0)
         power = (bands @ torch.linalg.pinv(mel_filters(self.config))).clamp_min(0).T
-        power = torch.cat([power, power[:, -1:]], dim=1)  # the window centred on the end of the wave
+        power = torch.cat([power, power[:, -1:]], dim=1)  # the window centered on the end of the wave
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # griffinlim draws its first phases from the global generator
             wave = _torchaudio().griffinlim(
@@ -225,7 +230,7 @@ class MelCodec:
         return wave.numpy()
 
     def reconstruction_error(self, waves: Iterable[np.ndarray]) -> dict[int, float]:
-        """Mean squared error of the normalised log-mel bands when the first 1, 2, .. Q levels are kept.
+        """Mean squared error of the normalized log-mel bands when the first 1, 2, .. Q levels are kept.
 
         `waves` as in `fit`. Near 1.0 is what predicting each band's mean would give.
         """
@@ -234,16 +239,16 @@ class MelCodec:
             residual = self._hear(wave, self.sample_rate)
             count += residual.numel()
             for level, centroids in enumerate(self.centroids):
-                residual = residual - centroids[nearest(residual, centroids)]
+                residual = residual - centroids[nearest_centroid(residual, centroids)]
                 error[level] += residual.double().square().sum()
         return {level + 1: float(total) / max(count, 1) for level, total in enumerate(error)}
 
     def _hear(self, wave: np.ndarray, rate: int) -> Tensor:
-        """Mono wave [n] at `rate` Hz -> normalised frames [T, stack * mels]."""
-        return _standardise(log_mel(wave, rate, self.config), self.mean, self.std)
+        """Mono wave [n] at `rate` Hz -> normalized frames [T, stack * mels]."""
+        return _standardize(log_mel(wave, rate, self.config), self.mean, self.std)
 
-    def _dequantise(self, codes: np.ndarray) -> Tensor:
-        """Codes [T, q] -> normalised log-mel bands [T * stack, mels]."""
+    def _dequantize(self, codes: np.ndarray) -> Tensor:
+        """Codes [T, q] -> normalized log-mel bands [T * stack, mels]."""
         levels = torch.as_tensor(codes, dtype=torch.int64).T
         frames: Any = sum(level[code] for level, code in zip(self.centroids, levels))
         return rearrange(frames, "t (s m) -> (t s) m", s=self.config.stack)
@@ -253,13 +258,13 @@ class MelCodec:
 
 
 def log_mel(wave: np.ndarray, rate: int, config: MelConfig) -> Tensor:
-    """Mono wave [n] at `rate` Hz -> frames [T, stack * mels] of log power by mel band."""
+    """Turn a mono wave [n] at `rate` Hz into frames [T, stack * mels] of log power by mel band."""
     heard = resample(wave, rate, config.sample_rate)
     samples_per_frame = config.hop * config.stack
     frames = -(-len(heard) // samples_per_frame)
     if frames == 0:
         return torch.zeros(0, config.stack * config.mels)
-    if config.normalise_level:
+    if config.normalize_level:
         level = float(heard.square().mean().sqrt())
         heard = heard * (LEVEL_RMS / level) if level > SILENT_RMS else heard
     heard = torch.nn.functional.pad(heard, (0, frames * samples_per_frame - len(heard)))
@@ -272,7 +277,7 @@ def log_mel(wave: np.ndarray, rate: int, config: MelConfig) -> Tensor:
         pad_mode="constant",
         return_complex=True,
     )
-    power = spectrum[:, :-1].abs().square().T  # without the window centred on the end of the wave
+    power = spectrum[:, :-1].abs().square().T  # without the window centered on the end of the wave
     bands = (power @ mel_filters(config) + POWER_FLOOR).log()
     return rearrange(bands, "(t s) m -> t (s m)", s=config.stack)
 
@@ -288,7 +293,7 @@ def mel_filters(config: MelConfig) -> Tensor:
     return torch.maximum(torch.zeros(1), torch.minimum(rising, falling)) / config.window
 
 
-def _standardise(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _standardize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Frames [T, stack * mels] with `mean` and `std` [mels] taken out."""
     stack = frames.shape[1] // len(mean)
     return (frames - mean.repeat(stack)) / std.repeat(stack)
@@ -300,7 +305,7 @@ def resampled_length(samples: Count, rate: Count | int, target: int) -> Count:
 
 
 def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
-    """Mono wave [n] at `rate` Hz -> f32 [resampled_length(n, rate, target)] at `target` Hz.
+    """Resample a mono wave [n] from `rate` to `target` Hz, f32 [resampled_length(n, rate, target)].
 
     Raises `DataError` for a wave that is not one-dimensional or not finite, and for a rate that would take a filter
     of gigabytes.
@@ -313,20 +318,20 @@ def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
     length = resampled_length(len(wave), rate, target)
     resampled = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
     if rate != target and length:
-        # torchaudio rounds the length in float32, which is off by samples for minutes of sound.
+        # torchaudio rounds the length in float32, which is off by samples for minutes of audio.
         resampled = _torchaudio().resample(resampled, rate, target)
         resampled = torch.nn.functional.pad(resampled, (0, length - len(resampled)))  # a negative pad crops
     return resampled
 
 
 def _torchaudio() -> ModuleType:
-    with needs("resampling or making sound"):
+    with needs("resampling or making audio"):
         import torchaudio.functional
     return torchaudio.functional
 
 
 def code_order(frames: int, codebooks: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """The (frame, codebook) [frames * codebooks] of each position of a stream of codes.
+    """Return the (frame, codebook) [frames * codebooks] of each position of a stream of codes.
 
     ``flat`` writes frame by frame. ``delay`` writes by (frame + codebook, codebook): level q of a frame comes
     q frames later, after the coarse levels of the frames between (the delay pattern of Copet et al. 2023,
@@ -339,14 +344,14 @@ def code_order(frames: int, codebooks: int, layout: Layout) -> tuple[np.ndarray,
     return frame, codebook
 
 
-def serialise(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [T, Q] -> (codes [T * Q], their codebook [T * Q]) in the order of the layout."""
+def serialize(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Put codes [T, Q] into the order of the layout: codes [T * Q], and their codebook [T * Q]."""
     frame, codebook = code_order(len(codes), codes.shape[1], layout)
     return codes[frame, codebook], codebook
 
 
-def deserialise(flat: np.ndarray, frames: int, codebooks: int, layout: Layout) -> np.ndarray:
-    """The inverse of `serialise`: codes [T * Q] -> [T, Q]."""
+def deserialize(flat: np.ndarray, frames: int, codebooks: int, layout: Layout) -> np.ndarray:
+    """Undo `serialize`: codes [T * Q] become [T, Q]."""
     codes = np.empty((frames, codebooks), dtype=flat.dtype)
     codes[code_order(frames, codebooks, layout)] = flat
     return codes

@@ -20,7 +20,7 @@ from mmoe.tokenizers.audio import AudioCodec, AudioConfig, Count, MelCodec, resa
 
 
 def load_codec(config: AudioConfig, read: Read = read_file) -> AudioCodec:
-    """The codec a config names; `read` reads the file of a fitted one, which may be far away.
+    """Load the codec that a config names; `read` reads the file of a fitted one, which may be far away.
 
     Raises ConfigError without a path, DataError for a file or folder that is missing or holds something else,
     BackendError where a pretrained codec is asked for and transformers is not installed.
@@ -45,7 +45,7 @@ def load_codec(config: AudioConfig, read: Read = read_file) -> AudioCodec:
 
 
 class PretrainedCodec:
-    """A transformers codec: frames of `hop` samples at `sample_rate` Hz, its first `codebooks` levels."""
+    """Runs a codec of transformers: frames of `hop` samples at `sample_rate` Hz, its first `codebooks` levels."""
 
     kind: str  # `model_type` in the folder's config.json
     architecture: str  # the class in transformers
@@ -55,7 +55,7 @@ class PretrainedCodec:
         config = self.model.config
         if getattr(config, "audio_channels", 1) != 1 or getattr(config, "normalize", False):
             raise DataError(
-                f"{path} is a codec for stereo or level-normalised sound, which codes alone do not restore; "
+                f"{path} is a codec for stereo or level-normalized audio, which codes alone do not restore; "
                 "name a mono one in tokenizers.audio.path (of EnCodec, the 24 kHz model)"
             )
         if codebooks > self._levels:
@@ -73,7 +73,7 @@ class PretrainedCodec:
 
     @torch.inference_mode()
     def encode(self, wave: np.ndarray, rate: int) -> np.ndarray:
-        """Mono f32 `wave` [n] in [-1, 1] at `rate` Hz -> i64 codes [T, Q], T = num_frames(n, rate)."""
+        """Encode mono f32 `wave` [n] in [-1, 1] at `rate` Hz as i64 codes [T, Q], T = num_frames(n, rate)."""
         heard = resample(wave, rate, self.sample_rate)
         if len(heard) == 0:
             return np.zeros((0, self.codebooks), dtype=np.int64)
@@ -83,7 +83,7 @@ class PretrainedCodec:
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes [T, q] of the first q <= Q levels -> f32 wave [T * hop]."""
+        """Decode codes [T, q] of the first q <= Q levels to an f32 wave [T * hop]."""
         if len(codes) == 0:
             return np.zeros(0, dtype=np.float32)
         wave = self._decode(torch.as_tensor(codes, dtype=torch.int64).T[None]).flatten()
@@ -116,7 +116,7 @@ class PretrainedCodec:
 
 
 class EncodecCodec(PretrainedCodec):
-    """Turns sound into the codes of a pretrained EnCodec, and back."""
+    """Turns audio into the codes of a pretrained EnCodec, and back."""
 
     kind, architecture = "encodec", "EncodecModel"
 
@@ -128,7 +128,7 @@ class EncodecCodec(PretrainedCodec):
 
 
 class DacCodec(PretrainedCodec):
-    """Turns sound into the codes of a pretrained Descript audio codec, and back."""
+    """Turns audio into the codes of a pretrained Descript audio codec, and back."""
 
     kind, architecture = "dac", "DacModel"
 
@@ -144,7 +144,7 @@ class DacCodec(PretrainedCodec):
 
 
 class MimiCodec(PretrainedCodec):
-    """Turns sound into the codes of a pretrained Mimi, and back."""
+    """Turns audio into the codes of a pretrained Mimi, and back."""
 
     kind, architecture = "mimi", "MimiModel"
 

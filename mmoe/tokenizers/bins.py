@@ -12,7 +12,7 @@ _ROWS_PER_BIN = 64  # that the value of a bin is the mean of
 
 
 def quantile_bins(knots: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """The inner borders [bins - 1] and the value [bins] of each bin, of a dimension with the quantiles `knots` [K].
+    """Return inner borders [bins - 1] and the value [bins] of each bin, of a dimension with the quantiles `knots` [K].
 
     `knots` are those of evenly spaced shares, from the minimum to the maximum; rows are taken to be spread evenly
     between two of them. Bin b holds what is at or above border b - 1 and below border b. A value with more than a

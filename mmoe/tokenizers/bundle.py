@@ -1,4 +1,4 @@
-"""The tokenizers of a run, built once from the config and the manifests of its sources."""
+"""Builds the tokenizers of a run once, from the config and the manifests of its sources."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.audio_codecs import load_codec
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
-from mmoe.tokenizers.vectors import VectorNormaliser
+from mmoe.tokenizers.vectors import VectorNormalizer
 from mmoe.tokenizers.vision import VisionConfig, VisionTokenizer
 from mmoe.tokenizers.vocabulary import Vocabulary, further_cameras
 
@@ -28,11 +28,11 @@ class TokenizersConfig(Config):
 
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
-    audio: AudioConfig | None = None  # null: no source of the run holds sound
+    audio: AudioConfig | None = None  # null: no source of the run holds audio
     action: ActionConfig = ActionConfig()
 
     def build(self, manifests: dict[str, SourceManifest], read: Read = read_file) -> "Tokenizers":
-        """The tokenizers of sources with these manifests; `read` reads their files, which may be far away."""
+        """Build the tokenizers of sources with these manifests; `read` reads their files, which may be far away."""
         return Tokenizers(self, manifests, read)
 
 
@@ -50,10 +50,10 @@ class VectorDims:
 
 
 class Tokenizers:
-    """Pure functions from payloads to ids and vectors; `sources` are numbered in the order of `manifests`.
+    """Turns payloads into ids and vectors by pure functions; `sources` are numbered in the order of `manifests`.
 
     `rig` joins the rigs of the sources, and `cameras` maps the camera numbers of each source to those of `rig`.
-    Raises ConfigError when a source holds sound and no audio codec is configured.
+    Raises ConfigError when a source holds audio and no audio codec is configured.
     """
 
     def __init__(self, config: TokenizersConfig, manifests: dict[str, SourceManifest], read: Read = read_file) -> None:
@@ -69,11 +69,11 @@ class Tokenizers:
         sizes = {kind: kind.spec.vector_size(self, manifests) for kind in entering}
         self.value_dims = {kind: size for kind, size in sizes.items() if kind in _VALUED or size}
         self.actions: dict[str, ActionTokenizer] = {}
-        self.normalisers: dict[tuple[str, Modality], VectorNormaliser] = {}
+        self.normalizers: dict[tuple[str, Modality], VectorNormalizer] = {}
         for name, manifest in manifests.items():
             if self.audio is None and _holds({name: manifest}, Modality.AUDIO):
                 raise ConfigError(
-                    f"tokenizers.audio is null, but source {name} holds sound; "
+                    f"tokenizers.audio is null, but source {name} holds audio; "
                     "name a codec in tokenizers.audio.path or drop the source"
                 )
             for kind in VECTOR_MODALITIES:
@@ -83,7 +83,7 @@ class Tokenizers:
                 if kind is Modality.ACTION:
                     self.actions[name] = ActionTokenizer(config.action, stats)
                 else:
-                    self.normalisers[name, kind] = VectorNormaliser(stats)
+                    self.normalizers[name, kind] = VectorNormalizer(stats)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

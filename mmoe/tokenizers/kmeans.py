@@ -9,11 +9,11 @@ from torch import Tensor
 
 def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """Centroids [K, D] of points [N, D]: Lloyd's algorithm from a k-means++ start."""
-    return lloyd(points, spread(points, clusters, generator))
+    return lloyd(points, spread_points(points, clusters, generator))
 
 
-def spread(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """K of the points [N, D], far from each other by the k-means++ rule (Arthur and Vassilvitskii 2007)."""
+def spread_points(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """Choose K of the points [N, D], far from each other by the k-means++ rule (Arthur and Vassilvitskii 2007)."""
     chosen = torch.randint(len(points), (1,), generator=generator)
     distance = (points - points[chosen]).square().sum(1)
     for _ in range(clusters - 1):
@@ -31,7 +31,7 @@ def lloyd(points: Tensor, centroids: Tensor, iterations: int = 50) -> Tensor:
     """
     assignment = None
     for _ in range(iterations):
-        previous, assignment = assignment, nearest(points, centroids)
+        previous, assignment = assignment, nearest_centroid(points, centroids)
         if previous is not None and torch.equal(previous, assignment):
             break
         sizes = torch.bincount(assignment, minlength=len(centroids))
@@ -44,7 +44,7 @@ def lloyd(points: Tensor, centroids: Tensor, iterations: int = 50) -> Tensor:
     return centroids
 
 
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
     """Index i64 [N] of the centroid [K, D] nearest to each point [N, D]."""
     norms = centroids.square().sum(1)
     chunks = [torch.addmm(norms, part, centroids.T, alpha=-2).argmin(1) for part in points.split(8192)]
@@ -52,7 +52,7 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def sample_rows(batches: Iterable[np.ndarray], limit: int, seed: int) -> np.ndarray:
-    """A uniform sample of at most `limit` rows of all batches, in their order, in bounded memory."""
+    """Draw a uniform sample of at most `limit` rows of all batches, in their order, in bounded memory."""
     random = np.random.default_rng(seed)
     kept, keys = [], []
     for rows in batches:

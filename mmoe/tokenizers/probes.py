@@ -38,7 +38,7 @@ _ENGLISH = ["n't", "'s", "'m", "'ve", "'re", " .", " ,", " ?", " !", " ' "]
 _AROUND = ["{}", "{0}{0}", "a{}", "{}a", "a{}b", "a {} b", " {}", "{} ", "A{}1"]
 
 
-def loss(tokenizer: Tokenizer, own: Iterable[str]) -> str | None:
+def probe_loss(tokenizer: Tokenizer, own: Iterable[str]) -> str | None:
     """Say what a text loses when it is encoded and decoded, as the end of a sentence; None where nothing does.
 
     `own` are strings that this tokenizer treats as something else, its special tokens for example.

@@ -1,4 +1,4 @@
-"""Which sample rates can be turned into each other: a kernel is made whose size follows from their ratio."""
+"""Says which sample rates can be turned into each other: the kernel's size follows from their ratio."""
 
 import math
 
@@ -17,7 +17,7 @@ def kernel_size(rate: int, target: int) -> int:
 
 
 def check_rates(rate: int, target: int, where: str) -> None:
-    """Raise DataError where a sound of `rate` Hz cannot be resampled to `target` Hz in a sensible amount of memory."""
+    """Raise DataError where audio of `rate` Hz cannot be resampled to `target` Hz in a sensible amount of memory."""
     if rate < 1 or target < 1:
         raise DataError(f"{where} has a sample rate of {rate} Hz, to be {target} Hz; give it a positive one")
     if rate != target and kernel_size(rate, target) > LARGEST_KERNEL:

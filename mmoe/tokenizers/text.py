@@ -20,9 +20,9 @@ from mmoe.config.nature import Nature
 from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
 from mmoe.hashing import canonical_json
-from mmoe.tokenizers.probes import loss
+from mmoe.tokenizers.probes import probe_loss
 
-BYTES = 256
+BYTE_TOKENS = 256
 
 
 def _byte_symbols() -> list[str]:
@@ -33,7 +33,7 @@ def _byte_symbols() -> list[str]:
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(BYTES)]
+    return [chr(byte if byte in printable else next(others)) for byte in range(BYTE_TOKENS)]
 
 
 class TextConfig(Config):
@@ -41,7 +41,7 @@ class TextConfig(Config):
 
     # The tokenizer's JSON; null: the 256 bytes, which need no training. What it holds is compared by itself.
     path: Annotated[Address | None, Nature.OPERATIONAL] = None
-    vocabulary_size: int | None = Field(None, ge=BYTES)  # what preparation trains the file at `path` to, at most
+    vocabulary_size: int | None = Field(None, ge=BYTE_TOKENS)  # what preparation trains the file at `path` to, at most
 
     @model_validator(mode="after")
     def _rules(self) -> "TextConfig":
@@ -50,7 +50,7 @@ class TextConfig(Config):
         return self
 
     def build(self, read: Read = read_file) -> "TextTokenizer":
-        """The tokenizer; `read` reads its file, which may be far away."""
+        """Build the tokenizer; `read` reads its file, which may be far away."""
         if self.path is None:
             return TextTokenizer.bytes()
         tokenizer = TextTokenizer.load(self.path, read)
@@ -63,7 +63,7 @@ class TextConfig(Config):
 
 
 class TextTokenizer:
-    """Byte-level BPE without normalisation, added prefix space or special tokens: `decode(encode(s)) == s`.
+    """Encodes text by byte-level BPE without normalization, prefix space or special tokens: `decode(encode(s)) == s`.
 
     The 256 bytes always have ids, so nothing is unknown. A string that spells a special token is plain text.
     """
@@ -74,7 +74,7 @@ class TextTokenizer:
 
     @classmethod
     def bytes(cls) -> "TextTokenizer":
-        """One id a byte, id == byte."""
+        """Build a tokenizer of one id a byte, id == byte."""
         return cls(_byte_level([]))
 
     @classmethod
@@ -83,8 +83,8 @@ class TextTokenizer:
 
         Fewer where the texts hold no pair that occurs twice. Raises ValueError for a size below 256.
         """
-        if vocab_size < BYTES:
-            raise ValueError(f"a byte-level vocabulary has at least {BYTES} ids, not {vocab_size}")
+        if vocab_size < BYTE_TOKENS:
+            raise ValueError(f"a byte-level vocabulary has at least {BYTE_TOKENS} ids, not {vocab_size}")
         trained = _byte_level([])
         trainer = BpeTrainer(
             vocab_size=vocab_size, min_frequency=2, initial_alphabet=_byte_symbols(), show_progress=False
@@ -123,7 +123,7 @@ class TextTokenizer:
         return cls(tokenizer)
 
     def save(self, path: str | Path) -> None:
-        """One JSON file, readable by the `tokenizers` library and by transformers."""
+        """Write one JSON file, readable by the `tokenizers` library and by transformers."""
         Path(path).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     @cached_property
@@ -142,12 +142,12 @@ class TextTokenizer:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, on all cores."""
+        """Encode each text as `encode` does, on all cores."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids; bytes that are no UTF-8 (a cut or generated sequence) become U+FFFD.
+        """Return the text of ids; bytes that are no UTF-8 (a cut or generated sequence) become U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -185,7 +185,7 @@ def _fault(content: dict, tokenizer: Tokenizer) -> str | None:
         if model.get(option):
             return f"its model sets {option}"
     if content.get("normalizer") is not None:
-        return "it normalises"
+        return "it normalizes"
     steps = _steps(content.get("pre_tokenizer"))
     levels = [step for step in steps if step["type"] == "ByteLevel"]
     if not levels:
@@ -203,7 +203,7 @@ def _fault(content: dict, tokenizer: Tokenizer) -> str | None:
     if max(vocabulary.values()) >= len(vocabulary):
         return "its ids leave gaps"
     special = [token["content"] for token in content.get("added_tokens", [])]
-    return loss(tokenizer, special + _strings([content["pre_tokenizer"], content.get("decoder")]))
+    return probe_loss(tokenizer, special + _strings([content["pre_tokenizer"], content.get("decoder")]))
 
 
 def _steps(pre_tokenizer: dict | None) -> list[dict]:

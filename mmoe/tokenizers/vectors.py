@@ -1,4 +1,4 @@
-"""Inertial and state vectors: normalised by the statistics of the training split."""
+"""Inertial and state vectors: normalized by the statistics of the training split."""
 
 import numpy as np
 
@@ -55,8 +55,8 @@ class Fences:
         return np.clip(values, self._low, self._high)
 
 
-class VectorNormaliser:
-    """(x - mean) / std by dimension, x clipped to the fences; a dimension that never varied becomes 0."""
+class VectorNormalizer:
+    """Computes (x - mean) / std by dimension, x clipped to the fences; a dimension that never varied becomes 0."""
 
     def __init__(self, stats: VectorStats) -> None:
         self.fences = Fences(stats)
@@ -73,6 +73,6 @@ class VectorNormaliser:
         self.fences.check(values)
         return ((self.fences.clip(values) - self._mean) * self._scale).astype(np.float32)
 
-    def inverse(self, normalised: np.ndarray) -> np.ndarray:
-        """f32 [..., D] in the source's units; a dimension that never varied gives its mean."""
-        return (normalised * self._std + self._mean).astype(np.float32)
+    def inverse(self, normalized: np.ndarray) -> np.ndarray:
+        """Return f32 [..., D] in the source's units; a dimension that never varied gives its mean."""
+        return (normalized * self._std + self._mean).astype(np.float32)

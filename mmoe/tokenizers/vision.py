@@ -1,4 +1,4 @@
-"""Pictures and video to patch vectors: a grid within a patch budget, a resize to it, patches of tubelets."""
+"""Images and video to patch vectors: a grid within a patch budget, a resize to it, patches of tubelets."""
 
 from functools import lru_cache
 from typing import Any, TypeVar, overload
@@ -12,21 +12,21 @@ from torch.nn.functional import interpolate
 from mmoe.config.base import Config
 
 Count = TypeVar("Count", int, np.ndarray)
-COORDINATES = 14  # features of a patch's place in its picture
-_MOST_KNOWN = 1 << 16  # picture sizes whose grids are kept
+COORDINATES = 14  # features of a patch's place in its image
+_MOST_KNOWN = 1 << 16  # image sizes whose grids are kept
 DISTORTION_COST = 4.0  # of a squared log distortion, in squared log losses of area (`VisionTokenizer.grid`)
 
 
 class VisionConfig(Config):
-    """Says how pictures are cut into patches."""
+    """Says how images are cut into patches."""
 
     patch: int = Field(16, gt=0)  # pixels a side
-    max_patches: int = Field(64, gt=0)  # most patches of one picture
+    max_patches: int = Field(64, gt=0)  # most patches of one image
     tubelet: int = Field(1, gt=0)  # successive frames that share a patch vector
 
 
 class VisionTokenizer:
-    """Patch vectors f32 [vector_dim] in [-1, 1]: tubelet x patch x patch pixels of RGB in this order, coordinates."""
+    """Makes patch vectors f32 [vector_dim] in [-1, 1]: tubelet x patch x patch pixels of RGB, coordinates."""
 
     def __init__(self, config: VisionConfig) -> None:
         self.config = config
@@ -41,22 +41,22 @@ class VisionTokenizer:
     @overload
     def grid(self, height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
     def grid(self, height: Any, width: Any) -> tuple[Any, Any]:
-        """Rows and columns of patches for pictures of height x width pixels; elementwise over numpy arrays.
+        """Rows and columns of patches for images of height x width pixels; elementwise over numpy arrays.
 
         Among the grids of at most `max_patches` that exceed neither ceil(height / patch) rows nor
-        ceil(width / patch) columns, the one that minimises 4 d**2 + a**2: d is the log of its aspect ratio
-        over the picture's, a the log of its patches over the most it could have. So a picture of whole
+        ceil(width / patch) columns, the one that minimizes 4 d**2 + a**2: d is the log of its aspect ratio
+        over the image's, a the log of its patches over the most it could have. So an image of whole
         patches within the budget keeps its size, a larger one uses the budget, and shape goes before size.
         """
         if isinstance(height, int) and (known := self._known.get(height << 32 | width)) is not None:
             return int(known[0]), int(known[1])
         sizes = np.stack(np.broadcast_arrays(height, width), axis=-1).astype(np.int64)
         if (sizes < 1).any():
-            raise ValueError(f"a picture of {sizes.min()} pixels a side has no patches")
+            raise ValueError(f"an image of {sizes.min()} pixels a side has no patches")
         # One number a size: sorting pairs is ten times slower, and a plan asks for millions.
         numbers, inverse = np.unique(sizes[..., 0] << 32 | sizes[..., 1], return_inverse=True)
         new = numbers[[number not in self._known for number in numbers.tolist()]]
-        # 256 geometries at a time: the table of all candidate grids stays small for any number of pictures.
+        # 256 geometries at a time: the table of all candidate grids stays small for any number of images.
         for part in np.split(new, range(256, len(new), 256)):
             self._known.update(zip(part.tolist(), self._best(np.stack([part >> 32, part & 0xFFFFFFFF], axis=-1))))
         grids = np.array([self._known[number] for number in numbers.tolist()], np.int64).reshape(-1, 2)
@@ -67,7 +67,7 @@ class VisionTokenizer:
         return (int(rows), int(columns)) if sizes.ndim == 1 else (rows, columns)
 
     def num_tokens(self, height: Count, width: Count) -> Count:
-        """Patch vectors of one tubelet (with `tubelet` 1: of a picture); elementwise over numpy arrays."""
+        """Patch vectors of one tubelet (with `tubelet` 1: of an image); elementwise over numpy arrays."""
         rows, columns = self.grid(height, width)
         return rows * columns
 
@@ -103,11 +103,11 @@ class VisionTokenizer:
         return vectors
 
     def positions(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
-        """(time, row, column) i64 [tubelets * rows * columns, 3] of each vector of `encode`, from 0."""
+        """Return (time, row, column) i64 [tubelets * rows * columns, 3] of each vector of `encode`, from 0."""
         return _positions(rows, columns, tubelets)
 
     def coordinates(self, rows: int, columns: int, tubelets: int = 1) -> np.ndarray:
-        """Say where in its picture each vector of `encode` lies: f32 [n, COORDINATES].
+        """Say where in its image each vector of `encode` lies: f32 [n, COORDINATES].
 
         Row and column as y, x in (-1, 1), with the sines and cosines of their first harmonics. Rotary positions only
         say how far apart two positions are; with these a patch knows by itself that it shows the road ahead.
@@ -129,7 +129,7 @@ class VisionTokenizer:
         return np.clip(np.rint((frames + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
     def _best(self, sizes: np.ndarray) -> np.ndarray:
-        """Grids [n, 2] for pictures of `sizes` [n, 2]."""
+        """Grids [n, 2] for images of `sizes` [n, 2]."""
         native = -(-sizes // self.config.patch)
         most = np.minimum(native.prod(1), self.config.max_patches)
         aspect, area = np.log(self._grids[:, 0] / self._grids[:, 1]), np.log(self._grids.prod(1))
@@ -139,7 +139,7 @@ class VisionTokenizer:
         return self._grids[cost.argmin(1)]
 
 
-# Every picture of a camera has the same; the arrays are shared, so nobody may write to them.
+# Every image of a camera has the same; the arrays are shared, so nobody may write to them.
 @lru_cache(maxsize=256)
 def _positions(rows: int, columns: int, tubelets: int) -> np.ndarray:
     positions = np.indices((tubelets, rows, columns)).reshape(3, -1).T

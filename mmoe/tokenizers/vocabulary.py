@@ -1,4 +1,4 @@
-"""One id space for everything the model predicts or reads: structure, placeholders, text, audio, actions.
+"""Defines one id space for all that the model predicts or reads: structure, placeholders, text, audio, actions.
 
 Ids of text never move: what structure a run needs besides the tokens below follows the other ranges.
 """
@@ -15,7 +15,7 @@ from mmoe.schema.rig import STANDARD, Rig
 
 
 class Structure(IntEnum):
-    """Structure tokens. Their ids are the first of the vocabulary and never move."""
+    """Names the structure tokens, whose ids are the first of the vocabulary and never move."""
 
     PAD = 0
     BOS = 1
@@ -58,7 +58,7 @@ def _camera_token(name: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Named, adjacent ranges of token ids: ``structure | placeholder | text | audio | action | further``.
+    """Lays out ranges of token ids by name: ``structure | placeholder | text | audio | action | further``.
 
     `audio_codebooks` x `audio_codebook_size` ids belong to the audio codec (codebook major) and
     `action_bins` to discrete actions; 0 leaves the range empty. `further` names structure tokens that only some runs
@@ -114,7 +114,7 @@ class Vocabulary:
         return np.array(ids, np.int64)
 
     def name(self, token: int) -> str:
-        """A readable name of an id, e.g. ``cam_front``, ``text 17``, ``audio 1:205``."""
+        """Return a readable name of an id, e.g. ``cam_front``, ``text 17``, ``audio 1:205``."""
         if token in self.ranges["structure"]:
             return Structure(token).name.lower()
         if token in self.ranges["placeholder"]:

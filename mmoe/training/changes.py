@@ -5,7 +5,7 @@ which has the values of now, says what they were at any earlier step.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mmoe.config.nature import Nature, differences
 from mmoe.errors import CheckpointError
 from mmoe.files import write_atomically, writes
 from mmoe.recipe.config import RunConfig
+from mmoe.recipe.upgrade import today_key
 from mmoe.training.run import read_config
 
 CHANGES = "changes.jsonl"
@@ -55,7 +56,8 @@ class History:
         lines = path.read_bytes().splitlines() if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                changes.append(_CHANGE.validate_json(line))
+                change = _CHANGE.validate_json(line)
+                changes.append(replace(change, key=today_key(change.key)))
             except ValidationError as error:
                 why = error.errors()[0]["msg"]
                 raise CheckpointError(

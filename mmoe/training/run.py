@@ -22,6 +22,7 @@ from mmoe.parallel.mesh import DEGREES, check_one_process
 from mmoe.parallel.ranks import StepExecutor
 from mmoe.recipe.config import RunConfig
 from mmoe.recipe.resolved import ResolvedRun, layout_to_measure
+from mmoe.recipe.upgrade import upgrade_config
 from mmoe.schema.modality import Modality
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.training.fingerprint import check_unchanged, fingerprint
@@ -65,7 +66,7 @@ def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if (missing := not path.is_file()) and not (folder / "checkpoints").is_dir():
         raise ConfigError(f"{path} does not exist: {folder} is not a run; train it first")
     try:
-        config = load(RunConfig, path, overrides)
+        config = load(RunConfig, path, overrides, upgrade_config)
     except ConfigError as error:
         copy = CheckpointManager(folder / "checkpoints", CheckpointConfig()).text(CONFIG)
         if copy is None or (not missing and path.read_bytes() == copy[1].encode()):

@@ -18,7 +18,7 @@ from tests.checkpoint.states import loaded, manager, names, state_of
 
 
 class Training:
-    """A tied, normalised, noisy little model under AdamW: whatever is not restored shows in the next loss."""
+    """A tied, normalized, noisy little model under AdamW: whatever is not restored shows in the next loss."""
 
     def __init__(self, seed: int, dtype: torch.dtype, fused: bool):
         torch.manual_seed(seed)
@@ -209,9 +209,9 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint of step 20; choose from 10"):
         loaded(checkpoints, 20)
     manifest = checkpoints.folder / "step-00000010/manifest.json"
-    manifest.write_text(replace(Manifest.read(manifest.parent), format=4).to_json())
+    manifest.write_text(replace(Manifest.read(manifest.parent), format=9).to_json())
     for step in (None, 10):  # nothing is wrong with it, so an older one is no answer
-        with pytest.raises(CheckpointError, match="has format 4, this mmoe reads 1 to 3"):
+        with pytest.raises(CheckpointError, match="has format 9, this mmoe reads 1 to 4"):
             loaded(checkpoints, step)
 
 

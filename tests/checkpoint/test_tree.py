@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe.checkpoint.tree import join, merge, names, select_paths, split, tensor_paths
+from mmoe.checkpoint.tree import join_tree, merge_trees, select_paths, split_tree, tensor_names, tensor_paths
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="."), max_size=5).filter(lambda s: not s.startswith("$"))
 LEAVES = (
@@ -48,38 +48,43 @@ def same(a: object, b: object) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(STATES)
 def test_join_undoes_split_through_json(state: dict) -> None:
-    document, tensors = split(state)
+    document, tensors = split_tree(state)
     document = json.loads(json.dumps(document))
-    assert tensor_paths(document) == {name: name for name in tensors} and names(document) == set(tensors)
-    assert same(join(document, tensors), state)
+    assert tensor_paths(document) == {name: name for name in tensors} and tensor_names(document) == set(tensors)
+    assert same(join_tree(document, tensors), state)
 
 
 def test_names_are_dotted_paths() -> None:
     x = torch.zeros(1)
-    _, tensors = split({"model": {"layer.0.weight": x}, "optimizer": {"state": {3: {"step": x}}, "list": [x]}})
+    _, tensors = split_tree({"model": {"layer.0.weight": x}, "optimizer": {"state": {3: {"step": x}}, "list": [x]}})
     assert set(tensors) == {"model.layer.0.weight", "optimizer.state.3.step", "optimizer.list.0"}
 
 
 def test_parts_of_a_state_merge_into_all_of_its_tensors_and_the_first_of_everything_else() -> None:
     x = torch.zeros(1)
-    first, _ = split({"model": {"a.b": x}, "optimizer": {"a.b": {"step": x}}, "trainer": {"step": 3, "list": [1]}})
-    other, _ = split({"model": {"a.b": x, "c": x}, "optimizer": {"c": {"step": x}}, "trainer": {"step": 4, "own": 5}})
-    whole, _ = split(
+    first, _ = split_tree({"model": {"a.b": x}, "optimizer": {"a.b": {"step": x}}, "trainer": {"step": 3, "list": [1]}})
+    other, _ = split_tree(
+        {"model": {"a.b": x, "c": x}, "optimizer": {"c": {"step": x}}, "trainer": {"step": 4, "own": 5}}
+    )
+    whole, _ = split_tree(
         {
             "model": {"a.b": x, "c": x},
             "optimizer": {"a.b": {"step": x}, "c": {"step": x}},
             "trainer": {"step": 3, "list": [1]},
         }
     )
-    assert merge(first, other) == whole and merge(other, first)["trainer"] == other["trainer"] != whole["trainer"]
+    assert (
+        merge_trees(first, other) == whole
+        and merge_trees(other, first)["trainer"] == other["trainer"] != whole["trainer"]
+    )
 
 
 def test_a_pruned_document_keeps_what_is_not_a_tensor() -> None:
     x = torch.zeros(1)
     state = {"model": {"a": x, "b": {"c": x, "d": 1}}, "trainer": {"step": 3, "empty": {}}, "pairs": {1: (x, 2)}}
-    document, tensors = split(state)
-    assert select_paths(document, {"model.a"}) == split({"model": {"a": x}, "trainer": state["trainer"]})[0]
-    kept = join(select_paths(document, {"model.b.c", "pairs.1.0"}), tensors)
+    document, tensors = split_tree(state)
+    assert select_paths(document, {"model.a"}) == split_tree({"model": {"a": x}, "trainer": state["trainer"]})[0]
+    kept = join_tree(select_paths(document, {"model.b.c", "pairs.1.0"}), tensors)
     assert kept == {"model": {"b": {"c": x, "d": 1}}, "trainer": state["trainer"], "pairs": {1: (x, 2)}}
 
 
@@ -95,4 +100,4 @@ def test_a_pruned_document_keeps_what_is_not_a_tensor() -> None:
 )
 def test_what_does_not_fit_is_named(state: dict, sentence: str) -> None:
     with pytest.raises(TypeError, match=sentence):
-        split(state)
+        split_tree(state)

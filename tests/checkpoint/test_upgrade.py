@@ -1,5 +1,6 @@
-"""Checkpoints of format 1, whose optimizer states were numbered."""
+"""Checkpoints of earlier formats: numbered optimizer states (1), and other names of parameters (1 to 3)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.checkpoint.manager import CheckpointManager
+from mmoe.checkpoint.manifest import _crc32
 from mmoe.models.decoder import ModelConfig, MultimodalModel
 from mmoe.models.embeddings import ModelInputs
 from mmoe.models.moe.layer import MoEConfig
@@ -48,6 +50,27 @@ def format_1(optimizer: CompositeOptimizer) -> dict[str, Any]:
     return section
 
 
+def earlier(state: Any) -> Any:
+    """The state with the names that parameters and buffers had before format 4, wherever it has them."""
+    if isinstance(state, list):
+        return [earlier(item) for item in state]
+    if isinstance(state, str):
+        return (
+            state.replace("feed_forward.", "network.")
+            .replace("ffn_norm", "network_norm")
+            .replace("expert_bias", "choice_bias")
+        )
+    return {earlier(key): earlier(value) for key, value in state.items()} if isinstance(state, dict) else state
+
+
+def declare(saved: Path, version: int) -> None:
+    """Say that the checkpoint is of an earlier format."""
+    path = saved / "manifest.json"
+    content = json.loads(path.read_text()) | {"format": version}
+    del content["crc32"]
+    path.write_text(json.dumps(content | {"crc32": _crc32(content)} if version > 2 else content))
+
+
 def tensors(optimizer: CompositeOptimizer) -> dict[str, Tensor]:
     states = optimizer.state_dict()
     return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
@@ -59,9 +82,8 @@ def test_a_training_goes_on_from_format_1(tmp_path: Path, muon: MuonConfig | Non
     optimizer = build_optimizer(model, AdamWConfig(), muon)
     for seed in range(2):
         step(model, optimizer, seed)
-    saved = checkpoints.save(2, {"model": model.state_dict(), "optimizer": format_1(optimizer)})
-    manifest = saved / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+    saved = checkpoints.save(2, earlier({"model": model.state_dict(), "optimizer": format_1(optimizer)}))
+    declare(saved, 1)
 
     other = model_of(1)
     resumed = build_optimizer(other, AdamWConfig(), muon)
@@ -79,8 +101,48 @@ def test_a_training_goes_on_from_format_1(tmp_path: Path, muon: MuonConfig | Non
 def test_weights_alone_are_read_from_format_1(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(tmp_path, CheckpointConfig())
     saved = checkpoints.save(2, {"model": {"weight": torch.ones(3)}, "trainer": {"step": 2}})
-    manifest = saved / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+    declare(saved, 1)
     state: dict[str, Any] = {"model": {"weight": torch.zeros(3)}}
     checkpoints.load(state)
     assert state["model"]["weight"].tolist() == [1, 1, 1]
+
+
+def test_a_training_goes_on_from_format_3(tmp_path: Path) -> None:
+    model, checkpoints = model_of(0), CheckpointManager(tmp_path, CheckpointConfig())
+    optimizer = build_optimizer(model, AdamWConfig(), MuonConfig())
+    step(model, optimizer, 0)
+    plan = {"window": 3, "owed": [-2, 5]}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "trainer": {"step": 2, "stream": {"plan": plan, "quarantine": {}}},
+        "callbacks": {"metrics": {"totals": {"tokens": 5.0, "expert_choices": 8.0}}},
+    }
+    names = set(model.state_dict())
+    declare(checkpoints.save(2, earlier(state)), 3)
+    assert sum(earlier(name) != name for name in names) == 10
+
+    other = model_of(1)
+    resumed = build_optimizer(other, AdamWConfig(), MuonConfig())
+    found: dict[str, Any] = {
+        "model": other.state_dict(),
+        "optimizer": resumed.state_dict(),
+        "trainer": {},
+        "callbacks": {},
+    }
+    checkpoints.load(found)
+    other.load_state_dict(found["model"])
+    resumed.load_state_dict(found["optimizer"])
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(tensors(resumed)[name], value) for name, value in tensors(optimizer).items())
+    assert found["callbacks"]["metrics"]["totals"] == {"tokens": 5.0, "slots_routed": 8.0}
+    assert found["trainer"]["stream"]["plan"] == {"window": 3, "deficit": [-2, 5]}
+
+
+def test_modules_of_others_keep_their_names(tmp_path: Path) -> None:
+    """Only our own were renamed: a head from outside may have a network too."""
+    checkpoints = CheckpointManager(tmp_path, CheckpointConfig())
+    declare(checkpoints.save(2, {"model": {"heads.depth.network.weight": torch.ones(3)}}), 3)
+    state: dict[str, Any] = {"model": {"heads.depth.network.weight": torch.zeros(3)}}
+    checkpoints.load(state)
+    assert state["model"]["heads.depth.network.weight"].tolist() == [1, 1, 1]

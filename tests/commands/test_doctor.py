@@ -6,14 +6,14 @@ import psutil
 import torch
 
 from mmoe.commands.console import Console
-from mmoe.commands.doctor import machine, report, usable_cores
+from mmoe.commands.doctor import machine, print_diagnosis, usable_cores
 from mmoe.optional import BACKENDS, status
 from mmoe.runtime.memory import total_memory
 
 
 def test_the_report_has_every_backend_and_its_whole_reason() -> None:
     console = Console(width=300, record=True, file=io.StringIO())
-    report(console)
+    print_diagnosis(console)
     text = console.export_text()
     assert metadata.version("torch") in text and metadata.version("torchaudio") in text
     for name in BACKENDS:

@@ -59,7 +59,7 @@ def test_a_process_that_makes_chunks_loads_no_torch():
     assert "mmoe.modalities.vision" in modules and "torch" not in modules
 
 
-def test_what_a_training_must_not_load_is_recognised():
+def test_what_a_training_must_not_load_is_recognized():
     assert unwanted("mmoe.training.run mmoe.reporting ray ray.util rays mmoe.preparation.sources.text plotly.io") == [
         "mmoe.reporting",
         "ray",

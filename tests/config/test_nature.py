@@ -20,13 +20,13 @@ KEYS = {
         "data.stages.all": "until temperature sources weights",
         "data": "sequence_length patches_per_sequence window_documents isolated_pair_share video_backend",
         "data.bounds": (
-            "file_bytes row_bytes json_depth json_digits picture_pixels film_pixels film_seconds film_frames "
-            "sound_seconds sound_channels sound_rate array_bytes"
+            "file_bytes row_bytes json_depth json_digits image_pixels video_pixels video_seconds video_frames "
+            "audio_seconds audio_channels audio_rate array_bytes"
         ),
         "tokenizers.text": "vocabulary_size",
         "tokenizers.vision": "patch max_patches tubelet",
         "tokenizers.audio": "kind codebooks layout",
-        "tokenizers.audio.mel": "sample_rate window hop mels stack codebook_size normalise_level",
+        "tokenizers.audio.mel": "sample_rate window hop mels stack codebook_size normalize_level",
         "tokenizers.action": "mode chunk bins binning",
         "model": (
             "d_model n_layers n_heads n_kv_heads head_dim intermediate_size rope_theta qk_norm norm_eps "
@@ -34,10 +34,9 @@ KEYS = {
         ),
         "model.moe": (
             "n_experts top_k intermediate_size n_shared_experts shared_gate dispatcher capacity_factor drop_policy "
-            "token_group_alignment expert_backend "
-            "score_func norm_topk_prob routed_scaling_factor router_noise bias_update_rate layer_freq first_k_dense"
+            "token_group_alignment expert_backend score_func norm_topk_prob routed_scaling_factor n_group topk_group "
+            "group_score router_noise bias_update_rate layer_freq first_k_dense"
         ),
-        "model.moe.groups": "count per_token score",
         "losses.ce": "text audio action structure",
         "losses.contrastive": "weight tau group_sequences",
         "losses.action": "weight",
@@ -93,7 +92,7 @@ def full():
         "/run",
         data__sources={"text": {"kind": "text", "shards": "/data/text"}},
         tokenizers__text={"path": "/text.json"},
-        model__moe__groups={"count": 2, "per_token": 1},
+        model__moe__n_group=2,
         optim__schedule={"hold": {"steps": 1}},
         training__start_from={"weights": "/weights"},
     )

@@ -47,8 +47,8 @@ def npy(table: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def pictures(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """[count, height, width, 3] uint8, each unlike its neighbours and without any symmetry."""
+def images(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """[count, height, width, 3] uint8, each unlike its neighbors and without any symmetry."""
     row, column = np.mgrid[:height, :width]
     frames = [np.stack([row * 3 + 7 * i, column * 2 + 5 * i, row + column + 40 * (i % 3)], -1) for i in range(count)]
     return np.stack(frames).clip(0, 255).astype(np.uint8)
@@ -90,14 +90,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def write_captions(folder: Path, count: int) -> None:
     for i in range(count):
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        (folder / "images" / f"p{i}.png").write_bytes(png(pictures(i + 1)[i]))
+        (folder / "images" / f"p{i}.png").write_bytes(png(images(i + 1)[i]))
     write_jsonl(
         folder / "captions.jsonl", [{"image": f"images/p{i}.png", "caption": f"Bild {i}"} for i in range(count)]
     )
 
 
-def write_sounds(folder: Path, takes: int = 3, speakers: tuple[str, ...] = ("ada", "bob")) -> None:
-    """A second of tone per word, speaker and take; every sound differs."""
+def write_audio(folder: Path, takes: int = 3, speakers: tuple[str, ...] = ("ada", "bob")) -> None:
+    """A second of tone per word, speaker and take; every audio differs."""
     rows = []
     for number, (take, speaker, word) in enumerate(
         (take, speaker, word) for take in range(takes) for speaker in speakers for word in ("one", "two")
@@ -113,7 +113,7 @@ def write_sounds(folder: Path, takes: int = 3, speakers: tuple[str, ...] = ("ada
 
 
 def write_tub(folder: Path, records: list[dict], deleted: list[int] = ()) -> None:
-    """A donkeycar tub v2 of `records` (an "_index", an angle, a throttle each); a picture for every record."""
+    """A donkeycar tub v2 of `records` (an "_index", an angle, a throttle each); an image for every record."""
     (folder / "images").mkdir(parents=True)
     manifest = [
         ["cam/image_array", "user/angle", "user/throttle"],
@@ -127,7 +127,7 @@ def write_tub(folder: Path, records: list[dict], deleted: list[int] = ()) -> Non
     for record in records:
         name = f"{record['_index']}_cam_image_array_.jpg"
         buffer = io.BytesIO()
-        Image.fromarray(pictures(record["_index"] % 7 + 1)[-1]).save(buffer, "JPEG", quality=60)
+        Image.fromarray(images(record["_index"] % 7 + 1)[-1]).save(buffer, "JPEG", quality=60)
         (folder / "images" / name).write_bytes(buffer.getvalue() + b"%d" % record["_index"])  # unlike all others
         rows.append({"_timestamp_ms": 1000, "cam/image_array": name, **record})
     write_jsonl(folder / "catalog_0.catalog", rows)

@@ -1,4 +1,4 @@
-"""Trees and manifests of sounds, as LibriSpeech and NeMo lay them out, written by soundfile."""
+"""Trees and manifests of audio clips, as LibriSpeech and NeMo lay them out, written by soundfile."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ def tone(number: int, samples: int = RATE // 2) -> np.ndarray:
 
 
 def write_librispeech(folder: Path, speakers: dict[int, tuple[int, ...]], utterances: int = 2) -> dict[str, np.ndarray]:
-    """<speaker>/<chapter>/<speaker>-<chapter>-<utterance>.flac with a .trans.txt each chapter; the sounds by key."""
-    sounds = {}
+    """<speaker>/<chapter>/<speaker>-<chapter>-<utterance>.flac with a .trans.txt each chapter; the audio by key."""
+    audio = {}
     for speaker, chapters in speakers.items():
         for chapter in chapters:
             place = folder / str(speaker) / str(chapter)
@@ -27,16 +27,16 @@ def write_librispeech(folder: Path, speakers: dict[int, tuple[int, ...]], uttera
             lines = []
             for number in range(utterances):
                 name = f"{speaker}-{chapter}-{number:04d}"
-                wave = tone(len(sounds))
+                wave = tone(len(audio))
                 soundfile.write(place / f"{name}.flac", wave, RATE, subtype="PCM_16")
-                sounds[f"{speaker}/{chapter}/{name}"] = wave
+                audio[f"{speaker}/{chapter}/{name}"] = wave
                 lines.append(f"{name} WORDS OF {name}\n")
             (place / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
-    return sounds
+    return audio
 
 
 def write_manifest(path: Path, rows: list[dict]) -> None:
-    """A manifest and, for each `audio_filepath` that is not there, a second of sound."""
+    """A manifest and, for each `audio_filepath` that is not there, a second of audio."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows):
         file = path.parent / row["audio_filepath"]

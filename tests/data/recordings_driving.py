@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.data.recordings import npy, pictures, png, video
+from tests.data.recordings import images, npy, png, video
 
 FRAME_S, CAN_S, IMU_S = 0.05, 0.012, 0.0096
 BOOT_S = 46408.547498
@@ -41,7 +41,7 @@ def write_segment(folder: Path, seconds: float = 6.0, with_video: bool = False, 
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(npy(content))
     if with_video:
-        data = video(pictures(len(frames)), container="hevc", codec="libx265", **{"x265-params": "log-level=none"})
+        data = video(images(len(frames)), container="hevc", codec="libx265", **{"x265-params": "log-level=none"})
         (folder / "video.hevc").write_bytes(data)
 
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.data.recordings import pictures, video, write_jsonl
+from tests.data.recordings import images, video, write_jsonl
 
-LEVEL = 7  # grey levels between two rows of a picture
+LEVEL = 7  # grey levels between two rows of an image
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
@@ -20,8 +20,8 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def level_pictures(first: int, count: int, height: int = 32, width: int = 64) -> np.ndarray:
-    """Pictures [count, H, W, 3] u8 whose mean tells their number modulo 32."""
+def level_images(first: int, count: int, height: int = 32, width: int = 64) -> np.ndarray:
+    """Images [count, H, W, 3] u8 whose mean tells their number modulo 32."""
     levels = (np.arange(first, first + count) % 32) * LEVEL + 10
     return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).astype(np.uint8)
 
@@ -37,8 +37,8 @@ def write_bridge(folder: Path, episodes: list[dict]) -> None:
         np.savez(folder / name / "steps.npz", state=state, action=action, is_first=np.arange(steps) == 0)
         for camera in episode["cameras"]:
             for step in range(steps):
-                picture = pictures(step % 5 + 1, 32, 48)[-1] ^ np.uint8(camera * 16 + number)
-                (folder / name / f"image_{camera}_{step:02d}.jpg").write_bytes(jpeg(picture))
+                image = images(step % 5 + 1, 32, 48)[-1] ^ np.uint8(camera * 16 + number)
+                (folder / name / f"image_{camera}_{step:02d}.jpg").write_bytes(jpeg(image))
         text = episode.get("text", f"task {number}")
         rows.append({"episode": name, "steps": steps, "cameras": episode["cameras"], "language_instruction": text})
     write_jsonl(folder / "episodes.jsonl", rows)
@@ -57,9 +57,9 @@ def write_lerobot(
     files: int = 1,
     encoding: dict | None = None,
 ) -> None:
-    """A dataset v3.0: episode e's row i has state (e, i, 0.5), action (e, i + 1, 0.25), picture number e * 8 + i.
+    """A dataset v3.0: episode e's row i has state (e, i, 0.5), action (e, i + 1, 0.25), image number e * 8 + i.
 
-    `cameras` are videos, episodes end to end; `stored` are pictures inside parquet. `files` data and video files.
+    `cameras` are videos, episodes end to end; `stored` are images inside parquet. `files` data and video files.
     """
     features = {
         "observation.state": {"dtype": "float32", "shape": [3], "names": names},
@@ -101,7 +101,7 @@ def write_lerobot(
                 place["to_timestamp"] = (at + length) / fps
                 entry |= {f"videos/{key}/{name}": value for name, value in place.items()}
             entries.append(entry)
-            shown = level_pictures(e * 8, length)
+            shown = level_images(e * 8, length)
             seen.append(shown)
             for i in range(length):
                 row = {

@@ -1,4 +1,4 @@
-"""Films written packet by packet, so that every stream has the times that a test wants."""
+"""Videos written packet by packet, so that every stream has the times that a test wants."""
 
 import io
 from fractions import Fraction
@@ -21,19 +21,19 @@ def ramp(start: int, count: int) -> np.ndarray:
     return ((np.arange(start, start + count) % 30_000) + 1).astype(np.int16)
 
 
-def film(
+def video_bytes(
     frames: list[np.ndarray] | np.ndarray,
     times_ms: list[int],
-    sounds: list[tuple[int, list[tuple[int, np.ndarray]]]] = (),
+    audio: list[tuple[int, list[tuple[int, np.ndarray]]]] = (),
     *,
     container: str = "matroska",
     codec: str = "libx264",
-    sound_codec: str = "pcm_s16le",
+    audio_codec: str = "pcm_s16le",
     pipe: bool = False,
-    sound_first: bool = False,
+    audio_first: bool = False,
     **options,
 ) -> bytes:
-    """Video streams of `frames` ([N, H, W, 3], or a list of them) at `times_ms`, and sounds of (rate, pieces).
+    """Video streams of `frames` ([N, H, W, 3], or a list of them) at `times_ms`, and audio clips of (rate, pieces).
 
     A piece is (start in ms, samples i16 [n]).
     """
@@ -49,24 +49,24 @@ def film(
                 stream.codec_context.time_base = MILLISECOND
             return stream
 
-        def add_sound(rate):
-            return file.add_stream(sound_codec, rate=rate, layout="mono")
+        def add_audio(rate):
+            return file.add_stream(audio_codec, rate=rate, layout="mono")
 
-        if sound_first:
-            heard = [add_sound(rate) for rate, _ in sounds]
+        if audio_first:
+            heard = [add_audio(rate) for rate, _ in audio]
             seen = [add_video(pixels) for pixels in videos]
         else:
             seen = [add_video(pixels) for pixels in videos]
-            heard = [add_sound(rate) for rate, _ in sounds]
+            heard = [add_audio(rate) for rate, _ in audio]
         packets = []
         for stream, pixels in zip(seen, videos):
-            for number, (picture, time) in enumerate(zip(pixels, times_ms)):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            for number, (image, time) in enumerate(zip(pixels, times_ms)):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 own = stream.codec_context.time_base == MILLISECOND
                 frame.pts, frame.time_base = (time, MILLISECOND) if own else (number, Fraction(1, 25))
                 packets += stream.encode(frame)
             packets += stream.encode()
-        for stream, (rate, pieces) in zip(heard, sounds):
+        for stream, (rate, pieces) in zip(heard, audio):
             for start, wave in pieces:
                 for at in range(0, len(wave), 160):
                     part = wave[at : at + 160]

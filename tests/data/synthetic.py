@@ -73,7 +73,7 @@ def audio_sample(rng: np.random.Generator, key: str) -> Sample:
 
 
 def clip_sample(rng: np.random.Generator, key: str, slices: int | None = None) -> Sample:
-    """A clip whose slices differ in cameras, sound, text and action, as recordings with gaps do."""
+    """A clip whose slices differ in cameras, audio, text and action, as recordings with gaps do."""
     slices = slices or int(rng.integers(1, 5))
     members, segments, texts = {}, [], []
     members["flac"] = flac(rng, 800 * slices)

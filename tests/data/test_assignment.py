@@ -121,7 +121,7 @@ def test_the_balance_is_that_of_the_replica_that_has_most(shape, seed):
 @pytest.mark.parametrize("group", [1, 8, 64])
 @pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
 def test_both_kinds_of_work_are_evener_than_dealt_in_turn_in_sum_and_at_the_same_time(group, share):
-    """16 replicas of 4 micro-steps of 2 sequences, a share of them with pictures; patches also than by attention."""
+    """16 replicas of 4 micro-steps of 2 sequences, a share of them with images; patches also than by attention."""
     rng, replicas, micro, steps = np.random.default_rng(0), 16, 2, 4
     found = {"both": [], "turn": [], "attention": []}
     for _ in range(20):

@@ -113,7 +113,7 @@ def member(**fields):
         (segment(member=-1), "names a member that its row has not"),
         (segment(modality=2, height=1 << 30, width=4), "height of a segment"),
         (segment(modality=2, height=4, width=4, stop=1 << 30), "frames"),
-        (segment(modality=3), "a sound no rate"),
+        (segment(modality=3), "an audio clip no rate"),
         (segment(start=None), "segments has nulls"),
         (member(offset=0), "a member lies outside the tar"),
         (member(size=-1), "a member lies outside the tar"),

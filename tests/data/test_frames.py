@@ -1,4 +1,4 @@
-"""Frames of films: what is shown at a time is the frame of that time, under every backend that accepts the film."""
+"""Frames of videos: what is shown at a time is the frame of that time, under every backend that accepts the video."""
 
 import io
 import os
@@ -20,55 +20,55 @@ from mmoe.data.load.media import reduced_size
 from mmoe.data.load.video import is_video
 from mmoe.errors import DataError, Refused
 from mmoe.optional import status
-from mmoe.schema.bounds import BEYOND, DEFAULT, Bounds, bounded_by
-from tests.data.films import FILMS, RATE, number_of, numbered
-from tests.data.recordings import MATRICES, pictures, turned, video
+from mmoe.schema.bounds import BEYOND, DEFAULT_BOUNDS, Bounds, bounded_by
+from tests.data.recordings import MATRICES, images, turned, video
+from tests.data.video_files import RATE, VIDEOS, number_of, numbered
 
 BACKENDS = ("decord", "pyav")
 needs_decord = pytest.mark.skipif(not status("decord").available, reason="decord is not installed")
 
 
-def wrong(film, data, backend):
+def wrong(clip, data, backend):
     """(frame of the time, frame shown) where they differ: asked one by one in an order that seeks, and all at once."""
-    found = VideoFrames(data, backend, film.name)
-    expected = film.first + np.rint((found.times_ns - found.times_ns[0]) * RATE / 1e9).astype(int)
+    found = VideoFrames(data, backend, clip.name)
+    expected = clip.first + np.rint((found.times_ns - found.times_ns[0]) * RATE / 1e9).astype(int)
     orders = [*range(len(found) - 1, -1, -3), *np.random.default_rng(0).permutation(len(found)).tolist()]
     shown = [(index, number_of(found.frames(np.array([index]))[0])) for index in orders]
-    again = VideoFrames(data, backend, film.name)
+    again = VideoFrames(data, backend, clip.name)
     shown += enumerate(map(number_of, again.frames(np.arange(len(again)))))
-    assert len(found) == len(numbered()) - film.first
+    assert len(found) == len(numbered()) - clip.first
     return [(int(expected[index]), number) for index, number in shown if number != expected[index]]
 
 
-def check_film(film):
-    data = film.write()
-    assert wrong(film, data, "auto") == wrong(film, data, "pyav") == []
+def check_video(clip):
+    data = clip.write()
+    assert wrong(clip, data, "auto") == wrong(clip, data, "pyav") == []
     try:
-        assert wrong(film, data, "decord") == []
+        assert wrong(clip, data, "decord") == []
     except Refused as refusal:
-        assert film.name in str(refusal) and "set data.video_backend=auto" in str(refusal)
+        assert clip.name in str(refusal) and "set data.video_backend=auto" in str(refusal)
         return False
     return True
 
 
 @needs_decord
-def test_sixty_films_have_no_wrong_picture_under_any_backend_that_accepts_them():
-    assert len({film.name for film in FILMS}) >= 60
-    accepted = [film.name for film in FILMS if check_film(film)]
+def test_sixty_videos_have_no_wrong_image_under_any_backend_that_accepts_them():
+    assert len({clip.name for clip in VIDEOS}) >= 60
+    accepted = [clip.name for clip in VIDEOS if check_video(clip)]
     assert len(accepted) >= 10 and all("x264" in name or "mpeg4_plain" in name for name in accepted)
 
 
 @needs_decord
-def test_why_decord_must_not_read_a_film_is_said():
+def test_why_decord_must_not_read_a_video_is_said():
     names = ("x264_b_mp4.mp4", "x264_open_mkv.mkv", "x265_open_mp4.mp4", "mpeg4_b_avi.avi", "cut10_x264_b.mp4")
-    reasons = {film.name: why_not(film.write(), film.name) for film in FILMS if film.name in names}
+    reasons = {clip.name: why_not(clip.write(), clip.name) for clip in VIDEOS if clip.name in names}
     assert reasons["x264_b_mp4.mp4"] is None
     assert "GOPs are open" in reasons["x264_open_mkv.mkv"] and "hides 10 packets" in reasons["cut10_x264_b.mp4"]
     assert "codec hevc" in reasons["x265_open_mp4.mp4"] and "kind avi" in reasons["mpeg4_b_avi.avi"]
 
 
 @needs_decord
-def test_a_film_that_decord_dies_of_is_refused_to_it(monkeypatch):
+def test_a_video_that_decord_dies_of_is_refused_to_it(monkeypatch):
     monkeypatch.setattr(decord_proof, "_apart", {})
     start = subprocess.Popen
 
@@ -79,17 +79,17 @@ def test_a_film_that_decord_dies_of_is_refused_to_it(monkeypatch):
     data = video(numbered(), bf=0)
     assert why_not(data, "v.mp4") == "it ends its process" and not decord_proof._apart
     monkeypatch.setattr(decord_proof.subprocess, "Popen", start)
-    assert why_not(data, "v.mp4") is None  # another process is started for the next film
+    assert why_not(data, "v.mp4") is None  # another process is started for the next video
 
 
 @needs_decord
-def test_decord_reads_a_stored_film_only_with_the_proof_of_its_preparation(monkeypatch):
+def test_decord_reads_a_stored_video_only_with_the_proof_of_its_preparation(monkeypatch):
     data = video(numbered(), bf=0)
     with pytest.raises(Refused, match="was not proven.*; set data.video_backend=auto"):
         stored_frames(data, "decord", "shard.tar: a.mp4", proven=False)
     monkeypatch.setattr("mmoe.data.load.frames.why_not", lambda *_: pytest.fail("proven again"))
     shown = stored_frames(data, "decord", "shard.tar: a.mp4", proven=True).frames(np.array([20, 3]))
-    assert [number_of(picture) for picture in shown] == [20, 3]
+    assert [number_of(image) for image in shown] == [20, 3]
     for backend in ("auto", "pyav"):
         assert len(stored_frames(data, backend, "a.mp4", proven=False)) == 30
 
@@ -97,7 +97,7 @@ def test_decord_reads_a_stored_film_only_with_the_proof_of_its_preparation(monke
 @needs_decord
 @pytest.mark.parametrize("turn", [0, 90])
 def test_whatever_size_frames_are_scaled_to_decord_gives_them(turn):
-    """decord fails on some widths; a film that is proven must not meet them."""
+    """decord fails on some widths; a video that is proven must not meet them."""
     data = turned(video(numbered(2), bf=0), turn)
     assert why_not(data, "v") is None
     size = VideoFrames(data, "pyav", "v").size
@@ -159,23 +159,23 @@ def test_a_text_named_mp4_opens_neither_the_network_nor_another_file(tmp_path, m
         "dash": f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>http://127.0.0.1:{port}/'
         "</BaseURL></MPD>",
     }[inside]
-    film = tmp_path / "film.mp4"
-    film.write_text(text)
-    for data in (film, text.encode()):
-        with pytest.raises(Refused, match="film.mp4 cannot be read as a video"):
-            VideoFrames(data, backend, "film.mp4")
+    clip = tmp_path / "video.mp4"
+    clip.write_text(text)
+    for data in (clip, text.encode()):
+        with pytest.raises(Refused, match="video.mp4 cannot be read as a video"):
+            VideoFrames(data, backend, "video.mp4")
     assert port.visits == 0
 
 
 def test_names_are_names_and_not_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("tcp:1.mp4", os.fsdecode(b"\xff %20.mp4"), "concat:a|b.mp4"):
-        film = tmp_path.relative_to(tmp_path) / name
-        film.write_bytes(video(numbered(3)))
-        assert len(VideoFrames(film, "auto", "v")) == 3
+        clip = tmp_path.relative_to(tmp_path) / name
+        clip.write_bytes(video(numbered(3)))
+        assert len(VideoFrames(clip, "auto", "v")) == 3
 
 
-def test_only_regular_files_are_films(tmp_path):
+def test_only_regular_files_are_videos(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
     for name in ("pipe.mp4", "zero.mp4", "absent.mp4", "."):
@@ -184,18 +184,18 @@ def test_only_regular_files_are_films(tmp_path):
 
 
 def lasting(mkv: bytes, milliseconds: float) -> bytes:
-    """The Matroska film with another length in its header."""
+    """The Matroska video with another length in its header."""
     at = mkv.index(b"\x44\x89\x88") + 3
     return mkv[:at] + struct.pack(">d", milliseconds) + mkv[at + 8 :]
 
 
 def test_what_a_header_asks_for_is_bounded():
     data = video(numbered(5), container="matroska")
-    with pytest.raises(Refused, match=r"v\.mkv states a length in seconds: .*film_seconds") as refusal:
+    with pytest.raises(Refused, match=r"v\.mkv states a length in seconds: .*video_seconds") as refusal:
         VideoFrames(lasting(data, 100 * 365.25 * 86400e3), "auto", "v.mkv")
     assert refusal.value.reason == BEYOND
-    assert DEFAULT.film_pixels < 8192 * 8192
-    for bound in ("film_pixels", "film_frames"):
+    assert DEFAULT_BOUNDS.video_pixels < 8192 * 8192
+    for bound in ("video_pixels", "video_frames"):
         with bounded_by(Bounds(**{bound: 4})), pytest.raises(Refused, match=f"raise prepare.bounds.{bound}"):
             VideoFrames(video(numbered(5)), "auto", "v.mp4")
 
@@ -206,7 +206,7 @@ def test_frames_that_grow_on_the_way_are_bounded():
         video(np.zeros((len(ms), side, side, 3), np.uint8), container="mpegts", bf=0, g=1, times_ms=list(ms))
         for side, ms in zip((32, 256), times)
     )
-    with bounded_by(Bounds(film_pixels=64 * 64)):
+    with bounded_by(Bounds(video_pixels=64 * 64)):
         shown = VideoFrames(small, "auto", "v")
         assert shown.frames(np.arange(5)).shape == (5, 32, 32, 3)
         with pytest.raises(DataError, match="^v"):
@@ -217,7 +217,7 @@ def test_frames_that_grow_on_the_way_are_bounded():
 
 
 def damaged(data: bytes, number: int) -> bytes:
-    """The film with the middle of a packet overwritten."""
+    """The video with the middle of a packet overwritten."""
     with av.open(io.BytesIO(data)) as container:
         packet = list(container.demux(video=0))[number]
         middle, stop = packet.pos + packet.size // 2, packet.pos + packet.size * 3 // 4
@@ -225,7 +225,7 @@ def damaged(data: bytes, number: int) -> bytes:
 
 
 def textured(count: int = 40) -> np.ndarray:
-    """Pictures [count, 80, 96, 3] that take some bytes each."""
+    """Images [count, 80, 96, 3] that take some bytes each."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(40, 200, (count, 10, 12, 1)).repeat(8, 1).repeat(8, 2)
     return (coarse + rng.integers(0, 30, (count, 80, 96, 3))).astype(np.uint8)
@@ -253,7 +253,7 @@ def test_importing_does_not_need_decord():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_video_times_and_frames_are_those_written(backend):
-    frames = pictures(30)
+    frames = images(30)
     times = [int(40 * i + (i % 3) * 13) for i in range(30)]
     data = video(frames, times_ms=times, crf=1)
     shown = VideoFrames(data, backend, "v.mp4")
@@ -261,7 +261,7 @@ def test_video_times_and_frames_are_those_written(backend):
     assert shown.times_ns.dtype == np.int64
     assert np.abs(shown.times_ns - np.array(times) * 1_000_000).max() < 1000  # 1 us
     everything = shown.frames(np.arange(30))
-    assert everything.dtype == np.uint8 and np.abs(everything.astype(int) - frames).mean() < 12  # 4:2:0 colour
+    assert everything.dtype == np.uint8 and np.abs(everything.astype(int) - frames).mean() < 12  # 4:2:0 color
 
     chosen = np.array([17, 3, 3, 29, 0, 18])
     assert (shown.frames(chosen) == everything[chosen]).all()
@@ -273,7 +273,7 @@ def test_video_times_and_frames_are_those_written(backend):
 
 @pytest.mark.parametrize("degrees", MATRICES)
 def test_both_backends_agree_on_rotated_video(degrees):
-    data = turned(video(pictures(12, 64, 96)), degrees)  # decord fails on turned ones of other widths
+    data = turned(video(images(12, 64, 96)), degrees)  # decord fails on turned ones of other widths
     ours, theirs = VideoFrames(data, "pyav", "v"), VideoFrames(data, "decord", "v")
     assert ours.size == theirs.size == ((64, 96) if degrees % 180 == 0 else (96, 64))
     assert (ours.frames(np.arange(12)) == theirs.frames(np.arange(12))).all()
@@ -284,13 +284,13 @@ def test_both_backends_agree_on_rotated_video(degrees):
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_avi_with_b_frames_is_refused_by_decord_and_read_by_pyav(codec):
-    data = video(pictures(30), container="avi", codec=codec, bf=2)
+    data = video(images(30), container="avi", codec=codec, bf=2)
     with pytest.raises(DataError, match=r"v\.avi is not read by decord: .* avi .*; set data.video_backend=auto"):
         VideoFrames(data, "decord", "v.avi")
     shown = VideoFrames(data, "pyav", "v.avi")
     assert (np.diff(shown.times_ns) == 40_000_000).all() and len(shown) == 30
     everything = shown.frames(np.arange(30))
-    assert np.abs(everything.astype(int) - pictures(30)).mean() < 25
+    assert np.abs(everything.astype(int) - images(30)).mean() < 25
     for index in (20, 5, 29, 11):
         assert (shown.frames(np.array([index])) == everything[[index]]).all()
 
@@ -308,14 +308,14 @@ def test_frames_of_an_avi_are_in_the_order_they_are_shown(options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
 def test_a_broken_video_is_named(backend, keep):
-    data = video(pictures(20))
+    data = video(images(20))
     with pytest.raises(DataError, match=r"^drive\.front\.mp4 cannot be read as a video \(.{1,170}\); "):
         VideoFrames(data[: int(len(data) * keep)], backend, "drive.front.mp4")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_video_that_breaks_in_the_middle_is_an_error_when_read(backend):
-    data = video(pictures(40), g=10)
+    data = video(images(40), g=10)
     start = data.index(b"mdat") + 4
     middle = start + (data.index(b"moov") - start) // 4
     broken = data[:middle] + bytes(data.index(b"moov") - 8 - middle) + data[data.index(b"moov") - 8 :]
@@ -326,7 +326,7 @@ def test_a_video_that_breaks_in_the_middle_is_an_error_when_read(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frames_outside_the_video_are_an_error(backend):
     with pytest.raises(DataError, match="frames 0 to 5 are asked for, the video has 5"):
-        VideoFrames(video(pictures(5)), backend, "v").frames(np.arange(6))
+        VideoFrames(video(images(5)), backend, "v").frames(np.arange(6))
 
 
 def test_what_counts_as_video():

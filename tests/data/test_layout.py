@@ -65,7 +65,7 @@ def test_labels_are_shifted_inside_a_document_and_cross_no_border(folders):
             assert (batch.loss_weight[labels == IGNORE] == 0).all()
 
 
-def test_no_label_stands_inside_a_slices_pictures_and_vision_comes_first(folders):
+def test_no_label_stands_inside_a_slices_images_and_vision_comes_first(folders):
     for batches, _, _ in take(stream(folders, names=("clip",)), 4):
         for batch in batches:
             for b in range(batch.shape[0]):
@@ -116,7 +116,7 @@ def test_cu_seqlens_name_every_border_and_padding_tail(folders):
             assert (batch.token_ids[~batch.valid] == Structure.PAD).all()
 
 
-def test_blank_and_shuffled_pictures_change_nothing_but_the_patches(folders):
+def test_blank_and_shuffled_images_change_nothing_but_the_patches(folders):
     _config, sources, tokenizers = setup(folders, names=("clip",))
     files = sources.files("heldout")
     index = SampleLoader(files, tokenizers, "pyav").index(0, 0)

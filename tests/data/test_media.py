@@ -11,21 +11,21 @@ from mmoe.data.load.media import audio_info, image_size, load_audio, load_image
 from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_array
 from mmoe.errors import DataError, Refused
-from tests.data.recordings import npy, pictures, png, wav
+from tests.data.recordings import images, npy, png, wav
 
 
-def test_grey_colour_and_palette_pictures_become_rgb():
-    colour = pictures(1)[0]
-    grey = colour[:, :, 0]
-    assert (load_image(png(colour), "x") == colour).all()
+def test_grey_color_and_palette_images_become_rgb():
+    color = images(1)[0]
+    grey = color[:, :, 0]
+    assert (load_image(png(color), "x") == color).all()
     assert (load_image(png(grey), "x") == grey[:, :, None]).all()
     assert (load_image(png(grey > 100), "x") == np.where(grey > 100, 255, 0)[:, :, None]).all()
-    few = (colour // 128) * 255
+    few = (color // 128) * 255
     assert (load_image(png(few, "P"), "x") == few).all()
 
 
 def test_transparency_is_laid_over_white():
-    rgba = np.dstack([pictures(1)[0], np.zeros((48, 64), np.uint8)])
+    rgba = np.dstack([images(1)[0], np.zeros((48, 64), np.uint8)])
     rgba[:24, :, 3] = 255
     rgba[24:, 32:, 3] = 51
     shown = load_image(png(rgba), "x")
@@ -45,8 +45,8 @@ def test_sixteen_bits_are_scaled_not_clipped():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
-    upright = pictures(1)[0][:20]
-    # EXIF 2.32, table of tag 0x0112: how row 0 and column 0 of the stored picture lie in the upright one.
+    upright = images(1)[0][:20]
+    # EXIF 2.32, table of tag 0x0112: how row 0 and column 0 of the stored image lie in the upright one.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -64,20 +64,20 @@ def test_exif_orientation_is_applied(orientation):
     assert image_size(data, "x") == upright.shape[:2] == (20, 64)
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", png(pictures(1)[0])[:-200]])
-def test_a_broken_picture_is_named(data):
-    with pytest.raises(DataError, match=r"pic\.png cannot be read as a picture \(.+\); replace"):
+@pytest.mark.parametrize("data", [b"", b"no image", png(images(1)[0])[:-200]])
+def test_a_broken_image_is_named(data):
+    with pytest.raises(DataError, match=r"pic\.png cannot be read as an image \(.+\); replace"):
         load_image(data, "pic.png")
 
 
-def test_pictures_of_unknown_range_are_refused():
+def test_images_of_unknown_range_are_refused():
     buffer = io.BytesIO()
     Image.fromarray(np.ones((4, 4), np.float32)).save(buffer, "TIFF")
     with pytest.raises(DataError, match="floating-point pixels"):
         load_image(buffer.getvalue(), "x")
 
 
-def test_sound_is_averaged_over_channels_and_cut_exactly():
+def test_audio_is_averaged_over_channels_and_cut_exactly():
     stereo = np.stack([np.arange(500) * 20, 3000 - np.arange(500) * 8], axis=1)
     data = wav(stereo, rate=11_025)
     assert audio_info(data, "x") == (500, 11_025)
@@ -99,10 +99,10 @@ def test_flac_is_read_as_it_was_written(subtype):
         load_audio(half, 0, 4000, "a.flac")
 
 
-def test_broken_short_and_infinite_sounds_are_named():
-    with pytest.raises(DataError, match=r"a\.wav cannot be read as a sound"):
+def test_broken_short_and_infinite_audio_are_named():
+    with pytest.raises(DataError, match=r"a\.wav cannot be read as an audio clip"):
         audio_info(b"RIFFxxxx", "a.wav")
-    with pytest.raises(DataError, match=r"a\.wav: samples 0 to 200 are asked for, the sound ends after 100"):
+    with pytest.raises(DataError, match=r"a\.wav: samples 0 to 200 are asked for, the audio ends after 100"):
         load_audio(wav(np.zeros(100)), 0, 200, "a.wav")
     buffer = io.BytesIO()
     wave = np.zeros(50, np.float32)
@@ -133,7 +133,7 @@ def test_tables_are_numeric_with_two_axes():
             load_array(broken, "x")
 
 
-@pytest.mark.parametrize(("refusal", "kind"), [("", DataError), ("unreadable picture or video", Refused)])
+@pytest.mark.parametrize(("refusal", "kind"), [("", DataError), ("unreadable image or video", Refused)])
 def test_what_a_decoder_raises_is_one_line_that_keeps_letters(refusal, kind):
     with pytest.raises(DataError) as found, reading("video", "k.mp4", "leave it out", refusal):
         raise ValueError("Error: no 'ü映.mp4'\x00\nhere at 0x7f12")

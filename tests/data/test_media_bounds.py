@@ -1,4 +1,4 @@
-"""Pictures and sounds that somebody else wrote: what their headers state is checked before it is believed."""
+"""Images and audio clips that somebody else wrote: what their headers state is checked before it is believed."""
 
 import io
 import struct
@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmoe.data.load.media import PICTURE_FORMATS, audio_info, image_format, image_size, load_audio, load_image
+from mmoe.data.load.media import IMAGE_FORMATS, audio_info, image_format, image_size, load_audio, load_image
 from mmoe.errors import DataError, Refused
 from mmoe.preparation.sources.encode import flac_piece
 from mmoe.schema.bounds import BEYOND, Bounds, bounded_by
-from tests.data.recordings import pictures, png, wav
+from tests.data.recordings import images, png, wav
 
 
 def encoded(image, kind, **options):
@@ -49,8 +49,8 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("name", ODD)
-def test_a_picture_has_the_size_that_is_planned_whatever_its_orientation_is(kind, name):
-    """Whether a number of another type counts is Pillow's to say; that size and picture agree is not."""
+def test_an_image_has_the_size_that_is_planned_whatever_its_orientation_is(kind, name):
+    """Whether a number of another type counts is Pillow's to say; that size and image agree is not."""
     if kind == "TIFF":
         value = {"six": 6, "zero": 0, "nine": 9}.get(name)
         if value is None:
@@ -69,23 +69,23 @@ def test_a_picture_has_the_size_that_is_planned_whatever_its_orientation_is(kind
         assert image_size(data, "x") == ((40, 20) if name == "six" else (20, 40))
 
 
-@pytest.mark.parametrize("kind", PICTURE_FORMATS)
-def test_pictures_of_every_kind_of_the_list_are_opened(kind):
-    image = Image.fromarray(pictures(1)[0])
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
+def test_images_of_every_kind_of_the_list_are_opened(kind):
+    image = Image.fromarray(images(1)[0])
     data = encoded(image, kind)
     assert image_size(data, "x") == load_image(data, "x").shape[:2] == (48, 64)
     assert image_format(data, "x") == kind.lower()
 
 
-def test_phone_pictures_with_a_second_one_behind_are_jpegs():
-    first, second = (Image.fromarray(p) for p in pictures(2))
+def test_phone_images_with_a_second_one_behind_are_jpegs():
+    first, second = (Image.fromarray(p) for p in images(2))
     data = encoded(first, "MPO", save_all=True, append_images=[second])
     assert image_format(data, "x") == "jpeg" and load_image(data, "x").shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B", "I"])
-def test_pictures_are_converted_by_strips_to_the_same(mode, monkeypatch):
-    pixels = pictures(1, 40, 30)[0]
+def test_images_are_converted_by_strips_to_the_same(mode, monkeypatch):
+    pixels = images(1, 40, 30)[0]
     if mode.startswith("I"):
         image = Image.fromarray((pixels[:, :, 0].astype(np.uint16) * 257).astype(">u2" if mode == "I;16B" else "<u2"))
         image = image.convert("I") if mode == "I" else image
@@ -108,7 +108,7 @@ def test_an_eps_named_as_a_jpeg_starts_no_interpreter(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 moveto\nshowpage\n%%EOF\n"
     for read in (load_image, image_size, image_format):
-        with pytest.raises(DataError, match=r"a\.jpg cannot be read as a picture \(it is none of AVIF, BMP, GIF, JPEG"):
+        with pytest.raises(DataError, match=r"a\.jpg cannot be read as an image \(it is none of AVIF, BMP, GIF, JPEG"):
             read(data, "a.jpg")
 
 
@@ -116,24 +116,24 @@ def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def test_a_picture_is_refused_by_its_header_when_it_is_too_large():
+def test_an_image_is_refused_by_its_header_when_it_is_too_large():
     head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 6, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     for read in (load_image, image_size):
-        with pytest.raises(Refused, match=r"10,000,000,000, the bound picture_pixels is 128,000,000; raise") as x:
+        with pytest.raises(Refused, match=r"10,000,000,000, the bound image_pixels is 128,000,000; raise") as x:
             read(data, "a.png")
         assert x.value.reason == BEYOND
-    with bounded_by(Bounds(picture_pixels=48 * 64 - 1)), pytest.raises(Refused):
-        load_image(png(pictures(1)[0]), "x")
-    with bounded_by(Bounds(picture_pixels=48 * 64)):
-        load_image(png(pictures(1)[0]), "x")
+    with bounded_by(Bounds(image_pixels=48 * 64 - 1)), pytest.raises(Refused):
+        load_image(png(images(1)[0]), "x")
+    with bounded_by(Bounds(image_pixels=48 * 64)):
+        load_image(png(images(1)[0]), "x")
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_damaged_pictures_and_sounds_raise_nothing_but_errors_for_the_user(data):
-    image = Image.fromarray(pictures(1, 16, 16)[0])
-    kind = data.draw(st.sampled_from([*PICTURE_FORMATS, "WAV", "FLAC", "OGG", "DDS", "ICO"]))
+def test_damaged_images_and_audio_raise_nothing_but_errors_for_the_user(data):
+    image = Image.fromarray(images(1, 16, 16)[0])
+    kind = data.draw(st.sampled_from([*IMAGE_FORMATS, "WAV", "FLAC", "OGG", "DDS", "ICO"]))
     if kind in ("WAV", "FLAC", "OGG"):
         buffer = io.BytesIO()
         soundfile.write(buffer, np.sin(np.arange(900) / 9), 8000, format=kind)
@@ -152,17 +152,17 @@ def test_damaged_pictures_and_sounds_raise_nothing_but_errors_for_the_user(data)
             assert str(error).startswith("x") and " at 0x" not in str(error)
 
 
-def sound(wave, rate=8000, kind="WAV", subtype=None):
+def audio(wave, rate=8000, kind="WAV", subtype=None):
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format=kind, subtype=subtype)
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_sound_that_is_no_number_is_refused_whole_and_in_pieces(value):
+def test_an_audio_clip_that_is_no_number_is_refused_whole_and_in_pieces(value):
     wave = np.zeros((4000, 2))
     wave[1000, 1] = value
-    data = sound(wave, subtype="FLOAT")
+    data = audio(wave, subtype="FLOAT")
     for read in (load_audio, flac_piece):
         with pytest.raises(DataError, match=r"x: sample 1000 is not finite"):
             read(data, 500, 2000, "x")
@@ -172,26 +172,26 @@ def test_a_sound_that_is_no_number_is_refused_whole_and_in_pieces(value):
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
 def test_a_piece_of_more_channels_than_flac_holds_is_what_training_hears(subtype):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 12))
-    data = sound(wave, subtype=subtype)
+    data = audio(wave, subtype=subtype)
     piece = flac_piece(data, 100, 2100, "x")
     assert audio_info(piece, "x") == (2000, 8000)
     np.testing.assert_allclose(load_audio(piece, 0, 2000, "x")[0], load_audio(data, 100, 2100, "x")[0], atol=2**-22)
 
 
-def test_a_sound_is_read_in_blocks_to_the_same(monkeypatch):
+def test_an_audio_clip_is_read_in_blocks_to_the_same(monkeypatch):
     from mmoe.data.load import media
 
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (5000, 3))
     for kind in ("WAV", "FLAC", "OGG"):
-        data = sound(wave, kind=kind)
+        data = audio(wave, kind=kind)
         whole, _ = load_audio(data, 17, 4900, "x")
         with monkeypatch.context() as patch:
             patch.setattr(media, "_VALUES_AT_ONCE", 1000)
             assert (load_audio(data, 17, 4900, "x")[0] == whole).all()
 
 
-def test_a_header_that_states_more_than_a_sound_can_have_is_refused():
-    flac = bytearray(sound(np.zeros(4000), kind="FLAC"))
+def test_a_header_that_states_more_than_an_audio_clip_can_have_is_refused():
+    flac = bytearray(audio(np.zeros(4000), kind="FLAC"))
     at = flac.index(b"fLaC") + 8 + 13  # STREAMINFO: 4 bits of 36 that count the samples, then 32 more
     flac[at] |= 0x0F
     flac[at + 1 : at + 5] = b"\xff" * 4
@@ -200,10 +200,10 @@ def test_a_header_that_states_more_than_a_sound_can_have_is_refused():
             read(bytes(flac), "x.flac")
     fast = bytearray(wav(np.zeros(10)))
     fast[24:28] = struct.pack("<I", 2_000_000)
-    with pytest.raises(Refused, match="2,000,000, the bound sound_rate is 768,000; raise prepare.bounds.sound_rate"):
+    with pytest.raises(Refused, match="2,000,000, the bound audio_rate is 768,000; raise prepare.bounds.audio_rate"):
         audio_info(bytes(fast), "x")
     fast[24:28] = bytes(4)
-    with pytest.raises(DataError, match="cannot be read as a sound"):
+    with pytest.raises(DataError, match="cannot be read as an audio clip"):
         audio_info(bytes(fast), "x")
-    with bounded_by(Bounds(sound_channels=2)), pytest.raises(Refused, match="too many channels"):
+    with bounded_by(Bounds(audio_channels=2)), pytest.raises(Refused, match="too many channels"):
         audio_info(wav(np.zeros((10, 3))), "x")

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmoe.data.plan.mixture import Mixture, SourceSize, StageConfig, check_stages
+from mmoe.data.plan.mixture import Mixture, SourceSize, StageConfig, check_mixture_stages
 from mmoe.errors import ConfigError
 
 SIZES = st.lists(st.integers(1, 10**13), min_size=1, max_size=8)
@@ -111,8 +111,8 @@ def test_bad_stages_are_refused_with_the_reason():
             StageConfig(**bad)
     stage = StageConfig(until=5, temperature=1.0)
     with pytest.raises(ValueError, match="names source 'b'"):
-        check_stages({"x": StageConfig(temperature=1.0, sources=("b",))}, ["a"])
+        check_mixture_stages({"x": StageConfig(temperature=1.0, sources=("b",))}, ["a"])
     with pytest.raises(ValueError, match="not after"):
-        check_stages({"x": stage, "y": stage}, ["a"])
+        check_mixture_stages({"x": stage, "y": stage}, ["a"])
     with pytest.raises(ValueError, match="has no `until`"):
-        check_stages({"x": StageConfig(temperature=1.0), "y": stage}, ["a"])
+        check_mixture_stages({"x": StageConfig(temperature=1.0), "y": stage}, ["a"])

@@ -99,7 +99,7 @@ def test_a_document_that_fits_is_never_cut_and_cuts_are_counted(folders, patches
             parts = block.parts[block.offsets[document] : block.offsets[document + 1]]
             counts = block.counts[block.offsets[document] : block.offsets[document + 1]]
             assert (parts["first"][1:] == parts["last"][:-1]).all() and len(parts) > 1
-            # No two neighbours would have fitted together: the cut is as late as can be.
+            # No two neighbors would have fitted together: the cut is as late as can be.
             together = counts[:-1, POSITIONS] + counts[1:, POSITIONS]
             assert (counts[:, POSITIONS] <= LENGTH).all() and (counts[:, PATCHES] <= most).all()
             assert ((together > LENGTH * 0.5) | (counts[:-1, PATCHES] + counts[1:, PATCHES] > most * 0.5)).all()
@@ -132,10 +132,10 @@ def test_the_documents_of_a_window_are_those_of_the_greedy_rule(folders):
     drawn, served = [0] * 4, np.zeros(4)
     exact = plan.mixture.shares(0)
     for window in range(6):
-        owed = np.array(plan.state["owed"])
+        deficit = np.array(plan.state["deficit"])
         inside = np.zeros(4)
         for _ in range(33):
-            number = int(np.argmin((inside - owed) / exact))
+            number = int(np.argmin((inside - deficit) / exact))
             block, at = plan.sources[number].at(drawn[number])
             inside[number] += block.lengths[at]
             drawn[number] += 1
@@ -152,8 +152,8 @@ def test_after_a_thousand_batches_every_share_is_on_its_target(folders):
     for _ in range(1000 * 4):
         parts = plan.next_sequence().parts
         np.add.at(positions, parts["source"], parts["length"])
-    realised = positions / positions.sum()
-    for share, found in zip(shares, realised, strict=True):
+    realized = positions / positions.sum()
+    for share, found in zip(shares, realized, strict=True):
         assert abs(found - share) < 0.005
         assert share >= 0.05 or abs(found / share - 1) < 0.05
 

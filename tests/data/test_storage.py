@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mmoe.addresses import join, with_suffix
+from mmoe.addresses import join_address, with_suffix
 from mmoe.data.config import DataConfig, SourceConfig
 from mmoe.data.index.shard_index import PLANNED, SegmentTable, ShardIndex
 from mmoe.data.index.shards import read_member
@@ -80,7 +80,7 @@ def storage(**settings) -> Storage:
 
 def setup(root: str, folder, workers: int = 0, **settings):
     config = DataConfig(
-        sources={name: SourceConfig(kind="text", shards=join(root, name)) for name in MAKERS},
+        sources={name: SourceConfig(kind="text", shards=join_address(root, name)) for name in MAKERS},
         sequence_length=160,
         window_documents=20,
         workers=workers,
@@ -214,7 +214,7 @@ def test_manifest_index_and_members_are_read_from_a_bucket(folder, uploaded):
     manifest = SourceManifest.load(f"{uploaded}/clip", far.read)
     assert manifest == SourceManifest.load(near)
     for shard in manifest.splits["train"].shards:
-        tar = join(f"{uploaded}/clip", shard.path)
+        tar = join_address(f"{uploaded}/clip", shard.path)
         index, local = ShardIndex.read(tar, far), ShardIndex.read(near / shard.path)
         table = SegmentTable.read(tar, far)
         index.check_tar(far)
@@ -419,7 +419,7 @@ def test_no_room_for_the_cache_is_no_fault_of_a_sample(server, tmp_path, monkeyp
 
 
 def test_addresses_are_joined_alike_near_and_far():
-    assert join("s3://b/x/", "train/a.tar") == "s3://b/x/train/a.tar" and join("/d", "a") == "/d/a"
+    assert join_address("s3://b/x/", "train/a.tar") == "s3://b/x/train/a.tar" and join_address("/d", "a") == "/d/a"
     assert with_suffix("s3://b.c/train/a.tar", ".parquet") == "s3://b.c/train/a.parquet"
     assert with_suffix("s3://b.c/train/a", ".parquet") == "s3://b.c/train/a.parquet"
 

@@ -153,7 +153,7 @@ def test_a_truncated_tar_is_one_sentence_with_file_and_remedy(folders, tmp_path)
 
 @pytest.fixture
 def damaged(folders, tmp_path):
-    """The sources with the sounds of three samples overwritten, as a disk does it."""
+    """The sources with the audio clips of three samples overwritten, as a disk does it."""
     rng = np.random.default_rng(2)
     write_source(tmp_path / "audio", {"train": [audio_sample(rng, f"audio-{i}") for i in range(30)]})
     write_source(tmp_path / "text", {"train": [text_sample(rng, f"t{i}") for i in range(30)]})

@@ -21,11 +21,11 @@ from mmoe.optim.adamw import AdamWConfig, ClipConfig, clip_gradients
 from mmoe.optim.batch import BatchArithmetic
 from mmoe.optim.muon import MuonConfig
 from mmoe.optim.optimizer import build_optimizer
-from mmoe.parallel.build import spread
+from mmoe.parallel.build import build_spread
 from mmoe.parallel.config import ParallelConfig
 from mmoe.parallel.mesh import Mesh, ParallelDims
 from mmoe.parallel.parallelize import check_layout
-from mmoe.parallel.pipeline import check_stages
+from mmoe.parallel.pipeline import check_pipeline_stages
 from mmoe.parallel.ranks import LocalExecutor
 from mmoe.parallel.setting import RankSetting
 from mmoe.precision.config import PrecisionConfig
@@ -58,8 +58,8 @@ POOR = {
     "text": ["text", "text", "text"],
     "short": ["text"],
     "nothing": [],
-    "no pictures": ["audio+text", "audio"],
-    "no sound": ["image+text", "image"],
+    "no images": ["audio+text", "audio"],
+    "no audio": ["image+text", "image"],
     "no actions": ["image+text", "audio+text"],
     "no pairs": ["image", "audio", "clip"],
 }
@@ -165,8 +165,8 @@ class Worker:
         ranks: Any = LocalExecutor()
         if world > 1:
             check_layout(run.model, run.dims)
-            check_stages(run.model.n_layers, run.parallel.stages_per_rank, run.dims.pp, run.batch.accumulation)
-            model, ranks = spread(run, case.inputs, 3, 7, mesh_of(run.dims), device)
+            check_pipeline_stages(run.model.n_layers, run.parallel.stages_per_rank, run.dims.pp, run.batch.accumulation)
+            model, ranks = build_spread(run, case.inputs, 3, 7, mesh_of(run.dims), device)
         else:
             model = run.model.build(case.inputs, 7, run.heads(case.inputs)).to(run.precision.parameter_dtype)
         return cls(case, StepSetting.from_run(run, VOCABULARY, device, ranks), model.train())

@@ -1,4 +1,4 @@
-"""A step in which ranks have no pictures, no sound, no actions or no pairs ends on all, and is that of one process."""
+"""A step in which ranks have no images, no audio, no actions or no pairs ends on all, and is that of one process."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from mmoe.checkpoint.rng import capture_rng
 from mmoe.config.load import dump, validate
 from mmoe.errors import ConfigError
-from mmoe.evaluation.callback import Evaluation, measure
+from mmoe.evaluation.callback import Evaluation, measure_run
 from mmoe.evaluation.evaluate import evaluate
 from mmoe.models.decoder import MultimodalModel
 from mmoe.monitoring.metrics import state_digest
@@ -261,7 +261,7 @@ def test_a_bounded_evaluation_takes_the_same_batches_every_time(folder, tmp_path
     whole, bounded, again = (run.heldout(isolated=False, most_batches=n) for n in (None, 2, 2))
     assert len(whole) > len(bounded) == 2
     assert bounded.documents == again.documents < whole.documents
-    everything = measure(run, run.heldout(isolated=False))
+    everything = measure_run(run, run.heldout(isolated=False))
     assert everything["ce_audio"] == pytest.approx(evaluate(run)["val_ce"]["audio"], rel=1e-12)
     assert everything["action_mse"] == pytest.approx(
         evaluate(run)["action_mse"], rel=1e-6

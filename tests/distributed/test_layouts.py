@@ -153,7 +153,7 @@ def test_a_model_whose_layers_all_have_experts_without_shared_ones(two: Pool, pa
 def test_a_replica_that_lacks_what_others_have(
     two: Pool, parallel: dict[str, Any], sequences: tuple[int, int], poor: str
 ) -> None:
-    """Without pictures, pairs, actions or any token; one of the two choices is all that a replica of two gets."""
+    """Without images, pairs, actions or any token; one of the two choices is all that a replica of two gets."""
     moe = {"capacity_factor": 1.0}
     check(two, Case(micro=2, model={"moe": moe}, poor=dict.fromkeys(sequences, poor), parallel=parallel))
 

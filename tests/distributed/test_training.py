@@ -74,7 +74,7 @@ def test_five_steps_of_a_run_are_those_of_one_process_also_over_a_change_of_layo
     records = train(tree(folder, tmp_path / "many"), 5)  # one process goes on
     np.testing.assert_allclose(figures(records), figures(expected), rtol=1e-10)
     for ours, theirs in zip(records, expected, strict=True):
-        for name in ("contrastive_pairs", "positions", "tokens", "expert_choices", "expert_choices_dropped"):
+        for name in ("contrastive_pairs", "positions", "tokens", "slots_routed", "slots_dropped"):
             assert ours[name] == theirs[name]
     replicas = 2 if layout in ("dp2", "ep2") else 1
     for name in ("attention_balance", "vision_balance"):

@@ -1,4 +1,4 @@
-"""A small run over random sources of every document kind, with the weights it was initialised with."""
+"""A small run over random sources of every document kind, with the weights it was initialized with."""
 
 import numpy as np
 import pytest

@@ -51,7 +51,7 @@ def test_held_is_the_row_before_the_chunk(run, chunks):
         if segment["start"] == 0:
             assert not chunks.has_last[number] and (held[number] == 7.0).all()
         else:
-            expected = tokenizer.normalise(table[segment["start"] - 1])
+            expected = tokenizer.normalize(table[segment["start"] - 1])
             np.testing.assert_allclose(held[number], np.tile(expected, (4, 1)), atol=1e-6)
     assert 0 < chunks.has_last.sum() < len(chunks)
 

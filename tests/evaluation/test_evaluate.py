@@ -62,8 +62,8 @@ def test_only_what_is_taken_away_changes(trained, plain, modality):
         assert result["action_mse"] != plain["action_mse"]
         assert result["action_mse_baselines"] == pytest.approx(plain["action_mse_baselines"])
         assert result["ce_by_source"]["text"] == plain["ce_by_source"]["text"]
-        same_sound = result["unigram_ce"]["audio"] == plain["unigram_ce"]["audio"]
-        assert same_sound == (modality is Modality.VISION)
+        same_audio = result["unigram_ce"]["audio"] == plain["unigram_ce"]["audio"]
+        assert same_audio == (modality is Modality.VISION)
     name = modality.name.lower()
     assert (trained.folder / f"evaluation-shuffle-{name}.json").is_file()
     assert (trained.folder / f"evaluation-blank-{name}.json").is_file()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation import generate as module
 from mmoe.evaluation.generate import CodeGrammar, Sampling, generate, speak
-from mmoe.tokenizers.audio import code_order, deserialise
+from mmoe.tokenizers.audio import code_order, deserialize
 from mmoe.tokenizers.vocabulary import Structure
 from tests.data.synthetic import RATE, fit_codec, png
 
@@ -30,7 +30,7 @@ def test_a_legal_stream_is_a_layout_of_some_number_of_frames(codebooks, layout, 
     frames, rest = divmod(len(stream), codebooks)
     assert rest == 0 and 1 <= frames <= most
     np.testing.assert_array_equal(stream, code_order(frames, codebooks, layout)[1])
-    assert deserialise(np.array(stream), frames, codebooks, layout).shape == (frames, codebooks)
+    assert deserialize(np.array(stream), frames, codebooks, layout).shape == (frames, codebooks)
 
 
 def test_every_number_of_frames_can_be_said():
@@ -91,7 +91,7 @@ def test_greedy_text_is_what_the_model_expects_next(run, monkeypatch):
             assert legal[int(module._logits(run, whole.finish(), at)[legal].argmax())] == token
 
 
-def test_a_picture_and_a_sound_stand_before_the_prompt(run, tmp_path):
+def test_an_image_and_an_audio_clip_stand_before_the_prompt(run, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "a.png").write_bytes(png(rng, 24, 32))
     soundfile.write(tmp_path / "a.wav", rng.uniform(-0.3, 0.3, 2 * RATE // 4), RATE)
@@ -105,7 +105,7 @@ def test_a_picture_and_a_sound_stand_before_the_prompt(run, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["flat", "delay"])
-def test_sound_is_written_at_the_length_of_its_frames(build_run, prepared, tmp_path, layout):
+def test_audio_is_written_at_the_length_of_its_frames(build_run, prepared, tmp_path, layout):
     audio = fit_codec(prepared / "codec.safetensors").model_dump(mode="json") | {"layout": layout}
     run = build_run(tokenizers__audio=audio)
     seconds = speak(run, tmp_path / "out.wav", prompt="ab", seconds=0.5, sampling=Sampling(temperature=1.5))

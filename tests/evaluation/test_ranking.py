@@ -23,7 +23,7 @@ class Output:
 
 
 class Oracle(nn.Module):
-    """After a sound or picture it expects the row's own text (`right`) or the one before it; alone, nothing."""
+    """After an audio clip or image it expects the row's own text (`right`) or the one before it; alone, nothing."""
 
     def __init__(self, run, right: bool):
         super().__init__()

@@ -72,7 +72,7 @@ def test_pools_are_seeded():
 
 
 def test_both_directions_are_asked():
-    """A text that is close to everything is found by its own picture, and keeps the other pictures from theirs."""
+    """A text that is close to everything is found by its own image, and keeps the other images from theirs."""
     other = unit(np.eye(8) + 0.5)
     text = np.eye(8)
     text[0] = 10 * other[0]

@@ -60,7 +60,7 @@ def test_the_closed_form_agrees_with_gradient_descent():
     np.testing.assert_allclose(ridge.weights.reshape(6, -1), weights.detach().numpy(), atol=1e-5)
 
 
-def test_features_are_the_same_with_and_without_pictures(run):
+def test_features_are_the_same_with_and_without_images(run):
     seen = FeatureRows()
     for batch in run.heldout(isolated=False, only=["clip"]):
         seen.add(batch)

@@ -36,10 +36,10 @@ class LastFirstDispatcher(LocalDispatcher):
 
     def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
         expert = routing.expert_TK.flatten()
-        choice = len(expert) - 1 - expert.flip(0).argsort(stable=True)
-        row = choice.argsort()
+        slot = len(expert) - 1 - expert.flip(0).argsort(stable=True)
+        row = slot.argsort()
         ends = count(expert, self.experts).cumsum(0).int()
-        return TokenPermutation(row.view_as(routing.expert_TK), choice, ends, complete=True)
+        return TokenPermutation(row.view_as(routing.expert_TK), slot, ends, complete=True)
 
 
 @DISPATCHERS.register("gathering")
@@ -76,20 +76,20 @@ class GatheringParallelDispatcher(ParallelDispatcher[Gathered]):
         own = everywhere - torch.distributed.get_rank(self.group) * here
         placed = by_expert(torch.where((own >= 0) & (own < here), own, here), here + 1, 1)
         rows = int(placed.ends_E[here - 1])
-        all_ranks = TokenPermutation(placed.row_TK.clamp(max=rows), placed.choice_R[:rows], placed.ends_E[:here], False)
+        all_ranks = TokenPermutation(placed.row_TK.clamp(max=rows), placed.slot_R[:rows], placed.ends_E[:here], False)
         return Gathered(all_ranks, torch.zeros_like(expert_TK, dtype=torch.bool), most)
 
-    def dispatch(self, x_TD: Tensor, placement: Gathered) -> Tensor:
-        everywhere = all_gather_scatter_grad(_filled(x_TD, placement.most), self.group).flatten(0, 1)
-        row_TK = placement.all.row_TK
-        return permute_tokens(everywhere, placement.all.choice_R, row_TK.flatten(), row_TK.shape[1])
+    def dispatch(self, x_TD: Tensor, permutation: Gathered) -> Tensor:
+        everywhere = all_gather_scatter_grad(_filled(x_TD, permutation.most), self.group).flatten(0, 1)
+        row_TK = permutation.all.row_TK
+        return permute_tokens(everywhere, permutation.all.slot_R, row_TK.flatten(), row_TK.shape[1])
 
-    def wait(self, rows_RD: Tensor, placement: Gathered) -> Tensor:
+    def wait(self, rows_RD: Tensor, permutation: Gathered) -> Tensor:
         return rows_RD
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: Gathered) -> Tensor:
-        weight = all_gather_scatter_grad(_filled(weight_TK, placement.most), self.group).flatten(0, 1)
-        parts = unpermute_tokens(y_RD, weight, placement.all.row_TK, placement.all.choice_R, False)
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, permutation: Gathered) -> Tensor:
+        weight = all_gather_scatter_grad(_filled(weight_TK, permutation.most), self.group).flatten(0, 1)
+        parts = unpermute_tokens(y_RD, weight, permutation.all.row_TK, permutation.all.slot_R, False)
         return reduce_scatter_gather_grad(parts.unflatten(0, (self.ranks, -1)), self.group)[: len(weight_TK)]
 
 

@@ -28,7 +28,7 @@ def build(folder: Path) -> Callable[[random.Random], bytes]:
     rows = []
     for number in range(3):
         (captions / f"p{number}.png").write_bytes(png(np.full((8, 8, 3), number, np.uint8)))
-        rows.append({"image": f"p{number}.png", "caption": f"picture {number}"})
+        rows.append({"image": f"p{number}.png", "caption": f"image {number}"})
     (captions / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = {
         (kind.name, file.relative_to(kind).as_posix()): file.read_bytes()

@@ -118,20 +118,20 @@ def test_a_run_starts_from_exported_weights(root, tmp_path):
     assert load(RunConfig, trained.folder / "config.yaml").training.start_from.weights == str(tmp_path)
 
 
-GROUPS = {"count": 2, "per_token": 1}
+GROUPS = {"n_group": 2, "topk_group": 1}
 
 
 def test_a_run_with_limited_groups_starts_from_another_and_a_difference_is_named(root):
-    moe = {**EXPERTS, "groups": GROUPS}
+    moe = {**EXPERTS, **GROUPS}
     first = train(config(root, "grouped", moe=moe))
     origin = StartConfig(weights=str(first.folder))
     run = Run.build(config(root, "grouped-again", moe={**moe, "score_func": "softmax_topk"}))
     start(run, origin)
-    router = "decoder.blocks.0.network.router.weight"
+    router = "decoder.blocks.0.feed_forward.router.weight"
     assert torch.equal(run.model.state_dict()[router], first.model.state_dict()[router])
-    for groups in (None, {**GROUPS, "per_token": 2}):
-        other = Run.build(config(root, "grouped-otherwise", moe={**moe, "groups": groups}))
-        with pytest.raises(ConfigError, match="model.moe.groups is .*, but the weights of .* are of .*; set it"):
+    for key, value in (("n_group", 1), ("topk_group", 2)):
+        other = Run.build(config(root, "grouped-otherwise", moe={**moe, key: value}))
+        with pytest.raises(ConfigError, match=f"model.moe.{key} is {value}, but the weights of .* are of .*; set it"):
             start(other, origin)
 
 
@@ -168,9 +168,8 @@ def test_upcycling_without_noise_keeps_the_loss_and_trains_on(moe, root):
     assert losses.copies == pytest.approx(losses.dense, abs=1e-5) and losses.noisy == losses.copies
     with torch.no_grad():  # the loss would tell if the experts were anything else
         run = Run.load(root / name)
-        assert torch.equal(
-            run.model.decoder.blocks[1].network.experts.up[3], dense.model.decoder.blocks[1].network.up.weight.T
-        )
+        copies, original = (model.decoder.blocks[1].feed_forward for model in (run.model, dense.model))
+        assert torch.equal(copies.experts.up[3], original.up.weight.T)
     trainer = Trainer(run, [])
     trainer.resume()
     assert trainer.state.step == 0
@@ -183,8 +182,8 @@ def test_noise_makes_experts_differ_and_its_cost_is_reported(root, caplog):
     losses = upcycle(config(root, "noisy", moe=EXPERTS), StartConfig(weights=str(dense.folder), noise=0.5))
     assert losses.copies == pytest.approx(losses.dense, abs=1e-5) and abs(losses.noisy - losses.dense) > 1e-5
     assert "with noise 0.5" in caplog.text
-    up, copy = Run.load(root / "noisy").model.decoder.blocks[0].network.experts.up, dense.model.decoder.blocks[0]
-    up, dense_up = up.detach(), copy.network.up.weight.detach()
+    up, copy = Run.load(root / "noisy").model.decoder.blocks[0].feed_forward.experts.up, dense.model.decoder.blocks[0]
+    up, dense_up = up.detach(), copy.feed_forward.up.weight.detach()
     assert float((up - dense_up.T).std() / dense_up.std()) == pytest.approx(0.5, rel=0.05)
     assert not torch.equal(up[0], up[1])
 

@@ -12,20 +12,20 @@ from mmoe.schema.batch import IGNORE
 B, L, D, V = 3, 17, 8, 29
 
 
-def case(seed: int, labelled: float = 0.6, dtype: torch.dtype = torch.float64):
+def case(seed: int, labeled: float = 0.6, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(B, L, D, generator=generator, dtype=dtype)
     head = torch.randn(V, D, generator=generator, dtype=dtype)
     labels = torch.randint(0, V, (B, L), generator=generator)
-    labels[torch.rand(B, L, generator=generator) > labelled] = IGNORE
+    labels[torch.rand(B, L, generator=generator) > labeled] = IGNORE
     weight = torch.rand(B, L, generator=generator)
     return hidden.requires_grad_(), head.requires_grad_(), labels, weight
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), chunk=st.integers(1, B * L + 3), labelled=st.sampled_from([0.0, 0.1, 0.6, 1.0]))
-def test_equals_torch_in_value_and_gradient(seed: int, chunk: int, labelled: float) -> None:
-    hidden, head, labels, weight = case(seed, labelled)
+@given(seed=st.integers(0, 10**6), chunk=st.integers(1, B * L + 3), labeled=st.sampled_from([0.0, 0.1, 0.6, 1.0]))
+def test_equals_torch_in_value_and_gradient(seed: int, chunk: int, labeled: float) -> None:
+    hidden, head, labels, weight = case(seed, labeled)
     ce = cross_entropy(lambda h: h @ head.T, hidden, labels, weight, chunk)
     gradients = torch.autograd.grad(ce.total, (hidden, head), allow_unused=True, materialize_grads=True)
 
@@ -43,7 +43,7 @@ def test_equals_torch_in_value_and_gradient(seed: int, chunk: int, labelled: flo
     assert not ce.items_N.requires_grad
 
 
-def test_only_labelled_positions_reach_the_head_and_never_more_than_a_chunk() -> None:
+def test_only_labeled_positions_reach_the_head_and_never_more_than_a_chunk() -> None:
     hidden, head, labels, weight = case(1)
     n, seen, saved = int((labels != IGNORE).sum()), [], []
 

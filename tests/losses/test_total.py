@@ -79,7 +79,7 @@ def batch_of(rows: list[int], seed: int = 0) -> PackedBatch:
     weight = torch.from_numpy(CONFIG.ce.label_weights())[kinds] * (labels >= 0)
     target = torch.randn(B, H, A, generator=generator)
     mask = torch.rand(B, H, A, generator=generator) > 0.3
-    # Two pairs in every sequence: sight against text, and text against sound.
+    # Two pairs in every sequence: sight against text, and text against audio.
     spans = torch.tensor([[[0, 3], [3, 5]], [[5, 7], [7, 10]]])
     sides = torch.tensor([[Modality.VISION, Modality.TEXT], [Modality.TEXT, Modality.AUDIO]], dtype=torch.uint8)
     texts = torch.randint(0, 3, (B, 2), generator=generator)

@@ -68,7 +68,7 @@ class Document:
 
 
 def random_document(rng: np.random.Generator, kind: str, pair: int = -1, discrete: bool = False) -> Document:
-    """`kind`: text, image, audio or clip. With `pair` >= 0 its text (or pictures, or sound) is a side of it."""
+    """`kind`: text, image, audio or clip. With `pair` >= 0 its text (or images, or audio) is a side of it."""
     doc = Document(source=int(rng.integers(SOURCES)))
     doc.add(Structure.BOS)
 
@@ -79,7 +79,7 @@ def random_document(rng: np.random.Generator, kind: str, pair: int = -1, discret
         if pair >= 0 and (modality == Modality.AUDIO or kind == "text"):
             doc.spans.append((pair, modality, start, len(doc)))
 
-    def picture(slice, origin, camera=-1, offset=0):
+    def image(slice, origin, camera=-1, offset=0):
         height, width = rng.integers(1, 4, 2)
         for row, column in np.ndindex(height, width):
             doc.values.append((Modality.VISION, len(doc), rng.normal(size=DIMS[Modality.VISION])))
@@ -98,7 +98,7 @@ def random_document(rng: np.random.Generator, kind: str, pair: int = -1, discret
         for number in range(rng.integers(1, 3)):
             doc.add(Structure.IMAGE_START)
             doc_origin[0], start = doc.after, len(doc)
-            picture(number, doc.after)
+            image(number, doc.after)
             if pair >= 0:
                 doc.spans.append((pair, Modality.VISION, start, len(doc)))
                 pair = -1
@@ -120,7 +120,7 @@ def random_document(rng: np.random.Generator, kind: str, pair: int = -1, discret
                 doc.add(CAMERA_IDS[camera], slice=number, camera=camera, offset=offset)
                 origin = doc.after if origin is None else origin
                 doc_origin[0] = doc.after
-                picture(number, origin, camera, offset)
+                image(number, origin, camera, offset)
             if pair >= 0 and number == 0:
                 doc.spans.append((pair, Modality.VISION, start, len(doc)))
             if rng.random() < 0.5:
@@ -153,7 +153,7 @@ def _bounds(name: str) -> tuple[int, int]:
 
 
 def random_sequences(seed: int, sequences: int, documents: int, discrete: bool = False) -> list[list[Document]]:
-    """`documents` or one more in each sequence; most other documents are one side of a pair of neighbours."""
+    """`documents` or one more in each sequence; most other documents are one side of a pair of neighbors."""
     rng = np.random.default_rng(seed)
     packed, pair = [], 0
     for _ in range(sequences):

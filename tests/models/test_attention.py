@@ -53,7 +53,7 @@ def test_documents_equal_the_dense_reference_in_values_and_gradients(seed, bidir
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
 
 
-def test_plan_masks_only_documents_with_pictures_and_never_a_sequence():
+def test_plan_masks_only_documents_with_images_and_never_a_sequence():
     batch = random_batch(5, documents=6)
     lengths = batch.cu_seqlens.diff().tolist()
     assert all(group.mask is None for group in DocumentAttention.from_batch(batch, False).groups)

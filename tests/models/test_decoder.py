@@ -138,7 +138,7 @@ def test_experts_stand_in_the_layers_that_the_config_says():
 
 def test_router_losses_are_means_over_the_layers_of_experts():
     model = build(n_layers=3, moe=MoEConfig(**MOE, first_k_dense=1))
-    layers = [block.network for block in model.decoder.blocks[1:]]
+    layers = [block.feed_forward for block in model.decoder.blocks[1:]]
     routed = []
     for layer in layers:
         layer.register_forward_hook(lambda layer, args, out: routed.append(out[1]))

@@ -6,7 +6,7 @@ from mmoe.models.heads import ActionHead, ContrastHead
 from tests.models.random_batch import random_batch
 
 
-def test_pairs_are_pooled_over_their_own_tokens_projected_and_normalised():
+def test_pairs_are_pooled_over_their_own_tokens_projected_and_normalized():
     batch = random_batch(0, documents=6)
     head = ContrastHead(16, 8).double()
     hidden = torch.randn(*batch.shape, 16, dtype=torch.float64)

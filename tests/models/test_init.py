@@ -33,7 +33,7 @@ def test_values_depend_on_seed_and_name_alone():
 
 
 def test_an_expert_does_not_depend_on_how_many_others_there_are():
-    name = "decoder.blocks.1.network.experts.gate"
+    name = "decoder.blocks.1.feed_forward.experts.gate"
     few, many = (initial_value(name, torch.Size((n, 8, 4)), 0, 0.02, 2) for n in (2, 16))
     assert torch.equal(few, many[:2])
     assert not torch.equal(many[0], many[1])
@@ -48,12 +48,12 @@ def test_an_expert_does_not_depend_on_how_many_others_there_are():
         ("embeddings.values.vision.hidden.weight", 12**-0.5),
         ("decoder.blocks.0.attention.query.weight", 64**-0.5),
         ("decoder.blocks.0.attention.output.weight", 64**-0.5 / 2),
-        ("decoder.blocks.0.network.gate.weight", 64**-0.5),
-        ("decoder.blocks.0.network.down.weight", 128**-0.5 / 2),
-        ("decoder.blocks.1.network.router.weight", 64**-0.5),
-        ("decoder.blocks.1.network.experts.up", 64**-0.5),
-        ("decoder.blocks.1.network.experts.down", 32**-0.5 / 2),
-        ("decoder.blocks.1.network.shared.down.weight", 32**-0.5 / 2),
+        ("decoder.blocks.0.feed_forward.gate.weight", 64**-0.5),
+        ("decoder.blocks.0.feed_forward.down.weight", 128**-0.5 / 2),
+        ("decoder.blocks.1.feed_forward.router.weight", 64**-0.5),
+        ("decoder.blocks.1.feed_forward.experts.up", 64**-0.5),
+        ("decoder.blocks.1.feed_forward.experts.down", 32**-0.5 / 2),
+        ("decoder.blocks.1.feed_forward.shared.down.weight", 32**-0.5 / 2),
         ("embeddings.time.output.weight", 0),
         ("action.output.weight", 0),
         ("action.hidden.weight", 64**-0.5),

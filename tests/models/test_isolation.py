@@ -24,7 +24,7 @@ RULES = pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "
 
 
 def build(kind: str, bidirectional: bool) -> MultimodalModel:
-    """Four layers with every parameter random: nothing is hidden behind a zero at initialisation."""
+    """Four layers with every parameter random: nothing is hidden behind a zero at initialization."""
     config = ModelConfig(
         d_model=32,
         n_layers=4,
@@ -96,7 +96,7 @@ def test_actions_logits_and_pairs_are_isolated_too(kind, bidirectional):
 @RULES
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("discrete", [False, True], ids=["chunks", "bins"])
-def test_no_labelled_logit_sees_its_target_or_anything_later(kind, bidirectional, discrete):
+def test_no_labeled_logit_sees_its_target_or_anything_later(kind, bidirectional, discrete):
     model = build(kind, bidirectional)
     batch = next(
         b for b in (random_batch(s, 1, 2, discrete) for s in range(100)) if (b.modality == Modality.ACTION).any()
@@ -114,7 +114,7 @@ def test_the_leak_that_the_label_rule_prevents_is_real():
     model = build("dense", bidirectional=True)
     batch = next(b for b in (random_batch(s, 1, 2) for s in range(100)) if (b.camera > 1).any())
     output, inputs, _ = with_inputs(model, batch)
-    cameras = (batch.camera[0] == 1).nonzero().flatten()  # cam_*: STRUCTURE between two pictures of a slice
+    cameras = (batch.camera[0] == 1).nonzero().flatten()  # cam_*: STRUCTURE between two images of a slice
     camera_token = next(int(at) for at in cameras if batch.modality[0, at] == Modality.STRUCTURE)
     (gradient,) = torch.autograd.grad(output.hidden[0, camera_token].sum(), inputs[:1])
     assert (gradient[0, camera_token + 2 :] != 0).any()

@@ -118,7 +118,7 @@ def test_sinks_hold_what_a_list_holds_over_writes_refusals_rollbacks_and_kills(a
         held.append(held_last)
         assert lines(folder) == held and stored(folder) == held
         assert sorted(lines(folder, "metrics-undone.jsonl")) == sorted(undone)
-        sizes = [pq.ParquetFile(path).metadata.num_rows for _, path in tables.parts(folder / "tables")]
+        sizes = [pq.ParquetFile(path).metadata.num_rows for _, path in tables.part_files(folder / "tables")]
         assert max(sizes) <= PART
 
 
@@ -220,7 +220,7 @@ def test_a_store_of_another_version_is_refused_and_left_as_it_is(tmp_path):
     for step in range(1, 9):
         made.write(record(step, 1))
     made.close()
-    for _, path in tables.parts(tmp_path / "tables"):
+    for _, path in tables.part_files(tmp_path / "tables"):
         table = pq.read_table(path)
         pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"mmoe.tables": b"2"}), path)
     before = {path: path.read_bytes() for path in (tmp_path / "tables").iterdir()}

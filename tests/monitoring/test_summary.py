@@ -9,7 +9,7 @@ import pytest
 
 from mmoe.errors import DataError, OutputError
 from mmoe.monitoring.reader import RunReader
-from mmoe.monitoring.summary import RunRecords, resume_exact, summarise, write_summary
+from mmoe.monitoring.summary import RunRecords, resume_exact, summarize, write_summary
 
 
 def line(step: int, session: int = 0, **changes) -> dict:
@@ -72,7 +72,7 @@ def test_it_holds_every_figure_and_is_what_is_written(tmp_path):
 
 def test_what_was_not_measured_is_null(tmp_path):
     write(tmp_path, [line(1)])
-    summary = summarise(RunRecords.read(tmp_path))
+    summary = summarize(RunRecords.read(tmp_path))
     assert summary["action_mse"] is None and summary["val_ce"] is None
     assert summary["retrieval"] == {"r1": None, "r1_low": None, "r5": None, "pool": None}
 
@@ -80,8 +80,8 @@ def test_what_was_not_measured_is_null(tmp_path):
 def test_drops_are_a_share_of_all_choices_and_mfu_is_that_of_all_the_time_beside_its_peak(tmp_path):
     slow = line(1, mfu=0.4, mfu_peak_flops=1e12, positions_per_second=50)  # two seconds, then one
     fast = line(2, mfu=0.1, mfu_peak_flops=1e12, positions_per_second=100)
-    write(tmp_path, [slow, fast | {"expert_choices": 100, "expert_choices_dropped": 2}])
-    summary = summarise(RunRecords.read(tmp_path))
+    write(tmp_path, [slow, fast | {"slots_routed": 100, "slots_dropped": 2}])
+    summary = summarize(RunRecords.read(tmp_path))
     assert summary["drop_rate"] == 0.02
     assert (summary["mfu"], summary["mfu_peak_flops"]) == (pytest.approx(0.3), 1e12)
 

@@ -15,11 +15,11 @@ import pytest
 
 from mmoe.errors import BackendError, DataError
 from mmoe.monitoring.record import StepRecord
-from mmoe.monitoring.sinks.boards import curves, tag
+from mmoe.monitoring.sinks.boards import chart_groups, tag
 from mmoe.monitoring.sinks.tracked import TrackedRun
 from mmoe.monitoring.sinks.trackio import TrackioConfig
 from mmoe.monitoring.sinks.wandb import WandbConfig, WandbSink
-from mmoe.optional import BACKENDS, Backend, status
+from mmoe.optional import BACKENDS, OptionalPackage, status
 from mmoe.recipe.monitoring import SinkContext
 from tests.conftest import REPOSITORY
 
@@ -51,7 +51,7 @@ def test_scalars_are_grouped(name, shown):
 
 
 def test_tables_by_expert_are_curves_summed_over_what_is_between_layer_and_expert():
-    points = dict(curves(record(1)))
+    points = dict(chart_groups(record(1)))
     assert points["routing/expert_load/layer0/expert0"] == 1 + 3 + 5 + 7
     assert points["routing/expert_load/layer0/expert1"] == 2 + 4 + 6 + 8
     assert points["loss/loss"] == 1.0 and "routing/expert_load/layer1/expert0" not in points
@@ -120,7 +120,9 @@ def test_where_nothing_can_be_cut_off_it_goes_on_as_another_run_of_the_group(tmp
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     for name, config in (("wandb", WandbConfig(project="p")), ("trackio", TrackioConfig(project="p"))):
         status.cache_clear()
-        monkeypatch.setitem(BACKENDS, name, Backend("scalar logs", "mmoe_no_such_module", name, "-e '.[trackers]'"))
+        monkeypatch.setitem(
+            BACKENDS, name, OptionalPackage("scalar logs", "mmoe_no_such_module", name, "-e '.[trackers]'")
+        )
         with pytest.raises(BackendError, match=rf"monitoring.sinks asks for {name}.*pip install -e '.\[trackers\]'"):
             config.build(SinkContext(tmp_path, {}))
     status.cache_clear()

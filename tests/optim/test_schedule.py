@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from mmoe.errors import ConfigError
 from mmoe.optim.batch import BatchArithmetic
-from mmoe.optim.schedule import Schedule, ScheduleConfig, Span
+from mmoe.optim.schedule import Schedule, ScheduleConfig, Stretch
 
 PEAK, T, W = 3e-3, 200, 20
 GB = 1024
@@ -32,7 +32,7 @@ def factors(scheduler: torch.optim.lr_scheduler.LambdaLR) -> list[float]:
 
 
 def ours(**fields) -> list[float]:
-    schedule = ScheduleConfig(warmup=Span(steps=W), start=0.0, **fields).build(PEAK, batch())
+    schedule = ScheduleConfig(warmup=Stretch(steps=W), start=0.0, **fields).build(PEAK, batch())
     return [schedule(step) for step in range(T)]
 
 
@@ -58,7 +58,7 @@ def test_wsd_is_transformers() -> None:
         optimizer(), W, num_decay_steps=60, num_training_steps=T, decay_type="linear", min_lr_ratio=0.1
     )
     # Their warmup starts at the minimum instead of zero.
-    assert ours(kind="wsd", decay=Span(steps=60))[W:] == pytest.approx(factors(peer)[W:], rel=1e-9)
+    assert ours(kind="wsd", decay=Stretch(steps=60))[W:] == pytest.approx(factors(peer)[W:], rel=1e-9)
 
 
 def test_one_cycle_is_torch() -> None:
@@ -72,7 +72,7 @@ def test_one_cycle_is_torch() -> None:
         if len(rates) < T:
             sgd.step()
             peer.step()
-    config = ScheduleConfig(kind="one_cycle", warmup=Span(steps=W), start=1 / 25, minimum=1 / 100)
+    config = ScheduleConfig(kind="one_cycle", warmup=Stretch(steps=W), start=1 / 25, minimum=1 / 100)
     schedule = config.build(PEAK, batch())
     assert [schedule(step) for step in range(T)] == pytest.approx(rates, rel=1e-9)
 
@@ -90,10 +90,10 @@ def test_every_schedule_rises_to_the_peak_and_never_again(
 ) -> None:
     spans = {}
     if kind == "wsd":
-        spans["decay"] = Span(fraction=shares[1])
+        spans["decay"] = Stretch(fraction=shares[1])
     elif kind != "constant":
-        spans["hold"] = Span(fraction=shares[1])
-    config = ScheduleConfig(kind=kind, warmup=Span(fraction=shares[0]), start=start, minimum=minimum, **spans)
+        spans["hold"] = Stretch(fraction=shares[1])
+    config = ScheduleConfig(kind=kind, warmup=Stretch(fraction=shares[0]), start=start, minimum=minimum, **spans)
     try:
         schedule = config.build(PEAK, batch(steps))
     except ConfigError:  # two halves that both round up
@@ -114,12 +114,12 @@ def test_every_schedule_rises_to_the_peak_and_never_again(
 
 
 def test_the_warmup_starts_at_one_percent() -> None:
-    schedule = ScheduleConfig(warmup=Span(steps=500)).build(1.0, batch(1000))
+    schedule = ScheduleConfig(warmup=Stretch(steps=500)).build(1.0, batch(1000))
     assert [schedule(s) for s in (0, 3, 4, 5, 249, 499)] == pytest.approx([0.01, 0.01, 0.01, 0.012, 0.5, 1.0])
 
 
 def test_the_cooldown_is_constant_and_follows_the_last_step_of_the_decay() -> None:
-    rates = ours(kind="cosine", hold=Span(steps=30))
+    rates = ours(kind="cosine", hold=Stretch(steps=30))
     assert rates[T - 31 :] == pytest.approx([0.1 * PEAK] * 31)
     assert rates[T - 32] > 0.1 * PEAK
 
@@ -127,11 +127,11 @@ def test_the_cooldown_is_constant_and_follows_the_last_step_of_the_decay() -> No
 def test_warmup_in_positions_keeps_its_length_when_the_batch_doubles() -> None:
     """Recipes: 2B and 3B positions are 954 and 715 steps of the dense family's batches."""
     for positions, size, steps in ((2 * 10**9, 2**21, 954), (3 * 10**9, 2**22, 715)):
-        span = Span(positions=positions)
+        span = Stretch(positions=positions)
         assert span.resolve(batch(10**5, size)) == steps
         assert span.resolve(batch(10**5, 2 * size)) == pytest.approx(steps / 2, abs=1)
-    assert Span(fraction=0.02).resolve(batch(1000)) == 20
-    assert Span(steps=3000).resolve(batch(10**5)) == 3000
+    assert Stretch(fraction=0.02).resolve(batch(1000)) == 20
+    assert Stretch(steps=3000).resolve(batch(10**5)) == 3000
 
 
 def test_the_length_of_the_decay_is_derived_from_the_budget() -> None:
@@ -150,7 +150,7 @@ def test_a_schedule_is_a_pure_function_of_the_step() -> None:
 @pytest.mark.parametrize("fields", [{}, {"steps": 3, "fraction": 0.1}, {"steps": 3, "positions": 7}])
 def test_a_span_is_given_in_exactly_one_unit(fields: dict) -> None:
     with pytest.raises(ValidationError, match="exactly one of steps, positions and fraction"):
-        Span(**fields)
+        Stretch(**fields)
 
 
 @pytest.mark.parametrize(
@@ -168,4 +168,4 @@ def test_spans_that_the_shape_does_not_have_are_refused(fields: dict, sentence: 
 
 def test_spans_longer_than_the_run_are_refused() -> None:
     with pytest.raises(ConfigError, match="warmup 150 .* hold 60 steps do not fit the 200 steps"):
-        ScheduleConfig(warmup=Span(steps=150), hold=Span(steps=60)).build(PEAK, batch())
+        ScheduleConfig(warmup=Stretch(steps=150), hold=Stretch(steps=60)).build(PEAK, batch())

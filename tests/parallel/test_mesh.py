@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.parallel.config import ParallelConfig
-from mmoe.parallel.mesh import DENSE, ParallelDims, check_one_process
+from mmoe.parallel.mesh import DENSE_AXES, ParallelDims, check_one_process
 
 small = st.integers(1, 6)
 
 
-@given(st.fixed_dictionaries(dict.fromkeys(DENSE, small)), st.integers(1, 8), st.booleans())
+@given(st.fixed_dictionaries(dict.fromkeys(DENSE_AXES, small)), st.integers(1, 8), st.booleans())
 def test_degrees_multiply_to_the_processes(dims: dict[str, int], ep: int, rest: bool) -> None:
     world = prod(dims.values())
     lent = dims["dp_shard"] * dims["cp"] * dims["tp"]
@@ -32,7 +32,7 @@ def test_degrees_multiply_to_the_processes(dims: dict[str, int], ep: int, rest: 
     assert found.pp * found.dp_replicate * found.fsdp * found.tp == world
 
 
-@given(st.fixed_dictionaries(dict.fromkeys(DENSE, small)), st.integers(1, 200))
+@given(st.fixed_dictionaries(dict.fromkeys(DENSE_AXES, small)), st.integers(1, 200))
 def test_any_other_number_of_processes_is_refused_with_the_arithmetic(dims: dict[str, int], world: int) -> None:
     product = prod(dims.values())
     if world != product:

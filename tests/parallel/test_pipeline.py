@@ -10,7 +10,7 @@ import torch
 from mmoe.commands.console import Console
 from mmoe.errors import ConfigError
 from mmoe.models.decoder import ModelConfig, MultimodalModel
-from mmoe.parallel.pipeline import TIED, StageModel, check_stages, costs, deal_layers
+from mmoe.parallel.pipeline import TIED, StageModel, check_pipeline_stages, costs, deal_layers
 from tests.models.random_batch import INPUTS
 
 CONFIG = ModelConfig.model_validate(
@@ -83,21 +83,21 @@ def test_costs_count_what_a_token_goes_through() -> None:
 
 
 def test_too_few_layers_are_refused() -> None:
-    check_stages(layers=4, each=1, pp=4, micro_batches=4)
+    check_pipeline_stages(layers=4, each=1, pp=4, micro_batches=4)
     with pytest.raises(ConfigError, match=r"pp 4 x parallel.stages_per_rank 1 = 4 stages, but model.n_layers is 3"):
-        check_stages(layers=3, each=1, pp=4, micro_batches=4)
+        check_pipeline_stages(layers=3, each=1, pp=4, micro_batches=4)
     with pytest.raises(ConfigError, match=r"pp 2 x parallel.stages_per_rank 2 = 4 stages, but model.n_layers is 3"):
-        check_stages(layers=3, each=2, pp=2, micro_batches=4)
+        check_pipeline_stages(layers=3, each=2, pp=2, micro_batches=4)
 
 
 @pytest.mark.parametrize("micro_batches", range(1, 12))
 def test_micro_batches_that_do_not_make_whole_rounds_are_refused(micro_batches: int) -> None:
-    check_stages(layers=6, each=1, pp=3, micro_batches=micro_batches)
+    check_pipeline_stages(layers=6, each=1, pp=3, micro_batches=micro_batches)
     if micro_batches in (7, 10, 11):
         with pytest.raises(ConfigError, match=f"a step has {micro_batches} micro-batches.*micro_batch_sequences"):
-            check_stages(layers=6, each=2, pp=3, micro_batches=micro_batches)
+            check_pipeline_stages(layers=6, each=2, pp=3, micro_batches=micro_batches)
     else:
-        check_stages(layers=6, each=2, pp=3, micro_batches=micro_batches)
+        check_pipeline_stages(layers=6, each=2, pp=3, micro_batches=micro_batches)
 
 
 def test_the_table_says_where_layers_are_and_how_long_ranks_wait() -> None:

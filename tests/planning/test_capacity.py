@@ -60,7 +60,7 @@ def test_rates_are_sums_over_the_last_part_of_the_run(shape, tmp_path):
     reader = write(tmp_path, *early, *late)
     advice = advise(reader, *shape, 0.5)
     assert (advice.first, advice.last) == (60, 100)
-    assert advice.choices.tolist() == [120_000, 120_000]
+    assert advice.slots.tolist() == [120_000, 120_000]
     np.testing.assert_array_equal(advice.drops[0], np.array(falling(4)) + falling(8))
     np.testing.assert_allclose(advice.rates[1], np.array(falling(10)) * 2 / 120_000)
     np.testing.assert_allclose(advice.rates_overall, advice.rates.mean(0))

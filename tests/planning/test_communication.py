@@ -3,7 +3,7 @@
 import pytest
 
 from mmoe.parallel.mesh import ParallelDims
-from mmoe.planning.communication_traffic import Kind, Traffic, name_of, share_sent
+from mmoe.planning.communication_traffic import Traffic, TrafficKind, share_sent, traffic_axis
 from tests.planning.dry_run_small import plan
 
 WIDER = "losses.contrastive.group_sequences=16"  # than a micro-step: two forward passes
@@ -52,7 +52,7 @@ def test_a_dry_step_has_the_traffic_of_the_formula(world: int, rank: int, overri
 def test_imbalance_travels_in_a_variable_exchange_only() -> None:
     dropless = "parallel.ep=2 model.moe.capacity_factor=null"
     even, uneven = (plan(4, dropless, imbalance) for imbalance in (1.0, 1.5))
-    kind = Kind("ep", "all_to_all")
+    kind = TrafficKind("ep", "all_to_all")
     assert uneven.cost(0).traffic.bytes[kind] > 1.1 * even.cost(0).traffic.bytes[kind]
     assert uneven.cost(0).traffic == uneven.traffic(0)
     full = [plan(4, "parallel.ep=2", imbalance).traffic(0) for imbalance in (1.0, 1.5)]
@@ -79,8 +79,8 @@ def test_what_leaves_a_rank_of_four() -> None:
 
 def test_a_group_of_all_ranks_is_named_by_its_use() -> None:
     data = ParallelDims(dp_shard=4, ep=4)
-    assert {name_of(data, axis, "all_gather") for axis in ("fsdp", "data", "loss", "all")} == {"fsdp"}
-    assert {name_of(data, axis, "all_to_all") for axis in ("ep", "all")} == {"ep"}
-    assert {name_of(data, axis, "all_reduce") for axis in ("data", "all")} == {"all"}
-    assert name_of(ParallelDims(tp=4), "all", "all_gather") == "edp"
-    assert name_of(ParallelDims(dp_shard=2, tp=2), "fsdp", "all_gather") == "fsdp"
+    assert {traffic_axis(data, axis, "all_gather") for axis in ("fsdp", "data", "loss", "all")} == {"fsdp"}
+    assert {traffic_axis(data, axis, "all_to_all") for axis in ("ep", "all")} == {"ep"}
+    assert {traffic_axis(data, axis, "all_reduce") for axis in ("data", "all")} == {"all"}
+    assert traffic_axis(ParallelDims(tp=4), "all", "all_gather") == "edp"
+    assert traffic_axis(ParallelDims(dp_shard=2, tp=2), "fsdp", "all_gather") == "fsdp"

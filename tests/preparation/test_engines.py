@@ -15,7 +15,7 @@ from mmoe.preparation import engines
 from mmoe.preparation import prepare as prepare_module
 from mmoe.preparation.engines import run
 from mmoe.preparation.prepare import prepare
-from mmoe.preparation.references import Reference, Sign
+from mmoe.preparation.references import Reference, ReferenceSigner
 from mmoe.preparation.signatures import DedupConfig
 from mmoe.tokenizers.audio import MelCodec
 from mmoe.tokenizers.text import TextTokenizer
@@ -115,7 +115,7 @@ def test_ray_writes_what_one_process_writes(tmp_path, monkeypatch):
 def test_ray_raises_what_the_work_raises(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    sign = Sign(tmp_path, DedupConfig(), TextTokenizer.bytes())
+    sign = ReferenceSigner(tmp_path, DedupConfig(), TextTokenizer.bytes())
     with pytest.raises(DataError, match="gone.tar|gone.parquet"):
         list(run(sign, [Reference(0, str(tmp_path), "train", "train/gone.tar")], 1, "ray"))
 

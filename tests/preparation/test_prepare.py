@@ -31,13 +31,13 @@ from mmoe.tokenizers.audio import MelCodec
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings import (
     drive_records,
+    images,
     npy,
-    pictures,
     png,
     video,
+    write_audio,
     write_captions,
     write_jsonl,
-    write_sounds,
     write_tub,
 )
 
@@ -124,8 +124,8 @@ def test_text_is_stored_beside_its_ids(tmp_path):
     assert texts["train"] == list(training_texts("text", tmp_path / "book.txt", {"max_bytes": 500}))
 
 
-def test_sounds_hold_out_the_last_take_and_fit_a_codec(tmp_path):
-    write_sounds(tmp_path / "in", takes=4)
+def test_audio_hold_out_the_last_take_and_fit_a_codec(tmp_path):
+    write_audio(tmp_path / "in", takes=4)
     manifest, printed = run("audio_text", tmp_path / "in", tmp_path / "out", prepare=SMALL_CODEC)
     assert read_everything(tmp_path / "out", manifest)["heldout", "AUDIO"] == 4
     assert all(key.endswith("_3") for key in keys(tmp_path / "out", manifest, "heldout"))
@@ -231,16 +231,16 @@ def test_bad_recordings_are_counted_and_the_rest_is_prepared(tmp_path, log_sourc
     good = [(f"good{i}", "state.npy", Modality.STATE, npy(np.full((3, 2), i, np.float32))) for i in range(7)]
     nan = np.zeros((9, 2), np.float32)
     nan[4, 1] = np.nan
-    clip = video(pictures(4))
+    clip = video(images(4))
     bad = [
         ("nan", "state.npy", Modality.STATE, npy(nan)),
         ("wide", "state.npy", Modality.STATE, npy(np.zeros((3, 3)))),
         ("none", "state.npy", Modality.STATE, npy(np.zeros((0, 2)))),
         ("cut", "front.mp4", Modality.VISION, clip[: len(clip) // 2]),
-        ("size", "front.mp4", Modality.VISION, video(pictures(4, 64, 64))),
+        ("size", "front.mp4", Modality.VISION, video(images(4, 64, 64))),
         ("clip_1.5s", "state.npy", Modality.STATE, npy(np.zeros((3, 2)))),
         ("case", "State.npy", Modality.STATE, npy(np.zeros((3, 2)))),
-        ("sound", "a.wav", Modality.AUDIO, b"RIFF"),
+        ("audio", "a.wav", Modality.AUDIO, b"RIFF"),
     ]
     log_source += [*bad, *good, good[3], ("fine", "front.mp4", Modality.VISION, clip)]
     manifest, printed = run("log", "-", tmp_path / "out")
@@ -249,8 +249,8 @@ def test_bad_recordings_are_counted_and_the_rest_is_prepared(tmp_path, log_sourc
     assert manifest.quarantined == {
         "duplicate key": 1,
         "malformed sample": 1,
-        "unreadable picture or video": 2,
-        "unreadable sound": 1,
+        "unreadable image or video": 2,
+        "unreadable audio": 1,
         "unusable key": 1,
         "unusable state table": 3,
     }
@@ -268,7 +268,7 @@ def test_bad_recordings_are_counted_and_the_rest_is_prepared(tmp_path, log_sourc
 
 
 def test_no_content_is_on_both_sides(tmp_path):
-    """A picture that is held out stays out of the training part, whatever its caption or name."""
+    """An image that is held out stays out of the training part, whatever its caption or name."""
     write_captions(tmp_path / "in", 8)
     same = (tmp_path / "in/images/p2.png").read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "in/captions.jsonl").read_text().splitlines()]
@@ -290,7 +290,7 @@ def test_no_content_is_on_both_sides(tmp_path):
 
 def test_key_with_a_dot_and_a_missing_file_on_disk(tmp_path):
     write_captions(tmp_path / "in", 5)
-    (tmp_path / "in/images/clip_1.5s.png").write_bytes(png(pictures(9)[8]))
+    (tmp_path / "in/images/clip_1.5s.png").write_bytes(png(images(9)[8]))
     lines = (tmp_path / "in/captions.jsonl").read_text()
     lines += '{"image": "images/clip_1.5s.png", "caption": "x"}\n{"image": "images/gone.png", "caption": "x"}\n'
     (tmp_path / "in/captions.jsonl").write_text(lines)
@@ -370,7 +370,7 @@ def test_a_source_that_cannot_be_listed_is_named_with_what_was_refused_before(tm
 def test_where_all_that_was_held_out_is_refused_others_are_held_out(tmp_path, log_source):
     """One bad file in six, and the split draws it: the preparation goes on as if it had not been there."""
     tables = {f"k{i}": npy(np.full((3, 2), i, np.float32)) for i in range(6)}
-    drawn = splits.split([Item(key, key, str) for key in tables], 0.15, 0).heldout[0].key
+    drawn = splits.split_recordings([Item(key, key, str) for key in tables], 0.15, 0).heldout[0].key
     log_source += [(k, "state.npy", Modality.STATE, t if k != drawn else t[:60]) for k, t in tables.items()]
     manifest, _ = run("log", "-", tmp_path / "out")
     assert manifest.quarantined == {"unusable state table": 1}
@@ -395,7 +395,7 @@ def files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("step", ["run", "_thin_chunks", "write_lists", "vector_stats", "SourceManifest.save"])
+@pytest.mark.parametrize("step", ["run", "_remove_duplicates", "write_lists", "vector_stats", "SourceManifest.save"])
 def test_a_preparation_broken_off_anywhere_goes_on_to_the_same_result(tmp_path, log_source, monkeypatch, caplog, step):
     """Twice interrupted after half of a step's work, it ends as it would have, and no finished chunk is made again."""
     tables = [npy(np.full((3, 2), i % 37, np.float32)) for i in range(40)]
@@ -463,7 +463,7 @@ def test_duplicates_leave_no_trace_in_what_is_counted(tmp_path, log_source):
 
 
 def test_equal_samples_of_a_source_are_kept_once(tmp_path):
-    """Of equal lines the first stays; a picture with two captions is two samples, not a duplicate."""
+    """Of equal lines the first stays; an image with two captions is two samples, not a duplicate."""
     lines = [{"text": f"line {i % 30} says {'x' * (i % 30)}"} for i in range(80)]
     write_jsonl(tmp_path / "in" / "a.jsonl", lines)
     write_jsonl(tmp_path / "in" / "b.jsonl", [{"text": f"other {i}"} for i in range(5)])
@@ -477,10 +477,10 @@ def test_equal_samples_of_a_source_are_kept_once(tmp_path):
     assert len(removed) == 50 and {line["key"]: line["duplicate_of"] for line in removed}["a-000073"] == "a-000013"
     assert "removed: duplicate of an earlier sample" in printed
 
-    write_captions(tmp_path / "pictures", 6)
-    rows = [json.loads(line) for line in (tmp_path / "pictures/captions.jsonl").read_text().splitlines()]
-    write_jsonl(tmp_path / "pictures/captions.jsonl", [row | {"more": f"again {row['caption']}"} for row in rows])
-    manifest, _ = run("image_caption", tmp_path / "pictures", tmp_path / "out2", captions=["caption", "more"])
+    write_captions(tmp_path / "images", 6)
+    rows = [json.loads(line) for line in (tmp_path / "images/captions.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "images/captions.jsonl", [row | {"more": f"again {row['caption']}"} for row in rows])
+    manifest, _ = run("image_caption", tmp_path / "images", tmp_path / "out2", captions=["caption", "more"])
     assert not manifest.removed and sum(split.samples for split in manifest.splits.values()) == 12
 
 

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe.errors import Refused
-from mmoe.preparation import slices, sync
-from mmoe.preparation.slices import Clocks, Stream, Texts, build_slices, held, interpolated
+from mmoe.preparation import slices
+from mmoe.preparation.clocks import SkewPolicy
+from mmoe.preparation.slices import Clocks, SensorStream, Texts, build_slices, held, interpolated
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera
 
 MS = 1_000_000
-KEEP = sync.SkewPolicy(budget_ns=10**18, policy="flag")
+KEEP = SkewPolicy(budget_ns=10**18, policy="flag")
 # Around unix time in ns as well, where float64 knows 256 ns only.
 starts = st.sampled_from([0, -(10**12), 1_479_425_441_182_877_835])
 
@@ -28,7 +29,7 @@ def clock(size):
 
 def stream(modality, times, choice, gap, **fields):
     member = fields.pop("member", f"{modality.name.lower()}.npy")
-    return Stream(modality.name, modality, times, member, gap, choice, **fields)
+    return SensorStream(modality.name, modality, times, member, gap, choice, **fields)
 
 
 def expected(times, reference, choice, gap):
@@ -75,7 +76,7 @@ def test_slices_hold_what_brute_force_finds(start, reference, drawn, window):
                 times = s.times_ns
                 inside = len(times) and times[0] <= time <= times[-1]
                 flags[s.name] += 1
-                what = slices.GAP if inside else slices.EDGE if len(times) else slices.MISSING
+                what = slices.BEYOND_GAP if inside else slices.EDGE if len(times) else slices.MISSING
                 assert f"{s.name}: {what}" in built.flags
         if set(found) <= {Modality.ACTION}:
             flags["slice"] += 1
@@ -108,7 +109,7 @@ def test_slices_hold_what_brute_force_finds(start, reference, drawn, window):
 def camera(name, times, **fields):
     names = [f"{name.name.lower()}-{i}.jpg" for i in range(len(times))]
     defaults = {"max_gap_ns": 60 * MS, "size": (4, 6)}
-    return Stream(name.name, Modality.VISION, np.array(times, np.int64), names, camera=name, **defaults | fields)
+    return SensorStream(name.name, Modality.VISION, np.array(times, np.int64), names, camera=name, **defaults | fields)
 
 
 REFERENCE = np.arange(4, dtype=np.int64) * 100 * MS
@@ -133,17 +134,17 @@ def test_a_camera_that_the_recording_lacks_is_counted_as_such():
 def test_the_skew_policy_keeps_or_drops_and_counts(policy, slices_of_back):
     late = camera(Camera.BACK, REFERENCE - np.array([5, 10, 50, 9]) * MS)
     streams = [camera(Camera.FRONT, REFERENCE), late]
-    built = build_slices(REFERENCE, streams, sync.SkewPolicy(budget_ns=10 * MS, policy=policy), "log")
+    built = build_slices(REFERENCE, streams, SkewPolicy(budget_ns=10 * MS, policy=policy), "log")
     assert [s.slice for s in built.segments if s.camera == Camera.BACK] == slices_of_back
-    assert built.flags == {f"BACK: {slices.KEPT if policy == 'flag' else slices.LEFT_OUT}": 1}
+    assert built.flags == {f"BACK: {slices.SKEW_KEPT if policy == 'flag' else slices.SKEW_LEFT_OUT}": 1}
 
 
 def test_the_skew_budget_is_of_captured_members_alone():
     streams = [camera(Camera.FRONT, REFERENCE), stream(Modality.STATE, REFERENCE - 40 * MS, "last", 60 * MS)]
-    assert not build_slices(REFERENCE, streams, sync.SkewPolicy(budget_ns=MS), "log").flags
+    assert not build_slices(REFERENCE, streams, SkewPolicy(budget_ns=MS), "log").flags
     streams[0] = camera(Camera.FRONT, REFERENCE - 2 * MS)
     with pytest.raises(Refused, match="log: 4 of 4 members of stream 'FRONT'.*2.0 ms") as refusal:
-        build_slices(REFERENCE, streams, sync.SkewPolicy(budget_ns=MS), "log")
+        build_slices(REFERENCE, streams, SkewPolicy(budget_ns=MS), "log")
     assert pickle.loads(pickle.dumps(refusal.value)).reason == slices.BAD_CLOCK
 
 
@@ -162,7 +163,7 @@ def test_clocks_that_do_not_advance_are_refused(times):
             build_slices(reference, [camera(Camera.FRONT, own)], KEEP, "log")
 
 
-def test_texts_pair_with_the_pictures_of_their_slice_also_after_an_empty_one():
+def test_texts_pair_with_the_images_of_their_slice_also_after_an_empty_one():
     texts = Texts("clip.json", [f"text {i}" for i in range(4)])
     built = build_slices(REFERENCE, [camera(Camera.FRONT, REFERENCE[1:])], KEEP, "log", texts)
     assert [(s.modality, s.slice, s.pair, s.timestamp_ns) for s in built.segments] == [

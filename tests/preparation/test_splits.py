@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmoe.errors import DataError
 from mmoe.preparation.sources.base import Item
-from mmoe.preparation.splits import split
+from mmoe.preparation.splits import split_recordings
 
 
 def item(key, recording, start=0, stop=0, rank=0):
@@ -31,21 +31,21 @@ def keys(items):
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=40), st.floats(0.01, 0.9), st.randoms(use_true_random=False))
 def test_recordings_are_held_out_whole_whatever_the_order(sizes, share, shuffler):
     items = [item(f"{r}-{i}", f"drive {r}") for r, size in enumerate(sizes) for i in range(size)]
-    sides = split(items, share, gap=5)
+    sides = split_recordings(items, share, gap=5)
     assert keys(sides.train) | keys(sides.heldout) == keys(items) and not sides.gap
     held, kept = {i.recording for i in sides.heldout}, {i.recording for i in sides.train}
     assert held and kept and not held & kept
     assert abs(len(held) - share * len(sizes)) <= 1
     shuffled = list(items)
     shuffler.shuffle(shuffled)
-    assert keys(split(shuffled, share, gap=5).heldout) == keys(sides.heldout)
+    assert keys(split_recordings(shuffled, share, gap=5).heldout) == keys(sides.heldout)
     assert sides.heldout == [i for i in items if i.recording in held]  # in the order of the items
 
 
 def test_a_new_recording_moves_few_of_the_others():
     """A keyed hash orders the recordings, so growing a data set does not turn the split over."""
-    before = split([item(str(r), str(r)) for r in range(100)], 0.2, 0)
-    after = split([item(str(r), str(r)) for r in range(110)], 0.2, 0)
+    before = split_recordings([item(str(r), str(r)) for r in range(100)], 0.2, 0)
+    after = split_recordings([item(str(r), str(r)) for r in range(110)], 0.2, 0)
     moved = keys(before.heldout) & keys(after.train)
     assert len(moved) <= 5
 
@@ -53,14 +53,14 @@ def test_a_new_recording_moves_few_of_the_others():
 def test_the_last_takes_are_held_out_first():
     items = [item(f"{take}-{i}", f"take-{take}", rank=take) for take in (5, 6, 7, 8, 9, 10, 11) for i in range(3)]
     random.Random(0).shuffle(items)
-    assert {i.recording for i in split(items, 0.15, 0).heldout} == {"take-11"}
-    assert {i.recording for i in split(items, 0.3, 0).heldout} == {"take-11", "take-10"}
+    assert {i.recording for i in split_recordings(items, 0.15, 0).heldout} == {"take-11"}
+    assert {i.recording for i in split_recordings(items, 0.3, 0).heldout} == {"take-11", "take-10"}
 
 
 @given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=60), min_size=1, max_size=3), st.integers(0, 60))
 def test_few_recordings_give_their_tails_behind_a_gap(recordings, gap):
     items = [i for number, lengths in enumerate(recordings) for i in pieces(f"tub{number}", lengths)]
-    sides = split(items, 0.15, gap)
+    sides = split_recordings(items, 0.15, gap)
     assert sorted(keys(sides.train) | keys(sides.heldout) | keys(sides.gap)) == sorted(keys(items))
     assert len(sides.train) + len(sides.heldout) + len(sides.gap) == len(items)
     if len(recordings) > 1 and all(lengths[-1] > round(0.15 * sum(lengths)) for lengths in recordings):
@@ -80,12 +80,12 @@ def test_few_recordings_give_their_tails_behind_a_gap(recordings, gap):
 def test_one_recording_that_cannot_be_cut_is_an_error_unless_nothing_is_held_out():
     items = [item("a", "only"), item("b", "only")]
     with pytest.raises(DataError, match="the only recording is 'only' .* prepare.heldout_share=0"):
-        split(items, 0.15, 0)
-    assert split(items, 0.0, 0).train == items
+        split_recordings(items, 0.15, 0)
+    assert split_recordings(items, 0.0, 0).train == items
 
 
 def test_recordings_of_one_item_each_are_held_out_whole_where_none_has_a_tail():
     """Five small files of one text each: none has a last 15 %."""
     items = [Item(f"k{n}", f"r{n}", str, start=0, stop=30) for n in range(5)]
-    sides = split(items, 0.15, gap=0)
+    sides = split_recordings(items, 0.15, gap=0)
     assert len(sides.heldout) == 1 and len(sides.train) == 4 and not sides.gap

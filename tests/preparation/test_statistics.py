@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mmoe.preparation.statistics import VectorSummary
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
-from mmoe.tokenizers.vectors import VectorNormaliser
+from mmoe.tokenizers.vectors import VectorNormalizer
 
 
 def summary(rows: np.ndarray, seed: int = 0, capacity: int = 1 << 16) -> VectorSummary:
@@ -24,8 +24,8 @@ def stats_of(rows: np.ndarray, heldout: np.ndarray | None = None):
 def scales(stats) -> tuple[np.ndarray, np.ndarray]:
     """Half of what an action's -1 to 1 spans, and a reading's standard deviation."""
     dims = len(stats.names)
-    action, vector = ActionTokenizer(ActionConfig(), stats), VectorNormaliser(stats)
-    half = action.denormalise(np.ones(dims)) - action.denormalise(np.zeros(dims))
+    action, vector = ActionTokenizer(ActionConfig(), stats), VectorNormalizer(stats)
+    half = action.denormalize(np.ones(dims)) - action.denormalize(np.zeros(dims))
     return half, vector.inverse(np.ones(dims)) - vector.inverse(np.zeros(dims))
 
 
@@ -40,9 +40,9 @@ def test_one_glitch_in_20000_rows_changes_no_scale_and_is_counted():
     assert glitched.maximum == (65535, 65535, 65535) and glitched.minimum[2] == -65535
     for found, expected in zip(scales(glitched), scales(clean)):
         np.testing.assert_allclose(found, expected, rtol=0.01)
-    action, vector = ActionTokenizer(ActionConfig(), glitched), VectorNormaliser(glitched)
-    for normalised in (action.normalise(rows), vector(rows)):
-        assert (np.abs(normalised).max(0) < [100, 200, 1e-9]).all()
+    action, vector = ActionTokenizer(ActionConfig(), glitched), VectorNormalizer(glitched)
+    for normalized in (action.normalize(rows), vector(rows)):
+        assert (np.abs(normalized).max(0) < [100, 200, 1e-9]).all()
     assert max(map(max, glitched.quantiles)) < 65
 
 

@@ -17,12 +17,12 @@ from mmoe.evaluation.evaluate import evaluate
 from mmoe.models.moe.statistics import CAPACITY_FACTORS
 from mmoe.monitoring.reader import RunReader
 from mmoe.monitoring.record import StepRecord
-from mmoe.monitoring.summary import RunRecords, summarise
-from mmoe.monitoring.tables import Chunk
+from mmoe.monitoring.summary import RunRecords, summarize
+from mmoe.monitoring.tables import TableChunk
 from mmoe.reporting import figures
+from mmoe.reporting.images import SliceImages, data_uri, read_slice, slice_card
 from mmoe.reporting.page import page, parts
-from mmoe.reporting.pictures import SlicePictures, data_uri, read_slice, slice_card
-from mmoe.reporting.report import render, write_report
+from mmoe.reporting.report import render_report, write_report
 from mmoe.schema.modality import Modality
 from mmoe.schema.rig import Rig
 from mmoe.schema.sample import Camera
@@ -42,7 +42,7 @@ LOAD, GRADIENTS = [[1, 2, 3], [4, 4, 4]], [[0.1, 0.1, 0.4], [0.0, 0.0, 0.0]]
 def metrics(step: int, **tables) -> StepRecord:
     """A record of two layers of three experts, one modality and one source."""
     scalars = {name: value for name, value in line(step, lr=1e-3).items() if name not in ("step", "session")}
-    experts = {"expert_choices": 18 * step, "expert_choices_dropped": 0, "lost/clip/cut at a slice": 3}
+    experts = {"slots_routed": 18 * step, "slots_dropped": 0, "lost/clip/cut at a slice": 3}
     held = {
         "expert_load": np.array(LOAD)[:, None, None],
         "router_grad_norm": np.array(GRADIENTS, np.float32),
@@ -101,11 +101,11 @@ def test_the_summary_stands_beside_it(reported):
 
 def test_a_run_that_was_not_evaluated_yet_has_a_page_too(reported, tmp_path):
     run, _ = reported
-    html = render(run, write(tmp_path / "dense", StepRecord(1, 0, metrics(1).scalars)))
+    html = render_report(run, write(tmp_path / "dense", StepRecord(1, 0, metrics(1).scalars)))
     assert "<h2>Training</h2>" in html and "<h2>Actions</h2>" not in html and "<h2>Expert load</h2>" not in html
 
 
-def test_pictures_are_those_of_the_slice(reported):
+def test_images_are_those_of_the_slice(reported):
     run, _ = reported
     index = ShardIndex.read(run.sources.files("heldout")[1].tars[0])
     for row in range(3):
@@ -114,11 +114,11 @@ def test_pictures_are_those_of_the_slice(reported):
         for chunk, action in enumerate(actions):
             found = read_slice(run, "clip", 0, row, chunk)
             mine = segments[(segments["slice"] == action["slice"]) & (segments["modality"] == Modality.VISION)]
-            assert set(found.pictures) == set(mine["camera"].tolist())
+            assert set(found.images) == set(mine["camera"].tolist())
             for segment in mine:
                 name, offset, size = index.row_member(row, int(segment["member"]))
                 expected = load_image(read_member(index.tar, offset, size), name)
-                np.testing.assert_array_equal(found.pictures[int(segment["camera"])], expected)
+                np.testing.assert_array_equal(found.images[int(segment["camera"])], expected)
 
 
 def test_names_are_text_wherever_they_stand_in_a_page():
@@ -133,19 +133,19 @@ def test_captions_are_text_and_missing_cameras_are_said():
     picture = np.zeros((8, 8, 3), np.uint8)
     item = {"recording": "a<b", "true": [[0.25, 1.0]], "predicted": [[0.5, 2.0]]}
     some = {int(Camera.FRONT): picture, int(Camera.BACK): picture}
-    card = slice_card(item, ["steer", "gas"], SlicePictures(some, "<script>x</script>"))
+    card = slice_card(item, ["steer", "gas"], SliceImages(some, "<script>x</script>"))
     assert "<script>" not in card and "&lt;script&gt;x" in card and "a&lt;b" in card
     assert card.count("absent</figcaption>") == 4 and card.count("<img") == 2
     assert '<td class="logged">0.250</td>' in card and '<td class="predicted">2.000</td>' in card
     rig = Rig(cameras=("wrist_left", "top", "head"))
-    card = slice_card(item, ["steer", "gas"], SlicePictures({0: picture, 1: picture}, "", rig))
+    card = slice_card(item, ["steer", "gas"], SliceImages({0: picture, 1: picture}, "", rig))
     assert re.findall(r"<figcaption>(.*?)</figcaption>", card) == ["wrist left", "top", "head: absent"]
-    alone = slice_card(item, ["steer", "gas"], SlicePictures({-1: picture}, ""))
+    alone = slice_card(item, ["steer", "gas"], SliceImages({-1: picture}, ""))
     assert 'class="single"' in alone and "absent" not in alone
 
 
 @pytest.mark.parametrize(("size", "kind"), [((24, 32), "png"), ((300, 400), "jpeg"), ((500, 2000), "jpeg")])
-def test_pictures_in_the_page_open_again(size, kind):
+def test_images_in_the_page_open_again(size, kind):
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     head, _, body = data_uri(picture).partition(",")
     assert head == f"data:image/{kind};base64"
@@ -170,7 +170,7 @@ def test_load_is_shown_over_an_even_share_and_gradients_over_the_mean_of_their_l
 @pytest.mark.parametrize("records", [1, figures.BINS, figures.BINS + 1, 5 * figures.BINS + 3])
 def test_a_long_run_is_drawn_as_sums_of_neighboring_records_of_which_none_is_left_out(records):
     values = np.random.default_rng(0).integers(0, 9, (records, 2, 3, 4))
-    chunks = [Chunk(np.arange(n, min(n + 7, records)), values[n : n + 7]) for n in range(0, records, 7)]
+    chunks = [TableChunk(np.arange(n, min(n + 7, records)), values[n : n + 7]) for n in range(0, records, 7)]
     steps, bins = figures._binned(chunks)
     assert len(steps) == len(bins) <= figures.BINS and steps[-1] == records - 1
     np.testing.assert_array_equal(bins.sum(0), values.sum((0, 2)))
@@ -192,9 +192,9 @@ def test_bars_are_the_figures_of_the_evaluations(reported):
     run, _ = reported
     records = RunRecords.read(run.folder)
     bars = {bar.name: bar.y for bar in figures.action_errors(records.evaluations).data}
-    assert bars["model"][0] == summarise(records)["action_mse"]
-    assert bars["model, shuffle vision"][0] == summarise(records)["action_mse_shuffle_vision"]
-    assert bars["ridge, non-visual"][0] == summarise(records)["action_mse_baselines"]["ridge"]
+    assert bars["model"][0] == summarize(records)["action_mse"]
+    assert bars["model, shuffle vision"][0] == summarize(records)["action_mse_shuffle_vision"]
+    assert bars["ridge, non-visual"][0] == summarize(records)["action_mse_baselines"]["ridge"]
     trace = records.plain["examples"]["clip"]["traces"][0]
     shown = {item.name: item.y for item in figures.trace(records.plain["examples"]["clip"], {}, 1).data[:2]}
     assert list(shown["logged"]) == [row[1] for row in trace["true"]]

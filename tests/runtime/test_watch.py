@@ -5,7 +5,7 @@ import signal
 import time
 from dataclasses import replace
 
-from mmoe.runtime.watch_report import report, verdict
+from mmoe.runtime.watch_report import hang_report, verdict
 from mmoe.runtime.watch_state import Collective, State
 from tests.runtime.test_launch import Torchrun
 
@@ -118,7 +118,7 @@ def test_different_calls_under_one_number_are_named():
 
 def test_a_report_has_every_rank_and_equal_stacks_once():
     states = {rank: state(rank, called={}, blocked="distributed.recv(src=3)") for rank in range(3)}
-    text = report(states, {3: "it has never sent a heartbeat"}, by=0, timeout=5)
+    text = hang_report(states, {3: "it has never sent a heartbeat"}, by=0, timeout=5)
     assert "rank 3 gives no answer: it has never sent a heartbeat" in text
     assert "ranks 0-2 wait since 9.0 s in distributed.recv(src=3)" in text
     assert text.count("innermost call last") == 1 and "main thread of ranks 0-2" in text

@@ -1,4 +1,4 @@
-"""Actions: normalised, binned, chunked."""
+"""Actions: normalized, binned, chunked."""
 
 import numpy as np
 import pytest
@@ -30,11 +30,11 @@ def drive(rows: int = 2000) -> np.ndarray:
 
 
 @given(tables)
-def test_normalising_is_invertible(rows):
+def test_normalizing_is_invertible(rows):
     tokenizer = ActionTokenizer(CONTINUOUS, stats_of(rows))
-    normalised = tokenizer.normalise(rows)
-    assert normalised.dtype == np.float32 and np.isfinite(normalised).all()
-    assert np.allclose(tokenizer.denormalise(normalised), rows, atol=1e-3)
+    normalized = tokenizer.normalize(rows)
+    assert normalized.dtype == np.float32 and np.isfinite(normalized).all()
+    assert np.allclose(tokenizer.denormalize(normalized), rows, atol=1e-3)
     assert max(tokenizer.round_trip_error(rows).values()) < 1e-3
 
 
@@ -42,19 +42,19 @@ def test_quantiles_become_the_ends():
     rows = drive()
     stats = stats_of(rows)
     tokenizer = ActionTokenizer(CONTINUOUS, stats)
-    assert np.allclose(tokenizer.normalise(np.array(stats.q01))[0], -1)
-    assert np.allclose(tokenizer.normalise(np.array(stats.q99))[0], 1)
+    assert np.allclose(tokenizer.normalize(np.array(stats.q01))[0], -1)
+    assert np.allclose(tokenizer.normalize(np.array(stats.q99))[0], 1)
 
 
 def test_rare_events_keep_a_sane_scale_and_constants_are_zero():
     rows = drive()
     assert stats_of(rows).q99[1] == stats_of(rows).q01[1]
-    normalised = ActionTokenizer(CONTINUOUS, stats_of(rows)).normalise(rows)
-    assert 1 < np.abs(normalised[:, 1]).max() < 20  # neither infinite nor lost
+    normalized = ActionTokenizer(CONTINUOUS, stats_of(rows)).normalize(rows)
+    assert 1 < np.abs(normalized[:, 1]).max() < 20  # neither infinite nor lost
     rows[:, 1] = 0.7
     tokenizer = ActionTokenizer(CONTINUOUS, stats_of(rows))
-    assert (tokenizer.normalise(rows)[:, 1] == 0).all()
-    assert np.allclose(tokenizer.denormalise(np.zeros((3, 2)))[:, 1], 0.7)
+    assert (tokenizer.normalize(rows)[:, 1] == 0).all()
+    assert np.allclose(tokenizer.denormalize(np.zeros((3, 2)))[:, 1], 0.7)
 
 
 @given(st.integers(1, 6), st.integers(0, 12), st.integers(0, 12))
@@ -87,8 +87,8 @@ def test_uniform_bins_err_by_half_a_bin_at_most(rows, bins):
     tokenizer = ActionTokenizer(ActionConfig(mode="discrete", bins=bins), stats_of(rows))
     codes = tokenizer.encode(rows)
     assert codes.dtype == np.int64 and ((codes >= 0) & (codes < bins)).all()
-    normalised, back = tokenizer.normalise(rows), tokenizer.normalise(tokenizer.decode(codes))
-    assert (np.abs(np.clip(normalised, -1, 1) - back) <= 1 / bins + 1e-3).all()
+    normalized, back = tokenizer.normalize(rows), tokenizer.normalize(tokenizer.decode(codes))
+    assert (np.abs(np.clip(normalized, -1, 1) - back) <= 1 / bins + 1e-3).all()
 
 
 @given(tables, st.integers(2, 64), st.sampled_from(["uniform", "quantile"]))
@@ -148,7 +148,7 @@ def test_a_glitch_is_clipped_and_a_flipped_exponent_is_refused_by_name():
     tokenizer = ActionTokenizer(CONTINUOUS, stats_of(rows).model_copy(update=fences))
     rows[5, 0] = 65535
     target, _ = tokenizer.chunk_of(rows, 5, 9)
-    assert (tokenizer.normalise(target)[0] == tokenizer.normalise(np.array([9.0, rows[5, 1]]))).all()
+    assert (tokenizer.normalize(target)[0] == tokenizer.normalize(np.array([9.0, rows[5, 1]]))).all()
     assert tokenizer.round_trip_error(rows)["steering"] < 1e-6
     rows[6, 1] = np.float32(1e30)
     with pytest.raises(DataError, match=r"^brake is 1e\+30, but preparation saw 0 to 1 in this source"):

@@ -1,4 +1,4 @@
-"""The mel codec: lengths known beforehand, levels that help, sound one can recognise; the order of codes."""
+"""The mel codec: lengths known beforehand, levels that help, audio one can recognize; the order of codes."""
 
 import json
 import math
@@ -22,12 +22,12 @@ from mmoe.tokenizers.audio import (
     MelCodec,
     MelConfig,
     code_order,
-    deserialise,
+    deserialize,
     resample,
     resampled_length,
-    serialise,
+    serialize,
 )
-from mmoe.tokenizers.kmeans import kmeans, lloyd, nearest, sample_rows
+from mmoe.tokenizers.kmeans import kmeans, lloyd, nearest_centroid, sample_rows
 from mmoe.tokenizers.rates import check_rates, kernel_size
 
 SMALL = AudioConfig(codebooks=3, mel=MelConfig(codebook_size=16))
@@ -78,7 +78,7 @@ def test_lengths_are_right_where_torchaudio_rounds_them():
     assert len(audio.resample(np.zeros(samples, np.float32), rate, 8000)) == exact
 
 
-def test_every_level_lowers_the_error_on_new_sound():
+def test_every_level_lowers_the_error_on_new_audio():
     errors = CODEC.reconstruction_error(chirps(10, seed=1))
     assert list(errors) == [1, 2, 3]
     assert 1 > errors[1] > errors[2] > errors[3] > 0
@@ -127,14 +127,14 @@ def test_codes_do_not_depend_on_loudness_unless_asked_to():
     wave = chirps(1, seed=4)[0]
     loud, quiet = CODEC.encode(wave, 8000), CODEC.encode(0.1 * wave, 8000)
     assert (loud == quiet).mean() > 0.99
-    absolute = MelCodec.fit(chirps(30), AudioConfig(mel=MelConfig(codebook_size=16, normalise_level=False)), seed=0)
+    absolute = MelCodec.fit(chirps(30), AudioConfig(mel=MelConfig(codebook_size=16, normalize_level=False)), seed=0)
     assert (absolute.encode(wave, 8000) != absolute.encode(0.1 * wave, 8000)).mean() > 0.2
     assert len(np.unique(CODEC.encode(np.zeros(8000, np.float32), 8000)[2:-2], axis=0)) == 1
 
 
 def test_the_spectrogram_is_torchaudios():
     wave = chirps(1, seed=5)[0][:3200] * 1.0
-    config = MelConfig(normalise_level=False)
+    config = MelConfig(normalize_level=False)
     theirs = torchaudio.transforms.MelSpectrogram(
         8000, n_fft=256, hop_length=80, n_mels=40, center=True, pad_mode="constant"
     )(torch.from_numpy(wave))
@@ -146,9 +146,9 @@ def test_the_spectrogram_is_torchaudios():
 @given(st.integers(0, 60), st.integers(1, 6), st.sampled_from(["flat", "delay"]))
 def test_layouts_are_invertible_orders(frames, codebooks, layout):
     codes = np.random.default_rng(0).integers(0, 1000, (frames, codebooks))
-    flat, codebook = serialise(codes, layout)
+    flat, codebook = serialize(codes, layout)
     assert flat.shape == codebook.shape == (frames * codebooks,)
-    assert (deserialise(flat, frames, codebooks, layout) == codes).all()
+    assert (deserialize(flat, frames, codebooks, layout) == codes).all()
     for q in range(codebooks):  # each level keeps its time order
         assert (flat[codebook == q] == codes[:, q]).all()
 
@@ -163,10 +163,10 @@ def test_delay_writes_fine_levels_later(frames, codebooks):
 
 def test_kmeans_finds_separated_clusters():
     random = np.random.default_rng(0)
-    centres = random.normal(0, 10, (8, 3))
-    points = torch.from_numpy(centres[random.integers(0, 8, 800)] + random.normal(0, 0.1, (800, 3))).float()
+    centers = random.normal(0, 10, (8, 3))
+    points = torch.from_numpy(centers[random.integers(0, 8, 800)] + random.normal(0, 0.1, (800, 3))).float()
     found = kmeans(points, 8, torch.Generator().manual_seed(0)).numpy()
-    assert np.allclose(found[np.lexsort(found.T)], centres[np.lexsort(centres.T)], atol=0.05)
+    assert np.allclose(found[np.lexsort(found.T)], centers[np.lexsort(centers.T)], atol=0.05)
 
 
 def test_lloyd_ends_where_each_centroid_is_the_mean_of_its_points():
@@ -187,7 +187,7 @@ def test_kmeans_survives_fewer_points_than_clusters():
 def test_no_cluster_stays_empty():
     points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) + 100
     centroids = lloyd(points, points[:1].repeat(40, 1), iterations=1000)  # the worst start there is
-    assert len(nearest(points, centroids).unique()) == 40
+    assert len(nearest_centroid(points, centroids).unique()) == 40
 
 
 def test_the_sample_of_rows_is_uniform_and_bounded():
@@ -235,6 +235,9 @@ def test_bad_files_are_named(tmp_path):
     path.write_bytes(content[:-100])
     with pytest.raises(DataError, match="cannot be read as an audio codec"):
         MelCodec.load(path)
+    older = CODEC.config.model_dump_json().replace("normalize_level", "normalise_level")
+    save_file(arrays, path, metadata={"format": "mmoe mel codec 1", "config": older})
+    assert MelCodec.load(path).fingerprint == CODEC.fingerprint
     save_file(arrays, path)
     with pytest.raises(DataError, match="fit the audio codec again"):
         MelCodec.load(path)

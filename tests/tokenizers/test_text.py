@@ -1,4 +1,4 @@
-"""Byte-level BPE: lossless, deterministic, recognisable."""
+"""Byte-level BPE: lossless, deterministic, recognizable."""
 
 import json
 
@@ -25,7 +25,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)  # Cs:
 
 @given(any_text)
 @example("\r\n\x00\x1f\x7f \t  leading, trailing and  double  spaces  ")
-@example("e\u0301 \u00e9 \ufb01 \u212b \U0001f468\u200d\U0001f469")  # normalisation would change each of these
+@example("e\u0301 \u00e9 \ufb01 \u212b \U0001f468\u200d\U0001f469")  # normalization would change each of these
 @example("<|endoftext|> [UNK] </s>")
 @settings(max_examples=300)
 def test_any_text_round_trips(text):
@@ -97,7 +97,7 @@ def test_foreign_special_tokens_are_plain_text(tmp_path):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"normalizer": {"type": "NFC"}}, "normalises"),
+        ({"normalizer": {"type": "NFC"}}, "normalizes"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "does not work on bytes"),
         ({"pre_tokenizer": None}, "does not work on bytes"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}, "prefix space"),

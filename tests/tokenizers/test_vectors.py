@@ -1,4 +1,4 @@
-"""Normalised vectors: unit scale, invertible, constants and NaN."""
+"""Normalized vectors: unit scale, invertible, constants and NaN."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from mmoe.errors import DataError
 from mmoe.schema.vectors import VectorStats
-from mmoe.tokenizers.vectors import VectorNormaliser
+from mmoe.tokenizers.vectors import VectorNormalizer
 
 rows = arrays(np.float64, st.tuples(st.integers(2, 30), st.just(3)), elements=st.floats(-1e4, 1e4, width=32))
 
@@ -22,44 +22,44 @@ def stats_of(rows: np.ndarray) -> VectorStats:
 
 @given(rows)
 def test_inverse_and_scale(rows):
-    normaliser = VectorNormaliser(stats_of(rows))
-    normalised = normaliser(rows)
-    assert normalised.dtype == np.float32 and np.isfinite(normalised).all()
-    assert np.allclose(normaliser.inverse(normalised), rows, rtol=1e-5, atol=1e-3)
+    normalizer = VectorNormalizer(stats_of(rows))
+    normalized = normalizer(rows)
+    assert normalized.dtype == np.float32 and np.isfinite(normalized).all()
+    assert np.allclose(normalizer.inverse(normalized), rows, rtol=1e-5, atol=1e-3)
     varied = np.ptp(rows, axis=0) > 1
-    assert np.allclose(normalised.mean(0)[varied], 0, atol=1e-3)
-    assert np.allclose(normalised.std(0)[varied], 1, atol=1e-3)
+    assert np.allclose(normalized.mean(0)[varied], 0, atol=1e-3)
+    assert np.allclose(normalized.std(0)[varied], 1, atol=1e-3)
 
 
 def test_constant_dimensions_become_zero_and_come_back():
     rows = np.random.default_rng(0).normal(size=(50, 3))
     rows[:, 1] = np.float32(9.81)
-    normaliser = VectorNormaliser(stats_of(rows))
-    assert (normaliser(rows + np.array([0, 5, 0]))[:, 1] == 0).all()  # even where a later recording differs
-    assert np.allclose(normaliser.inverse(normaliser(rows))[:, 1], 9.81)
+    normalizer = VectorNormalizer(stats_of(rows))
+    assert (normalizer(rows + np.array([0, 5, 0]))[:, 1] == 0).all()  # even where a later recording differs
+    assert np.allclose(normalizer.inverse(normalizer(rows))[:, 1], 9.81)
 
 
 def test_small_and_offset_dimensions_are_not_taken_for_constant():
     rows = np.random.default_rng(0).normal(size=(50, 3)) * [1e-5, 2.0, 1.0] + [0.0, 4e6, 0.0]
-    assert np.allclose(VectorNormaliser(stats_of(rows))(rows).std(0), 1, atol=0.05)
+    assert np.allclose(VectorNormalizer(stats_of(rows))(rows).std(0), 1, atol=0.05)
 
 
 def test_one_row_and_many_agree():
     rows = np.random.default_rng(0).normal(size=(4, 3))
-    normaliser = VectorNormaliser(stats_of(rows))
-    assert (normaliser(rows)[2] == normaliser(rows[2])).all()
+    normalizer = VectorNormalizer(stats_of(rows))
+    assert (normalizer(rows)[2] == normalizer(rows[2])).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_is_refused_by_name(value):
     rows = np.random.default_rng(0).normal(size=(4, 3))
-    normaliser = VectorNormaliser(stats_of(rows))
+    normalizer = VectorNormalizer(stats_of(rows))
     rows[2, 1] = value
     for bad in (rows, rows[2]):
         with pytest.raises(DataError, match="^d1 holds NaN or infinity"):
-            normaliser(bad)
+            normalizer(bad)
     with pytest.raises(DataError, match="2 values stands where 3 are known"):
-        normaliser(np.zeros((4, 2)))
+        normalizer(np.zeros((4, 2)))
 
 
 def test_glitches_are_clipped_and_what_preparation_did_not_see_is_refused_by_name():
@@ -70,18 +70,18 @@ def test_glitches_are_clipped_and_what_preparation_did_not_see_is_refused_by_nam
         "minimum": (-5.0,) * 3,
         "maximum": (5.0, 65535.0, 5.0),
     }
-    normaliser = VectorNormaliser(stats_of(rows).model_copy(update=fences))
-    assert (normaliser(np.array([0, 65535.0, 0])) == normaliser(np.array([0, 6.0, 0]))).all()
+    normalizer = VectorNormalizer(stats_of(rows).model_copy(update=fences))
+    assert (normalizer(np.array([0, 65535.0, 0])) == normalizer(np.array([0, 6.0, 0]))).all()
     for bad in (1e30, 1e300, -65536.0):
         rows[3, 1] = bad
         with pytest.raises(DataError, match=r"^d1 is -?[\d.e+]+, but preparation saw -5 to 65535 in this source"):
-            normaliser(rows)
+            normalizer(rows)
 
 
 @given(rows)
 def test_clipping_twice_is_clipping_once(rows):
     fences = {"low": (-5.0, -0.5, -1e9), "high": (5.0, 0.5, 1e9)}
-    clip = VectorNormaliser(stats_of(rows).model_copy(update=fences)).fences.clip
+    clip = VectorNormalizer(stats_of(rows).model_copy(update=fences)).fences.clip
     assert (clip(clip(rows)) == clip(rows)).all() and (clip(rows)[:, 2] == rows[:, 2]).all()
 
 

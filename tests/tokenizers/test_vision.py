@@ -28,7 +28,7 @@ def test_grids_keep_to_the_budget_and_never_upscale(tokenizer, height, width):
 
 
 @given(tokenizers, sides, sides)
-def test_turning_the_picture_turns_the_grid(tokenizer, height, width):
+def test_turning_the_image_turns_the_grid(tokenizer, height, width):
     rows, columns = tokenizer.grid(height, width)
     turned = tokenizer.grid(width, height)
     assert turned == (columns, rows) or height == width or rows * columns == turned[0] * turned[1]
@@ -42,14 +42,14 @@ def test_whole_patches_within_the_budget_are_kept(tokenizer, rows, columns):
 
 
 @given(tokenizers, st.lists(st.tuples(sides, sides), min_size=1, max_size=20))
-def test_arrays_give_what_single_pictures_give(tokenizer, sizes):
+def test_arrays_give_what_single_images_give(tokenizer, sizes):
     height, width = np.array(sizes).T
     rows, columns = tokenizer.grid(height, width)
     assert list(zip(rows.tolist(), columns.tolist())) == [tokenizer.grid(*size) for size in sizes]
     assert tokenizer.num_tokens(height, width).tolist() == [tokenizer.num_tokens(*size) for size in sizes]
 
 
-def test_large_pictures_keep_their_shape_and_use_the_budget():
+def test_large_images_keep_their_shape_and_use_the_budget():
     tokenizer = VisionTokenizer(VisionConfig(patch=16, max_patches=64))
     random = np.random.default_rng(0)
     width = random.integers(800, 4000, 2000)
@@ -82,21 +82,21 @@ def test_cutting_is_lossless_without_resize(tokenizer, rows, columns, tubelets, 
 @settings(max_examples=50)
 def test_positions_say_where_a_patch_was(tokenizer, rows, columns, tubelets):
     patch, tubelet = tokenizer.config.patch, tokenizer.config.tubelet
-    # Colour every pixel by the tubelet, row and column of patches it belongs to.
+    # Color every pixel by the tubelet, row and column of patches it belongs to.
     places = np.stack(np.indices((tubelets, rows, columns)), axis=-1)
     frames = places.repeat(tubelet, 0).repeat(patch, 1).repeat(patch, 2).astype(np.uint8)
     pixels = tokenizer.encode(frames, rows, columns)[:, : tokenizer.patch_dim]
-    colours = np.rint((pixels + 1) * 127.5).reshape(-1, tubelet * patch**2, 3)
+    colors = np.rint((pixels + 1) * 127.5).reshape(-1, tubelet * patch**2, 3)
     positions = tokenizer.positions(rows, columns, tubelets)
-    assert (colours == positions[:, None]).all()
+    assert (colors == positions[:, None]).all()
 
 
 @pytest.mark.parametrize("size", [(97, 301), (480, 640), (40, 30)])
 def test_the_resize_agrees_with_pillow(size):
     tokenizer = VisionTokenizer(VisionConfig(patch=8))
-    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    ours = tokenizer.decode(tokenizer.encode(picture[None], 4, 6), 4, 6)[0]
-    theirs = np.asarray(Image.fromarray(picture).resize((48, 32), Image.Resampling.BILINEAR))
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours = tokenizer.decode(tokenizer.encode(image[None], 4, 6), 4, 6)[0]
+    theirs = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BILINEAR))
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 

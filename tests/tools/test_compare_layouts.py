@@ -43,7 +43,7 @@ def test_layouts_agree_and_one_that_cannot_be_is_named(folder: Path) -> None:
     assert result["targets"]["hsdp2"]["ok"] and result["targets"]["ep2,tp2"]["ok"], done.stdout + done.stderr
     assert result["figures"]["precision"] == "float64" and result["targets"]["hsdp2"]["target"] == 1e-11
     families = result["figures"]["layouts"]["ep2,tp2"]["gradients"]
-    assert "decoder.blocks.network.experts.up" in families and "embeddings.token.weight" in families
+    assert "decoder.blocks.feed_forward.experts.up" in families and "embeddings.token.weight" in families
     assert result["figures"]["layouts"]["hsdp2"]["moved_choices"] == 0
     assert list(result["figures"]["not_compared"]) == ["tp3"]
     assert "tp3 refused model.n_heads is 4, not a multiple of parallel.tp 3" in done.stdout
@@ -77,7 +77,7 @@ def test_a_fault_is_noticed(folder: Path, tmp_path: Path, fault: str, layout: st
 
 CHILDLESS = """
 import multiprocessing
-import mmoe.preparation.ready as ready
+import mmoe.preparation.ensure_prepared as ready
 prepare = ready.prepare
 def checked(*arguments, **options):
     assert not multiprocessing.current_process().daemon, "prepared by a process that may have no children"
@@ -102,7 +102,7 @@ def test_names_of_layouts_and_families() -> None:
     for wrong in ("dp", "dp0", "xp2", "dp2,dp2", "dp2,", "2"):
         with pytest.raises(ConfigError, match="is not one more degree"):
             module.read_layout(wrong)
-    assert module.family("decoder.blocks.11.network.experts.gate") == "decoder.blocks.network.experts.gate"
+    assert module.family("decoder.blocks.11.feed_forward.experts.gate") == "decoder.blocks.feed_forward.experts.gate"
     assert module.relative(0.0, 0.0) == 0.0 and module.relative(1.0, 0.0) == float("inf")
 
 

@@ -58,7 +58,7 @@ def build(folder, *names, run="run") -> Run:
 
 
 def decoded(run: Run, source: int):
-    """The first clip of a source and its segments of pictures."""
+    """The first clip of a source and its segments of images."""
     decoder = SampleLoader(run.sources.files("train"), run.tokenizers, "pyav")
     index = decoder.index(source, 0)
     seen = index.row_segments(0)

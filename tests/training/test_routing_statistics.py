@@ -18,7 +18,7 @@ folder = test_trainer.folder
 
 COUNTS = ("expert_load", "expert_drops", "would_drop")
 MEANS = ("router_grad_norm", "expert_importance", "router_logit_mean", "router_logit_variance")
-SCALARS = ("drop_rate", "load_max_over_mean", "router_entropy", "expert_choices", "expert_choices_dropped")
+SCALARS = ("drop_rate", "load_max_over_mean", "router_entropy", "slots_routed", "slots_dropped")
 STEPS = 3
 
 
@@ -65,8 +65,8 @@ def test_what_is_recorded_is_not_empty_and_adds_up(reference):
     columns = reader.columns("tokens", *SCALARS)
     tokens = np.diff(columns["tokens"], prepend=0)
     np.testing.assert_array_equal(load.sum((2, 3, 4)), np.stack([2 * tokens] * 2, axis=1))  # top 2 in two layers
-    np.testing.assert_array_equal(columns["expert_choices"], np.cumsum(load.sum((1, 2, 3, 4))))
-    np.testing.assert_array_equal(columns["expert_choices_dropped"], np.cumsum(drops.sum((1, 2, 3, 4))))
+    np.testing.assert_array_equal(columns["slots_routed"], np.cumsum(load.sum((1, 2, 3, 4))))
+    np.testing.assert_array_equal(columns["slots_dropped"], np.cumsum(drops.sum((1, 2, 3, 4))))
     # The run's own capacity is the first factor of the grid.
     np.testing.assert_array_equal(table(reader, "would_drop")[..., 0], drops.sum((2, 3, 4)))
     assert load[:, :, Modality.VISION, list(test_trainer.MAKERS).index("clip")].sum() > 0

@@ -87,7 +87,7 @@ def trainer(configuration, *callbacks, stop_at=None) -> Trainer:
             "model__moe__score_func": "sigmoid",
             "model__moe__bias_update_rate": 0.01,
             "model__moe__router_noise": 0.5,
-            "model__moe__groups": {"count": 2, "per_token": 1},
+            "model__moe__n_group": 2,
             "losses__load_balance": {"sequence": 0.001, "micro_batch": 0.01, "global_batch": 0.01},
         },
     ],
@@ -107,9 +107,9 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(fold
     assert resumed.state.position == whole.state.position
     for router, other in zip(whole.run.model.decoder.routers, resumed.run.model.decoder.routers, strict=True):
         if changes:
-            assert torch.equal(router.choice_bias, other.choice_bias) and router.choice_bias.abs().max() > 0
+            assert torch.equal(router.expert_bias, other.expert_bias) and router.expert_bias.abs().max() > 0
         else:
-            assert router.choice_bias is None
+            assert router.expert_bias is None
 
 
 def test_the_bias_follows_the_loads_of_a_whole_step_and_no_optimizer_holds_it(folder, tmp_path):
@@ -123,12 +123,12 @@ def test_the_bias_follows_the_loads_of_a_whole_step_and_no_optimizer_holds_it(fo
     )
     steps, bias = run.state.stream.steps(), torch.zeros(1, 4)
     held = {id(p) for group in run.state.optimizer.param_groups for p in group["params"]}
-    assert id(run.run.model.decoder.routers[0].choice_bias) not in held
+    assert id(run.run.model.decoder.routers[0].expert_bias) not in held
     for _ in range(3):
         result = run.train_step(next(steps))
         load = result.routing.sum.load_NMSE.sum((1, 2)).double()
         bias += 0.25 * (load.mean(1, keepdim=True) - load).sign()
-        assert torch.equal(torch.stack([r.choice_bias for r in run.run.model.decoder.routers]), bias)
+        assert torch.equal(torch.stack([r.expert_bias for r in run.run.model.decoder.routers]), bias)
 
 
 def test_resuming_from_an_older_checkpoint_replays_the_same_steps(folder, tmp_path):
@@ -144,7 +144,7 @@ def test_resuming_from_an_older_checkpoint_replays_the_same_steps(folder, tmp_pa
     second = {record["step"]: record for record in records[3:5]}
     assert list(first) == [4, 5]
     for step in first:
-        for name in ("loss", "grad_norm", "positions", "tokens", "expert_choices", "packing_efficiency"):
+        for name in ("loss", "grad_norm", "positions", "tokens", "slots_routed", "packing_efficiency"):
             assert first[step][name] == second[step][name], name
     assert first[5]["digest"] == second[5]["digest"]
 
@@ -291,7 +291,7 @@ def test_blinding_a_caption_leaves_its_hidden_states_alone(folder, tmp_path):
 
 
 def test_what_is_decoded_does_not_depend_on_the_precision_of_who_asks(folder, tmp_path):
-    """An evaluation asks from within bfloat16: codes of sound came out otherwise where no worker decodes."""
+    """An evaluation asks from within bfloat16: codes of audio came out otherwise where no worker decodes."""
     run = Run.build(config(folder, tmp_path / "run"))
     expected = list(run.heldout(isolated=False))
     with torch.autocast("cpu", torch.bfloat16):

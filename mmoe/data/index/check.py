@@ -35,7 +35,7 @@ def check_segments(path: str, segments: np.ndarray) -> None:
             raise _impossible(path, f"{name} of a segment lies outside {int(least)} to {int(greatest)}")
     seen, heard = segments["modality"] == Modality.VISION, segments["modality"] == Modality.AUDIO
     if (seen & ((segments["height"] < 1) | (segments["width"] < 1)) | heard & (segments["rate"] < 1)).any():
-        raise _impossible(path, "a picture has no size, or a sound no rate")
+        raise _impossible(path, "an image has no size, or an audio clip no rate")
     if (segments["stop"] < segments["start"]).any():
         raise _impossible(path, "a segment stops before it starts")
     if (segments["stop"] - segments["start"])[seen].max(initial=0) > _MOST_FRAMES:

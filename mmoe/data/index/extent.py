@@ -1,7 +1,7 @@
 """Count how much a split holds by kinds of segments: enough to size a mixture for any tokenizer, without an index.
 
 Segments that differ in nothing but their length take positions that follow from their number and total length. A
-split of a billion samples has few such groups (cameras of one size, sounds of one rate); pictures of the web have
+split of a billion samples has few such groups (cameras of one size, audio clips of one rate); images of the web have
 many sizes, so sizes are rounded, ever more coarsely, until there are no more than `MOST_GROUPS`.
 """
 
@@ -51,7 +51,7 @@ class Extent:
         self.slices += other.slices
 
     def groups(self) -> tuple[SegmentGroup, ...]:
-        """Return the groups in a fixed order; beyond `MOST_GROUPS`, picture sizes are rounded to powers of two."""
+        """Return the groups in a fixed order; beyond `MOST_GROUPS`, image sizes are rounded to powers of two."""
         counts, spans, step = self.counts, self.spans, 8
         while len(counts) > MOST_GROUPS:
             counts, spans = _coarser(counts, step), _coarser(spans, step)

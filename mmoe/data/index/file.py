@@ -62,10 +62,10 @@ def read_table(path: str, schema: pa.Schema, storage: Storage, columns: list[str
         raise
     except Exception as error:  # of damaged or crafted bytes, pyarrow raises whatever its parts raise
         said = str(error) if isinstance(error, (pa.ArrowInvalid, ValueError)) else f"{type(error).__name__}: {error}"
-        raise unreadable(path, said) from error
+        raise unreadable_index(path, said) from error
 
 
-def unreadable(path: str, said: object) -> DataError:
+def unreadable_index(path: str, said: object) -> DataError:
     """Say that a file is no shard index, or a damaged one."""
     return DataError(f"{path} cannot be read as a shard index ({said}); copy it again or prepare the source again")
 

@@ -25,10 +25,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from mmoe.addresses import join, with_suffix
+from mmoe.addresses import join_address, with_suffix
 from mmoe.data.index.check import check_members, check_segments
 from mmoe.data.index.file import read_table, write_table
-from mmoe.data.storage.store import DEFAULT, Storage
+from mmoe.data.storage.store import DEFAULT_STORAGE, Storage
 from mmoe.errors import DataError
 from mmoe.hashing import blake2b, framed
 from mmoe.schema.manifest import MANIFEST
@@ -68,7 +68,7 @@ INDEX_SCHEMA = pa.schema(
 
 
 class Member(NamedTuple):
-    """A member of a tar as its index states it: where its content lies, and which checksum it must have.
+    """States of a member of a tar where its content lies, and which checksum it must have.
 
     `name` is ``<key>.<field>``; then byte offset and size of the content, and its CRC-32.
     """
@@ -79,12 +79,12 @@ class Member(NamedTuple):
     crc32: int
 
 
-def is_prepared(folder: str | Path, storage: Storage = DEFAULT) -> bool:
+def is_prepared(folder: str | Path, storage: Storage = DEFAULT_STORAGE) -> bool:
     """Return True if the folder at an address, near or far, is a prepared source.
 
     Raises StorageError where a store does not say.
     """
-    return storage.exists(join(folder, MANIFEST))
+    return storage.exists(join_address(folder, MANIFEST))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SegmentTable:
     segment_offsets: np.ndarray
 
     @classmethod
-    def read(cls, tar: str | Path, storage: Storage = DEFAULT, digest: str | None = None) -> "SegmentTable":
+    def read(cls, tar: str | Path, storage: Storage = DEFAULT_STORAGE, digest: str | None = None) -> "SegmentTable":
         """Read the segments from the index beside `tar`.
 
         Raises DataError where it cannot be read, or is not the index of `digest` (`ShardEntry`).
@@ -137,7 +137,7 @@ class ShardIndex(SegmentTable):
     text_offsets: np.ndarray
 
     @classmethod
-    def read(cls, tar: str | Path, storage: Storage = DEFAULT, digest: str | None = None) -> "ShardIndex":
+    def read(cls, tar: str | Path, storage: Storage = DEFAULT_STORAGE, digest: str | None = None) -> "ShardIndex":
         """Read all columns of the index beside `tar`.
 
         Raises DataError where it cannot be read, or is not the index of `digest`.
@@ -168,7 +168,7 @@ class ShardIndex(SegmentTable):
         check_members(path, index.segments, index.segment_offsets, index.member_ranges, index.member_offsets)
         return index
 
-    def check_tar(self, storage: Storage = DEFAULT) -> None:
+    def check_tar(self, storage: Storage = DEFAULT_STORAGE) -> None:
         """Raise DataError where the tar is missing, or not as long as the one that was indexed."""
         size = storage.size(self.tar)
         if size is None or size == self.tar_bytes:

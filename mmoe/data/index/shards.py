@@ -15,11 +15,11 @@ from typing import BinaryIO
 import numpy as np
 
 from mmoe.data.index.shard_index import Member, ShardIndex, write_index
-from mmoe.data.storage.store import DEFAULT, Storage
+from mmoe.data.storage.store import DEFAULT_STORAGE, Storage
 from mmoe.errors import DataError
 from mmoe.schema.manifest import ShardEntry
 
-GAP = 128 << 10  # bytes: reading them costs a remote store less than another request
+READ_GAP = 128 << 10  # bytes: reading them costs a remote store less than another request
 _BLOCK = tarfile.BLOCKSIZE
 _PART = r"[^./\x00-\x1f\ud800-\udfff]+"  # no control characters, and none that UTF-8 cannot spell
 _KEY = re.compile(rf"(?!__){_PART}(/{_PART})*")
@@ -159,7 +159,12 @@ def _append(file: BinaryIO, name: str, content: bytes) -> tuple[int, int]:
 
 
 def read_member(
-    tar: str | Path, offset: int, size: int, name: str = "", storage: Storage = DEFAULT, crc32: int | None = None
+    tar: str | Path,
+    offset: int,
+    size: int,
+    name: str = "",
+    storage: Storage = DEFAULT_STORAGE,
+    crc32: int | None = None,
 ) -> bytes:
     """Read the content of one member, the `size` bytes at `offset` of a local or remote tar, as one range read.
 
@@ -173,7 +178,7 @@ def read_member(
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredMember:
     """Holds the content of a member of a stored row.
 
     `name` is its field, `where` names tar, key and field in messages.
@@ -184,15 +189,15 @@ class Stored:
     where: str
 
 
-def read_stored(index: ShardIndex, row: int, member: int, storage: Storage = DEFAULT) -> Stored:
+def read_stored(index: ShardIndex, row: int, member: int, storage: Storage = DEFAULT_STORAGE) -> StoredMember:
     """Read a member of a row as it was written. Raises DataError as `read_member`, and for another checksum."""
     name, offset, size, crc32 = index.member(row, member)
     content = read_member(index.tar, offset, size, name, storage, crc32)
-    return Stored(index.row_member(row, member)[0], content, f"{index.tar}: {name}")
+    return StoredMember(index.row_member(row, member)[0], content, f"{index.tar}: {name}")
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteSpan:
     """Marks the bytes of a tar that are read at once for several members.
 
     Bytes `start`..`stop` hold the members with their headers, and what else lies between.
@@ -211,7 +216,7 @@ class Span:
         return _content(content, offset - self.start, size, tar, offset, name, crc32)
 
 
-def spans(members: Iterable[Member], gap: int = GAP) -> list[Span]:
+def spans(members: Iterable[Member], gap: int = READ_GAP) -> list[ByteSpan]:
     """Return the ranges to read for members: one for those less than `gap` bytes apart."""
     found: list[list[Member]] = []
     end = None
@@ -220,7 +225,7 @@ def spans(members: Iterable[Member], gap: int = GAP) -> list[Span]:
             found.append([])
         found[-1].append(member)
         end = member.offset + member.size
-    return [Span(run[0].offset - _BLOCK, run[-1].offset + run[-1].size, tuple(run)) for run in found]
+    return [ByteSpan(run[0].offset - _BLOCK, run[-1].offset + run[-1].size, tuple(run)) for run in found]
 
 
 def _content(span: bytes, at: int, size: int, tar: str | Path, offset: int, name: str, crc32: int | None) -> bytes:

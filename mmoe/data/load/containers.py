@@ -1,4 +1,4 @@
-"""Open the containers of films, in this one place: bound them, and translate what FFmpeg raises.
+"""Open the containers of videos, in this one place: bound them, and translate what FFmpeg raises.
 
 A file is whatever its bytes say, not its name: a playlist named .mp4 makes FFmpeg read other files or the network, a
 session description opens ports. So only the formats of `FORMATS` are opened, by no protocol but that of local files.
@@ -22,7 +22,7 @@ from mmoe.errors import DataError, Refused
 from mmoe.schema.bounds import bounds, check_bound
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "hevc")  # FFmpeg's names; none of them refers to other files
-UNREADABLE = "unreadable picture or video"
+UNREADABLE = "unreadable image or video"
 _CHECKED_EVERY = 1000  # packets
 
 _OPTIONS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
@@ -40,11 +40,11 @@ def unreadable_video(where: str, error: Exception) -> DataError:
 
 
 def open_container(data: bytes | Path, where: str) -> InputContainer:
-    """Open a film, whose bytes or path `data` is; decoding takes one thread. Close it, or use it in a `with`.
+    """Open a video, whose bytes or path `data` is; decoding takes one thread. Close it, or use it in a `with`.
 
-    Raises `Refused` for what is no regular file or no film, and where its header goes beyond the bounds.
+    Raises `Refused` for what is no regular file or no video, and where its header goes beyond the bounds.
     """
-    with translated(where, "give an mp4, mov, mkv, webm, avi or MPEG film, or leave it out"):
+    with translated(where, "give an mp4, mov, mkv, webm, avi or MPEG video, or leave it out"):
         if isinstance(data, Path) and not stat.S_ISREG(data.stat().st_mode):
             raise Refused(UNREADABLE, f"{where} is no regular file; give a video file or leave it out")
         # The prefix keeps a name like "tcp:a.mp4" a name.
@@ -62,15 +62,15 @@ def _check_header(container: InputContainer, where: str) -> None:
     with translated(where):
         lengths = [s.duration * s.time_base for s in container.streams if s.duration and s.time_base]
         seconds = max([(container.duration or 0) / av.time_base, *map(float, lengths)])
-        check_bound("film_seconds", seconds, where, "states a length in seconds")
+        check_bound("video_seconds", seconds, where, "states a length in seconds")
         for stream in container.streams.video:
             context = stream.codec_context
             if context is None:  # of no known codec: whoever chooses the stream refuses it
                 continue
-            check_bound("film_pixels", context.width * context.height, where, "has frames of so many pixels")
-            check_bound("film_frames", stream.frames, where, "states a number of frames")
-            # Frames may grow on the way. A thread a film: processes decode side by side.
-            context.options = {"max_pixels": str(bounds().film_pixels)}
+            check_bound("video_pixels", context.width * context.height, where, "has frames of so many pixels")
+            check_bound("video_frames", stream.frames, where, "states a number of frames")
+            # Frames may grow on the way. A thread a video: processes decode side by side.
+            context.options = {"max_pixels": str(bounds().video_pixels)}
             context.thread_count = 1
 
 
@@ -106,7 +106,7 @@ def list_packets(
                 pts.append(packet.pts)
                 is_key.append(packet.is_keyframe)
                 if len(pts) % _CHECKED_EVERY == 0:
-                    check_bound("film_frames", len(pts), where, "lists frames")
+                    check_bound("video_frames", len(pts), where, "lists frames")
             elif packet.size:  # the last one of all is empty
                 hidden += 1
             if visit is not None:
@@ -114,5 +114,5 @@ def list_packets(
         if pts:
             assert stream.time_base is not None, "its stream has no unit of time"
             seconds = float((max(pts) - min(pts)) * stream.time_base)
-            check_bound("film_seconds", seconds, where, "has frames so many seconds apart")
+            check_bound("video_seconds", seconds, where, "has frames so many seconds apart")
     return Packets(np.array(pts, dtype=np.int64), np.array(is_key, dtype=bool), hidden)

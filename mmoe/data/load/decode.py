@@ -9,11 +9,11 @@ import numpy as np
 
 from mmoe.addresses import local_path
 from mmoe.data.index.shard_index import ShardIndex
-from mmoe.data.index.shards import GAP, Span, read_stored, spans
+from mmoe.data.index.shards import READ_GAP, ByteSpan, read_stored, spans
 from mmoe.data.load.tables import load_array
-from mmoe.data.load.video import Backend, is_video
+from mmoe.data.load.video import VideoBackend, is_video
 from mmoe.data.plan.planner import DocumentRef
-from mmoe.data.storage.store import DEFAULT, Reading, Storage, StorageError
+from mmoe.data.storage.store import DEFAULT_STORAGE, Reading, Storage, StorageError
 from mmoe.errors import DataError
 from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.optional import needs
@@ -54,10 +54,10 @@ class SampleLoader:
         self,
         sources: list[SourceFiles],
         tokenizers: Tokenizers,
-        video_backend: Backend,
+        video_backend: VideoBackend,
         stand_in: StandIn | None = None,
         skip: frozenset[Modality] = frozenset(),
-        storage: Storage = DEFAULT,
+        storage: Storage = DEFAULT_STORAGE,
     ) -> None:
         """Make a loader of the parts of `sources`, by their numbers.
 
@@ -129,7 +129,7 @@ class _Row:
         self._videos: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # frame numbers, frames
         self._arrays: dict[str, np.ndarray] = {}
         self._members: dict[str, bytes] = {}
-        self._coming: dict[str, tuple[Span, Reading]] = {}
+        self._coming: dict[str, tuple[ByteSpan, Reading]] = {}
         self._shown: dict[tuple[int, int], _Row] = {}  # instead of this one
 
     def begin(self) -> "_Row":
@@ -140,7 +140,7 @@ class _Row:
             if kind is Modality.TEXT or kind in self.decoder.skip or self._is_replaced(kind):
                 wanted &= chosen["modality"] != kind
         members = [self.index.member(self.ref.row, int(n)) for n in np.unique(chosen["member"][wanted])]
-        for span in spans(members, GAP if local_path(tar) is None else 0):
+        for span in spans(members, READ_GAP if local_path(tar) is None else 0):
             what = span.members[0].name + (f" to {span.members[-1].name}" if len(span.members) > 1 else "")
             reading = self.decoder.storage.begin(tar, span.start, span.stop, what)
             self._coming |= {member.name: (span, reading) for member in span.members}
@@ -302,15 +302,15 @@ class _Payload:
     def content(self) -> bytes:
         return self.owner.content(self._held)
 
-    def pictures(self, least: tuple[int, int]) -> np.ndarray:
+    def images(self, least: tuple[int, int]) -> np.ndarray:
         if is_video(self.owner.member_name(self._held)):
             return self.owner.frames(self._held, least)
-        with needs("decoding pictures"):
+        with needs("decoding images"):
             from mmoe.data.load.media import load_image
         return load_image(self.content(), self.where, least)[None]
 
     def wave(self) -> tuple[np.ndarray, int]:
-        with needs("decoding sound"):
+        with needs("decoding audio"):
             from mmoe.data.load.media import load_audio
         return load_audio(self.content(), int(self._held["start"]), int(self._held["stop"]), self.where)
 

@@ -1,8 +1,8 @@
-"""Read films by decord, and prove that it may: that it gives frame by frame what PyAV gives.
+"""Read videos by decord, and prove that it may: that it gives frame by frame what PyAV gives.
 
-decord counts the packets of a film and seeks by that count: where the GOPs are open, an edit list trims the film, or
+decord counts the packets of a video and seeks by that count: where the GOPs are open, an edit list trims the video, or
 packets are never shown, it gives other frames than those asked for, and says nothing. A damaged table ends its
-process. So it reads a film only after PyAV has read the whole of it without complaint, its structure is one that
+process. So it reads a video only after PyAV has read the whole of it without complaint, its structure is one that
 decord's count holds for, and a process apart has given the same pixels: every frame in order, and those around every
 key frame by seeking.
 """
@@ -41,7 +41,7 @@ _SECONDS, _SECONDS_A_FRAME = 60.0, 0.5  # that the process apart may take
 
 
 class DecordReader:
-    """Reads frames of the best video stream by decord; only for films that are proven.
+    """Reads frames of the best video stream by decord; only for videos that are proven.
 
     `scaled` (height, width) is passed to decord where it can scale to it; else frames come at full size.
     """
@@ -72,9 +72,9 @@ class DecordReader:
 
 
 def why_not(data: bytes | Path, where: str) -> str | None:
-    """Return why decord must not read a film; None where it is proven to give what PyAV gives.
+    """Return why decord must not read a video; None where it is proven to give what PyAV gives.
 
-    The film is decoded as a whole, several times; of a file this is done once a process. Raises `Refused` for a film
+    The video is decoded as a whole, several times; of a file this is done once a process. Raises `Refused` for a video
     that PyAV cannot read either.
     """
     found = status("decord")
@@ -128,7 +128,7 @@ def _examine(data: bytes | Path, where: str) -> str | None:
 
 
 class _UnfitError(MmoeError):
-    """A film that decord must not read, found while it is decoded: no fault of the bytes, which `reading` lets pass."""
+    """A video that decord must not read, found in decoding it: no fault of the bytes, which `reading` lets pass."""
 
 
 def _unfit_kind(container: InputContainer) -> str | None:
@@ -228,7 +228,7 @@ def _decode(data: bytes | Path, requests: list[list[np.ndarray]]) -> tuple[np.nd
     """The times that decord gives the frames, and the digests of the frames of each request, by a reader of its own."""
     found = []
     for batches in requests:
-        reader = DecordReader(data, "the film")
+        reader = DecordReader(data, "the video")
         if len(reader.times_ns) <= max(map(np.max, batches)):
             break
         found.append([_digest(frame) for batch in batches for frame in reader.frames(batch)])

@@ -11,7 +11,7 @@ from av.video.stream import VideoStream
 
 from mmoe.data.load.containers import UNREADABLE, list_packets, open_container, translated
 from mmoe.data.load.decord_proof import DecordReader, why_not
-from mmoe.data.load.video import Backend
+from mmoe.data.load.video import VideoBackend
 from mmoe.errors import Refused
 
 DAMAGED = "video: damaged frames, parts made up by the decoder"  # the flag that readers count them under
@@ -27,7 +27,7 @@ class VideoFrames:
     apply a rotation tag of quarter turns. `damaged` holds the numbers of those frames given so far whose decoder said
     that it made up parts of them, or that follow such a one up to the next key frame.
 
-    decord reads the best stream only, and what is proven: `proven` says that this is known of the film; else the proof
+    decord reads the best stream only, and what is proven: `proven` says that this is known of the video; else the proof
     is made here (`decord_proof.why_not`). `key` is the config key that chose the backend, for messages.
 
     `scaled` (height, width) is what frames are scaled to as they are converted to RGB, or less far: for frames that are
@@ -37,7 +37,7 @@ class VideoFrames:
     def __init__(
         self,
         data: bytes | Path,
-        backend: Backend,
+        backend: VideoBackend,
         where: str,
         stream: int | None = None,
         scaled: tuple[int, int] | None = None,
@@ -81,11 +81,11 @@ class VideoFrames:
 
 
 def stored_frames(
-    data: bytes, backend: Backend, where: str, proven: bool, scaled: tuple[int, int] | None = None
+    data: bytes, backend: VideoBackend, where: str, proven: bool, scaled: tuple[int, int] | None = None
 ) -> VideoFrames:
-    """Open the frames of a film that is stored in a shard.
+    """Open the frames of a video that is stored in a shard.
 
-    `proven`: what its index says of decord. Raises `Refused` for a film that decord is to read and was not proven for
+    `proven`: what its index says of decord. Raises `Refused` for a video that decord is to read and was not proven for
     at preparation.
     """
     if backend == "decord" and not proven:
@@ -95,7 +95,7 @@ def stored_frames(
 
 
 def unproven(where: str, reason: str, key: str) -> Refused:
-    """Return the refusal of a film by decord; `key` is the config key that asks for it."""
+    """Return the refusal of a video by decord; `key` is the config key that asks for it."""
     return Refused(UNPROVEN, f"{where} is not read by decord: {reason}; set {key}=auto, or encode it as H.264 mp4")
 
 
@@ -114,7 +114,7 @@ class _PyAVReader:
         self._index = {pts: index for index, pts in enumerate(self._pts.tolist())}
         self._decoding: Iterator[av.VideoFrame] = iter(())
         self._at = -1  # index of the last frame that `_decoding` gave
-        self._converter = VideoReformatter()  # kept: it sets up its tables once a picture size
+        self._converter = VideoReformatter()  # kept: it sets up its tables once an image size
         self._in_damage = False
         self.damaged: set[int] = set()
 
@@ -203,7 +203,7 @@ class _PyAVReader:
         for frame in self._decoding:
             index = self._at + 1 if self._counted else self._index.get(frame.pts, len(self._pts))
             if index >= len(self._pts):
-                continue  # a picture that the container has no time for is not one of its frames
+                continue  # an image that the container has no time for is not one of its frames
             self._at = index
             if index > last:
                 return  # frames come in the order they are shown: what is missing lies behind

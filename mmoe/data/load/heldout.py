@@ -9,7 +9,7 @@ from mmoe.data.config import DataConfig
 from mmoe.data.load.decode import SampleLoader, StandIn
 from mmoe.data.load.quarantine import ENDED_WORKER
 from mmoe.data.load.stream import SequenceDataset, load_batches, make_collator
-from mmoe.data.load.workers import Activity, Place, WorkerError
+from mmoe.data.load.workers import Activity, SamplePlace, WorkerError
 from mmoe.data.plan.blocks import PART_DTYPE, rng
 from mmoe.data.plan.planner import SequencePlan, plan_once
 from mmoe.data.plan.prepared import PreparedSources
@@ -90,7 +90,7 @@ class HeldoutBatches:
         config = self.config.model_copy(update={"workers": min(self.config.workers, len(plans))})
         return load_batches(self._dataset, plans, config, self._activity, self._condemn)
 
-    def _condemn(self, place: Place, how: str) -> None:
+    def _condemn(self, place: SamplePlace, how: str) -> None:
         raise WorkerError(
             f"{ENDED_WORKER} ({how}): {self._dataset.name(place)}; prepare the source again, or leave the sample out"
         )

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.multiprocessing as mp  # teaches connections to hand over tensors in shared memory
 
-from mmoe.data.load.workers import Activity, Place, WorkerError, WorkerWatchdog, become_worker
+from mmoe.data.load.workers import Activity, SamplePlace, WorkerError, WorkerWatchdog, become_worker
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _BEGIN_S = 60.0
 class Batches(Protocol):
     """Makes the batch of a plan; a sample that stands in `known_bad` is left undecoded, for the reason given."""
 
-    known_bad: dict[Place, str]
+    known_bad: dict[SamplePlace, str]
 
     def __getitem__(self, plan: Any) -> Any: ...
 
@@ -59,7 +59,7 @@ def batches(
     prefetch: int,
     activity: Activity,
     watchdog_seconds: float,
-    condemn: Callable[[Place, str], None],
+    condemn: Callable[[SamplePlace, str], None],
 ) -> Iterator[Any]:
     """Yield ``dataset[plan]`` of every plan, in order, decoded ahead by `workers` processes (0: in this one).
 
@@ -127,11 +127,11 @@ class _Worker:
 
 class _Pool:
     def __init__(
-        self, dataset: Batches, workers: int, activity: Activity, condemn: Callable[[Place, str], None]
+        self, dataset: Batches, workers: int, activity: Activity, condemn: Callable[[SamplePlace, str], None]
     ) -> None:
         self.dataset, self.activity, self.condemn = dataset, activity, condemn
         self._done: dict[int, Any] = {}
-        self._suspected: set[Place] = set()  # in hand when a worker was ended from outside, once
+        self._suspected: set[SamplePlace] = set()  # in hand when a worker was ended from outside, once
         self._unexplained: Counter[int] = Counter()  # deaths that name no sample, by number of the plan
         self._never_began = 0  # workers
         self._workers: list[_Worker] = []

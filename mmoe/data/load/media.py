@@ -1,4 +1,4 @@
-"""Decode payloads, the bytes of a picture or a sound, into arrays.
+"""Decode payloads, the bytes of an image or an audio clip, into arrays.
 
 Every loader takes `where`, the name of the payload in messages (file or tar, and key), and raises DataError with
 it for bytes that cannot be used. Nothing is guessed and no reader replaces another silently.
@@ -17,11 +17,11 @@ from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
 from mmoe.schema.bounds import check_bound
 
-# Pictures are opened as these alone: Pillow knows 40 kinds, some by running other programs (EPS starts Ghostscript).
-# What phones write as MPO is a JPEG with a second picture behind it; PPM stands for PBM, PGM and PNM too.
-PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Images are opened as these alone: Pillow knows 40 kinds, some by running other programs (EPS starts Ghostscript).
+# What phones write as MPO is a JPEG with a second image behind it; PPM stands for PBM, PGM and PNM too.
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the picture by a quarter
+_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the image by a quarter
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,24 +31,24 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_STRIP = 1 << 22  # pixels that are converted at once: some conversions take many times the picture's memory
-Image.MAX_IMAGE_PIXELS = None  # `picture_pixels` of `mmoe.schema.bounds` stands in its place, and has a key to raise it
+_STRIP = 1 << 22  # pixels that are converted at once: some conversions take many times the image's memory
+Image.MAX_IMAGE_PIXELS = None  # `image_pixels` of `mmoe.schema.bounds` stands in its place, and has a key to raise it
 
-_VALUES_AT_ONCE = 1 << 20  # of a sound: its header may state far more than its bytes hold
+_VALUES_AT_ONCE = 1 << 20  # of an audio clip: its header may state far more than its bytes hold
 # Bytes a sample of encodings that do not compress, in containers that hold them plainly.
-_PLAIN_SOUNDS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF")
+_PLAIN_AUDIOS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF")
 _WIDTHS = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 
-_SPARE = 2  # a picture is decoded at no less than twice the size it is then resized to: a filter needs neighbours
+_SPARE = 2  # an image is decoded at no less than twice the size it is then resized to: a filter needs neighbors
 
 
 def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) -> np.ndarray:
-    """Decode a picture as uint8 [H, W, 3]: upright (EXIF), transparent parts over white, 16 bits scaled to 8.
+    """Decode an image as uint8 [H, W, 3]: upright (EXIF), transparent parts over white, 16 bits scaled to 8.
 
     Of an animation the first frame. `least` (height, width): a JPEG more than `_SPARE` times as large may come out at
     a half, a quarter or an eighth of its size, which its decoder gives at a fraction of the cost.
     """
-    with _picture(data, where) as image:
+    with _image(data, where) as image:
         if least is not None and image.format == "JPEG":
             height, width = least[::-1] if _orientation(image) >= 5 else least
             image.draft(image.mode, (_SPARE * width, _SPARE * height))
@@ -58,46 +58,46 @@ def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) ->
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """Return height and width in pixels of the upright picture, from its header alone."""
-    with _picture(data, where) as image:
+    """Return height and width in pixels of the upright image, from its header alone."""
+    with _image(data, where) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def image_format(data: bytes, where: str) -> str:
-    """Return the kind of a picture, as the suffix of a file: one of `PICTURE_FORMATS` in lower case."""
-    with _picture(data, where) as image:
+    """Return the kind of an image, as the suffix of a file: one of `IMAGE_FORMATS` in lower case."""
+    with _image(data, where) as image:
         kind = image.format
         assert kind is not None  # it was read from a file
         return {"MPO": "jpeg"}.get(kind, kind.lower())
 
 
 @contextmanager
-def _picture(data: bytes, where: str) -> Iterator[Image.Image]:
-    """A picture that is opened, its size checked, and not yet decoded."""
+def _image(data: bytes, where: str) -> Iterator[Image.Image]:
+    """An image that is opened, its size checked, and not yet decoded."""
     with (
-        reading("picture", where, "replace it with a readable PNG or JPEG, or leave it out"),
+        reading("image", where, "replace it with a readable PNG or JPEG, or leave it out"),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of odd metadata, without the name of the file
         try:
-            image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         except UnidentifiedImageError as error:  # whose message quotes an address in memory
-            raise ValueError(f"it is none of {', '.join(PICTURE_FORMATS)}") from error
+            raise ValueError(f"it is none of {', '.join(IMAGE_FORMATS)}") from error
         with image:
-            check_bound("picture_pixels", image.width * image.height, where, "is a picture with too many pixels")
+            check_bound("image_pixels", image.width * image.height, where, "is an image with too many pixels")
             yield image
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the picture is to be turned, 1 to 8 as EXIF numbers it; 1 (as it is) for what is no such number."""
+    """How the image is to be turned, 1 to 8 as EXIF numbers it; 1 (as it is) for what is no such number."""
     if image.format == "TIFF":
         return 1  # Pillow turns these itself, their size included
     if image.format == "PNG":
         image.load()  # EXIF may stand behind the pixels; what is wrong with those is to be said
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # EXIF that cannot be read says nothing of the picture, which may be good
+    except Exception:  # EXIF that cannot be read says nothing of the image, which may be good
         return 1
     return value if type(value) is int and value in _TURNS else 1
 
@@ -108,29 +108,29 @@ def reduced_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, in
 
 
 @contextmanager
-def open_sound(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
-    """Open a sound and check its header: what it states is within the bounds, and fits into its bytes."""
+def open_audio(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
+    """Open an audio clip and check its header: what it states is within the bounds, and fits into its bytes."""
     with (
-        reading("sound", where, "give a whole WAV, FLAC, OGG or MP3 file, or leave it out"),
-        soundfile.SoundFile(io.BytesIO(data)) as sound,
+        reading("audio clip", where, "give a whole WAV, FLAC, OGG or MP3 file, or leave it out"),
+        soundfile.SoundFile(io.BytesIO(data)) as audio,
     ):
-        if sound.samplerate < 1:
-            raise ValueError(f"a sample rate of {sound.samplerate} Hz")
-        check_bound("sound_rate", sound.samplerate, where, "has too many samples a second")
-        check_bound("sound_channels", sound.channels, where, "has too many channels")
-        check_bound("sound_seconds", sound.frames / sound.samplerate, where, "says that it lasts too many seconds")
-        width = _WIDTHS.get(sound.subtype, 0) if sound.format in _PLAIN_SOUNDS else 0
-        if sound.frames < 0 or sound.frames * width * sound.channels > len(data):
-            raise ValueError(f"its header states {sound.frames} samples, which {len(data)} bytes cannot hold")
-        yield sound
+        if audio.samplerate < 1:
+            raise ValueError(f"a sample rate of {audio.samplerate} Hz")
+        check_bound("audio_rate", audio.samplerate, where, "has too many samples a second")
+        check_bound("audio_channels", audio.channels, where, "has too many channels")
+        check_bound("audio_seconds", audio.frames / audio.samplerate, where, "says that it lasts too many seconds")
+        width = _WIDTHS.get(audio.subtype, 0) if audio.format in _PLAIN_AUDIOS else 0
+        if audio.frames < 0 or audio.frames * width * audio.channels > len(data):
+            raise ValueError(f"its header states {audio.frames} samples, which {len(data)} bytes cannot hold")
+        yield audio
 
 
-def sound_blocks(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
-    """Yield samples [start, stop) of every channel in blocks [n, channels]; fewer where the sound ends before."""
-    sound.seek(start)
-    at, most = start, max(1, _VALUES_AT_ONCE // sound.channels)
+def audio_blocks(audio: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
+    """Yield samples [start, stop) of every channel in blocks [n, channels]; fewer where the audio ends before."""
+    audio.seek(start)
+    at, most = start, max(1, _VALUES_AT_ONCE // audio.channels)
     while at < stop:
-        block = sound.read(min(stop - at, most), dtype=dtype, always_2d=True)
+        block = audio.read(min(stop - at, most), dtype=dtype, always_2d=True)
         if not len(block):
             return
         at += len(block)
@@ -139,23 +139,23 @@ def sound_blocks(sound: soundfile.SoundFile, start: int, stop: int, dtype: str) 
 
 def audio_info(data: bytes, where: str) -> tuple[int, int]:
     """Return samples per channel and sample rate in Hz, from the header."""
-    with open_sound(data, where) as sound:
-        return sound.frames, sound.samplerate
+    with open_audio(data, where) as audio:
+        return audio.frames, audio.samplerate
 
 
 def load_audio(data: bytes, start: int, stop: int, where: str) -> tuple[np.ndarray, int]:
     """Decode samples [start, stop) as float32 mono [n] in [-1, 1] (channels are averaged), and the rate in Hz."""
     check_bound("array_bytes", 4 * (stop - start), where, f"has samples {start} to {stop}, too many bytes as float32")
-    with open_sound(data, where) as sound:
-        rate = sound.samplerate
+    with open_audio(data, where) as audio:
+        rate = audio.samplerate
         wave, found = np.empty(max(stop - start, 0), np.float32), 0
-        for block in sound_blocks(sound, start, stop, "float32"):
+        for block in audio_blocks(audio, start, stop, "float32"):
             wave[found : found + len(block)] = block.mean(axis=1)
             found += len(block)
     if found < stop - start:
         raise DataError(
-            f"{where}: samples {start} to {stop} are asked for, the sound ends after {start + found}; it is "
-            "truncated or not the sound that was indexed: restore it or prepare the source again"
+            f"{where}: samples {start} to {stop} are asked for, the audio ends after {start + found}; it is "
+            "truncated or not the audio that was indexed: restore it or prepare the source again"
         )
     check_finite(wave, start, where)
     return wave, rate
@@ -169,7 +169,7 @@ def check_finite(wave: np.ndarray, start: int, where: str) -> None:
 
 
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
-    """A decoded picture as uint8 [H, W, 3]."""
+    """A decoded image as uint8 [H, W, 3]."""
     width, height = image.size
     rows = max(1, _STRIP // max(width, 1))
     if rows >= height:

@@ -35,5 +35,5 @@ def unreadable(what: str, where: str, error: Exception, remedy: str, refusal: st
     if not reason or isinstance(error, _TERSE):
         reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
     reason = reason if len(reason) <= 160 else f"...{reason[-160:]}"
-    message = f"{where} cannot be read as a {what} ({reason}); {remedy}"
+    message = f"{where} cannot be read as {'an' if what[0] in 'aeiou' else 'a'} {what} ({reason}); {remedy}"
     return Refused(refusal, message) if refusal else DataError(message)

@@ -15,7 +15,7 @@ from mmoe.data.load.collate import Collator
 from mmoe.data.load.decode import SampleLoader
 from mmoe.data.load.loader import batches
 from mmoe.data.load.quarantine import ENDED_WORKER, Quarantine
-from mmoe.data.load.workers import Activity, Place
+from mmoe.data.load.workers import Activity, SamplePlace
 from mmoe.data.plan.assignment import assign_to_replicas, balance, check_dealing
 from mmoe.data.plan.planner import DocumentRef, Planner, SequencePlan
 from mmoe.data.plan.prepared import PreparedSources
@@ -58,14 +58,14 @@ class SequenceDataset:
     ) -> None:
         self.decoder, self.collator, self.group, self.bounds = decoder, collator, group, bounds
         self.activity, self.strict = activity, strict
-        self.known_bad: dict[Place, str] = {}  # samples that are not decoded, with the reason
+        self.known_bad: dict[SamplePlace, str] = {}  # samples that are not decoded, with the reason
 
     def __getitem__(self, sequences: list[SequencePlan]) -> PackedBatch:
         lost: list[Quarantined] = []
         self.activity.say("reading")
         refs = (ref for sequence in sequences for ref in sequence.documents)
         self.decoder.prefetch(ref for ref in refs if _place(ref) not in self.known_bad)
-        # Whoever asks may be about to run the model in bfloat16: codes of sound must not depend on that.
+        # Whoever asks may be about to run the model in bfloat16: codes of audio must not depend on that.
         with bounded_by(self.bounds), torch.autocast("cpu", enabled=False):
             decoded = [
                 [
@@ -114,13 +114,13 @@ class SequenceDataset:
         except DataError:
             return ""  # the index itself cannot be read: the reason says so
 
-    def name(self, place: Place) -> str:
+    def name(self, place: SamplePlace) -> str:
         """Return what a sample is called in messages."""
         source, shard, row = place
         return f"row {row} of {self.decoder.sources[source].tars[shard]}"
 
 
-def _place(ref: DocumentRef) -> Place:
+def _place(ref: DocumentRef) -> SamplePlace:
     return int(ref.source), int(ref.shard), int(ref.row)
 
 
@@ -220,7 +220,7 @@ class Stream:
 
             yield StepData(micro(), *header)
 
-    def _condemn(self, place: Place, how: str) -> None:
+    def _condemn(self, place: SamplePlace, how: str) -> None:
         self.dataset.known_bad[place] = f"{ENDED_WORKER} ({how}): {self.dataset.name(place)}"
 
     def _taken(self, arriving: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
@@ -255,7 +255,11 @@ def make_collator(
 
 
 def load_batches(
-    dataset: SequenceDataset, plans: Any, config: DataConfig, activity: Activity, condemn: Callable[[Place, str], None]
+    dataset: SequenceDataset,
+    plans: Any,
+    config: DataConfig,
+    activity: Activity,
+    condemn: Callable[[SamplePlace, str], None],
 ) -> Iterator[PackedBatch]:
     """Yield the batches of `plans`, decoded ahead by the config's workers; `condemn` as for `loader.batches`."""
     return batches(

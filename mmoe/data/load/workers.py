@@ -14,14 +14,14 @@ from mmoe.errors import MmoeError
 
 logger = logging.getLogger(__name__)
 
-Place = tuple[int, int, int]  # a sample: its source's number, shard and row
+SamplePlace = tuple[int, int, int]  # a sample: its source's number, shard and row
 
 _WIDTH = 512  # bytes of what a worker says
 _here: int | None = None  # the number of this process among the workers
 
 
 class WorkerError(MmoeError):
-    """A decoding process ended by itself: killed, out of memory, or crashed in a decoder."""
+    """Says that a decoding process ended by itself: killed, out of memory, or crashed in a decoder."""
 
 
 def become_worker(number: int) -> None:
@@ -55,7 +55,7 @@ class Activity:
         self._shared = shared
         self._numbers, self._places, self._texts = (tensor.numpy() for tensor in shared)
 
-    def say(self, text: str, place: Place | None = None) -> None:
+    def say(self, text: str, place: SamplePlace | None = None) -> None:
         """Write down what this process, a worker or the training process, does now; `place` is its sample."""
         worker = _here or 0
         line = text.encode(errors="backslashreplace")[:_WIDTH].ljust(_WIDTH, b"\0")
@@ -63,7 +63,7 @@ class Activity:
         self._places[worker] = place or (-1, -1, -1)
         self._numbers[worker] = time.time(), os.getpid()
 
-    def place(self, worker: int) -> Place | None:
+    def place(self, worker: int) -> SamplePlace | None:
         """Return the sample that a worker has in hand."""
         source, shard, row = self._places[worker].tolist()
         return None if source < 0 else (source, shard, row)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from mmoe.addresses import join, local_path
+from mmoe.addresses import join_address, local_path
 from mmoe.data.index.shard_index import SegmentTable
 from mmoe.data.plan.measure import Measures, epoch_positions, measure_index, measure_slices
 from mmoe.data.storage.store import Storage
@@ -94,7 +94,7 @@ class PlannedSource:
         if entry is None or not entry.samples:
             raise DataError(f"{folder}/source.json: the split {split} is empty; prepare {name} from more recordings")
         self.number, self.name, self.limits, self.tokenizers = number, name, limits, tokenizers
-        self.shards = [join(folder, shard.path) for shard in entry.shards]
+        self.shards = [join_address(folder, shard.path) for shard in entry.shards]
         self._digests = [shard.digest for shard in entry.shards]
         self.shard_rows = np.array([shard.rows for shard in entry.shards])
         self.rows = int(self.shard_rows.sum())
@@ -250,7 +250,7 @@ class PlannedSource:
             stop = np.minimum(stop - 1, ends[active])
             part = upto[stop] - upto[begin]
             part[:, POSITIONS] += 4
-            # Squares of lengths do not add up over slices; a part's texts are few beside its pictures.
+            # Squares of lengths do not add up over slices; a part's texts are few beside its images.
             part[:, COST] = part[:, POSITIONS] ** 2
             first = ends[active] - slices[active]
             pieces.append(_Pieces(documents[active], begin - first, stop - first, part))

@@ -74,7 +74,9 @@ def _present(kinds: np.ndarray) -> list[int]:
     return np.flatnonzero(np.bincount(kinds)).tolist()
 
 
-def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokenizers, source: str) -> Measures:
+def measure_documents(
+    segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokenizers, source: str
+) -> Measures:
     """Measure `rows` documents whose segments are `segments` [n], segment i belonging to document `row[i]`."""
     kind = np.ascontiguousarray(segments["modality"])
     plan = plan_segments(segments, tokenizers, source)
@@ -102,18 +104,18 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
     isolated_tokens = np.where(pair_text, tokens, 0)
     rest = length - total(isolated_tokens)
 
-    # A text that follows a picture of its slice with no structure token between them: its first token is the
+    # A text that follows an image of its slice with no structure token between them: its first token is the
     # target of a VISION position, which carries no label.
-    unlabelled = text & in_slice & same_slice & vision[before] & (tokens > 0)
+    unlabeled = text & in_slice & same_slice & vision[before] & (tokens > 0)
     labels = np.zeros((rows, len(Modality)), np.int64)
     for code in _present(kind[plan.labels > 0]):
-        labels[:, code] = total(np.where(kind == code, plan.labels - unlabelled, 0))
+        labels[:, code] = total(np.where(kind == code, plan.labels - unlabeled, 0))
     # A text predicts the structure token behind it where it ends its slice or document: not before an action.
     ends = np.ones(len(segments), bool)
     ends[:-1] = ~same_slice[1:]
     labels[:, Modality.STRUCTURE] = total((text & ends & (tokens > 0)) | plan.closing)
     isolated_labels = labels.copy()
-    isolated_labels[:, Modality.TEXT] += total(unlabelled & pair_text)
+    isolated_labels[:, Modality.TEXT] += total(unlabeled & pair_text)
     isolated_labels[:, Modality.STRUCTURE] += total(pair_text & ~ends)
     return Measures(
         length=length,
@@ -131,7 +133,7 @@ def measure(segments: np.ndarray, row: np.ndarray, rows: int, tokenizers: Tokeni
 def measure_index(table: SegmentTable, tokenizers: Tokenizers, source: str) -> Measures:
     """Measure every row of a shard."""
     row = np.repeat(np.arange(len(table)), np.diff(table.segment_offsets))
-    return measure(table.segments, row, len(table), tokenizers, source)
+    return measure_documents(table.segments, row, len(table), tokenizers, source)
 
 
 def measure_slices(
@@ -148,14 +150,14 @@ def measure_slices(
     segments, row = table.segments[inside], row[inside]
     opens = np.ones(len(segments), bool)
     opens[1:] = (segments["slice"][1:] != segments["slice"][:-1]) | (row[1:] != row[:-1])
-    each = measure(segments, np.cumsum(opens) - 1, int(opens.sum()), tokenizers, source)
+    each = measure_documents(segments, np.cumsum(opens) - 1, int(opens.sum()), tokenizers, source)
     return each, np.bincount(row[opens], minlength=len(table))[rows]
 
 
 def epoch_positions(split: SplitEntry, tokenizers: Tokenizers, source: str) -> int:
     """Count the positions of all documents of a split in one piece, from the manifest's groups of segments alone.
 
-    Exact but for lengths that differ inside a group: the last code frame of a sound, and rounded picture sizes.
+    Exact but for lengths that differ inside a group: the last code frame of an audio clip, and rounded image sizes.
     """
     # bos, eos; video_start, video_end; slice_start, timestamp, slice_end
     total = 2 * split.samples + 2 * split.clips + 3 * split.slices

@@ -50,7 +50,7 @@ class StageConfig(Config):
         return self.sources if self.weights is None else tuple(self.weights)
 
 
-def check_stages(stages: dict[str, StageConfig], sources: Sequence[str]) -> None:
+def check_mixture_stages(stages: dict[str, StageConfig], sources: Sequence[str]) -> None:
     """Raise ValueError for stages that do not follow each other or name a source that is not there."""
     for name, stage in stages.items():
         for unknown in set(stage.drawn) - set(sources):

@@ -53,7 +53,7 @@ class SequencePlan(NamedTuple):
 class PlanState:
     """Says where the plan stands; all but `next_sequence` is as it was when the window began.
 
-    `drawn` documents and `served` positions by source; `owed` is what its planned positions are ahead of those.
+    `drawn` documents and `served` positions by source; `deficit` is what its planned positions are ahead of those.
     `lost` counts the documents that were cut or dropped, by "source / reason". `shares` by source are what the window
     was planned with; None before it is, and in checkpoints of earlier versions.
     """
@@ -63,7 +63,7 @@ class PlanState:
     sequences: int = 0  # of all windows before this one
     drawn: list[int] = field(default_factory=list)
     served: list[int] = field(default_factory=list)
-    owed: list[int] = field(default_factory=list)
+    deficit: list[int] = field(default_factory=list)
     lost: dict[str, int] = field(default_factory=dict)
     shares: list[float] | None = None
 
@@ -80,7 +80,7 @@ class Planner:
     ) -> None:
         self.sources, self.mixture, self.limits, self.window_documents = sources, mixture, limits, window_documents
         none = [0] * len(sources)
-        self._state = PlanState(drawn=none, served=none.copy(), owed=none.copy())
+        self._state = PlanState(drawn=none, served=none.copy(), deficit=none.copy())
         self._sequences: list[SequencePlan] = []
         self._after: PlanState | None = None
         for source in sources:  # what the first shard shows to be impossible stops the run at its start
@@ -163,7 +163,7 @@ class Planner:
             sequences=start.sequences,
             drawn=drawn,
             served=(np.array(start.served) + served).tolist(),
-            owed=(np.array(start.owed) + planned - served).tolist(),
+            deficit=(np.array(start.deficit) + planned - served).tolist(),
             lost=dict(lost),
         )
         return after, np.concatenate(parts), np.concatenate(counts)
@@ -172,7 +172,7 @@ class Planner:
         """The documents of a window as spans of blocks, by source; no more positions than `room`, but one document.
 
         Taking the next document from the source furthest behind its share is a merge of the sources by
-        (positions served - positions owed) / share before each document, so a sort finds the same documents at once.
+        (positions served - deficit) / share before each document, so a sort finds the same documents at once.
         """
         active = np.flatnonzero(shares > 0)
         documents = shares[active] / np.array([self.sources[i].mean_length for i in active])
@@ -181,7 +181,7 @@ class Planner:
             spans = [self._upcoming(int(i), start.drawn[i], int(n)) for i, n in zip(active, wanted, strict=True)]
             lengths = [np.concatenate([block.lengths[a:b] for block, a, b in found]) for found in spans]
             keys = [
-                (np.cumsum(each) - each - start.owed[i]) / shares[i] for i, each in zip(active, lengths, strict=True)
+                (np.cumsum(each) - each - start.deficit[i]) / shares[i] for i, each in zip(active, lengths, strict=True)
             ]
             owner = np.repeat(np.arange(len(active)), [len(each) for each in lengths])
             order = np.argsort(np.concatenate(keys), kind="stable")[: self.window_documents]

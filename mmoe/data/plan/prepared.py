@@ -3,7 +3,7 @@
 import os
 import shlex
 
-from mmoe.addresses import join, local_path
+from mmoe.addresses import join_address, local_path
 from mmoe.data.config import DataConfig
 from mmoe.data.load.decode import SourceFiles
 from mmoe.data.plan.blocks import PlannedSource, SequenceBudget
@@ -46,7 +46,7 @@ class PreparedSources:
     def files(self, split: str) -> list[SourceFiles]:
         """Return the shards of a split by source; a source without this split has none."""
         return [
-            SourceFiles(name, tuple(join(folder, s.path) for s in self.manifests[name].splits[split].shards))
+            SourceFiles(name, tuple(join_address(folder, s.path) for s in self.manifests[name].splits[split].shards))
             if split in self.manifests[name].splits
             else SourceFiles(name, ())
             for name, folder in zip(self.names, self.folders, strict=True)

@@ -44,7 +44,7 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "GoogleAuthE
 
 
 class StorageError(DataError):
-    """Something on the way to the data does not work: no answer, no access, no room. No sample is to blame."""
+    """Says what on the way to the data does not work: no answer, no access, no room. No sample is to blame."""
 
 
 @dataclass(frozen=True)

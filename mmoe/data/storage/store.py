@@ -268,4 +268,4 @@ class Storage:
         ) from failed
 
 
-DEFAULT = Storage()
+DEFAULT_STORAGE = Storage()

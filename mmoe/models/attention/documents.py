@@ -35,7 +35,7 @@ class DocumentGroup:
 class DocumentAttention(AttentionBackend):
     """Attends document by document over `cu_seqlens`; adjacent documents of equal length share a call.
 
-    A document is a view of the batch, so nothing is gathered. Only one that holds pictures gets a mask, of its
+    A document is a view of the batch, so nothing is gathered. Only one that holds images gets a mask, of its
     own size, and only where slices are bidirectional. Padding is not computed.
     """
 
@@ -47,7 +47,7 @@ class DocumentAttention(AttentionBackend):
 
     @classmethod
     def from_batch(cls, batch: PackedBatch, bidirectional: bool) -> "DocumentAttention":
-        """Find the groups of equally long documents in the batch, and the masks of those with pictures."""
+        """Find the groups of equally long documents in the batch, and the masks of those with images."""
         document, slices, modality = (x.flatten() for x in (batch.document, batch.slice, batch.modality))
         whole_slice = bidirectional & (modality == Modality.VISION) & (slices >= 0)
         border = batch.cu_seqlens.long()

@@ -26,8 +26,8 @@ def may_attend(
         rows = rows[queries.start : queries.stop]
     allowed = rows[:, None] >= order
     if bidirectional:
-        picture = torch.where((modality == Modality.VISION) & (slice >= 0), slice, -1)
-        allowed = allowed | (_equal(picture, rows) & (picture >= 0)[..., rows, None])
+        image = torch.where((modality == Modality.VISION) & (slice >= 0), slice, -1)
+        allowed = allowed | (_equal(image, rows) & (image >= 0)[..., rows, None])
     return _equal(document, rows) & (document >= 0)[..., rows, None] & allowed
 
 

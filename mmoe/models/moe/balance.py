@@ -1,7 +1,7 @@
 """Keeps a router healthy by losses of its balance at three levels, its z-loss, and the rule that moves its bias.
 
 All levels are E * sum_e f_e P_e (Switch Transformer, Fedus et al. 2021; f divided by K), 1 at perfect balance: f_e
-is the share of the choices that fell on expert e (before any drop, no gradient), P_e the mean probability of e.
+is the share of the slots that fell on expert e (before any drop, no gradient), P_e the mean probability of e.
 Sigmoid scores are normalized over the experts first (DeepSeek-V3, 2024, equations 17 to 20). Gradient
 descent on it lowers the probability of experts with f_e above their P-weighted mean.
 
@@ -108,7 +108,7 @@ def update_expert_bias(routers: list[Router], load_NE: Tensor, rate: float) -> N
     """
     load_NE = load_NE.detach()
     above = load_NE.sum(1, keepdim=True) - load_NE.shape[1] * load_NE
-    biases = [router.choice_bias for router in routers if router.choice_bias is not None]
+    biases = [router.expert_bias for router in routers if router.expert_bias is not None]
     steps: tuple[Tensor, ...] = (rate * above.sign()).to(biases[0].dtype).unbind()
     foreach_add_(biases, steps)
 

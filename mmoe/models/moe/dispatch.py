@@ -33,25 +33,26 @@ Drop = Literal["probs", "position"]
 
 @dataclass(frozen=True)
 class TokenPermutation:
-    """Says which row each choice of the router has. Choice c is the (c % K)-th of token c // K.
+    """Says where each routed token goes: T tokens choose K experts, which makes T K slots.
 
-    `row_TK` is the row of each choice, R where it was dropped; `choice_R` is the choice in each row, T K where the
-    row is empty. The rows of expert e end before `ends_E[e]` (i32). `complete`: nothing is dropped or empty.
+    Slot t K + k is token t's k-th expert. `row_TK` is the slot's row in the buffer that is sorted by expert, R where it
+    was dropped; `slot_R` is the slot in each row, T K where the row is empty. The rows of expert e end before
+    `ends_E[e]` (i32). `complete`: nothing is dropped or empty.
     """
 
     row_TK: Tensor
-    choice_R: Tensor
+    slot_R: Tensor
     ends_E: Tensor
     complete: bool
 
     @property
     def dropped_TK(self) -> Tensor:
-        """The choices that got no row, bool."""
-        return self.row_TK == len(self.choice_R)
+        """The slots that got no row, bool."""
+        return self.row_TK == len(self.slot_R)
 
 
 class Placed(Protocol):
-    """Says what every placement of choices in rows can say: where groups end, what was dropped, whether all is full.
+    """Says what any permutation of slots into rows can say: where groups end, what was dropped, whether all is full.
 
     The rows are those that experts here compute, wherever the tokens are (`TokenPermutation`).
     """
@@ -62,11 +63,11 @@ class Placed(Protocol):
 
     @property
     def complete(self) -> bool:
-        """True if every choice has a row and every row a choice."""
+        """True if every slot has a row and every row a slot."""
 
     @property
     def dropped_TK(self) -> Tensor:
-        """The choices that got no row, bool."""
+        """The slots that got no row, bool."""
 
 
 P = TypeVar("P", bound=Placed)
@@ -77,26 +78,26 @@ class Dispatcher(Protocol[P]):
     """Brings tokens to the experts that they chose, and what the experts made of them back."""
 
     def plan(self, routing: Routing, tokens: Tokens) -> P:
-        """Give every choice a row, or drop it."""
+        """Give every slot a row, or drop it."""
 
-    def dispatch(self, x_TD: Tensor, placement: P) -> Tensor:
+    def dispatch(self, x_TD: Tensor, permutation: P) -> Tensor:
         """Send each row its token, [R, D]; empty rows are zero."""
 
-    def wait(self, rows_RD: Tensor, placement: P) -> Tensor:
+    def wait(self, rows_RD: Tensor, permutation: P) -> Tensor:
         """Return what `dispatch` returned as rows [R, D] sorted by expert; waits for the rows where they travel."""
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: P) -> Tensor:
-        """Return the weighted sum over each token's choices, [T, D]; dropped ones add zero."""
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, permutation: P) -> Tensor:
+        """Return the weighted sum over each token's slots, [T, D]; dropped ones add zero."""
 
 
 class LocalDispatcher(ABC):
-    """Dispatches on one process: `plan` says which choice has which row, and the rows are copied.
+    """Dispatches on one process: `plan` says which slot has which row, and the rows are copied.
 
     A class registered in `DISPATCHERS` is a value of ``model.moe.dispatcher``. What it says of itself:
 
     - `by_capacity`: its rows are those of ``model.moe.capacity_factor``, which it needs; others refuse one.
     - `exchange`: its form on several ranks, a kind of `PARALLEL_DISPATCHERS` (`mmoe.parallel.expert`). A ``variable``
-      one fits every plan: it reads which choices are dropped. A ``fixed`` one needs a plan that gives every expert
+      one fits every plan: it reads which slots are dropped. A ``fixed`` one needs a plan that gives every expert
       equally many rows, whatever is routed, and `rows` to count them.
     """
 
@@ -118,42 +119,42 @@ class LocalDispatcher(ABC):
 
     @abstractmethod
     def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
-        """Give every choice a row, or drop it."""
+        """Give every slot a row, or drop it."""
 
-    def dispatch(self, x_TD: Tensor, placement: TokenPermutation) -> Tensor:
-        """Copy each token to the rows of its choices, [R, D]; empty rows are zero."""
-        row_TK, choice_R = placement.row_TK, placement.choice_R
-        return permute_tokens(x_TD, choice_R, row_TK.flatten(), row_TK.shape[1], placement.complete)
+    def dispatch(self, x_TD: Tensor, permutation: TokenPermutation) -> Tensor:
+        """Copy each token to the rows of its slots, [R, D]; empty rows are zero."""
+        row_TK, slot_R = permutation.row_TK, permutation.slot_R
+        return permute_tokens(x_TD, slot_R, row_TK.flatten(), row_TK.shape[1], permutation.complete)
 
-    def wait(self, rows_RD: Tensor, placement: TokenPermutation) -> Tensor:
+    def wait(self, rows_RD: Tensor, permutation: TokenPermutation) -> Tensor:
         """Return the rows as they are: here they do not travel."""
         return rows_RD
 
-    def combine(self, y_RD: Tensor, weight_TK: Tensor, placement: TokenPermutation) -> Tensor:
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, permutation: TokenPermutation) -> Tensor:
         """Add up the weighted rows of each token, [T, D]."""
-        return unpermute_tokens(y_RD, weight_TK, placement.row_TK, placement.choice_R, placement.complete)
+        return unpermute_tokens(y_RD, weight_TK, permutation.row_TK, permutation.slot_R, permutation.complete)
 
 
 def by_expert(expert_TK: Tensor, experts: int, multiple: int) -> TokenPermutation:
-    """Give each choice a row, sorted by expert, in it by token; groups of a multiple of `multiple` rows."""
+    """Give each slot a row, sorted by expert, in it by token; groups of a multiple of `multiple` rows."""
     expert = expert_TK.flatten()
-    choice = expert.argsort(stable=True)
-    rank = torch.arange(len(choice), device=choice.device)
+    slot = expert.argsort(stable=True)
+    rank = torch.arange(len(slot), device=slot.device)
     sizes = count(expert, experts)
-    row = torch.empty_like(choice)
+    row = torch.empty_like(slot)
     if multiple == 1:
-        row[choice] = rank
-        return TokenPermutation(row.view_as(expert_TK), choice, sizes.cumsum(0).int(), complete=True)
-    rows = rounded_up(len(choice) + experts * (multiple - 1), multiple)
+        row[slot] = rank
+        return TokenPermutation(row.view_as(expert_TK), slot, sizes.cumsum(0).int(), complete=True)
+    rows = rounded_up(len(slot) + experts * (multiple - 1), multiple)
     padded = rounded_up(sizes, multiple)
     shift = (padded.cumsum(0) - padded) - (sizes.cumsum(0) - sizes)
-    row_of_choice = rank + shift[expert[choice]]
-    row[choice] = row_of_choice
-    choice_in_row = choice.new_full((rows,), len(choice))
-    choice_in_row[row_of_choice] = choice
+    row_of_slot = rank + shift[expert[slot]]
+    row[slot] = row_of_slot
+    slot_in_row = slot.new_full((rows,), len(slot))
+    slot_in_row[row_of_slot] = slot
     ends = padded.cumsum(0)
     ends[-1] = rows
-    return TokenPermutation(row.view_as(expert_TK), choice_in_row, ends.int(), complete=False)
+    return TokenPermutation(row.view_as(expert_TK), slot_in_row, ends.int(), complete=False)
 
 
 def rounded_up(rows: Rows, multiple: int) -> Rows:
@@ -162,14 +163,14 @@ def rounded_up(rows: Rows, multiple: int) -> Rows:
 
 
 class DroplessDispatcher(LocalDispatcher):
-    """Gives every choice a row: groups of as many rows as each expert was chosen.
+    """Gives every slot a row: groups of as many rows as each expert was chosen.
 
     Where groups are padded, R = T K + E (group_multiple - 1), rounded up, whatever is routed, so that nobody waits
     for the sizes; the rows that no group needs are empty rows of the last one.
     """
 
     def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
-        """Give every choice a row, sorted by expert."""
+        """Give every slot a row, sorted by expert."""
         return by_expert(routing.expert_TK, self.experts, self.group_multiple)
 
 
@@ -205,27 +206,27 @@ class CapacityDispatcher(LocalDispatcher):
         return self.experts * rounded_up(sequences * self.capacity(length, top_k), self.group_multiple)
 
     def plan(self, routing: Routing, tokens: Tokens) -> TokenPermutation:
-        """Give the choices that fit their sequence's capacity a row, and drop the others."""
+        """Give the slots that fit their sequence's capacity a row, and drop the others."""
         capacity, sequences = self.capacity(tokens.length, routing.expert_TK.shape[1]), tokens.sequences
         rows = self.rows(sequences, tokens.length, routing.expert_TK.shape[1])
         rows_of_expert = rows // self.experts
         group = (routing.expert_TK * sequences + tokens.sequence_T[:, None]).flatten()
         if self.drop == "position":
-            choice = group.argsort(stable=True)  # by group, in it by token
+            slot = group.argsort(stable=True)  # by group, in it by token
         else:
             by_score = routing.score_TK.detach().flatten().argsort(descending=True, stable=True)
-            choice = by_score[group[by_score].argsort(stable=True)]  # by group, in it by score, then by token
-        group = group[choice]
+            slot = by_score[group[by_score].argsort(stable=True)]  # by group, in it by score, then by token
+        group = group[slot]
         sizes = count(group, self.experts * sequences)
-        rank = torch.arange(len(choice), device=choice.device) - (sizes.cumsum(0) - sizes)[group]
+        rank = torch.arange(len(slot), device=slot.device) - (sizes.cumsum(0) - sizes)[group]
         start = group // sequences * rows_of_expert + group % sequences * capacity
-        row_of_choice = torch.where(rank < capacity, start + rank, rows)
-        row = torch.empty_like(choice)
-        row[choice] = row_of_choice
-        choice_in_row = choice.new_full((rows + 1,), len(choice))
-        choice_in_row[row_of_choice] = choice
-        ends = torch.arange(1, self.experts + 1, device=choice.device) * rows_of_expert
-        return TokenPermutation(row.view_as(routing.expert_TK), choice_in_row[:-1], ends.int(), complete=False)
+        row_of_slot = torch.where(rank < capacity, start + rank, rows)
+        row = torch.empty_like(slot)
+        row[slot] = row_of_slot
+        slot_in_row = slot.new_full((rows + 1,), len(slot))
+        slot_in_row[row_of_slot] = slot
+        ends = torch.arange(1, self.experts + 1, device=slot.device) * rows_of_expert
+        return TokenPermutation(row.view_as(routing.expert_TK), slot_in_row[:-1], ends.int(), complete=False)
 
 
 DISPATCHERS = ClassRegistry[LocalDispatcher](

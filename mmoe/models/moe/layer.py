@@ -18,36 +18,36 @@ from mmoe.models.moe.dispatch import DISPATCHERS, Dispatcher, Drop, LocalDispatc
 from mmoe.models.moe.engines.engine import EXPERT_ENGINES
 from mmoe.models.moe.experts import Experts
 from mmoe.models.moe.noise import gaussian
-from mmoe.models.moe.router import GroupLimitConfig, Router, Routing, Score
+from mmoe.models.moe.router import GroupLimit, GroupScore, Router, Routing, Score
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.models.moe.tokens import Tokens
 
-WIDEST = 1 << 24  # of any dimension: beyond it a config is a slip of the pen
+MAX_WIDTH = 1 << 24  # of any dimension: beyond it a config is a slip of the pen
 
 
 class MoEConfig(Config):
     """Configures the experts, their router, and which layers have them."""
 
-    n_experts: int = Field(gt=0, le=WIDEST)
+    n_experts: int = Field(gt=0, le=MAX_WIDTH)
     top_k: int = Field(gt=0)  # experts per token
-    intermediate_size: int = Field(gt=0, le=WIDEST)  # SwiGLU width of one expert
-    n_shared_experts: int = Field(default=0, ge=0, le=WIDEST)  # experts of the same width that every token goes through
+    intermediate_size: int = Field(gt=0, le=MAX_WIDTH)  # SwiGLU width of one expert
+    n_shared_experts: int = Field(default=0, ge=0, le=MAX_WIDTH)  # of the same width; every token goes through them
     shared_gate: bool = False  # times the sigmoid of a product with the token (Qwen2-MoE, 2024)
     dispatcher: Annotated[str, AfterValidator(DISPATCHERS.known)] | None = None  # null: by whether there is a capacity
     capacity_factor: float | None = Field(default=None, ge=1)  # null: dropless
     # What an overfull expert drops: its lowest probabilities (`probs`), or the later tokens (`position`).
     drop_policy: Drop = "probs"
-    token_group_alignment: int = Field(
-        default=1, gt=0
-    )  # rows of an expert's group, rounded up with zeros; FP8 needs 16
+    token_group_alignment: int = Field(default=1, gt=0)  # an expert's rows, rounded up with zeros; FP8 needs 16
     expert_backend: Annotated[str, AfterValidator(EXPERT_ENGINES.known)] = "grouped_mm"
     score_func: Score = "softmax"  # what makes scores of the logits; see Router
-    norm_topk_prob: bool = True  # the weights of a token's experts add up to `scale`
+    norm_topk_prob: bool = True  # the weights of a token's experts add up to the scaling factor
     routed_scaling_factor: float = Field(default=1.0, gt=0)
-    groups: GroupLimitConfig | None = None  # a token's experts come from few groups; null: from anywhere
+    n_group: int = Field(default=1, gt=0)  # the experts stand in so many groups of the same size
+    topk_group: int = Field(default=1, gt=0)  # and those of a token come from so many of them
+    group_score: GroupScore = "top2"  # how a token chooses its groups; see GroupLimit
     router_noise: float = Field(default=0.0, ge=0)  # standard deviation of noise on the logits, to choose in training
     bias_update_rate: float = Field(default=0.0, ge=0)  # step of the auxiliary-loss-free bias; 0: there is none
-    layer_freq: int = Field(default=1, gt=0)  # layers every, 2 every, ... (counted from 1) have experts
+    layer_freq: int = Field(default=1, gt=0)  # layers layer_freq, 2 layer_freq, ... (from 1) have experts
     first_k_dense: int = Field(default=0, ge=0)  # but not the first ones
 
     @model_validator(mode="after")
@@ -61,8 +61,7 @@ class MoEConfig(Config):
                 "score_func is softmax_topk, whose weights always add up to the scaling factor, but norm_topk_prob is "
                 "false; set score_func to softmax for weights that do not"
             )
-        if self.groups is not None:
-            self._check_groups(self.groups)
+        self._check_groups()
         if self.shared_gate and not self.n_shared_experts:
             raise ValueError("shared_gate is true, but there are no n_shared_experts to gate; set one of them")
         if self.drop_policy == "position" and self.capacity_factor is None:
@@ -86,19 +85,23 @@ class MoEConfig(Config):
                 f"round it or set moe.expert_backend to {others}"
             )
 
-    def _check_groups(self, groups: GroupLimitConfig) -> None:
-        if self.n_experts % groups.count:
+    def _check_groups(self) -> None:
+        if self.n_experts % self.n_group:
             raise ValueError(
-                f"groups.count is {groups.count}, which does not divide the {self.n_experts} experts; change one of "
-                "them"
+                f"n_group is {self.n_group}, which does not divide the {self.n_experts} experts; change one of them"
             )
-        if groups.per_token > groups.count:
-            raise ValueError(f"groups.per_token is {groups.per_token}, but there are {groups.count} groups; lower it")
-        reachable = groups.per_token * self.n_experts // groups.count
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}, but n_group is {self.n_group}; lower it")
+        reachable = self.topk_group * self.n_experts // self.n_group
         if self.top_k > reachable:
             raise ValueError(
-                f"top_k is {self.top_k}, but the groups of a token have {reachable} experts; raise groups.per_token"
+                f"top_k is {self.top_k}, but the groups of a token have {reachable} experts; raise topk_group"
             )
+
+    @property
+    def group_limit(self) -> GroupLimit | None:
+        """The groups that a token chooses its experts from; None where it chooses from all experts."""
+        return GroupLimit(self.n_group, self.topk_group, self.group_score) if self.n_group > 1 else None
 
     @property
     def dispatcher_class(self) -> type[LocalDispatcher]:
@@ -129,7 +132,7 @@ class LayerRouting:
     def from_routing(
         cls, routing: Routing, tokens: Tokens, load_BE: Tensor, statistics: RoutingStatistics | None
     ) -> "LayerRouting":
-        """Make the losses of a routing whose choices by sequence are `load_BE`."""
+        """Make the losses of a routing in which the experts of each sequence have `load_BE` slots."""
         probability_BE = expert_probability(routing, tokens)
         return cls(
             balance_loss=balance_loss(load_BE, probability_BE / sequence_counts(tokens)[:, None]).mean(),
@@ -143,7 +146,7 @@ class LayerRouting:
 class MoELayer(nn.Module):
     """Sends tokens through a router to their experts, and through those that every token goes through.
 
-    It is the network of the block of layer `number`.
+    It is the feed-forward part of the block of layer `number`.
     """
 
     def __init__(self, size: int, config: MoEConfig, number: int = 0) -> None:
@@ -156,7 +159,7 @@ class MoELayer(nn.Module):
             config.norm_topk_prob,
             config.routed_scaling_factor,
             config.score_func,
-            config.groups,
+            config.group_limit,
             biased=config.bias_update_rate > 0,
         )
         self.experts: nn.Module = Experts(config.n_experts, size, config.intermediate_size, config.expert_backend)
@@ -173,15 +176,15 @@ class MoELayer(nn.Module):
         """
         for_router_TD, for_experts_TD, *for_shared = fan_out(tokens.gather_valid(x_BLD), self._readers)
         routing = self.router(for_router_TD, tokens.all_gather_tokens, self._noise(tokens))
-        placement = self.dispatcher.plan(routing, tokens)
-        on_their_way = self.dispatcher.dispatch(for_experts_TD, placement)
+        permutation = self.dispatcher.plan(routing, tokens)
+        on_their_way = self.dispatcher.dispatch(for_experts_TD, permutation)
         shared_TD = self._shared(*for_shared)  # while the rows travel
-        rows_RD = self.experts(self.dispatcher.wait(on_their_way, placement), placement.ends_E)
-        y_TD = self.dispatcher.combine(rows_RD, routing.weight_TK, placement)
+        rows_RD = self.experts(self.dispatcher.wait(on_their_way, permutation), permutation.ends_E)
+        y_TD = self.dispatcher.combine(rows_RD, routing.weight_TK, permutation)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         load_BE = expert_load(routing, tokens)
-        statistics = RoutingStatistics.from_routing(routing, placement, tokens, load_BE) if self.training else None
+        statistics = RoutingStatistics.from_routing(routing, permutation, tokens, load_BE) if self.training else None
         return tokens.scatter_valid(y_TD), LayerRouting.from_routing(routing, tokens, load_BE, statistics)
 
     def _noise(self, tokens: Tokens) -> Tensor | None:

@@ -11,25 +11,25 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from mmoe.config.base import Config
 from mmoe.precision.upcast import upcast
 
 Score = Literal["softmax", "softmax_topk", "sigmoid"]
+GroupScore = Literal["top2", "max"]
 
 
-class GroupLimitConfig(Config):
-    """Limits the experts of a token to `per_token` groups; experts e with the same e // (experts / count) are a group.
+@dataclass(frozen=True)
+class GroupLimit:
+    """Limits the experts of a token to `topk_group` of `n_group` groups of neighbors, all of the same size.
 
     A group counts by the sum of its two best experts (`top2`: DeepSeek-V3, 2024, section 2.1.2) or by its best
     (`max`: DeepSeek-V2, 2024, section 2.2.2). Where groups stand on nodes, so many nodes at most get a token.
     """
 
-    count: int = Field(gt=0)
-    per_token: int = Field(gt=0)
-    score: Literal["top2", "max"] = "top2"
+    n_group: int
+    topk_group: int
+    score: GroupScore = "top2"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Router(nn.Module):
     sigmoid      sigmoid of its own logit         their scores (DeepSeek-V3, 2024)
     ============ ================================ ==================================================
 
-    With `normalise` a token's weights are divided by their sum; `softmax` then is `softmax_topk`. The division is
+    With `normalize` a token's weights are divided by their sum; `softmax` then is `softmax_topk`. The division is
     a softmax over the logarithms of the scores, so it needs no epsilon: the weights add up to `scale` even where
     every score has underflowed.
 
@@ -63,32 +63,32 @@ class Router(nn.Module):
     on every device; so does the lower of two equal groups. Noise on the logits is for the choice only: the weights
     are those of the clean logits.
 
-    With `biased` there is a buffer `choice_bias` [E], added to the scores for the choice only; training moves it
+    With `biased` there is a buffer `expert_bias` [E], added to the scores for the choice only; training moves it
     (`balance.update_expert_bias`), never a gradient.
 
     A logit that is not finite makes the weights of its token NaN and leaves the choices valid indices: looking for one
     here would make every layer wait for the device. The trainer names the layer when the gradient norm tells it.
     """
 
-    choice_bias: Tensor | None
+    expert_bias: Tensor | None
 
     def __init__(
         self,
         size: int,
         experts: int,
         top_k: int,
-        normalise: bool,
+        normalize: bool,
         scale: float,
         score: Score = "softmax",
-        groups: GroupLimitConfig | None = None,
+        groups: GroupLimit | None = None,
         biased: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size))
         self.top_k, self.scale = top_k, scale
-        self.sigmoid, self.normalise = score == "sigmoid", normalise or score == "softmax_topk"
+        self.sigmoid, self.normalize = score == "sigmoid", normalize or score == "softmax_topk"
         self.groups = groups
-        self.register_buffer("choice_bias", torch.zeros(experts) if biased else None)
+        self.register_buffer("expert_bias", torch.zeros(experts) if biased else None)
 
     def forward(
         self,
@@ -108,26 +108,26 @@ class Router(nn.Module):
         scores = logits.sigmoid() if self.sigmoid else probability
         expert = self._choose(logits.detach() if noise_TE is None else logits.detach() + noise_TE)
         score = scores.gather(1, expert)
-        weight = log_scores.gather(1, expert).softmax(dim=-1) if self.normalise else score
+        weight = log_scores.gather(1, expert).softmax(dim=-1) if self.normalize else score
         return Routing(logits, scores, probability, expert, score, weight * self.scale)
 
     def _choose(self, value_TE: Tensor) -> Tensor:
         """Choose the experts by these values, i64 [T, K]."""
-        if self.choice_bias is not None or self.groups is not None:
+        if self.expert_bias is not None or self.groups is not None:
             value_TE = value_TE.sigmoid() if self.sigmoid else value_TE.softmax(dim=-1)
-        if self.choice_bias is not None:
-            value_TE = value_TE + self.choice_bias
+        if self.expert_bias is not None:
+            value_TE = value_TE + self.expert_bias
         if self.groups is not None:
             value_TE = _limit(value_TE, self.groups)
         return _best(value_TE, self.top_k)
 
 
-def _limit(value_TE: Tensor, groups: GroupLimitConfig) -> Tensor:
+def _limit(value_TE: Tensor, groups: GroupLimit) -> Tensor:
     """Keep the values of each token's best groups; -inf for all others (zero would win over a negative bias)."""
-    value_TGE = value_TE.unflatten(1, (groups.count, -1))
+    value_TGE = value_TE.unflatten(1, (groups.n_group, -1))
     counted = min(2, value_TGE.shape[2]) if groups.score == "top2" else 1
     group_TG = value_TGE.topk(counted, dim=2).values.sum(2)
-    out = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, _best(group_TG, groups.per_token), False)
+    out = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, _best(group_TG, groups.topk_group), False)
     return value_TGE.masked_fill(out.unsqueeze(2), -torch.inf).flatten(1)
 
 

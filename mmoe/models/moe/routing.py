@@ -33,7 +33,7 @@ class RoutingWindow:
     def tables(self) -> dict[str, np.ndarray]:
         """Make tables by MoE layer (N, counted from 0 among them), modality, source and expert; of no step, none.
 
-        `expert_load` and `expert_drops` [N, M, S, E] i64 count choices, loads before any drop. `would_drop` [N, C] i64
+        `expert_load` and `expert_drops` [N, M, S, E] i64 count slots, loads before any drop. `would_drop` [N, C] i64
         counts what each of the `capacity_factors` [C] would drop. `expert_importance`, `router_logit_mean` and
         `router_logit_variance` [N, E] f32 are means over tokens.
         """
@@ -54,7 +54,7 @@ class RoutingWindow:
         }
 
     def scalars(self) -> dict[str, float]:
-        """Return the share of choices that was dropped, the worst layer's balance, and the mean entropy in nats."""
+        """Return the share of slots that was dropped, the worst layer's balance, and the mean entropy in nats."""
         if self.sum is None:
             return {}
         total = self.sum
@@ -65,8 +65,8 @@ class RoutingWindow:
             "router_entropy": float((total.entropy_N / total.tokens_N).mean()),
         }
 
-    def choices(self) -> tuple[int, int]:
-        """Count all choices of experts, and those that were dropped."""
+    def slots(self) -> tuple[int, int]:
+        """Count all slots, and those that were dropped."""
         return (0, 0) if self.sum is None else (int(self.sum.load_NMSE.sum()), int(self.sum.drops_NMSE.sum()))
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,32 +36,32 @@ class _CopyRows(torch.autograd.Function):
         return _select(grad, inverse, ctx.complete), None, None, None, None
 
 
-def unpermute_tokens(y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
+def unpermute_tokens(y: Tensor, weight: Tensor, row: Tensor, slot: Tensor, complete: bool) -> Tensor:
     """Add up rows with weights: out[t] = sum_k weight[t, k] y[row[t, k]]; rows past the end of y add zero.
 
-    The weights are taken in y's dtype, the sum is in float32 or wider and rounded once. `choice` [len(y)] is the
+    The weights are taken in y's dtype, the sum is in float32 or wider and rounded once. `slot` [len(y)] is the
     flattened (t, k) that each row of y belongs to, past the end of `weight` for none. No [T, K, D] exists on the way;
     the gradient of y is a scaled copy, and that of a weight the product of two rows.
     """
-    return _WeightedRows.apply(y, weight, row, choice, complete)
+    return _WeightedRows.apply(y, weight, row, slot, complete)
 
 
 class _WeightedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, row: Tensor, choice: Tensor, complete: bool) -> Tensor:
-        ctx.save_for_backward(y, weight, row, choice)
+    def forward(ctx: Any, y: Tensor, weight: Tensor, row: Tensor, slot: Tensor, complete: bool) -> Tensor:
+        ctx.save_for_backward(y, weight, row, slot)
         ctx.complete = complete
         return _add_rows(y, row, weight, complete)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        y, weight, row, choice = ctx.saved_tensors
+        y, weight, row, slot = ctx.saved_tensors
         # The token of an empty row is T, past the end of grad; its weight is past the end of the weights.
-        grad_R = _select(grad, choice // row.shape[1], ctx.complete)
+        grad_R = _select(grad, slot // row.shape[1], ctx.complete)
         dot_R = torch.linalg.vecdot(grad_R, y).to(weight.dtype)
         grad_weight = _select(dot_R[:, None], row.flatten(), ctx.complete).view_as(weight)
         # Mixed dtypes take 20 times as long.
-        scale = _select(weight.reshape(-1, 1), choice, ctx.complete).to(y.dtype)
+        scale = _select(weight.reshape(-1, 1), slot, ctx.complete).to(y.dtype)
         return grad_R.mul_(scale), grad_weight, None, None, None
 
 

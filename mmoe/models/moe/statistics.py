@@ -23,7 +23,7 @@ CAPACITY_FACTORS = tuple(n / 20 for n in range(20, 41))  # 1.00, 1.05, ... 2.00
 class RoutingStatistics:
     """Holds sums over valid tokens by layer of experts (N), modality (M), source (S) and expert (E).
 
-    `load_NMSE` i64 counts the choices of each expert before any drop, `drops_NMSE` i64 those dropped;
+    `load_NMSE` i64 counts the slots of each expert before any drop, `drops_NMSE` i64 those dropped;
     `would_drop_NC` i64 those that a capacity per sequence would drop, at each of the C `CAPACITY_FACTORS`, in
     whatever mode the layer runs; `tokens_N` i64. In f64, by expert: the sum of its logits, of their squares, and of
     its probabilities (its importance); `entropy_N` is the sum of the entropies (nats) of the tokens' probabilities.
@@ -40,7 +40,9 @@ class RoutingStatistics:
 
     @classmethod
     @torch.no_grad()
-    def from_routing(cls, routing: Routing, placement: Placed, tokens: Tokens, load_BE: Tensor) -> "RoutingStatistics":
+    def from_routing(
+        cls, routing: Routing, permutation: Placed, tokens: Tokens, load_BE: Tensor
+    ) -> "RoutingStatistics":
         """Sum up the routing of one layer (N = 1), `load_BE` its `expert_load`. Nothing here waits for the device."""
         logits, probability, expert_TK = routing.logits_TE, routing.probability_TE, routing.expert_TK
         experts, top_k = logits.shape[1], expert_TK.shape[1]
@@ -52,8 +54,8 @@ class RoutingStatistics:
         return cls(
             load_NMSE=load,
             drops_NMSE=torch.zeros_like(load)
-            if placement.complete
-            else count(cell_TK, cells, placement.dropped_TK).view(shape),
+            if permutation.complete
+            else count(cell_TK, cells, permutation.dropped_TK).view(shape),
             would_drop_NC=(load_BE[..., None] - capacity_C).clamp_(min=0).sum((0, 1))[None],
             tokens_N=torch.full((1,), len(logits), device=logits.device),
             logit_NE=_wide_sum(logits),
@@ -90,12 +92,12 @@ class RoutingStatistics:
 
     @property
     def drop_rate_N(self) -> Tensor:
-        """The share of the choices that were dropped, f64."""
+        """The share of the slots that were dropped, f64."""
         return self.drops_NMSE.sum((1, 2, 3)).double() / self.load_NMSE.sum((1, 2, 3))
 
     @property
     def would_drop_rate_NC(self) -> Tensor:
-        """The share of the choices that each capacity factor would drop, f64."""
+        """The share of the slots that each capacity factor would drop, f64."""
         return self.would_drop_NC.double() / self.load_NMSE.sum((1, 2, 3))[:, None]
 
 

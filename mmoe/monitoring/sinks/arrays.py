@@ -52,15 +52,15 @@ class ArraysSink:
 
         Raises DataError for a store of another version, and then nothing is deleted.
         """
-        tables.names(self.folder)  # refuses another version
+        tables.table_names(self.folder)  # refuses another version
         waiting = {record.step: record for record in (*self._kept, *self._records[self._stored :])}
         stored: list[StepRecord] = []
         with writes(self.folder):
             for aside in self.folder.glob(".step-*") if self.folder.is_dir() else ():
                 aside.unlink()  # a part that was being written when its process was killed
-            for first, path in reversed(tables.parts(self.folder)):
+            for first, path in reversed(tables.part_files(self.folder)):
                 if first <= step:
-                    found = tables.decode(path.read_bytes(), path)
+                    found = tables.decode_part(path.read_bytes(), path)
                     stored = [record for record in found if record.step <= step]
                     if len(stored) < len(found):
                         write_atomically(path, tables.encode(stored))
@@ -85,7 +85,7 @@ class ArraysSink:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the records of `state_dict`: `rewind` writes the ones that are not on the disk yet."""
         for part in state.get("unwritten", []):
-            self._kept += tables.decode(base64.b64decode(part), self.folder)
+            self._kept += tables.decode_part(base64.b64decode(part), self.folder)
 
     def close(self) -> None:
         """Write the records that are left. Raises OutputError."""

@@ -15,7 +15,7 @@ _GROUPS = {
     "data": "positions tokens packing_efficiency planned_positions/ served_positions/ lost/ quarantined/ storage/",
     "speed": "tokens_per_second positions_per_second seconds_per_step data_wait_seconds wall_seconds peak_memory_bytes "
     "mfu mfu_peak_flops",
-    "routing": "drop_rate load_max_over_mean router_entropy expert_choices expert_choices_dropped",
+    "routing": "drop_rate load_max_over_mean router_entropy slots_routed slots_dropped",
 }
 _GROUP = {name: group for group, names in _GROUPS.items() for name in names.split()}
 
@@ -32,7 +32,7 @@ def tag(name: str) -> str:
     return f"{group or 'other'}/{name}"
 
 
-def curves(record: StepRecord) -> Iterator[tuple[str, float]]:
+def chart_groups(record: StepRecord) -> Iterator[tuple[str, float]]:
     """Yield (tag, value) of every point that a record adds to a board: its scalars, and its tables by expert."""
     for name, value in record.scalars.items():
         yield tag(name), value

@@ -16,7 +16,7 @@ from mmoe.monitoring.record import StepRecord
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
 METRICS, UNDONE = "metrics.jsonl", "metrics-undone.jsonl"
-KEPT = "its records are kept in the checkpoint and written when the run goes on"
+KEPT_RECORDS = "its records are kept in the checkpoint and written when the run goes on"
 _BATCH = 1000  # lines that are moved at once
 
 
@@ -37,7 +37,7 @@ class JsonlSink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = LineFile(folder / METRICS, KEPT)
+        self._file = LineFile(folder / METRICS, KEPT_RECORDS)
         self._kept: list[str] = []  # what the disk had refused before the checkpoint, and may have taken after it
 
     def write(self, record: StepRecord) -> None:

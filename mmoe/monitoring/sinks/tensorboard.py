@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mmoe.files import writes
 from mmoe.monitoring.record import StepRecord
-from mmoe.monitoring.sinks.boards import curves
+from mmoe.monitoring.sinks.boards import chart_groups
 from mmoe.optional import needs
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
 
@@ -38,7 +38,7 @@ class TensorboardSink:
         """Add the record's points to their curves."""
         assert self._writer is not None, "rewind opens the file"
         with self._writes():
-            for name, value in curves(record):
+            for name, value in chart_groups(record):
                 self._writer.add_scalar(name, value, record.step)
 
     def rewind(self, step: int) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mmoe.errors import BackendError
 from mmoe.monitoring.record import StepRecord
-from mmoe.monitoring.sinks.boards import curves
+from mmoe.monitoring.sinks.boards import chart_groups
 from mmoe.monitoring.sinks.tracked import TrackedRun, TrackerSink, tracker_errors
 from mmoe.optional import require
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
@@ -38,7 +38,7 @@ class TrackioSink(TrackerSink):
     def write(self, record: StepRecord) -> None:
         """Log the record's points at its step."""
         with tracker_errors(self._config.label):
-            self._run.log(dict(curves(record)), step=record.step)
+            self._run.log(dict(chart_groups(record)), step=record.step)
         self._last = record.step
 
     def rewind(self, step: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mmoe.errors import BackendError
 from mmoe.monitoring.record import StepRecord
-from mmoe.monitoring.sinks.boards import curves
+from mmoe.monitoring.sinks.boards import chart_groups
 from mmoe.monitoring.sinks.tracked import TrackedRun, TrackerSink, tracker_errors
 from mmoe.optional import require
 from mmoe.recipe.monitoring import SinkConfig, SinkContext
@@ -44,7 +44,7 @@ class WandbSink(TrackerSink):
         """Log the record's points and notes at its step."""
         notes = {f"notes/{name}": note for name, note in record.notes.items()}
         with tracker_errors(self._config.label):
-            self._run.log(dict(curves(record)) | notes, step=record.step)
+            self._run.log(dict(chart_groups(record)) | notes, step=record.step)
         self._last = record.step
 
     def rewind(self, step: int) -> None:

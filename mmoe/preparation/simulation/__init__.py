@@ -1,1 +1,1 @@
-"""Holds the parts of the simulated drive: its world, the driver, the pictures and the other sensors."""
+"""Holds the parts of the simulated drive: its world, the driver, the images and the other sensors."""

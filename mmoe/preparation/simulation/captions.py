@@ -1,6 +1,6 @@
 """Writes what a person in the vehicle would say of one instant: the light, the land, landmarks and cars nearby.
 
-Captions name what the pictures show and nothing that decides the next command: neither bends nor signals.
+Captions name what the images show and nothing that decides the next command: neither bends nor signals.
 """
 
 import numpy as np
@@ -29,12 +29,12 @@ def _caption(world: World, own_x: float, cars_ahead: np.ndarray) -> str:
         near = [item for item in world.landmarks if item.side == side and _within(item.x - own_x, LANDMARK_RANGE)]
         if near:
             item = min(near, key=lambda item: abs(item.x - own_x))
-            phrases.append(f"{item.colour} {item.kind} {side}")
+            phrases.append(f"{item.color} {item.kind} {side}")
     for limits, own_lane, other_lane in ((CAR_RANGE, "ahead", "oncoming"), (CAR_BEHIND_RANGE, "behind", "passed")):
         cars = [(abs(dx), car) for dx, car in zip(cars_ahead, world.cars) if _within(dx, limits)]
         if cars:
             car = min(cars, key=lambda pair: pair[0])[1]
-            phrases.append(f"{car.colour} car {own_lane if car.direction > 0 else other_lane}")
+            phrases.append(f"{car.color} car {own_lane if car.direction > 0 else other_lane}")
     return ", ".join(phrases)
 
 

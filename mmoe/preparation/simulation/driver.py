@@ -24,7 +24,7 @@ SAFE_GAP = 5.0  # metres to the car ahead
 FOLLOWER_DELAY_S = 0.4
 
 # A signal counts until the gantry is SIGNAL_PASS metres ahead, then the next one; the driver blends over
-# SIGNAL_BLEND metres. At SIGNAL_PASS the panel is about to leave the front picture.
+# SIGNAL_BLEND metres. At SIGNAL_PASS the panel is about to leave the front image.
 SIGNAL_ACCELERATION = {"red": -2.6, "amber": 0.0, "green": 2.4}
 SIGNAL_PASS, SIGNAL_BLEND = 8.0, 4.0
 

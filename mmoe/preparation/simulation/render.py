@@ -1,4 +1,4 @@
-"""Draws pictures of the world by six pinhole cameras, in numpy.
+"""Draws images of the world by six pinhole cameras, in numpy.
 
 The ground is drawn by inverse projection: each pixel's ray meets the plane z = 0 at a point that is fixed in the
 vehicle's frame, so a frame is a rotation, a table look-up of the road and a palette. Everything that stands up is a
@@ -45,9 +45,9 @@ RIG = {
     Camera.BACK_RIGHT: Mount(-0.4, -0.4, radians(-112), radians(70)),
 }
 CAMERA_HEIGHT = 1.7
-HORIZON = 0.46  # share of the picture above it
+HORIZON = 0.46  # share of the image above it
 SIGHT = 70.0  # metres; ground beyond it is one tone
-HAZE = 110.0  # metres over which colours fade to 1/e
+HAZE = 110.0  # metres over which colors fade to 1/e
 LEVELS = 8  # steps of haze on the ground, and of the sky's gradient
 NIGHT = 0.6  # brightness under a dark sky
 
@@ -90,7 +90,7 @@ def rays(camera: Camera, height: int, width: int) -> Rays:
     )
 
 
-# Ground classes by metres left of the centre line; land on the left is light, on the right it is ploughed and dark.
+# Ground classes by metres left of the center line; land on the left is light, on the right it is ploughed and dark.
 _LAND, _LAND_SHADED, _SOIL, _SOIL_SHADED, _ASPHALT, _MARKING, _GROUNDS = range(7)
 _BINS_PER_METRE, _BINS = 10, 128
 
@@ -113,12 +113,12 @@ _GROUND_CODES = _ground_codes()
 
 @dataclass(frozen=True)
 class Part:
-    """A flat trapezoid of a thing, facing the camera: half widths at `bottom` and `top`, heights `low` and `high`.
+    """Describes a flat trapezoid that faces the camera: half widths at `bottom` and `top`, heights `low` and `high`.
 
     `rear` is its color seen along the thing's heading, `front` against it; `lit` parts shine in the dark.
     """
 
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     bottom: float
     top: float
     low: float
@@ -131,8 +131,8 @@ class Part:
 _DARK, _GREY, _WOOD, _LAMP = (40, 36, 36), (110, 110, 112), (92, 62, 40), (255, 250, 210)
 
 
-def _car(colour: str) -> list[Part]:
-    rgb = RGB[colour]
+def _car(color: str) -> list[Part]:
+    rgb = RGB[color]
     lights = [Part((255, 0, 0), 0.2, 0.2, 0.6, 0.9, side, front=_LAMP, lit=True) for side in (-0.75, 0.75)]
     return [
         Part(_DARK, 0.9, 0.9, 0.0, 0.3),
@@ -143,8 +143,8 @@ def _car(colour: str) -> list[Part]:
     ]
 
 
-def _landmark(kind: str, colour: str) -> list[Part]:
-    rgb = RGB[colour]
+def _landmark(kind: str, color: str) -> list[Part]:
+    rgb = RGB[color]
     if kind == "house":
         return [Part(rgb, 4.0, 4.0, 0.0, 6.0), Part(_DARK, 4.6, 1.0, 6.0, 8.5), Part(_DARK, 0.8, 0.8, 0.0, 2.2)]
     if kind == "tower":
@@ -162,7 +162,7 @@ def _gantry(signal: str) -> list[Part]:
 
 
 class Scene:
-    """A world and what happened in it, ready to be photographed at `height` x `width` pixels."""
+    """Photographs a world and what happened in it at `height` x `width` pixels."""
 
     def __init__(self, world: World, trajectory: Trajectory, height: int, width: int) -> None:
         self.world, self.trajectory, self.height, self.width = world, trajectory, height, width
@@ -170,10 +170,10 @@ class Scene:
         sky = np.array(SKY_RGB[world.sky], dtype=np.float64)
         self.horizon_rgb = 0.8 * sky + 0.2 * 255 * light
 
-        x = np.arange(len(road.centre)) * TABLE_STEP - TABLE_BEFORE
+        x = np.arange(len(road.center)) * TABLE_STEP - TABLE_BEFORE
         dash, shaded = (x % 6.0 < 3.0), (x % 12.0 < 6.0)
         self._strip = ((2 * dash + shaded) * _BINS).astype(np.int32)
-        self._centre, self._across = road.centre.astype(np.float32), np.cos(road.heading).astype(np.float32)
+        self._center, self._across = road.center.astype(np.float32), np.cos(road.heading).astype(np.float32)
 
         ground = np.array(GROUND_RGB[world.ground], dtype=np.float64)
         soil = np.array(SOIL_RGB, dtype=np.float64)
@@ -182,12 +182,12 @@ class Scene:
         hazed = tones[:, None] * (1 - fade) + self.horizon_rgb * fade
         gradient = sky * (1 - fade) + self.horizon_rgb * fade
         palette = np.concatenate([hazed.reshape(-1, 3), gradient])
-        # Four bytes a colour, so that painting the ground is one gather of u32.
+        # Four bytes a color, so that painting the ground is one gather of u32.
         self._palette = np.pad(palette.round().astype(np.uint8), ((0, 0), (0, 1))).view(np.uint32).ravel()
 
         things = [_gantry(signal) for signal in world.gantry_signal]
-        things += [_landmark(item.kind, item.colour) for item in world.landmarks]
-        things += [_car(car.colour) for car in world.cars]
+        things += [_landmark(item.kind, item.color) for item in world.landmarks]
+        things += [_car(car.color) for car in world.cars]
         self._gantries, self._cars = len(world.gantry_x), len(world.cars)
         ratio = [0.04] * self._gantries + [1.0] * len(world.landmarks) + [2.2] * self._cars
         self._ratio = np.array(ratio)  # of length to width
@@ -197,21 +197,21 @@ class Scene:
         self._owner = np.repeat(np.arange(len(things)), [len(thing) for thing in things])
         self._shape = np.array([(p.across, p.bottom, p.top, p.low, p.high) for p in parts]).T
         brightness = np.array([1.0 if p.lit else light for p in parts])[:, None]
-        self._rear = np.array([p.colour for p in parts]) * brightness
-        self._front = np.array([p.front or p.colour for p in parts]) * brightness
+        self._rear = np.array([p.color for p in parts]) * brightness
+        self._front = np.array([p.front or p.color for p in parts]) * brightness
 
     def photograph(self, camera: Camera, times_ns: np.ndarray) -> np.ndarray:
-        """Take pictures [N, height, width, 3] u8 with `camera` at clip times `times_ns` [N]."""
+        """Take images [N, height, width, 3] u8 with `camera` at clip times `times_ns` [N]."""
         x, y, heading = self.trajectory.at(times_ns, "x", "y", "heading")
         view = rays(camera, self.height, self.width)
-        pictures = self._ground(view, x, y, heading)
-        self._paint_things(pictures, view, RIG[camera], x, y, heading, self.trajectory.cars_at(times_ns))
-        return pictures
+        images = self._ground(view, x, y, heading)
+        self._paint_things(images, view, RIG[camera], x, y, heading, self.trajectory.cars_at(times_ns))
+        return images
 
     def _ground(self, view: Rays, x: np.ndarray, y: np.ndarray, heading: np.ndarray) -> np.ndarray:
         cos, sin = np.cos(heading).astype(np.float32)[:, None], np.sin(heading).astype(np.float32)[:, None]
         row = self.world.road.row(x.astype(np.float32)[:, None] + cos * view.x - sin * view.y)
-        lateral = y.astype(np.float32)[:, None] + sin * view.x + cos * view.y - self._centre[row]
+        lateral = y.astype(np.float32)[:, None] + sin * view.x + cos * view.y - self._center[row]
         bins = (lateral * self._across[row] * _BINS_PER_METRE + _BINS / 2).clip(0, _BINS - 1).astype(np.int32)
         codes = np.empty((len(x), self.height, self.width), dtype=np.int32)
         codes[:, : view.first_row] = (_GROUNDS * LEVELS + view.sky)[:, None]
@@ -221,7 +221,7 @@ class Scene:
 
     def _paint_things(
         self,
-        pictures: np.ndarray,
+        images: np.ndarray,
         view: Rays,
         mount: Mount,
         x: np.ndarray,
@@ -244,22 +244,22 @@ class Scene:
         right = np.sin(axis) * dx - np.cos(axis) * dy
         aspect = np.arctan2(dy, dx) - thing_heading
         along = np.cos(aspect)
-        widen = np.abs(along) + np.abs(np.sin(aspect)) * self._ratio
+        stretched = np.abs(along) + np.abs(np.sin(aspect)) * self._ratio
 
         seen = (depth > 1.5) & (depth < 2 * SIGHT)
         scale = view.focal / np.where(seen, depth, 1.0)
         owner = self._owner
         across, bottom, top, low, high = self._shape
-        scale, right, widen = scale[:, owner], right[:, owner], widen[:, owner]
-        middle = self.width / 2 + scale * (right + across * widen)
+        scale, right, stretched = scale[:, owner], right[:, owner], stretched[:, owner]
+        middle = self.width / 2 + scale * (right + across * stretched)
         foot = np.rint(view.horizon - scale * (low - CAMERA_HEIGHT)).astype(np.int32)
         head = np.rint(view.horizon - scale * (high - CAMERA_HEIGHT)).astype(np.int32)
-        half_foot, half_head = scale * bottom * widen, scale * top * widen
+        half_foot, half_head = scale * bottom * stretched, scale * top * stretched
         widest = np.maximum(half_foot, half_head)
         inside = (middle + widest > 0) & (middle - widest < self.width) & (foot > 0) & (head < self.height)
         fade = 1 - np.exp(-depth / HAZE)[:, owner, None]
-        colour = np.where((along > 0)[:, owner, None], self._rear, self._front)
-        colour = (colour * (1 - fade) + self.horizon_rgb * fade).astype(np.uint8)
+        color = np.where((along > 0)[:, owner, None], self._rear, self._front)
+        color = (color * (1 - fade) + self.horizon_rgb * fade).astype(np.uint8)
 
         order = np.argsort(-depth[:, owner], axis=1, kind="stable")
         frame, rank = np.nonzero(np.take_along_axis(seen[:, owner] & inside, order, axis=1))
@@ -273,22 +273,22 @@ class Scene:
             half_head[frame, part].tolist(),
             half_foot[frame, part].tolist(),
         ):
-            _trapezoid(pictures[f], colour[f, p], c, v0, v1, u0, u1)
+            _trapezoid(images[f], color[f, p], c, v0, v1, u0, u1)
 
 
 def _trapezoid(
-    picture: np.ndarray, colour: np.ndarray, middle: float, head: int, foot: int, half_head: float, half_foot: float
+    image: np.ndarray, color: np.ndarray, middle: float, head: int, foot: int, half_head: float, half_foot: float
 ) -> None:
-    """Fill rows head..foot of `picture`; a part thinner than a pixel still shows as one."""
-    height = picture.shape[0]
+    """Fill rows head..foot of `image`; a part thinner than a pixel still shows as one."""
+    height = image.shape[0]
     foot = max(foot, head + 1)
     if half_head == half_foot:
         left = round(middle - half_head)
         right = max(round(middle + half_head), left + 1)
-        picture[max(head, 0) : min(foot, height), max(left, 0) : max(right, 0)] = colour
+        image[max(head, 0) : min(foot, height), max(left, 0) : max(right, 0)] = color
         return
     for v in range(max(head, 0), min(foot, height)):
         half = half_head + (half_foot - half_head) * (v + 0.5 - head) / (foot - head)
         left = round(middle - half)
         right = max(round(middle + half), left + 1)
-        picture[v, max(left, 0) : max(right, 0)] = colour
+        image[v, max(left, 0) : max(right, 0)] = color

@@ -1,6 +1,6 @@
 """Records a simulated drive: clocks with their own offset and jitter, and the files that each sensor writes.
 
-N: readings or pictures; H, W: height and width of a picture.
+N: readings or images; H, W: height and width of an image.
 """
 
 from fractions import Fraction
@@ -34,25 +34,25 @@ def clock(rng: np.random.Generator, ticks_ns: np.ndarray, offset_ns: int, jitter
     return ticks_ns + shift + rng.integers(-jitter_ns, jitter_ns + 1, len(ticks_ns))
 
 
-def video(pictures: np.ndarray, times_ns: np.ndarray) -> bytes:
-    """Encode pictures [N, H, W, 3] u8 as an mp4 (H.264, yuv420p, no B-frames) whose first frame is at file time 0."""
+def video(images: np.ndarray, times_ns: np.ndarray) -> bytes:
+    """Encode images [N, H, W, 3] u8 as an mp4 (H.264, yuv420p, no B-frames) whose first frame is at file time 0."""
     buffer = BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", options=_H264)
         context = stream.codec_context
-        context.height, context.width, context.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        context.height, context.width, context.pix_fmt = *images.shape[1:3], "yuv420p"
         context.time_base = stream.time_base = VIDEO_TIME_BASE
         context.gop_size, context.thread_count = _GOP, 1
-        for picture, time in zip(pictures, (times_ns - times_ns[0] + 500) // 1000):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for image, time in zip(images, (times_ns - times_ns[0] + 500) // 1000):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = int(time), VIDEO_TIME_BASE
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
 
 
-def engine_sound(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.ndarray, rate: int) -> bytes:
-    """Make the FLAC of the engine's sound: harmonics of a pitch that follows speed, under wind that grows with it.
+def engine_audio(rng: np.random.Generator, trajectory: Trajectory, times_ns: np.ndarray, rate: int) -> bytes:
+    """Make the FLAC of the engine's audio: harmonics of a pitch that follows speed, under wind that grows with it.
 
     `rate` is in Hz, `times_ns` in ns of clip time.
     """

@@ -2,12 +2,12 @@
 
 `make_recording` is a pure function of (config, number): a seeded world (`world.py`), an expert who drives through it
 (`driver.py`), six cameras (`render.py`) and the other sensors (`sensors.py`), each with a clock of its own. What a time
-slice contains is then chosen from those clocks by `mmoe.preparation.sync`, exactly as for a real rig. A recording has
+slice contains is then chosen from those clocks by `mmoe.preparation.clocks`, exactly as for a real rig. A recording has
 these members, with N readings each:
 
 =================== ==========================================================================================
 ``<camera>.mp4``    H.264, the camera's own frame times (the first frame is at file time 0)
-``engine.flac``     engine sound, 8 kHz mono
+``engine.flac``     engine audio, 8 kHz mono
 ``imu.npy``         [N, 6] f32 at 100 Hz, `VECTOR_NAMES["INERTIAL"]`
 ``state.npy``       [N, 1] f32 at 50 Hz, speed in m/s
 ``actions.npy``     [N, 3] f32 at 10 Hz: steering in [-1, 1] (left positive), throttle and brake in [0, 1], as
@@ -25,13 +25,13 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 from mmoe.data.load.frames import VideoFrames
-from mmoe.preparation import sync
+from mmoe.preparation.clocks import SkewPolicy, last_at_or_before
 from mmoe.preparation.simulation import sensors
 from mmoe.preparation.simulation.captions import captions
 from mmoe.preparation.simulation.driver import FASTEST, drive
 from mmoe.preparation.simulation.render import Scene
 from mmoe.preparation.simulation.world import World
-from mmoe.preparation.slices import CLOCKS, Clocks, Slices, Stream, Texts, build_slices
+from mmoe.preparation.slices import CLOCKS, Clocks, SensorStream, Slices, Texts, build_slices
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera, Sample
@@ -47,7 +47,7 @@ VECTOR_NAMES = {
 
 MS = 1_000_000
 ACTION_PERIOD_NS, STATE_PERIOD_NS, INERTIAL_PERIOD_NS = 100 * MS, 20 * MS, 10 * MS
-SOUND_RATE, SOUND_PIECE = 8000, 1600  # of a slice: the last 200 ms
+AUDIO_RATE, AUDIO_PIECE = 8000, 1600  # of a slice: the last 200 ms
 INERTIAL_ROWS = 10  # of a slice: the last 100 ms
 ACTION_STEPS = 8  # the log reaches this far past the last slice
 
@@ -62,7 +62,7 @@ SWEEP_NS = {
 }
 CAMERA_OFFSET_NS, CAMERA_JITTER_NS = 2 * MS, 800_000
 SKEW_BUDGET_NS = 50 * MS
-LEAD_IN_NS = 300 * MS  # sound and logs begin before the first picture
+LEAD_IN_NS = 300 * MS  # audio and logs begin before the first image
 FIRST_SLICE_NS = 50 * MS
 
 
@@ -73,7 +73,7 @@ class SimulatedDriveConfig(Config):
     seed: int = Field(0, ge=0)
     slices: tuple[int, int] = (2, 8)  # fewest and most time slices of a recording
     slice_period_ns: int = 500 * MS
-    height: int = 32  # of a picture, pixels
+    height: int = 32  # of an image, pixels
     width: int = 64
     camera_fps: int = Field(4, ge=1, le=20)
 
@@ -84,7 +84,7 @@ class SimulatedDriveConfig(Config):
             raise ValueError(f"slices {self.slices} is not (fewest, most); give two numbers with 1 <= fewest <= most")
         if self.height % 2 or self.width % 2 or min(self.height, self.width) < 16:
             raise ValueError(
-                f"pictures of {self.height}x{self.width} cannot be H.264 yuv420p; choose even sides of at least 16"
+                f"images of {self.height}x{self.width} cannot be H.264 yuv420p; choose even sides of at least 16"
             )
         if self.slice_period_ns < self.camera_period_ns:
             raise ValueError(
@@ -95,7 +95,7 @@ class SimulatedDriveConfig(Config):
 
     @property
     def camera_period_ns(self) -> int:
-        """The time between two pictures of a camera, in ns."""
+        """The time between two images of a camera, in ns."""
         return 1_000 * MS // self.camera_fps
 
 
@@ -113,7 +113,7 @@ def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
     trajectory = drive(world, rng, -LEAD_IN_NS / 1e9, log_stop_ns / 1e9)
     clocks = _clocks(config, rng, stop_ns, log_stop_ns)
     frames_ns = clocks[video_name(REFERENCE)]
-    reference_ns = frames_ns[sync.last_at_or_before(frames_ns, grid_ns)]
+    reference_ns = frames_ns[last_at_or_before(frames_ns, grid_ns)]
     texts = captions(world, trajectory, reference_ns)
 
     scene = Scene(world, trajectory, config.height, config.width)
@@ -121,7 +121,7 @@ def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
     for camera in Camera:
         times_ns = clocks[video_name(camera)]
         members[video_name(camera)] = sensors.video(scene.photograph(camera, times_ns), times_ns)
-    members["engine.flac"] = sensors.engine_sound(rng, trajectory, clocks["engine.flac"], SOUND_RATE)
+    members["engine.flac"] = sensors.engine_audio(rng, trajectory, clocks["engine.flac"], AUDIO_RATE)
     members["imu.npy"] = encode_table(sensors.inertial(rng, trajectory, clocks["imu.npy"]))
     members["state.npy"] = encode_table(sensors.wheel_speed(rng, trajectory, clocks["state.npy"]))
     commands = trajectory.at(clocks["actions.npy"], *VECTOR_NAMES["ACTION"])
@@ -129,7 +129,7 @@ def make_recording(config: SimulatedDriveConfig, number: int) -> Sample:
     clip = {
         "reference": video_name(REFERENCE),
         "clocks_ns": {member: times.tolist() for member, times in clocks.items() if member != "engine.flac"},
-        "sound": {"start_ns": int(clocks["engine.flac"][0]), "rate": SOUND_RATE},
+        "audio": {"start_ns": int(clocks["engine.flac"][0]), "rate": AUDIO_RATE},
         "captions": texts,
         "world": {"sky": world.sky, "ground": world.ground, "waves": world.road.waves},
     }
@@ -145,7 +145,7 @@ def recording_key(number: int) -> str:
 
 
 def video_name(camera: Camera) -> str:
-    """Return the name of the member that holds a camera's pictures."""
+    """Return the name of the member that holds a camera's images."""
     return f"{camera.name.lower()}.mp4"
 
 
@@ -157,7 +157,7 @@ def _clocks(
     for camera in Camera:
         ticks_ns = SWEEP_NS[camera] + np.arange(0, stop_ns - SWEEP_NS[REFERENCE], config.camera_period_ns)
         clocks[video_name(camera)] = sensors.clock(rng, ticks_ns, CAMERA_OFFSET_NS, CAMERA_JITTER_NS)
-    sample_ns = 1000 * MS // SOUND_RATE
+    sample_ns = 1000 * MS // AUDIO_RATE
     clocks["engine.flac"] = sensors.clock(rng, np.arange(-LEAD_IN_NS, stop_ns, sample_ns), MS, 0)
     for member, stop, period, jitter in (
         ("imu.npy", stop_ns, INERTIAL_PERIOD_NS, INERTIAL_PERIOD_NS // 5),
@@ -178,8 +178,8 @@ def _slices(
 ) -> Slices:
     """The members of every slice: what each stream held at the reference, and the action from there on."""
 
-    def stream(modality: Modality, member: str, max_gap_ns: int, **fields: Any) -> Stream:
-        return Stream(member, modality, clocks[member], member, max_gap_ns, **fields)
+    def stream(modality: Modality, member: str, max_gap_ns: int, **fields: Any) -> SensorStream:
+        return SensorStream(member, modality, clocks[member], member, max_gap_ns, **fields)
 
     streams = []
     for camera in Camera:
@@ -189,10 +189,10 @@ def _slices(
         gap_ns = config.camera_period_ns
         streams.append(stream(Modality.VISION, name, gap_ns, camera=camera, size=size, file_ns=file_ns))
     streams += [
-        stream(Modality.AUDIO, "engine.flac", SKEW_BUDGET_NS, window=SOUND_PIECE, rate=SOUND_RATE),
+        stream(Modality.AUDIO, "engine.flac", SKEW_BUDGET_NS, window=AUDIO_PIECE, rate=AUDIO_RATE),
         stream(Modality.INERTIAL, "imu.npy", 2 * INERTIAL_PERIOD_NS, window=INERTIAL_ROWS),
         stream(Modality.STATE, "state.npy", 2 * STATE_PERIOD_NS),
         stream(Modality.ACTION, "actions.npy", ACTION_PERIOD_NS, choice="first"),
     ]
-    skew = sync.SkewPolicy(budget_ns=SKEW_BUDGET_NS, policy="strict")
+    skew = SkewPolicy(budget_ns=SKEW_BUDGET_NS, policy="strict")
     return build_slices(reference_ns, streams, skew, key, Texts("clip.json", texts))

@@ -10,7 +10,7 @@ from math import cos, sin
 
 import numpy as np
 
-# Colours by the words captions use for them. Red and green belong to the signals alone.
+# Colors by the words captions use for them. Red and green belong to the signals alone.
 RGB = {
     "yellow": (236, 214, 40),
     "blue": (38, 70, 214),
@@ -34,8 +34,8 @@ GROUND_RGB = {
 }
 SOIL_RGB = (80, 54, 44)
 LANDMARKS = ("house", "tower", "tree")
-LANDMARK_COLOURS = ("yellow", "blue", "white", "purple", "teal")
-CAR_COLOURS = ("yellow", "blue", "white", "purple", "black")
+LANDMARK_COLORS = ("yellow", "blue", "white", "purple", "teal")
+CAR_COLORS = ("yellow", "blue", "white", "purple", "black")
 
 SIGNAL_RGB = {"red": (255, 20, 20), "amber": (255, 190, 0), "green": (20, 255, 40)}
 SIGNALS = tuple(SIGNAL_RGB)
@@ -49,7 +49,7 @@ class Road:
     """Holds the center line f(x) of a road, and tables of it at x = -TABLE_BEFORE + i * TABLE_STEP."""
 
     waves: tuple[tuple[float, float, float], ...]  # amplitude, wave number, phase
-    centre: np.ndarray  # f(x)
+    center: np.ndarray  # f(x)
     heading: np.ndarray  # of the tangent
     curvature: np.ndarray  # signed, 1/m, left positive
 
@@ -78,23 +78,23 @@ class Road:
 
     def row(self, x: np.ndarray) -> np.ndarray:
         """Return the row of the tables nearest to each x, clipped to their ends."""
-        return np.clip(((x + TABLE_BEFORE) / TABLE_STEP + 0.5).astype(np.int32), 0, len(self.centre) - 1)
+        return np.clip(((x + TABLE_BEFORE) / TABLE_STEP + 0.5).astype(np.int32), 0, len(self.center) - 1)
 
     def place(self, x: np.ndarray, lateral: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Compute world x, y and road heading of points `lateral` meters left of the center line at x."""
         row = self.row(x)
         heading = self.heading[row]
-        return x - lateral * np.sin(heading), self.centre[row] + lateral * np.cos(heading), heading
+        return x - lateral * np.sin(heading), self.center[row] + lateral * np.cos(heading), heading
 
 
 @dataclass(frozen=True)
 class Landmark:
-    """A thing that stands beside the road at `x` meters along it."""
+    """Describes a thing that stands beside the road at `x` meters along it."""
 
     kind: str
-    colour: str
+    color: str
     x: float
-    lateral: float  # metres left of the centre line; negative is right
+    lateral: float  # metres left of the center line; negative is right
 
     @property
     def side(self) -> str:
@@ -104,10 +104,10 @@ class Landmark:
 
 @dataclass(frozen=True)
 class Car:
-    """Another car: `role` is ``lead`` (ahead in the own lane), ``oncoming`` or ``follower``."""
+    """Describes another car: `role` is ``lead`` (ahead in the own lane), ``oncoming`` or ``follower``."""
 
     role: str
-    colour: str
+    color: str
     x: float  # at clip time 0; a follower's is its distance behind
     speed: float  # m/s along x; a follower's is not used
 
@@ -124,7 +124,7 @@ class Car:
 
 @dataclass(frozen=True)
 class World:
-    """Holds all that a recording's pictures show; gantries carry a signal over the road that drivers obey."""
+    """Holds all that a recording's images show; gantries carry a signal over the road that drivers obey."""
 
     road: Road
     sky: str
@@ -140,17 +140,17 @@ class World:
         road = Road.generate(rng, length)
         gantry_x = _spaced(rng, -30.0, length + 60.0, 12.0, 17.0)
         landmarks = [
-            Landmark(_pick(rng, LANDMARKS), _pick(rng, LANDMARK_COLOURS), x, side * rng.uniform(11.0, 14.0))
+            Landmark(_pick(rng, LANDMARKS), _pick(rng, LANDMARK_COLORS), x, side * rng.uniform(11.0, 14.0))
             for side in (1, -1)
             for x in _spaced(rng, -40.0, length + 60.0, 17.0, 25.0)
         ]
         cars = []
         if rng.random() < 0.7:
-            cars.append(Car("lead", _pick(rng, CAR_COLOURS), rng.uniform(13.0, 22.0), rng.uniform(9.0, 12.0)))
+            cars.append(Car("lead", _pick(rng, CAR_COLORS), rng.uniform(13.0, 22.0), rng.uniform(9.0, 12.0)))
         if rng.random() < 0.7:
-            cars.append(Car("follower", _pick(rng, CAR_COLOURS), rng.uniform(7.0, 12.0), 0.0))
+            cars.append(Car("follower", _pick(rng, CAR_COLORS), rng.uniform(7.0, 12.0), 0.0))
         ahead = _spaced(rng, 15.0, length + 60.0, 25.0, 90.0)
-        cars.extend(Car("oncoming", _pick(rng, CAR_COLOURS), x, -9.0) for x in ahead)
+        cars.extend(Car("oncoming", _pick(rng, CAR_COLORS), x, -9.0) for x in ahead)
         return cls(
             road,
             _pick(rng, tuple(SKY_RGB)),

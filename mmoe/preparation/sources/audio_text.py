@@ -1,7 +1,7 @@
-"""Reads sounds with their words, in the three layouts that such sets come in.
+"""Reads audio clips with their words, in the three layouts that such sets come in.
 
 ============================== ==================================================================================
-input                          what describes a sound
+input                          what describes an audio clip
 ============================== ==================================================================================
 folder, ``transcripts.jsonl``  rows ``{"audio": path, "text": words}``, optional `take`, `speaker`, `samples`,
                                `sample_rate`
@@ -11,10 +11,10 @@ file ``.jsonl``                rows ``{"audio_filepath": path, "text": words, "d
                                `speaker`; paths are relative to the manifest
 ============================== ==================================================================================
 
-A sample is one sound and its transcript, the two sides of a contrastive pair. What a split holds out as a whole is
+A sample is one audio and its transcript, the two sides of a contrastive pair. What a split holds out as a whole is
 the take where rows have one (all takes of one index, the last first), else the speaker, else the file (in a tree,
 `tree_recording`). Where samples, sample rate or duration are stated, the file must agree: a WAV that was cut off
-still opens. Sounds without words, and other files of a folder, are refused, so that they are counted.
+still opens. Audio clips without words, and other files of a folder, are refused, so that they are counted.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,16 +29,16 @@ from mmoe.config.base import Config
 from mmoe.data.load.media import audio_info
 from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, jsonl
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.encode import flac_piece
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
-_SOUNDS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
+_AUDIOS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
 
 
 class AudioTextConfig(Config):
-    """Says how sounds with their words are read."""
+    """Says how audio clips with their words are read."""
 
     # What is held out as a whole of a tree <speaker>/<chapter>/; a speaker on both sides makes the task easier.
     tree_recording: Literal["speaker", "chapter"] = "speaker"
@@ -47,17 +47,17 @@ class AudioTextConfig(Config):
 
 @dataclass(frozen=True)
 class _Stated:
-    """What a description says of a sound, for the file to agree; None where it says nothing. Times in seconds."""
+    """What a description says of an audio clip, for the file to agree; None where it says nothing. Times in seconds."""
 
     samples: int | None = None
     sample_rate: int | None = None
     duration: float | None = None
-    offset: float | None = None  # the sound is the piece of the file that begins here
+    offset: float | None = None  # the audio is the piece of the file that begins here
     tolerance: float = 0.0
 
 
-def items(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """List one item per described sound, for the file or folder at `path`."""
+def items(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[Item]:
+    """List one item per described audio, for the file or folder at `path`."""
     if path.is_file():
         return _manifest(path, config, quarantine)
     if (path / "transcripts.jsonl").is_file():
@@ -66,13 +66,13 @@ def items(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterat
     transcripts = [file for file in found if file.name.lower().endswith(".trans.txt")]
     if not transcripts:
         raise DataError(
-            f"{path} holds neither transcripts.jsonl nor any *.trans.txt, so its sounds have no words; write one of "
+            f"{path} holds neither transcripts.jsonl nor any *.trans.txt, so its audio has no words; write one of "
             "them, or give a manifest (a .jsonl file with audio_filepath, text and duration)"
         )
     return _tree(path, found, transcripts, config, quarantine)
 
 
-def _rows(path: Path, quarantine: Quarantine) -> Iterator[Item]:
+def _rows(path: Path, quarantine: Refuse) -> Iterator[Item]:
     named = {path / "transcripts.jsonl"}
     for where, row in jsonl.rows(path / "transcripts.jsonl", quarantine):
         try:
@@ -88,7 +88,7 @@ def _rows(path: Path, quarantine: Quarantine) -> Iterator[Item]:
     _without_words((file for file in files.listing(path, quarantine) if file not in named), path, quarantine)
 
 
-def _manifest(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> Iterator[Item]:
+def _manifest(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[Item]:
     stem = path.stem.replace(".", "_")
     for number, (where, row) in enumerate(jsonl.rows(path, quarantine)):
         key = f"{stem}-{number:06d}"
@@ -104,9 +104,9 @@ def _manifest(path: Path, config: AudioTextConfig, quarantine: Quarantine) -> It
 
 
 def _tree(
-    path: Path, found: list[Path], transcripts: list[Path], config: AudioTextConfig, quarantine: Quarantine
+    path: Path, found: list[Path], transcripts: list[Path], config: AudioTextConfig, quarantine: Refuse
 ) -> Iterator[Item]:
-    sounds = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".flac"}
+    audio = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".flac"}
     named = set(transcripts)
     for transcript in transcripts:
         folder = transcript.parent
@@ -123,27 +123,27 @@ def _tree(
             if not name:
                 continue
             try:
-                place, words = folder / jsonl.decode(name, where, 0), jsonl.decode(rest, where, len(name) + 1)
+                place, words = folder / jsonl.decode_text(name, where, 0), jsonl.decode_text(rest, where, len(name) + 1)
             except Refused as refusal:
                 quarantine(where, refusal)
                 continue
-            file = sounds.get(place, place.with_name(f"{place.name}.flac"))
+            file = audio.get(place, place.with_name(f"{place.name}.flac"))
             named.add(file)
             key = place.relative_to(path).as_posix()
             yield Item(key, recording, partial(_sample, key, recording, file, words, _Stated(), where))
     _without_words((file for file in found if file not in named), path, quarantine)
 
 
-def _without_words(unnamed: Iterable[Path], path: Path, quarantine: Quarantine) -> None:
-    """Write down the files that no line names: sounds, and those of other kinds."""
+def _without_words(unnamed: Iterable[Path], path: Path, quarantine: Refuse) -> None:
+    """Write down the files that no line names: audio clips, and those of other kinds."""
     others = []
     for file in unnamed:
-        if file.suffix.lower() in _SOUNDS:
+        if file.suffix.lower() in _AUDIOS:
             message = f"{file} has no words: no line names it; add a line or remove it"
-            quarantine(file.relative_to(path).as_posix(), Refused("sound without transcript", message))
+            quarantine(file.relative_to(path).as_posix(), Refused("audio without transcript", message))
         else:
             others.append(file)
-    files.pass_over(others, path, "transcripts and the sounds that they name", quarantine)
+    files.pass_over(others, path, "transcripts and the audio clips that they name", quarantine)
 
 
 def _take(row: dict[str, Any], where: str) -> int | None:
@@ -164,19 +164,19 @@ def _seconds(row: dict[str, Any], field: str, where: str) -> float | None:
 
 def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, where: str) -> Sample:
     words = jsonl.text_of({"text": text} if text is not None else {}, "text", where)
-    sound = files.read_bytes(file, where)
-    samples, rate = audio_info(sound, str(file))
+    audio = files.read_bytes(file, where)
+    samples, rate = audio_info(audio, str(file))
     for field, found in (("samples", samples), ("sample_rate", rate)):
         if getattr(stated, field) not in (None, found):
             raise _differs(f"{file} has {field} {found}, {where} says {brief(getattr(stated, field))}")
     start, stop = _range(stated, samples, rate, file, where)
     member = f"audio{file.suffix.lower()}"
     if stated.offset is not None:
-        member, sound = "audio.flac", flac_piece(sound, start, stop, str(file))
+        member, audio = "audio.flac", flac_piece(audio, start, stop, str(file))
     return Sample(
         key,
         recording,
-        {member: sound, "txt": jsonl.encode_text(words, where)},
+        {member: audio, "txt": jsonl.encode_text(words, where)},
         [
             Segment(Modality.AUDIO, member, stop=stop - start, rate=rate, pair=0),
             Segment(Modality.TEXT, "txt", pair=0, text=words),
@@ -205,7 +205,7 @@ def _range(stated: _Stated, samples: int, rate: int, file: Path, where: str) -> 
 
 def _differs(facts: str) -> Refused:
     message = f"{facts}; the file is truncated or another one: restore it or correct the row"
-    return Refused("sound differs from its row", message)
+    return Refused("audio differs from its row", message)
 
 
 SOURCE = Source(kind="audio_text", clock="none", skew_budget_ns=0, config=AudioTextConfig, items=items)

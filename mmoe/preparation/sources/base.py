@@ -11,12 +11,12 @@ from mmoe.schema.rig import STANDARD, Rig
 from mmoe.schema.sample import Sample
 
 # Records an item that is refused before a sample of it can be made: its key, and why.
-Quarantine = Callable[[str, Refused], None]
+Refuse = Callable[[str, Refused], None]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A sample still to be made: what the split must know of it, and the picklable call that makes it.
+    """Describes a sample still to be made: what the split must know of it, and the picklable call that makes it.
 
     `make` may raise DataError (or `Refused`, which names the class it is counted under). Its sample has this key
     and recording. `start`, `stop` is the item's extent in its recording (ns where the source has a clock, else
@@ -46,7 +46,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of raw recording, whose `items` lists cheaply and in a fixed order what `input` holds.
+    """Reads a kind of raw recording; `items` lists cheaply and in a fixed order what `input` holds.
 
     `clock` and `skew_budget_ns` are those of `SourceManifest`; `vector_names` names the dimensions by modality name.
     A `generated` source reads no input. `rig` names the cameras, unless the config does by a key `rig`. Where names and
@@ -57,7 +57,7 @@ class Source:
     clock: str
     skew_budget_ns: int
     config: type[Config]
-    items: Callable[[Path, Any, Quarantine], Iterator[Item]]
+    items: Callable[[Path, Any, Refuse], Iterator[Item]]
     vector_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     action_period_ns: int = 0
     generated: bool = False

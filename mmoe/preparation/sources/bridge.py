@@ -21,7 +21,7 @@ from pydantic import Field
 from mmoe.data.load.tables import load_npz
 from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, jsonl
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, windows
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample
@@ -39,7 +39,7 @@ class BridgeConfig(EpisodeConfig):
     )
 
 
-def items(path: Path, config: BridgeConfig, quarantine: Quarantine) -> Iterator[Item]:
+def items(path: Path, config: BridgeConfig, quarantine: Refuse) -> Iterator[Item]:
     """List the clips of every episode that ``episodes.jsonl`` in the folder `path` names."""
     named = set()
     for where, row in jsonl.rows(path / "episodes.jsonl", quarantine):
@@ -94,8 +94,8 @@ def _clip(
     views = []
     for camera in cameras:
         shown = [folder / f"image_{camera}_{row:02d}.jpg" for row in rows]
-        pictures = [files.read_bytes(file, "episodes.jsonl") for file in shown]
-        views.append(View(f"image_{camera}", "jpg", pictures, config.rig.number(config.cameras[str(camera)])))
+        images = [files.read_bytes(file, "episodes.jsonl") for file in shown]
+        views.append(View(f"image_{camera}", "jpg", images, config.rig.number(config.cameras[str(camera)])))
     times_ns = PERIOD_NS * np.arange(steps, dtype=np.int64)
     return clip(key, Episode(name, times_ns, tables, [text] * steps), rows, views, config, str(folder))
 

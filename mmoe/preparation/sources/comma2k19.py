@@ -2,7 +2,7 @@
 
 A segment is a folder with ``global_pose/frame_times`` (``.npy`` content without the extension, as all its logs),
 ``processed_log/CAN/{speed,steering_angle}/{t,value}``, ``processed_log/IMU/{accelerometer,gyro}/{t,value}`` and the
-pictures, ``video.hevc``. Times are float64 seconds since the device booted, one clock for all. A folder of digits is
+images, ``video.hevc``. Times are float64 seconds since the device booted, one clock for all. A folder of digits is
 a segment of the drive that its parent names (``<dongle>|<date>``); the recording is the drive, since segments of one
 drive follow each other.
 
@@ -37,19 +37,26 @@ from mmoe.data.load.containers import open_container, translated
 from mmoe.data.load.frames import DAMAGED
 from mmoe.data.load.tables import load_npy
 from mmoe.errors import DataError, counted_as
-from mmoe.preparation import sync
+from mmoe.preparation.clocks import (
+    SkewPolicy,
+    check_clock,
+    completed_from,
+    exact_repeats,
+    last_at_or_before,
+    seconds_to_ns,
+)
 from mmoe.preparation.slices import (
     BAD_CLOCK,
     CLOCKS,
     REPEATED,
     Clocks,
-    Stream,
+    SensorStream,
     build_slices,
     held,
     interpolated,
     next_step,
 )
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.files import read_regular
 from mmoe.preparation.splits import GAP_NS
@@ -71,7 +78,7 @@ _LOGS = {
     "gyro": ("IMU/gyro", 3),
 }
 _CLOCKS_ONLY = {"radar": "CAN/radar"}
-_SKEW = sync.SkewPolicy(budget_ns=MS, policy="strict")
+_SKEW = SkewPolicy(budget_ns=MS, policy="strict")
 _VIDEOS = ("video.hevc", "video.mp4", "video.mkv")
 
 
@@ -84,10 +91,10 @@ class Comma2k19Config(Config):
     max_gap_ns: int = Field(
         100 * MS, ge=0, le=400 * MS
     )  # age of a speed, steering or inertial reading beyond which it is absent
-    skew: Annotated[sync.SkewPolicy, sync.completed_from(_SKEW)] = _SKEW
+    skew: Annotated[SkewPolicy, completed_from(_SKEW)] = _SKEW
     causal: bool = True
     repeats: Literal["refuse", "drop"] = "refuse"  # drop: only readings that equal the one before, time and value
-    picture_quality: int = Field(92, ge=1, le=100)  # JPEG, of the frames taken from the video
+    image_quality: int = Field(92, ge=1, le=100)  # JPEG, of the frames taken from the video
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,11 @@ class _Clip:
     recording: str
     segment: Path
     references: tuple[int, ...]
-    pictures: tuple[int, ...]  # the references of all clips of the segment: its video is decoded once
+    images: tuple[int, ...]  # the references of all clips of the segment: its video is decoded once
     actions: tuple[int, int]
 
 
-def items(path: Path, config: Comma2k19Config, quarantine: Quarantine) -> Iterator[Item]:
+def items(path: Path, config: Comma2k19Config, quarantine: Refuse) -> Iterator[Item]:
     """List the clips of the segment at `path`, or of every segment under it; raise DataError where there is none."""
     found = [path] if (path / _FRAMES).is_file() else sorted(file.parents[1] for file in path.rglob(_FRAMES))
     if not found:
@@ -115,9 +122,9 @@ def items(path: Path, config: Comma2k19Config, quarantine: Quarantine) -> Iterat
             quarantine(name, error if isinstance(error, Refused) else Refused(BAD_CLOCK, str(error)))
             continue
         clips = list(_clips(segment, recording, name, frames_ns, config))
-        pictures = tuple(row for clip in clips for row in clip.references)
+        images = tuple(row for clip in clips for row in clip.references)
         for clip in clips:
-            clip = replace(clip, pictures=pictures)
+            clip = replace(clip, images=images)
             start, stop = int(frames_ns[clip.references[0]]), int(frames_ns[clip.references[-1]])
             make = partial(_sample, clip, config)
             yield Item(clip.key, recording, make, start=start, stop=stop + config.slice_period_ns)
@@ -135,7 +142,7 @@ def _names(segment: Path) -> tuple[str, str]:
 def _frames(segment: Path) -> np.ndarray:
     """The frames' times [N] int64 ns since boot."""
     file = segment / _FRAMES
-    return sync.check_clock(sync.seconds_to_ns(_column(file, 1)[:, 0], "frames", str(file)), "frames", str(file))
+    return check_clock(seconds_to_ns(_column(file, 1)[:, 0], "frames", str(file)), "frames", str(file))
 
 
 def _clips(segment: Path, recording: str, name: str, frames_ns: np.ndarray, config: Comma2k19Config) -> Iterator[_Clip]:
@@ -147,7 +154,7 @@ def _clips(segment: Path, recording: str, name: str, frames_ns: np.ndarray, conf
         times_ns = frames_ns[run]
         # Half a frame later: a frame that is early or late by jitter still belongs to its place on the grid.
         grid_ns = np.arange(times_ns[0], times_ns[-1] + 1, config.slice_period_ns) + PERIOD_NS // 2
-        references = run[np.unique(sync.last_at_or_before(times_ns, grid_ns))].tolist()
+        references = run[np.unique(last_at_or_before(times_ns, grid_ns))].tolist()
         for at in range(0, len(references), config.slices):
             rows = tuple(references[at : at + config.slices])
             following = references[at + config.slices : at + config.slices + 1] or [int(run[-1]) + 1]
@@ -182,7 +189,7 @@ class _Log:
 
 def _logs(clip: _Clip, config: Comma2k19Config, origin_s: float, flags: Counter[str]) -> dict[str, _Log]:
     """The logs of a segment, checked. Repeats are counted by the clip in whose time they lie."""
-    origin_ns = int(sync.seconds_to_ns(np.array([origin_s]), "frames", str(clip.segment))[0])
+    origin_ns = int(seconds_to_ns(np.array([origin_s]), "frames", str(clip.segment))[0])
     logs = {}
     for name, (folder, width) in _LOGS.items():
         file = clip.segment / "processed_log" / folder / "t"
@@ -191,14 +198,14 @@ def _logs(clip: _Clip, config: Comma2k19Config, origin_s: float, flags: Counter[
             message = f"{file} has {len(seconds)} times for {len(values)} values; restore the log"
             raise Refused("unreadable log", message)
         with counted_as(BAD_CLOCK):
-            times_ns = sync.seconds_to_ns(seconds, name, str(file)) - origin_ns
+            times_ns = seconds_to_ns(seconds, name, str(file)) - origin_ns
             if config.repeats == "drop":
-                same = sync.exact_repeats(times_ns, values)
+                same = exact_repeats(times_ns, values)
                 span_ns = config.slice_period_ns * len(clip.references)
                 if count := int((same & (times_ns >= 0) & (times_ns < span_ns)).sum()):
                     flags[f"{name}: {REPEATED}"] += count
                 times_ns, values, seconds = times_ns[~same], values[~same], seconds[~same]
-            sync.check_clock(times_ns, name, str(file))
+            check_clock(times_ns, name, str(file))
         logs[name] = _Log(times_ns, values, ((seconds - origin_s) * 1e9).astype(np.int64))
     return logs
 
@@ -241,7 +248,7 @@ def _raw_ns(segment: Path, folder: str) -> np.ndarray:
     file = segment / "processed_log" / folder / "t"
     if not file.is_file() and folder in _CLOCKS_ONLY.values():
         return np.zeros(0, np.int64)
-    return sync.seconds_to_ns(_column(file, 1)[:, 0], folder, str(file))
+    return seconds_to_ns(_column(file, 1)[:, 0], folder, str(file))
 
 
 def _front(
@@ -251,51 +258,51 @@ def _front(
     seconds: np.ndarray,
     members: dict[str, bytes],
     flags: Counter[str],
-) -> Stream:
+) -> SensorStream:
     rows = list(clip.references)
     video = next((clip.segment / name for name in _VIDEOS if (clip.segment / name).is_file()), None)
     names, sizes = [], []
     if video is None:
         reference_ns, rows = reference_ns[:0], rows[:0]
     else:
-        pictures, size, damaged = _pictures(video, clip.pictures, len(seconds), config.picture_quality)
+        images, size, damaged = _images(video, clip.images, len(seconds), config.image_quality)
         flags[DAMAGED] += len(damaged.intersection(rows))
         names = [f"front-{number}.jpg" for number in range(len(rows))]
         sizes = [size] * len(rows)
-        members.update(zip(names, (pictures[row] for row in rows)))
+        members.update(zip(names, (images[row] for row in rows)))
     file_ns = (seconds[rows] * 1e9).astype(np.int64)
     gap_ns = config.skew.budget_ns
-    return Stream(
+    return SensorStream(
         "front", Modality.VISION, reference_ns, names, gap_ns, camera=Camera.FRONT, size=sizes, file_ns=file_ns
     )
 
 
 @lru_cache(maxsize=1)
-def _pictures(
+def _images(
     video: Path, rows: tuple[int, ...], frames: int, quality: int
 ) -> tuple[dict[int, bytes], tuple[int, int], set[int]]:
     """The frames `rows` of a video as JPEG, their height and width, and which of them the decoder made up in part.
 
     The video must have `frames` frames.
     """
-    wanted, pictures, size, count = set(rows), {}, (0, 0), 0
+    wanted, images, size, count = set(rows), {}, (0, 0), 0
     damaged, in_damage = set(), False
-    where, remedy = str(video), "restore it, or remove it to go without pictures"
+    where, remedy = str(video), "restore it, or remove it to go without images"
     with open_container(video, where) as container, translated(where, remedy):
         # A raw stream has no times: its frames are those of `frame_times`, in order.
         for count, frame in enumerate(container.decode(video=0), start=1):
-            check_bound("film_frames", count, where, "has frames")
+            check_bound("video_frames", count, where, "has frames")
             in_damage = frame.is_corrupt or (in_damage and not frame.key_frame)
             if count - 1 in wanted:
                 buffer = io.BytesIO()
                 frame.to_image().save(buffer, "JPEG", quality=quality)
-                pictures[count - 1], size = buffer.getvalue(), (frame.height, frame.width)
+                images[count - 1], size = buffer.getvalue(), (frame.height, frame.width)
                 if in_damage:
                     damaged.add(count - 1)
     if count != frames:
         message = f"{video} has {count} frames, {_FRAMES} has {frames} times; restore the segment"
         raise Refused(BAD_CLOCK, message)
-    return pictures, size, damaged
+    return images, size, damaged
 
 
 def _readings(
@@ -307,7 +314,7 @@ def _readings(
     reference_ns: np.ndarray,
     config: Comma2k19Config,
     members: dict[str, bytes],
-) -> Stream:
+) -> SensorStream:
     """Two logs as one table at the clock of the first; what the second held then is no older than the maximum gap."""
     if config.causal:
         near = np.searchsorted(first.times_ns, (reference_ns[0] - config.max_gap_ns, reference_ns[-1] + 1))
@@ -321,19 +328,19 @@ def _readings(
         table = np.concatenate([part for part, _ in parts], axis=1)
         file_ns, gap_ns, window = None, 0, 1
     members[f"{name}.npy"] = encode_table(table[valid])
-    return Stream(name, modality, times_ns[valid], f"{name}.npy", gap_ns, window=window, file_ns=file_ns)
+    return SensorStream(name, modality, times_ns[valid], f"{name}.npy", gap_ns, window=window, file_ns=file_ns)
 
 
 def _actions(
     clip: _Clip, logs: dict[str, _Log], frames_ns: np.ndarray, config: Comma2k19Config, members: dict[str, bytes]
-) -> Stream:
+) -> SensorStream:
     """What the driver had reached one step after each frame; ends where a reading is missing, so that rows stay 50 ms
     apart."""
     times_ns = frames_ns[slice(*clip.actions)]
     reached = [(logs[name].times_ns, logs[name].values) for name in SOURCE.vector_names["ACTION"]]
     run, table = next_step(times_ns, PERIOD_NS, reached)
     members["actions.npy"] = encode_table(table)
-    return Stream("actions", Modality.ACTION, times_ns[run], "actions.npy", 0, choice="first")
+    return SensorStream("actions", Modality.ACTION, times_ns[run], "actions.npy", 0, choice="first")
 
 
 SOURCE = Source(

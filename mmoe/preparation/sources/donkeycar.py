@@ -1,8 +1,8 @@
 """Reads donkeycar tubs, version 2: one camera, steering angle and throttle, on an indoor track.
 
 A tub is one recording. Its ``_timestamp_ms`` is when the record was written, which after a conversion says nothing
-of when the picture was taken, so the clock is synthetic: record index / drive rate. The tub is cut into clips of
-a few time slices that share no frame; a slice is the front picture and the action from its record on. Clips begin
+of when the image was taken, so the clock is synthetic: record index / drive rate. The tub is cut into clips of
+a few time slices that share no frame; a slice is the front image and the action from its record on. Clips begin
 anew after a record that is deleted, missing or refused. Clip time starts at the clip's first slice.
 
 Members of a clip: ``front-<slice>.jpg`` (the file's bytes); ``actions.npy`` [N, 2] f32, which also holds the record
@@ -24,17 +24,17 @@ from mmoe.config.base import Config
 from mmoe.data.load.media import image_size
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError, brief
-from mmoe.preparation.slices import CLOCKS, Clocks, Stream, build_slices
+from mmoe.preparation.clocks import SkewPolicy
+from mmoe.preparation.slices import CLOCKS, Clocks, SensorStream, build_slices
 from mmoe.preparation.sources import files, jsonl
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.encode import encode_table
-from mmoe.preparation.sync import SkewPolicy
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera, Sample
 
 PERIOD_NS = 50_000_000  # a donkeycar drives at 20 Hz
 _FIELDS = ("user/angle", "user/throttle")
-_PICTURE = "cam/image_array"
+_IMAGE = "cam/image_array"
 
 
 class DonkeycarConfig(Config):
@@ -44,7 +44,7 @@ class DonkeycarConfig(Config):
     lookahead: int = Field(20, ge=0, le=40)  # records after a clip in its action table; within the split's gap
 
 
-def items(path: Path, config: DonkeycarConfig, quarantine: Quarantine) -> Iterator[Item]:
+def items(path: Path, config: DonkeycarConfig, quarantine: Refuse) -> Iterator[Item]:
     """List the clips of the tub at `path`, or of every tub under it; raise DataError where there is none."""
     tubs = [path] if (path / "manifest.json").is_file() else sorted(m.parent for m in path.rglob("manifest.json"))
     if not tubs:
@@ -57,23 +57,25 @@ def items(path: Path, config: DonkeycarConfig, quarantine: Quarantine) -> Iterat
                 last = min(first + config.slices, len(run))
                 before = min(first, 1)
                 table = actions[first - before : last + config.lookahead]
-                pictures = tuple(tub / "images" / record[_PICTURE] for record in run[first:last])
+                images = tuple(tub / "images" / record[_IMAGE] for record in run[first:last])
                 index = run[first]["_index"]
                 key = f"{name}-{index:06d}"
                 yield Item(
                     key,
                     name,
-                    partial(_clip, key, name, pictures, table, before, _Place(run[0]["_index"], first, len(run))),
+                    partial(_clip, key, name, images, table, before, _Place(run[0]["_index"], first, len(run))),
                     start=index * PERIOD_NS,
                     stop=(run[last - 1]["_index"] + 1) * PERIOD_NS,
                 )
 
 
-def _records(tub: Path, name: str, quarantine: Quarantine) -> Iterator[dict[str, Any]]:
+def _records(tub: Path, name: str, quarantine: Refuse) -> Iterator[dict[str, Any]]:
     """The usable records of a tub in order of their index."""
     manifest = tub / "manifest.json"
     with reading("manifest of a tub v2", str(manifest), "convert the tub with `donkey tubconvert` or restore the file"):
-        rows = [jsonl.parse(line, str(manifest)) for line in jsonl.decode(_read(manifest), manifest, 0).splitlines()]
+        rows = [
+            jsonl.parse(line, str(manifest)) for line in jsonl.decode_text(_read(manifest), manifest, 0).splitlines()
+        ]
         catalogs, deleted = rows[4]["paths"], set(rows[4]["deleted_indexes"])
         if not isinstance(catalogs, list) or not all(isinstance(name, str) for name in catalogs):
             raise ValueError(f"paths is {brief(catalogs)}")
@@ -91,7 +93,7 @@ def _read(manifest: Path) -> bytes:
 
 
 def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
-    jsonl.text_of(row, _PICTURE, where)
+    jsonl.text_of(row, _IMAGE, where)
     for field in _FIELDS:
         if type(row.get(field)) is float and not math.isfinite(row[field]):
             message = f"{where}: {field!r} is {row[field]}; repair the reading or delete the record from the tub"
@@ -121,20 +123,18 @@ class _Place:
     records: int
 
 
-def _clip(
-    key: str, recording: str, pictures: tuple[Path, ...], table: np.ndarray, before: int, place: _Place
-) -> Sample:
+def _clip(key: str, recording: str, images: tuple[Path, ...], table: np.ndarray, before: int, place: _Place) -> Sample:
     members, names, sizes = {}, [], []
-    for number, file in enumerate(pictures):
-        picture = files.read_bytes(file, "its record in the tub")
+    for number, file in enumerate(images):
+        image = files.read_bytes(file, "its record in the tub")
         names.append(f"front-{number}{file.suffix.lower()}")
-        sizes.append(image_size(picture, str(file)))
-        members[names[-1]] = picture
-    frames_ns = PERIOD_NS * np.arange(len(pictures), dtype=np.int64)
+        sizes.append(image_size(image, str(file)))
+        members[names[-1]] = image
+    frames_ns = PERIOD_NS * np.arange(len(images), dtype=np.int64)
     actions_ns = PERIOD_NS * np.arange(-before, len(table) - before, dtype=np.int64)
     streams = [
-        Stream("front", Modality.VISION, frames_ns, names, max_gap_ns=0, camera=Camera.FRONT, size=sizes),
-        Stream("actions", Modality.ACTION, actions_ns, "actions.npy", max_gap_ns=0, choice="first"),
+        SensorStream("front", Modality.VISION, frames_ns, names, max_gap_ns=0, camera=Camera.FRONT, size=sizes),
+        SensorStream("actions", Modality.ACTION, actions_ns, "actions.npy", max_gap_ns=0, choice="first"),
     ]
     slices = build_slices(frames_ns, streams, SkewPolicy(budget_ns=0), key)
     members["actions.npy"] = encode_table(table)

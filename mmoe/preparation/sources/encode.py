@@ -1,6 +1,6 @@
-"""Encodes members that readers make themselves: pictures out of videos, pieces of sounds, tables.
+"""Encodes members that readers make themselves: images out of videos, pieces of audio clips, tables.
 
-H, W: height and width in pixels; N: readings, D: dimensions of one; n: samples of a sound.
+H, W: height and width in pixels; N: readings, D: dimensions of one; n: samples of an audio clip.
 """
 
 from io import BytesIO
@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mmoe.data.load.media import check_finite, open_sound, sound_blocks
+from mmoe.data.load.media import audio_blocks, check_finite, open_audio
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
 from mmoe.schema.bounds import check_bound
@@ -18,10 +18,10 @@ _FLAC_CHANNELS = 8  # at most
 _WIDE = {"PCM_24", "PCM_32", "FLOAT", "DOUBLE"}  # more than 16 bits a sample; FLAC keeps 24 of them
 
 
-def encode_jpeg(picture: np.ndarray, quality: int) -> bytes:
-    """Encode a picture u8 [H, W, 3] as JPEG with colors at full resolution (4:4:4)."""
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """Encode an image u8 [H, W, 3] as JPEG with colors at full resolution (4:4:4)."""
     buffer = BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
@@ -42,22 +42,22 @@ def encode_flac(wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> bytes:
     return buffer.getvalue()
 
 
-def flac_piece(sound: bytes, start: int, stop: int, where: str) -> bytes:
-    """Cut samples [start, stop) out of a sound, as FLAC at its own width up to 24 bits; raises DataError.
+def flac_piece(audio: bytes, start: int, stop: int, where: str) -> bytes:
+    """Cut samples [start, stop) out of an audio clip, as FLAC at its own width up to 24 bits; raises DataError.
 
     Every channel is kept, but for more than FLAC can hold, which are averaged into one, as training hears them.
     """
     check_bound("array_bytes", 8 * (stop - start), where, f"has samples {start} to {stop}, too many bytes to cut out")
-    with open_sound(sound, where) as file:
+    with open_audio(audio, where) as file:
         subtype = "PCM_24" if file.subtype in _WIDE else "PCM_16"
         # As integers where the file has them (no rounding); libsndfile does not scale floats to integers.
         dtype = "int32" if file.subtype.startswith("PCM") else "float64"
         rate, many = file.samplerate, file.channels > _FLAC_CHANNELS
-        blocks = list(sound_blocks(file, start, stop, "float64" if many else dtype))
+        blocks = list(audio_blocks(file, start, stop, "float64" if many else dtype))
     found = sum(map(len, blocks))
     if found < stop - start:
         raise DataError(f"{where} ends after {start + found} of {stop} samples; it is truncated: restore it")
     wave = np.concatenate([block.mean(axis=1) if many else block for block in blocks])
     check_finite(wave, start, where)
-    with reading("sound", where, "convert it to a rate and a width that FLAC can hold, or leave it out"):
+    with reading("audio clip", where, "convert it to a rate and a width that FLAC can hold, or leave it out"):
         return encode_flac(wave, rate, "PCM_24" if many else subtype)

@@ -1,14 +1,14 @@
-"""Cuts robot episodes into clips: rows at a fixed rate, each with pictures, a state and the commanded action.
+"""Cuts robot episodes into clips: rows at a fixed rate, each with images, a state and the commanded action.
 
 An episode is one recording. It is cut into clips of a few time slices, each slice the row it falls on; clips share
 no slice. Nothing of a clip reaches outside its episode: where fewer rows than an action chunk are left, the table
 ends with the episode, and the rest of the chunk is padding, which is not trained on. Clip time starts at the clip's
 first slice. The rows' times are made by a writer (row / rate), so the clock is synthetic.
 
-Members: ``<view>-<slice>.<suffix>`` the pictures, ``state.npy`` [N, D], ``actions.npy`` [N, A] f32 (with the row
+Members: ``<view>-<slice>.<suffix>`` the images, ``state.npy`` [N, D], ``actions.npy`` [N, A] f32 (with the row
 before the clip, the action last taken, and up to `lookahead` rows after it), ``txt`` the instruction,
 ``clocks.npz``. The instruction stands before the action of the slice in which it begins to hold: the action follows
-from it. It is not paired with the pictures, or packing would hide it from the actions.
+from it. It is not paired with the images, or packing would hide it from the actions.
 """
 
 from collections import Counter
@@ -21,10 +21,10 @@ from pydantic import Field, model_validator
 from mmoe.config.base import Config
 from mmoe.data.load.media import image_size
 from mmoe.errors import ConfigError
-from mmoe.preparation.slices import CLOCKS, Choice, Clocks, Stream, build_slices
+from mmoe.preparation.clocks import SkewPolicy
+from mmoe.preparation.slices import CLOCKS, Clocks, ReadingChoice, SensorStream, build_slices
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.jsonl import encode_text
-from mmoe.preparation.sync import SkewPolicy
 from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD, Rig
 from mmoe.schema.sample import NO_CAMERA, Sample, Segment
@@ -51,14 +51,14 @@ class EpisodeConfig(Config):
 
 @dataclass(frozen=True)
 class View:
-    """Holds the pictures of one camera, as encoded bytes of each of R slice rows.
+    """Holds the images of one camera, as encoded bytes of each of R slice rows.
 
     `file_ns` [R] is when its file says they were.
     """
 
     name: str  # as a member's name begins
     suffix: str
-    pictures: list[bytes]
+    images: list[bytes]
     camera: int = NO_CAMERA
     file_ns: np.ndarray | None = None
 
@@ -84,7 +84,7 @@ def windows(rows: int, config: EpisodeConfig) -> Iterator[range]:
 
 
 def clip(key: str, episode: Episode, rows: range, views: list[View], config: EpisodeConfig, where: str) -> Sample:
-    """Make the sample of the slices at `rows`; every view has a picture of each of them."""
+    """Make the sample of the slices at `rows`; every view has an image of each of them."""
     origin_ns = int(episode.times_ns[rows[0]])
     episode_ns = episode.times_ns - origin_ns
     reference_ns = episode_ns[list(rows)]
@@ -92,11 +92,13 @@ def clip(key: str, episode: Episode, rows: range, views: list[View], config: Epi
     streams = []
     for view in views:
         names = [f"{view.name}-{number}.{view.suffix}" for number in range(len(rows))]
-        members.update(zip(names, view.pictures, strict=True))
-        sizes = [image_size(picture, f"{where}, {view.name}") for picture in view.pictures]
+        members.update(zip(names, view.images, strict=True))
+        sizes = [image_size(image, f"{where}, {view.name}") for image in view.images]
         file_ns = None if view.file_ns is None else view.file_ns - origin_ns
         streams.append(
-            Stream(view.name, Modality.VISION, reference_ns, names, 0, camera=view.camera, size=sizes, file_ns=file_ns)
+            SensorStream(
+                view.name, Modality.VISION, reference_ns, names, 0, camera=view.camera, size=sizes, file_ns=file_ns
+            )
         )
     first, last = max(rows[0] - 1, 0), min(rows[-1] + 1 + config.lookahead, len(episode_ns))
     spans = {Modality.STATE: (rows[0], rows[-1] + 1), Modality.ACTION: (first, last)}
@@ -104,9 +106,9 @@ def clip(key: str, episode: Episode, rows: range, views: list[View], config: Epi
         start, stop = spans[modality]
         member = {Modality.STATE: "state.npy", Modality.ACTION: "actions.npy"}[modality]
         members[member] = encode_table(table[start:stop])
-        choice: Choice = "first" if modality is Modality.ACTION else "last"
+        choice: ReadingChoice = "first" if modality is Modality.ACTION else "last"
         streams.append(
-            Stream(modality.name.lower(), modality, episode_ns[start:stop], member, max_gap_ns=0, choice=choice)
+            SensorStream(modality.name.lower(), modality, episode_ns[start:stop], member, max_gap_ns=0, choice=choice)
         )
     slices = build_slices(reference_ns, streams, SkewPolicy(budget_ns=0), where)
     texts = {int(episode_ns[row]): episode.texts[row] for row in rows} if episode.texts else {}

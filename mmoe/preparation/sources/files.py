@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from mmoe.preparation.sources.base import Quarantine, Refused
+from mmoe.preparation.sources.base import Refuse, Refused
 from mmoe.schema.bounds import bounds, check_bound
 
 OTHER_KIND = "file of another kind"
@@ -60,7 +60,7 @@ def check_name(name: str, where: str) -> None:
         raise Refused("name is not UTF-8", message) from error
 
 
-def listing(root: Path, quarantine: Quarantine) -> list[Path]:
+def listing(root: Path, quarantine: Refuse) -> list[Path]:
     """List the regular files below `root` that are not hidden, sorted; refuse others, and names out of UTF-8."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
@@ -83,7 +83,7 @@ def listing(root: Path, quarantine: Quarantine) -> list[Path]:
     return files
 
 
-def pass_over(files: Iterable[Path], root: Path, wanted: str, quarantine: Quarantine) -> None:
+def pass_over(files: Iterable[Path], root: Path, wanted: str, quarantine: Refuse) -> None:
     """Write down files that a reader has no use for; `wanted` says what it reads."""
     for file in files:
         message = f"{file} is not read: this kind of source reads {wanted}; convert it, or take it out of the folder"

@@ -1,6 +1,6 @@
-"""Reads pictures with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
+"""Reads images with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
 
-A sample is one picture and one caption, its two sides a contrastive pair. A picture is a recording, so all its
+A sample is one image and one caption, its two sides a contrastive pair. An image is a recording, so all its
 captions fall on one side of the split. Files of the folder that no row names are refused, so that they are counted.
 """
 
@@ -13,23 +13,23 @@ from pydantic import Field
 
 from mmoe.config.base import Config
 from mmoe.preparation.sources import files, jsonl
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
 from mmoe.schema.sample import Sample
 
 
 class ImageCaptionConfig(Config):
-    """Says which fields of a row are the captions of its picture."""
+    """Says which fields of a row are the captions of its image."""
 
     captions: tuple[str, ...] = Field(("caption",), min_length=1)  # fields of a row; null or absent after the first
 
 
-def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Iterator[Item]:
-    """List one item per picture and caption; the second field's captions have keys ending in ``-1``, and so on."""
+def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterator[Item]:
+    """List one item per image and caption; the second field's captions have keys ending in ``-1``, and so on."""
     named = {path / "captions.jsonl"}
     for where, row in jsonl.rows(path / "captions.jsonl", quarantine):
         try:
-            picture = jsonl.key_of(row, "image", where)
+            image = jsonl.key_of(row, "image", where)
             named.add(path / jsonl.name_of(row, "image", where))
         except Refused as refusal:
             quarantine(where, refusal)
@@ -37,16 +37,16 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Quarantine) -> Ite
         for number, field in enumerate(config.captions):
             if number and row.get(field) is None:
                 continue
-            key = f"{picture}-{number}" if number else picture
-            yield Item(key, picture, partial(_sample, path, where, row, field, key, picture))
+            key = f"{image}-{number}" if number else image
+            yield Item(key, image, partial(_sample, path, where, row, field, key, image))
     unnamed = (file for file in files.listing(path, quarantine) if file not in named)
-    files.pass_over(unnamed, path, "captions.jsonl and the pictures that it names", quarantine)
+    files.pass_over(unnamed, path, "captions.jsonl and the images that it names", quarantine)
 
 
 def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:
-    caption, picture = jsonl.text_of(row, field, where), jsonl.read_file(path, row, "image", where)
+    caption, image = jsonl.text_of(row, field, where), jsonl.read_named(path, row, "image", where)
     file = path / row["image"]
-    return captioned(key, recording, picture, file.suffix, str(file), caption, where)
+    return captioned(key, recording, image, file.suffix, str(file), caption, where)
 
 
 SOURCE = Source(kind="image_caption", clock="none", skew_budget_ns=0, config=ImageCaptionConfig, items=items)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmoe.errors import DataError, brief
-from mmoe.preparation.sources.base import Quarantine, Refused
+from mmoe.preparation.sources.base import Refuse, Refused
 from mmoe.preparation.sources.files import open_regular, read_bytes, read_regular
 from mmoe.schema.bounds import BEYOND, bounds, check_bound
 
@@ -19,7 +19,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _EXACT = 2**53  # integers beyond it are no count, number or time
 
 
-def rows(path: Path, quarantine: Quarantine) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows(path: Path, quarantine: Refuse) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) of every line of the file that holds a JSON object; other lines are refused.
 
     Raises DataError when the file cannot be read.
@@ -61,7 +61,7 @@ def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def parse_row(data: bytes, file: Path | str, offset: int, where: str) -> dict[str, Any]:
     """Return the JSON object that stands at byte `offset` of `file`; raise `Refused` for what is none."""
     check_bound("row_bytes", len(data), where, "is a row of too many bytes")
-    row = parse(decode(data, file, offset), where)
+    row = parse(decode_text(data, file, offset), where)
     if not isinstance(row, dict):
         raise Refused("malformed row", f"{where} is a JSON {type(row).__name__}, not an object; repair or remove it")
     return row
@@ -111,13 +111,13 @@ def _too_deep(where: str) -> Refused:
     return Refused(BEYOND, message)
 
 
-def load(file: Path, remedy: str) -> Any:
+def load_json(file: Path, remedy: str) -> Any:
     """Read a file of JSON; raise DataError, with `remedy` for a file that cannot be opened."""
     try:
         data = read_regular(file)
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
-    return parse(decode(data, file, 0), str(file))
+    return parse(decode_text(data, file, 0), str(file))
 
 
 def text_of(row: dict[str, Any], field: str, where: str) -> str:
@@ -167,7 +167,7 @@ def encode_text(text: str, where: str) -> bytes:
         raise Refused("text is not UTF-8", message) from error
 
 
-def decode(data: bytes, file: Path | str, offset: int) -> str:
+def decode_text(data: bytes, file: Path | str, offset: int) -> str:
     """Decode UTF-8 `data` that stands at byte `offset` of `file`, without a byte order mark; raise `Refused`."""
     if offset == 0:
         check_utf16(data, file)
@@ -188,7 +188,7 @@ def check_utf16(data: bytes, file: Path | str) -> None:
         raise Refused("text is not UTF-8", message)
 
 
-def read_file(folder: Path, row: dict[str, Any], field: str, where: str) -> bytes:
+def read_named(folder: Path, row: dict[str, Any], field: str, where: str) -> bytes:
     """Read the bytes of the file that `row[field]` names, relative to `folder`."""
     return read_bytes(folder / text_of(row, field, where), where)
 

@@ -1,7 +1,7 @@
 """Reads LeRobot datasets, version 3.0: robot episodes in parquet, with videos that hold many episodes end to end.
 
-`input` is the dataset's folder (``meta/info.json``). The picture of a row is the frame of each video at the
-episode's `from_timestamp` + the row's `timestamp`; it must be there to 1 ms. Pictures may also stand inside parquet
+`input` is the dataset's folder (``meta/info.json``). The image of a row is the frame of each video at the
+episode's `from_timestamp` + the row's `timestamp`; it must be there to 1 ms. Images may also stand inside parquet
 (features of dtype ``image``). State and action are the features that the options name; their dimensions have the
 names of ``info.json``. The instruction of a row is its task. A row's time is its number / fps, made by the writer: the
 clock is synthetic and says nothing of how far sensors were apart. A name that occurs again among the dimensions
@@ -24,11 +24,11 @@ from pydantic import Field
 from mmoe.data.load.frames import DAMAGED, VideoFrames
 from mmoe.data.load.media import image_format
 from mmoe.data.load.reading import reading
-from mmoe.data.load.video import Backend
+from mmoe.data.load.video import VideoBackend
 from mmoe.errors import DataError, brief
-from mmoe.preparation import sync
+from mmoe.preparation.clocks import check_clock, nearest, seconds_to_ns
 from mmoe.preparation.sources import jsonl
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source, Vectors
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source, Vectors
 from mmoe.preparation.sources.encode import encode_jpeg
 from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, windows
 from mmoe.preparation.sources.files import open_regular
@@ -46,13 +46,13 @@ _ROW = ("timestamp", "frame_index", "index", "task_index")
 class LeRobotConfig(EpisodeConfig):
     """Says which features of a LeRobot dataset are read, and how its episodes are cut.
 
-    Picture features that `cameras` leaves out are not read; without it (null) the only one is, of no camera.
+    Image features that `cameras` leaves out are not read; without it (null) the only one is, of no camera.
     """
 
     state: str | None = "observation.state"  # null: none
     action: str | None = "action"
-    video_backend: Backend = "auto"
-    picture_quality: int = Field(95, ge=1, le=100)  # JPEG, of the frames taken from videos
+    video_backend: VideoBackend = "auto"
+    image_quality: int = Field(95, ge=1, le=100)  # JPEG, of the frames taken from videos
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _Dataset:
             return self.root / self.info[template].format(**place)
 
 
-def items(path: Path, config: LeRobotConfig, quarantine: Quarantine) -> Iterator[Item]:
+def items(path: Path, config: LeRobotConfig, quarantine: Refuse) -> Iterator[Item]:
     """List the clips of every episode, in the order of ``meta/episodes``."""
     dataset = _open(path, config)
     tasks = _tasks(path)
@@ -118,20 +118,20 @@ _VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 
 def _open(path: Path, config: LeRobotConfig) -> _Dataset:
     file = path / "meta/info.json"
-    info = jsonl.load(file, "give the folder of a LeRobot dataset")
+    info = jsonl.load_json(file, "give the folder of a LeRobot dataset")
     with reading("description of a LeRobot dataset", str(file), "restore it"):
         version, features = info["codebase_version"], info["features"]
         if version != VERSION:
             raise DataError(f"{path} is a LeRobot dataset {version}; only {VERSION} is read: {_CONVERT}")
         _check_info(info)
-    pictures = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-    if len(pictures) > 1 and config.cameras is None:
+    images = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+    if len(images) > 1 and config.cameras is None:
         raise DataError(
-            f"{path} has the cameras {', '.join(pictures)}; say by the option cameras which camera of the rig "
-            f'each is, so that the model can tell them apart, as cameras={{"{pictures[0]}": front, ...}} (other names '
-            "than those of a car in rig.cameras), or cameras={} to read no pictures"
+            f"{path} has the cameras {', '.join(images)}; say by the option cameras which camera of the rig "
+            f'each is, so that the model can tell them apart, as cameras={{"{images[0]}": front, ...}} (other names '
+            "than those of a car in rig.cameras), or cameras={} to read no images"
         )
-    cameras: dict[str, str | None] = dict.fromkeys(pictures) if config.cameras is None else config.cameras
+    cameras: dict[str, str | None] = dict.fromkeys(images) if config.cameras is None else config.cameras
     chosen = {Modality.STATE: config.state, Modality.ACTION: config.action}
     vectors = {modality: key for modality, key in chosen.items() if key is not None}
     wanted = [*cameras, *vectors.values()]
@@ -141,8 +141,8 @@ def _open(path: Path, config: LeRobotConfig) -> _Dataset:
                 f"{path} has no feature {key!r}; it has {', '.join(features)}: set the options cameras, state, action"
             )
     for key in cameras:
-        if key not in pictures:
-            raise DataError(f"{path}: feature {key!r} is {features[key]['dtype']}, not pictures; correct cameras")
+        if key not in images:
+            raise DataError(f"{path}: feature {key!r} is {features[key]['dtype']}, not images; correct cameras")
     if not cameras and not vectors:
         raise DataError(f"{path}: the options cameras, state and action leave nothing to read; name one of them")
     return _Dataset(path, info, cameras, vectors)
@@ -251,7 +251,7 @@ def _clip(
         raise Refused("inconsistent episode", message)
     with reading("table", f"{file}, {name}", "repair its times"):
         stated = table["timestamp"].to_numpy().astype(np.float64)
-    times_ns = sync.check_clock(sync.seconds_to_ns(stated, "timestamp", str(file)), "timestamp", f"{file}, {name}")
+    times_ns = check_clock(seconds_to_ns(stated, "timestamp", str(file)), "timestamp", f"{file}, {name}")
     where = f"{dataset.root}, {name}"
     tables = {modality: _vectors(table[feature], f"{file}, {feature}") for modality, feature in dataset.vectors.items()}
     texts = [tasks.get(task, "") for task in table["task_index"].to_pylist()]
@@ -285,17 +285,17 @@ def _vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 
 def _stored_view(column: pa.ChunkedArray, rows: range, name: str, where: str) -> tuple[str, list[bytes], None]:
-    """Pictures inside parquet, as they are: structs of `bytes` and `path`."""
-    pictures = [column[row].as_py() for row in rows]
-    pictures = [picture.get("bytes") if isinstance(picture, dict) else None for picture in pictures]
-    if not all(isinstance(picture, bytes) for picture in pictures):
-        row = next(row for row, picture in zip(rows, pictures) if not isinstance(picture, bytes))
-        message = f"{where}: row {row} holds no picture; embed the pictures or use videos"
-        raise Refused("missing picture", message)
-    kinds = {image_format(picture, where) for picture in pictures}
+    """Images inside parquet, as they are: structs of `bytes` and `path`."""
+    images = [column[row].as_py() for row in rows]
+    images = [image.get("bytes") if isinstance(image, dict) else None for image in images]
+    if not all(isinstance(image, bytes) for image in images):
+        row = next(row for row, image in zip(rows, images) if not isinstance(image, bytes))
+        message = f"{where}: row {row} holds no image; embed the images or use videos"
+        raise Refused("missing image", message)
+    kinds = {image_format(image, where) for image in images}
     if len(kinds) > 1:
-        raise Refused("unreadable picture or video", f"{where}: pictures of kinds {sorted(kinds)}; store one kind")
-    return kinds.pop(), pictures, None
+        raise Refused("unreadable image or video", f"{where}: images of kinds {sorted(kinds)}; store one kind")
+    return kinds.pop(), images, None
 
 
 def _video_view(
@@ -312,22 +312,22 @@ def _video_view(
     if not file.is_file():
         raise Refused("missing file", f"{file} does not exist; restore it or leave {feature} out of the cameras")
     video = _video(file, config.video_backend)
-    start_ns, stop_ns = sync.seconds_to_ns(np.array([start, stop]), feature, str(file))
-    wanted_ns = start_ns + sync.seconds_to_ns(seconds, feature, str(file))
-    frames = sync.nearest(video.times_ns, wanted_ns)
+    start_ns, stop_ns = seconds_to_ns(np.array([start, stop]), feature, str(file))
+    wanted_ns = start_ns + seconds_to_ns(seconds, feature, str(file))
+    frames = nearest(video.times_ns, wanted_ns)
     file_ns = video.times_ns[frames] - start_ns
     # Near its ends a frame of the next episode may be the nearest; the alignment check would take it within 1 ms.
     if (video.times_ns[frames] > stop_ns + ALIGNMENT_NS).any():
         raise Refused(
             "inconsistent episode", f"{file}: the episode reaches beyond its end at {stop} s; repair the metadata"
         )
-    pictures = [encode_jpeg(picture, config.picture_quality) for picture in video.frames(frames)]
+    images = [encode_jpeg(image, config.image_quality) for image in video.frames(frames)]
     flags[DAMAGED] += sum(frame in video.damaged for frame in frames.tolist())
-    return "jpg", pictures, file_ns
+    return "jpg", images, file_ns
 
 
 @lru_cache(maxsize=8)
-def _video(file: Path, backend: Backend) -> VideoFrames:
+def _video(file: Path, backend: VideoBackend) -> VideoFrames:
     return VideoFrames(file, backend, str(file), key="video_backend")
 
 

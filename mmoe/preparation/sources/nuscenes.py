@@ -3,7 +3,7 @@
 `path` holds ``samples/<CAM>/<log>__<CAM>__<timestamp>.jpg`` and, in ``v1.0-*/`` or beside them, the tables
 ``sample.json``, ``sample_data.json``, ``calibrated_sensor.json``, ``sensor.json``, ``ego_pose.json``, ``scene.json``
 and ``log.json``; the bus in ``can_bus/<scene>_<message>.json`` where it was unpacked. All times are unix microseconds,
-read as integers; a picture's name must agree with its row to 1 ms. A scene is one recording.
+read as integers; an image's name must agree with its row to 1 ms. A scene is one recording.
 
 A slice stands at each key frame of the `reference` camera. With `causal`, that is by default the last one of the
 sweep, so that the other five were taken up to about 43 ms before it, and each is the last at or before it; without,
@@ -32,12 +32,12 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data.load.media import image_size
 from mmoe.errors import counted_as
-from mmoe.preparation import sync
-from mmoe.preparation.slices import BAD_CLOCK, CLOCKS, Clocks, Stream, build_slices, next_step
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.clocks import ABSENT, SkewPolicy, check_clock, completed_from, last_at_or_before
+from mmoe.preparation.slices import BAD_CLOCK, CLOCKS, Clocks, SensorStream, build_slices, next_step
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.encode import encode_table
 from mmoe.preparation.sources.files import read_regular
-from mmoe.preparation.sources.nuscenes_tables import Bus, Scene, read_scenes
+from mmoe.preparation.sources.nuscenes_tables import Bus, SceneTables, read_scenes
 from mmoe.preparation.splits import GAP_NS
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera, Sample
@@ -45,7 +45,7 @@ from mmoe.schema.sample import Camera, Sample
 MS = 1_000_000
 PERIOD_NS = 50 * MS  # of actions
 SKEW_BUDGET_NS = 50 * MS
-_SKEW = sync.SkewPolicy(budget_ns=SKEW_BUDGET_NS, policy="flag")
+_SKEW = SkewPolicy(budget_ns=SKEW_BUDGET_NS, policy="flag")
 INERTIAL_ROWS = 10  # of a slice: the last 100 ms
 # With the half second that a slice may look back, within the gap that a split leaves in a recording.
 _FURTHEST = (GAP_NS - 500 * MS) // PERIOD_NS
@@ -61,7 +61,7 @@ CAMERAS = {
     "CAM_BACK_RIGHT": Camera.BACK_RIGHT,
 }
 Channel = Literal["CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT"]
-_MISSING_FILE = "picture file is missing"
+_MISSING_FILE = "image file is missing"
 
 
 class NuscenesConfig(Config):
@@ -70,7 +70,7 @@ class NuscenesConfig(Config):
     slices: int = Field(4, ge=1)  # time slices of a clip
     causal: bool = True
     reference: Channel = "CAM_BACK_LEFT"  # ends the sweep; without `causal`, CAM_FRONT is as good
-    skew: Annotated[sync.SkewPolicy, sync.completed_from(_SKEW)] = _SKEW
+    skew: Annotated[SkewPolicy, completed_from(_SKEW)] = _SKEW
     camera_gap_ns: int = Field(150 * MS, ge=0)  # from the reference, beyond which a key frame is that of another slice
     max_gap_ns: int = Field(
         200 * MS, ge=0, le=400 * MS
@@ -81,11 +81,11 @@ class NuscenesConfig(Config):
 @dataclass(frozen=True)
 class _Clip:
     key: str
-    scene: Scene
+    scene: SceneTables
     references: tuple[int, int]  # the key frames of the reference camera, half-open
 
 
-def items(path: Path, config: NuscenesConfig, quarantine: Quarantine) -> Iterator[Item]:
+def items(path: Path, config: NuscenesConfig, quarantine: Refuse) -> Iterator[Item]:
     """List the clips of the scenes under `path`; raise DataError where the tables are missing or malformed."""
     for scene in read_scenes(path):
         frames = scene.frames.get(config.reference)
@@ -142,9 +142,9 @@ def _camera(
     origin_ns: int,
     members: dict[str, bytes],
     flags: Counter[str],
-) -> Stream:
-    """The key frames of a camera that the slices of a clip can choose from, with their pictures in `members`."""
-    stream = Stream(
+) -> SensorStream:
+    """The key frames of a camera that the slices of a clip can choose from, with their images in `members`."""
+    stream = SensorStream(
         channel,
         Modality.VISION,
         np.zeros(0, np.int64),
@@ -162,7 +162,7 @@ def _camera(
     for row in np.flatnonzero(near).tolist():
         file = root / frames.files[row]
         try:
-            picture = read_regular(file)
+            image = read_regular(file)
         except OSError:
             flags[f"{channel}: {_MISSING_FILE}"] += 1
             continue
@@ -172,9 +172,9 @@ def _camera(
             raise Refused(BAD_CLOCK, message)
         rows.append(row)
         names.append(f"{CAMERAS[channel].name.lower()}-{row:03d}{file.suffix.lower()}")
-        sizes.append(image_size(picture, str(file)))
+        sizes.append(image_size(image, str(file)))
         file_ns.append(int(stamp[1]) * 1000 - origin_ns)
-        members[names[-1]] = picture
+        members[names[-1]] = image
     return replace(stream, times_ns=times_ns[rows], member=names, size=sizes, file_ns=np.array(file_ns, np.int64))
 
 
@@ -187,20 +187,20 @@ def _table(
     reference_ns: np.ndarray,
     config: NuscenesConfig,
     members: dict[str, bytes],
-) -> Stream:
+) -> SensorStream:
     """The readings of a log that the slices of a clip can choose from, as the member ``<name>.npy``."""
     _check_clock(times_ns, name)
     first, stop = np.searchsorted(times_ns, (reference_ns[0] - config.max_gap_ns, reference_ns[-1] + 1))
     rows = slice(max(int(first) - window, 0), int(stop))
     members[f"{name}.npy"] = encode_table(table[rows])
-    return Stream(name, modality, times_ns[rows], f"{name}.npy", config.max_gap_ns, window=window)
+    return SensorStream(name, modality, times_ns[rows], f"{name}.npy", config.max_gap_ns, window=window)
 
 
-def _motion(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def _motion(scene: SceneTables) -> tuple[np.ndarray, np.ndarray]:
     """Times [N] and (speed, yaw rate) [N, 2] at each ego pose, from it and the last one at least 0.1 s before."""
     times_ns, poses = scene.poses_ns, scene.poses
-    before = sync.last_at_or_before(times_ns, times_ns - POSES_APART_NS, POSES_APART_NS * 5)
-    rows = np.flatnonzero(before != sync.ABSENT)
+    before = last_at_or_before(times_ns, times_ns - POSES_APART_NS, POSES_APART_NS * 5)
+    rows = np.flatnonzero(before != ABSENT)
     before = before[rows]
     seconds = (times_ns[rows] - times_ns[before]) / 1e9
     speed = np.linalg.norm(poses[rows, :3] - poses[before, :3], axis=1) / seconds
@@ -215,7 +215,7 @@ def _actions(
     origin_ns: int,
     config: NuscenesConfig,
     members: dict[str, bytes],
-) -> Stream:
+) -> SensorStream:
     """What the driver had reached one step after each time of a 50 ms grid; ends where a reading is missing."""
     last = int(reference_ns[-1] - reference_ns[0]) // PERIOD_NS + 1 + config.lookahead
     times_ns = reference_ns[0] + PERIOD_NS * np.arange(-1, last + 1, dtype=np.int64)
@@ -223,7 +223,7 @@ def _actions(
     reached = [(_check_clock(bus[name].times_ns - origin_ns, name), column) for name, column in columns.items()]
     run, table = next_step(times_ns, PERIOD_NS, reached)
     members["actions.npy"] = encode_table(table)
-    return Stream("actions", Modality.ACTION, times_ns[run], "actions.npy", PERIOD_NS, choice="first")
+    return SensorStream("actions", Modality.ACTION, times_ns[run], "actions.npy", PERIOD_NS, choice="first")
 
 
 def _speed(bus: dict[str, Bus]) -> np.ndarray:
@@ -232,7 +232,7 @@ def _speed(bus: dict[str, Bus]) -> np.ndarray:
 
 def _check_clock(times_ns: np.ndarray, name: str) -> np.ndarray:
     with counted_as(BAD_CLOCK):
-        return sync.check_clock(times_ns, name, f"can_bus or ego_pose ({name})")
+        return check_clock(times_ns, name, f"can_bus or ego_pose ({name})")
 
 
 SOURCE = Source(

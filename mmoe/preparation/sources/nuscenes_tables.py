@@ -26,7 +26,7 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class Scene:
+class SceneTables:
     """Holds a scene: its samples' tokens, the key frames by camera channel, and its N ego poses.
 
     `poses` [N, 4] are x, y, z in m and the yaw in rad in the map's frame at `poses_ns` [N], strictly increasing.
@@ -39,7 +39,7 @@ class Scene:
     poses: np.ndarray
 
 
-def read_scenes(root: Path) -> Iterator[Scene]:
+def read_scenes(root: Path) -> Iterator[SceneTables]:
     """Yield the scenes of every set of tables under `root`, in order of name; raise DataError for a malformed table."""
     folders = [root] if (root / "scene.json").is_file() else sorted(file.parent for file in root.glob("*/scene.json"))
     if not folders:
@@ -52,7 +52,7 @@ def read_scenes(root: Path) -> Iterator[Scene]:
             yield from _scenes(folder)
 
 
-def _scenes(folder: Path) -> Iterator[Scene]:
+def _scenes(folder: Path) -> Iterator[SceneTables]:
     logs = {row["token"] for row in _table(folder, "log", "token")}
     scenes = {row["token"]: row["name"] for row in _table(folder, "scene", "token", "name", "log_token")}
     for row in _table(folder, "scene", "log_token"):
@@ -99,7 +99,7 @@ def _scenes(folder: Path) -> Iterator[Scene]:
         samples[scene].add(token)
     for token, name in sorted(scenes.items(), key=lambda pair: pair[1]):
         times = sorted(ego[token])
-        yield Scene(
+        yield SceneTables(
             name=name,
             samples=frozenset(samples[token]),
             frames={channel: _frames(rows) for channel, rows in sorted(frames[token].items())},
@@ -128,7 +128,7 @@ def _ns(microseconds: Any, file: Path) -> int:
 
 def _table(folder: Path, name: str, *keys: str) -> list[dict[str, Any]]:
     file = folder / f"{name}.json"
-    rows = jsonl.load(file, "unpack the metadata of nuScenes there")
+    rows = jsonl.load_json(file, "unpack the metadata of nuScenes there")
     strings = {key for key in keys if key.endswith("token") or key in ("name", "channel", "modality", "filename")}
     for number, row in enumerate(rows if isinstance(rows, list) else [None]):
         missing = [key for key in keys if key not in row] if isinstance(row, dict) else keys
@@ -157,7 +157,7 @@ class Bus:
         if not file.is_file():
             return cls(file, [])
         with counted_as("unreadable log"):
-            rows = jsonl.load(file, "restore it")
+            rows = jsonl.load_json(file, "restore it")
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "utime" in row for row in rows):
             raise Refused("unreadable log", f"{file} is not a list of messages with utime; restore it")
         return cls(file, rows)

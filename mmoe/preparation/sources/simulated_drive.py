@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from mmoe.preparation.simulation import simulated_drive
-from mmoe.preparation.sources.base import Item, Quarantine, Source
+from mmoe.preparation.sources.base import Item, Refuse, Source
 
 
-def _simulated_items(_: Path, config: simulated_drive.SimulatedDriveConfig, quarantine: Quarantine) -> Iterator[Item]:
+def _simulated_items(_: Path, config: simulated_drive.SimulatedDriveConfig, quarantine: Refuse) -> Iterator[Item]:
     """Recordings come out of the config alone; there is no input to read and nothing to refuse."""
     for number in range(config.recordings):
         key = f"drive-{number:06d}"

@@ -25,9 +25,9 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError, counted_as
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.files import check_name, listing, open_regular, pass_over
-from mmoe.preparation.sources.jsonl import BOM, check_utf16, decode, encode_text, lines, parse_row, text_of
+from mmoe.preparation.sources.jsonl import BOM, check_utf16, decode_text, encode_text, lines, parse_row, text_of
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
@@ -54,7 +54,7 @@ class TextReaderConfig(Config):
     field: str = "text"  # of a .jsonl line, or the column of a .parquet file
 
 
-def items(path: Path, config: TextReaderConfig, quarantine: Quarantine) -> Iterator[Item]:
+def items(path: Path, config: TextReaderConfig, quarantine: Refuse) -> Iterator[Item]:
     """List the documents of the file at `path`, or of every text file under the folder."""
     found = [path] if path.is_file() else listing(path, quarantine)
     files = {file: None for file in found if file == path or _SUFFIX.search(file.name)}
@@ -82,7 +82,7 @@ def items(path: Path, config: TextReaderConfig, quarantine: Quarantine) -> Itera
             quarantine(stem, Refused("unreadable file", message))
 
 
-def cut(data: bytes, max_bytes: int) -> Iterator[tuple[int, int]]:
+def cut_text(data: bytes, max_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield byte ranges [start, stop) that cover UTF-8 `data`, each of at most `max_bytes`, ending at the best border.
 
     A border is taken in the second half of what fits, so that documents are at least half full.
@@ -124,10 +124,10 @@ def _text_documents(file: Path, config: TextReaderConfig) -> _Documents:
                 decoder.decode(block)
             except UnicodeDecodeError as error:  # it begins with what was left of the block before
                 left = len(error.object) - len(block)
-                decode(error.object, file, at - left)
+                decode_text(error.object, file, at - left)
             at += len(block)
         ending = decoder.getstate()[0]
-        decode(ending, file, at - len(ending))
+        decode_text(ending, file, at - len(ending))
     with _open(file) as stream:
         rest = stream.read(_BLOCK)
         at = len(BOM) if rest.startswith(BOM) else 0
@@ -136,7 +136,7 @@ def _text_documents(file: Path, config: TextReaderConfig) -> _Documents:
             block = stream.read(_BLOCK)
             rest += block
             done = 0
-            for start, stop in cut(rest, config.max_bytes):
+            for start, stop in cut_text(rest, config.max_bytes):
                 if block and stop + config.max_bytes > len(rest):
                     break  # where this document ends depends on what follows
                 yield at + start, at + stop, partial(_text_sample, file, at + start, at + stop)
@@ -178,7 +178,7 @@ _LISTS = {".jsonl": _line_documents, ".parquet": _row_documents}
 
 
 def _text_sample(file: Path, start: int, stop: int, key: str, recording: str, config: TextReaderConfig) -> Sample:
-    return _sample(key, recording, decode(_read(file, start, stop), file, start), str(file))
+    return _sample(key, recording, decode_text(_read(file, start, stop), file, start), str(file))
 
 
 def _line_sample(file: Path, start: int, stop: int, key: str, recording: str, config: TextReaderConfig) -> Sample:

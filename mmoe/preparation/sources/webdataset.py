@@ -1,8 +1,8 @@
-"""Reads pictures with captions in WebDataset tars: members ``<key>.<field>``, adjacent for one sample.
+"""Reads images with captions in WebDataset tars: members ``<key>.<field>``, adjacent for one sample.
 
 A key ends at the first dot of a name's last path component; the rest, lower-cased, is the field. A sample is the one
-picture (``.jpg .jpeg .png .webp``) and the text of a key: the ``.txt`` where there is one, else the string that the
-``.json`` has under `caption`. Other members are not read. A picture is a recording of its own. Tars may number their
+image (``.jpg .jpeg .png .webp``) and the text of a key: the ``.txt`` where there is one, else the string that the
+``.json`` has under `caption`. Other members are not read. An image is a recording of its own. Tars may number their
 samples alike: keys begin with the tar's path, in which dots become underscores.
 
 Only headers are read to list a tar; a sample is then three range reads at most. So tars must not be compressed, and
@@ -22,12 +22,12 @@ from mmoe.data.index.shards import read_member
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
 from mmoe.preparation.sources import files, jsonl
-from mmoe.preparation.sources.base import Item, Quarantine, Refused, Source
+from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
 from mmoe.schema.bounds import bounds
 from mmoe.schema.sample import Sample
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
 
 _REMEDY = "copy it again, or unpack it where it is compressed"
 _GLOB = re.compile(r"(\*\*/|\*|\?|\[[^\]]+\])")
@@ -50,7 +50,7 @@ class _Group:
     repeated: list[str] = field(default_factory=list)
 
 
-def items(path: Path, config: WebDatasetConfig, quarantine: Quarantine) -> Iterator[Item]:
+def items(path: Path, config: WebDatasetConfig, quarantine: Refuse) -> Iterator[Item]:
     """List one item per sample of the tar at `path`, or of the folder's tars in order of their names."""
     found = [path] if path.is_file() else files.listing(path, quarantine)
     tars = {file: None for file in found if file == path or _matches(file.relative_to(path), config.tars)}
@@ -81,7 +81,7 @@ def _class(part: str) -> str:
     return f"[{part[1:-1].replace('!', '^', 1)}]" if part.startswith("[") and part.endswith("]") else ""
 
 
-def _tar_items(tar: Path, name: str, config: WebDatasetConfig, quarantine: Quarantine) -> Iterator[Item]:
+def _tar_items(tar: Path, name: str, config: WebDatasetConfig, quarantine: Refuse) -> Iterator[Item]:
     groups: dict[str, list[_Group]] = {}
     for group in _groups(tar, name, quarantine):
         groups.setdefault(group.key, []).append(group)
@@ -90,15 +90,15 @@ def _tar_items(tar: Path, name: str, config: WebDatasetConfig, quarantine: Quara
         try:
             files.check_name(full, str(tar))
             _check_whole(found, tar)
-            picture, text = _picture_and_text(found[0], tar)
+            image, text = _image_and_text(found[0], tar)
         except Refused as refusal:
             quarantine(full, refusal)
             continue
-        chosen = {name: found[0].members[name] for name in (picture, text)}
+        chosen = {name: found[0].members[name] for name in (image, text)}
         yield Item(full, full, partial(_sample, tar, full, chosen, config.caption))
 
 
-def _groups(tar: Path, name: str, quarantine: Quarantine) -> Iterator[_Group]:
+def _groups(tar: Path, name: str, quarantine: Refuse) -> Iterator[_Group]:
     """The runs of members of one key, in the order of the tar. What follows a fault in the tar is refused."""
     group, size = None, 0
     try:
@@ -167,33 +167,33 @@ def _check_whole(groups: list[_Group], tar: Path) -> None:
         raise Refused("sample torn apart in the tar", message)
 
 
-def _picture_and_text(group: _Group, tar: Path) -> tuple[str, str]:
-    """The fields of the only picture and the only text."""
-    pictures = [name for name in group.members if name.rpartition(".")[2] in PICTURES]
+def _image_and_text(group: _Group, tar: Path) -> tuple[str, str]:
+    """The fields of the only image and the only text."""
+    images = [name for name in group.members if name.rpartition(".")[2] in IMAGES]
     texts = [name for name in group.members if name.rpartition(".")[2] == "txt"]
     texts = texts or [name for name in group.members if name.rpartition(".")[2] == "json"]
-    if len(pictures) > 1 or len(texts) > 1:
+    if len(images) > 1 or len(texts) > 1:
         message = (
-            f"{tar}: key {group.key} has several pictures or texts ({', '.join(sorted(pictures + texts))}): a key ends "
+            f"{tar}: key {group.key} has several images or texts ({', '.join(sorted(images + texts))}): a key ends "
             "at its first dot, so a dot in the names merges samples; rename them without it"
         )
         raise Refused("samples merged by a dot in the key", message)
-    for what, found, suffixes in (("picture", pictures, PICTURES), ("text", texts, ("txt", "json"))):
+    for what, found, suffixes in (("image", images, IMAGES), ("text", texts, ("txt", "json"))):
         if not found:
             message = f"{tar}: sample {group.key} has no member .{' .'.join(suffixes)}; add it or leave the sample out"
             raise Refused(f"sample without {what}", message)
-    return pictures[0], texts[0]
+    return images[0], texts[0]
 
 
 def _sample(tar: Path, key: str, members: dict[str, tuple[int, int]], caption: str) -> Sample:
-    (picture, data), (text, said) = ((name, read_member(tar, *at)) for name, at in members.items())
+    (image, data), (text, said) = ((name, read_member(tar, *at)) for name, at in members.items())
     where = f"{tar}: {key}.{text}"
     if text.endswith("json"):
         words = jsonl.text_of(jsonl.parse_row(said, where, 0, where), caption, where)
-    elif not (words := jsonl.decode(said, where, 0)).strip():
+    elif not (words := jsonl.decode_text(said, where, 0)).strip():
         raise Refused("empty text", f"{where} is blank; give it a text or leave the sample out")
-    suffix = f".{picture.rpartition('.')[2]}"
-    return captioned(key, key, data, suffix, f"{tar}: {key}.{picture}", words, where)
+    suffix = f".{image.rpartition('.')[2]}"
+    return captioned(key, key, data, suffix, f"{tar}: {key}.{image}", words, where)
 
 
 SOURCE = Source(kind="webdataset", clock="none", skew_budget_ns=0, config=WebDatasetConfig, items=items)

@@ -123,7 +123,7 @@ def test_padding_alone_is_balanced_at_zero():
     assert routed.balance_loss == level == routed.z_loss == routed.load_E.sum() == 0
     (level + routed.balance_loss).backward()
     update_expert_bias([layer.router], routed.load_E[None], 0.1)
-    assert (layer.router.choice_bias == 0).all()
+    assert (layer.router.expert_bias == 0).all()
 
 
 def test_loads_that_were_not_counted_are_an_error():
@@ -139,14 +139,14 @@ def test_loads_that_were_not_counted_are_an_error():
 def test_the_bias_moves_by_the_sign_of_what_is_missing(load, rate):
     routers = [Router(8, 4, 2, True, 1.0, biased=True) for _ in load]
     for router in routers:
-        router.choice_bias.fill_(0.5)
+        router.expert_bias.fill_(0.5)
     update_expert_bias(routers, torch.tensor(load), rate)
     for router, row in zip(routers, load):
         for expert, count in enumerate(row):
             short = sum(row) - 4 * count
             expected = 0.5 + rate * ((short > 0) - (short < 0))
-            assert float(router.choice_bias[expert]) == pytest.approx(expected, rel=1e-6)
-        assert router.choice_bias.dtype is torch.float32
+            assert float(router.expert_bias[expert]) == pytest.approx(expected, rel=1e-6)
+        assert router.expert_bias.dtype is torch.float32
 
 
 def test_the_bias_evens_the_load_of_a_skewed_router():
@@ -179,9 +179,9 @@ def test_loads_of_all_layers_are_one_tensor_in_the_order_of_the_routers():
     assert output.auxiliary.load_NE.shape == output.auxiliary.probability_NE.shape == (2, 4)
     assert torch.equal(output.auxiliary.load_NE, output.routing.load_NMSE.sum((1, 2)))
     routers = model.decoder.routers
-    assert routers == [model.decoder.blocks[1].network.router, model.decoder.blocks[2].network.router]
-    assert all((router.choice_bias == 0).all() for router in routers)
-    assert {name.split(".")[-1] for name, _ in model.named_buffers()} == {"choice_bias"}
+    assert routers == [model.decoder.blocks[1].feed_forward.router, model.decoder.blocks[2].feed_forward.router]
+    assert all((router.expert_bias == 0).all() for router in routers)
+    assert {name.split(".")[-1] for name, _ in model.named_buffers()} == {"expert_bias"}
 
 
 def test_an_evaluation_changes_no_bias_and_a_step_that_was_recomputed_counts_once():
@@ -201,4 +201,4 @@ def test_an_evaluation_changes_no_bias_and_a_step_that_was_recomputed_counts_onc
         out.sum().backward()
     assert len(loads) == 2 and torch.equal(load, counted)
     layer.eval()(x, Tokens.from_batch(batch))
-    assert (layer.router.choice_bias == 0).all()
+    assert (layer.router.expert_bias == 0).all()

@@ -57,12 +57,12 @@ def test_capacity_drops_the_lowest_scores_or_the_later_tokens_of_each_sequence(
     dispatcher = CapacityDispatcher(experts, factor, drop, multiple)
     capacity = dispatcher.capacity(tokens.length, top_k)
     assert capacity == math.ceil(Fraction(str(factor)) * tokens.length * top_k / experts)
-    placement = dispatcher.plan(routing, tokens)
-    kept = {tuple(at) for at in (~placement.dropped_TK).nonzero().tolist()}
+    permutation = dispatcher.plan(routing, tokens)
+    kept = {tuple(at) for at in (~permutation.dropped_TK).nonzero().tolist()}
     assert kept == kept_by_brute_force(routing, tokens, capacity, drop)
     rows = -(-tokens.sequences * capacity // multiple) * multiple
-    assert placement.ends_E.tolist() == [rows * (e + 1) for e in range(experts)]  # whatever was routed
-    check_rows(placement, routing, experts)
+    assert permutation.ends_E.tolist() == [rows * (e + 1) for e in range(experts)]  # whatever was routed
+    check_rows(permutation, routing, experts)
 
 
 @settings(max_examples=10, deadline=None)
@@ -75,27 +75,27 @@ def test_capacity_drops_the_lowest_scores_or_the_later_tokens_of_each_sequence(
 def test_dropless_gives_every_choice_a_row(seed, experts, top_k, multiple):
     tokens = Tokens.from_batch(random_batch(seed % 50))
     routing = random_routing(len(tokens.position_T), experts, top_k, seed)
-    placement = DroplessDispatcher(experts, multiple).plan(routing, tokens)
-    assert not placement.dropped_TK.any()
-    choices = placement.choice_R[placement.choice_R < routing.expert_TK.numel()]
+    permutation = DroplessDispatcher(experts, multiple).plan(routing, tokens)
+    assert not permutation.dropped_TK.any()
+    choices = permutation.slot_R[permutation.slot_R < routing.expert_TK.numel()]
     assert choices.sort().values.tolist() == list(range(routing.expert_TK.numel()))
-    assert not (placement.ends_E % multiple).any()
-    assert placement.complete == (multiple == 1)
-    check_rows(placement, routing, experts)
+    assert not (permutation.ends_E % multiple).any()
+    assert permutation.complete == (multiple == 1)
+    check_rows(permutation, routing, experts)
 
 
-def check_rows(placement, routing, experts):
+def check_rows(permutation, routing, experts):
     """Rows and choices are each other's inverse, and every row is in the group of its expert."""
     top_k = routing.expert_TK.shape[1]
-    starts = [0, *placement.ends_E[:-1].tolist()]
-    assert placement.ends_E[-1] == len(placement.choice_R)
-    filled = (placement.choice_R < routing.expert_TK.numel()).nonzero().flatten().tolist()
+    starts = [0, *permutation.ends_E[:-1].tolist()]
+    assert permutation.ends_E[-1] == len(permutation.slot_R)
+    filled = (permutation.slot_R < routing.expert_TK.numel()).nonzero().flatten().tolist()
     for row in filled:
-        t, k = divmod(placement.choice_R[row].item(), top_k)
-        assert placement.row_TK[t, k] == row
+        t, k = divmod(permutation.slot_R[row].item(), top_k)
+        assert permutation.row_TK[t, k] == row
         e = routing.expert_TK[t, k]
-        assert starts[e] <= row < placement.ends_E[e]
-    assert len(filled) == (~placement.dropped_TK).sum()
+        assert starts[e] <= row < permutation.ends_E[e]
+    assert len(filled) == (~permutation.dropped_TK).sum()
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def check_rows(placement, routing, experts):
 def test_dispatch_and_combine_copy_rows_and_their_gradients(dispatcher):
     tokens = Tokens.from_batch(random_batch(0))
     routing = random_routing(len(tokens.position_T), 4, 2, 0)
-    placement = dispatcher.plan(routing, tokens)
+    permutation = dispatcher.plan(routing, tokens)
     x = torch.randn(len(tokens.position_T), 6, dtype=torch.float64, requires_grad=True)
-    rows = dispatcher.dispatch(x, placement)
-    for row, choice in enumerate(placement.choice_R.tolist()):
+    rows = dispatcher.dispatch(x, permutation)
+    for row, choice in enumerate(permutation.slot_R.tolist()):
         expected = x[choice // 2] if choice < routing.expert_TK.numel() else torch.zeros(6)
         assert torch.equal(rows[row], expected.double())
-    combined = dispatcher.combine(rows, routing.weight_TK, placement)
-    kept = torch.where(placement.dropped_TK, 0, routing.weight_TK).sum(1, keepdim=True)
+    combined = dispatcher.combine(rows, routing.weight_TK, permutation)
+    kept = torch.where(permutation.dropped_TK, 0, routing.weight_TK).sum(1, keepdim=True)
     torch.testing.assert_close(combined, x * kept)
     weights = torch.randn_like(x)
     (gradient,) = torch.autograd.grad((combined * weights).sum(), x)

@@ -29,12 +29,12 @@ def inputs(batch: PackedBatch) -> torch.Tensor:
     return torch.randn(*batch.shape, D, dtype=torch.float64, requires_grad=True)
 
 
-def reference(layer: MoELayer, x_BLD: torch.Tensor, batch: PackedBatch, normalise: bool = True) -> torch.Tensor:
+def reference(layer: MoELayer, x_BLD: torch.Tensor, batch: PackedBatch, normalize: bool = True) -> torch.Tensor:
     """Every expert on every token, each weighted by the token's weight for it."""
     scores = torch.softmax(x_BLD @ layer.router.weight.T, dim=-1)
     chosen = scores >= scores.sort(-1, descending=True).values[..., 1:2]
     weights = torch.where(chosen, scores, 0)
-    if normalise:
+    if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     experts = layer.experts
     hidden = F.silu(torch.einsum("bld,edf->blef", x_BLD, experts.gate))
@@ -46,11 +46,11 @@ def reference(layer: MoELayer, x_BLD: torch.Tensor, batch: PackedBatch, normalis
 
 
 @pytest.mark.parametrize("shared", [0, 2])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_layer_equals_a_dense_loop_in_values_and_gradients(shared, normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_layer_equals_a_dense_loop_in_values_and_gradients(shared, normalize):
     batch = random_batch(0)
-    layer, x = build(n_shared_experts=shared, norm_topk_prob=normalise), inputs(batch)
-    ours, theirs = layer(x, Tokens.from_batch(batch))[0], reference(layer, x, batch, normalise)
+    layer, x = build(n_shared_experts=shared, norm_topk_prob=normalize), inputs(batch)
+    ours, theirs = layer(x, Tokens.from_batch(batch))[0], reference(layer, x, batch, normalize)
     weights = torch.randn_like(ours)
     variables = [x, *layer.parameters()]
     results = ([out, *torch.autograd.grad((out * weights).sum(), variables)] for out in (ours, theirs))
@@ -79,10 +79,10 @@ def test_dropped_tokens_get_nothing_but_the_shared_expert():
         layer.router.weight[2:] = -x[batch.valid].mean(0) * 50  # most tokens want experts 0 and 1
     tokens = Tokens.from_batch(batch)
     out, routing = layer(x, tokens)
-    placement = layer.dispatcher.plan(layer.router(tokens.gather_valid(x)), tokens)
-    dropped = placement.dropped_TK.all(1)
+    permutation = layer.dispatcher.plan(layer.router(tokens.gather_valid(x)), tokens)
+    dropped = permutation.dropped_TK.all(1)
     assert dropped.any() and not dropped.all()
-    assert routing.statistics.drops_NMSE.sum() == placement.dropped_TK.sum()
+    assert routing.statistics.drops_NMSE.sum() == permutation.dropped_TK.sum()
     taken = tokens.gather_valid(out)
     torch.testing.assert_close(taken[dropped], layer.shared(tokens.gather_valid(x))[dropped])
     assert ((taken - layer.shared(tokens.gather_valid(x)))[~dropped].abs().amax(1) > 0).all()

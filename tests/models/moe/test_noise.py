@@ -38,7 +38,7 @@ def test_it_is_splitmix64_through_the_inverse_of_the_normal_distribution(key, se
         assert value == pytest.approx(NormalDist().inv_cdf((bits + 0.5) / 2**24), rel=1e-5, abs=1e-7)
 
 
-def test_it_is_gaussian_and_independent_of_every_neighbour():
+def test_it_is_gaussian_and_independent_of_every_neighbor():
     ids = torch.randint(5, (4, 5000), generator=torch.Generator().manual_seed(0))  # few ids: keys must not follow them
     key_T = token_keys(ids).flatten()
     assert len(key_T.unique()) == len(key_T)

@@ -10,11 +10,11 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from mmoe.models.moe.layer import MoEConfig
-from mmoe.models.moe.router import GroupLimitConfig, Router
+from mmoe.models.moe.router import GroupLimit, Router
 
 
-def router(experts: int, top_k: int, normalise: bool = True, scale: float = 1.0, **options) -> Router:
-    made = Router(16, experts, top_k, normalise, scale, **options)
+def router(experts: int, top_k: int, normalize: bool = True, scale: float = 1.0, **options) -> Router:
+    made = Router(16, experts, top_k, normalize, scale, **options)
     torch.nn.init.normal_(made.weight)
     return made
 
@@ -22,7 +22,7 @@ def router(experts: int, top_k: int, normalise: bool = True, scale: float = 1.0,
 def of_logits(logits_TE: torch.Tensor, top_k: int, **options) -> Router:
     """A router whose logits are its input."""
     experts = logits_TE.shape[1]
-    options = {"normalise": True, "scale": 1.0} | options
+    options = {"normalize": True, "scale": 1.0} | options
     made = Router(experts, experts, top_k, **options).to(logits_TE.dtype)
     with torch.no_grad():
         made.weight.copy_(torch.eye(experts))
@@ -42,7 +42,7 @@ def test_routing_is_the_top_k_of_the_softmax():
         torch.testing.assert_close(routing.score_TK[t], scores[t, best])
         torch.testing.assert_close(routing.weight_TK[t], 2.5 * scores[t, best] / scores[t, best].sum())
     assert torch.equal(
-        router(6, 3, normalise=False)(x).weight_TK.sort(descending=True).indices[:, 0], torch.zeros(50).long()
+        router(6, 3, normalize=False)(x).weight_TK.sort(descending=True).indices[:, 0], torch.zeros(50).long()
     )
 
 
@@ -59,7 +59,7 @@ def test_of_equal_scores_the_lower_expert_wins():
 
 def test_a_lone_choice_still_has_a_gradient_through_its_score():
     x = torch.randn(20, 16)
-    made = router(4, 1, normalise=False)
+    made = router(4, 1, normalize=False)
     made(x).weight_TK.sum().backward()
     assert (made.weight.grad != 0).any()
 
@@ -73,12 +73,12 @@ def test_logits_are_float32_under_autocast():
 
 
 @pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid"])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_scores_and_weights_are_those_of_plain_loops(score, normalise):
-    if score == "softmax_topk" and not normalise:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scores_and_weights_are_those_of_plain_loops(score, normalize):
+    if score == "softmax_topk" and not normalize:
         return  # a config that is refused
     logits = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 4
-    routing = of_logits(logits, 3, score=score, normalise=normalise, scale=1.5)(logits)
+    routing = of_logits(logits, 3, score=score, normalize=normalize, scale=1.5)(logits)
     for t, row in enumerate(logits.tolist()):
         if score == "sigmoid":
             scores = [1 / (1 + math.exp(-x)) for x in row]
@@ -86,7 +86,7 @@ def test_scores_and_weights_are_those_of_plain_loops(score, normalise):
             scores = [math.exp(x) / sum(map(math.exp, row)) for x in row]
         chosen = sorted(range(7), key=lambda e: -row[e])[:3]
         weights = [scores[e] for e in chosen]
-        if normalise:
+        if normalize:
             weights = [w / sum(weights) for w in weights]
         assert routing.expert_TK[t].tolist() == chosen
         assert routing.scores_TE[t].tolist() == pytest.approx(scores, rel=1e-12)
@@ -101,7 +101,7 @@ def test_scores_and_weights_are_those_of_plain_loops(score, normalise):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("low", [-30.0, -90.0, -500.0, -1e30])
 def test_weights_add_up_to_scale_where_scores_underflow(score, low):
-    """A normaliser with an epsilon of 1e-20 would give weights near zero from -46 on, and nothing from -104 on."""
+    """A normalizer with an epsilon of 1e-20 would give weights near zero from -46 on, and nothing from -104 on."""
     logits = torch.tensor([[low, low - 1, low - 2, low - 40], [low - 3, low, low, low - 3]]).requires_grad_()
     routing = of_logits(logits, 2, score=score, scale=2.5)(logits)
     torch.testing.assert_close(routing.weight_TK.sum(1), torch.full((2,), 2.5))
@@ -114,12 +114,12 @@ def test_weights_add_up_to_scale_where_scores_underflow(score, low):
     assert logits.grad.isfinite().all()
 
 
-def limited_by_brute_force(scores: list[float], count: int, per_token: int, how: str, top_k: int) -> list[int]:
+def limited_by_brute_force(scores: list[float], count: int, topk_group: int, how: str, top_k: int) -> list[int]:
     """Groups by their score (lower number first among equals), then experts of those alike."""
     size = len(scores) // count
     parts = [sorted(scores[g * size : (g + 1) * size], reverse=True) for g in range(count)]
     group_score = [sum(part[:2]) if how == "top2" else part[0] for part in parts]
-    kept = sorted(range(count), key=lambda g: (-group_score[g], g))[:per_token]
+    kept = sorted(range(count), key=lambda g: (-group_score[g], g))[:topk_group]
     return sorted((e for e in range(len(scores)) if e // size in kept), key=lambda e: (-scores[e], e))[:top_k]
 
 
@@ -133,34 +133,34 @@ def limited_by_brute_force(scores: list[float], count: int, per_token: int, how:
     data=st.data(),
 )
 def test_group_limited_choice_is_that_of_brute_force(count, size, how, score, levels, data):
-    per_token = data.draw(st.integers(1, count))
-    top_k = data.draw(st.integers(1, per_token * size))
+    topk_group = data.draw(st.integers(1, count))
+    top_k = data.draw(st.integers(1, topk_group * size))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     logits = torch.randint(-levels, levels, (12, count * size), generator=generator).double() / levels * 3
     bias = torch.randint(-4, 4, (count * size,), generator=generator).float() / 4
-    made = of_logits(logits, top_k, score=score, groups=GroupLimitConfig(count=count, per_token=per_token, score=how))
+    made = of_logits(logits, top_k, score=score, groups=GroupLimit(count, topk_group, how))
     biased = of_logits(logits, top_k, score=score, groups=made.groups, biased=True)
-    biased.choice_bias.copy_(bias)
+    biased.expert_bias.copy_(bias)
     plain, moved = made(logits), biased(logits)
     for t, scores in enumerate(plain.scores_TE):
         for routing, value in ((plain, scores), (moved, scores + bias)):
-            expected = limited_by_brute_force(value.tolist(), count, per_token, how, top_k)
+            expected = limited_by_brute_force(value.tolist(), count, topk_group, how, top_k)
             assert routing.expert_TK[t].tolist() == expected
             torch.testing.assert_close(routing.score_TK[t], scores[expected])
 
 
 def test_the_router_of_deepseek_v3_gives_the_same_choices_and_weights():
-    """Sigmoid, groups, bias for the choice only, normalised and scaled: against transformers."""
+    """Sigmoid, groups, bias for the choice only, normalized and scaled: against transformers."""
     config = DeepseekV3Config(
         hidden_size=16, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5
     )
     theirs = DeepseekV3TopkRouter(config)
-    groups = GroupLimitConfig(count=4, per_token=2)
-    ours = Router(16, 12, 3, normalise=True, scale=2.5, score="sigmoid", groups=groups, biased=True)
+    groups = GroupLimit(4, 2)
+    ours = Router(16, 12, 3, normalize=True, scale=2.5, score="sigmoid", groups=groups, biased=True)
     torch.manual_seed(0)
     with torch.no_grad():
         ours.weight.copy_(theirs.weight.normal_(std=0.5))
-        ours.choice_bias.copy_(theirs.e_score_correction_bias.normal_(std=0.3))
+        ours.expert_bias.copy_(theirs.e_score_correction_bias.normal_(std=0.3))
     x = torch.randn(200, 16)
     routing, (logits, weights, chosen) = ours(x), theirs(x)
     torch.testing.assert_close(routing.logits_TE, logits)
@@ -173,20 +173,20 @@ def test_the_bias_moves_the_choice_and_not_the_weights():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
     made = of_logits(logits, 2, score="sigmoid", biased=True)
     before = made(logits)
-    made.choice_bias.copy_(torch.tensor([-1.0, 0, 0, 1.0]))
+    made.expert_bias.copy_(torch.tensor([-1.0, 0, 0, 1.0]))
     after = made(logits)
     assert before.expert_TK.tolist() == [[0, 1]] and after.expert_TK.tolist() == [[3, 1]]
     chosen = logits[0, [3, 1]].sigmoid()
     torch.testing.assert_close(after.weight_TK[0], chosen / chosen.sum())
-    assert not made.choice_bias.requires_grad and "choice_bias" in made.state_dict()
-    assert "choice_bias" not in router(4, 2).state_dict()
+    assert not made.expert_bias.requires_grad and "expert_bias" in made.state_dict()
+    assert "expert_bias" not in router(4, 2).state_dict()
 
 
 def test_noise_is_for_the_choice_alone():
     """Of two experts whose logits differ by d the lower is chosen with probability Phi(-d / (s sqrt 2))."""
     difference, deviation, tokens = 0.5, 0.8, 40_000
     logits = torch.tensor([[difference, 0.0]]).repeat(tokens, 1)
-    made = of_logits(logits, 1, normalise=False)
+    made = of_logits(logits, 1, normalize=False)
     torch.manual_seed(0)
     routing, clean = made(logits, noise_TE=deviation * torch.randn_like(logits)), made(logits)
     expected = statistics.NormalDist().cdf(-difference / (deviation * math.sqrt(2)))
@@ -196,7 +196,7 @@ def test_noise_is_for_the_choice_alone():
     assert torch.equal(routing.weight_TK, clean.scores_TE.gather(1, routing.expert_TK))
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": GroupLimitConfig(count=2, per_token=1)}, {"biased": True}])
+@pytest.mark.parametrize("options", [{}, {"groups": GroupLimit(2, 1)}, {"biased": True}])
 def test_a_logit_that_is_not_finite_spoils_its_token_alone(options):
     x = torch.randn(6, 16)
     made = router(4, 2, score="sigmoid", **options)
@@ -212,7 +212,7 @@ def test_a_logit_that_is_not_finite_spoils_its_token_alone(options):
 
 
 def test_no_tokens_give_empty_choices():
-    options = {"groups": GroupLimitConfig(count=2, per_token=1), "biased": True, "score": "sigmoid"}
+    options = {"groups": GroupLimit(2, 1), "biased": True, "score": "sigmoid"}
     assert router(4, 2, **options)(torch.zeros(0, 16)).weight_TK.shape == (0, 2)
 
 
@@ -220,9 +220,9 @@ def test_no_tokens_give_empty_choices():
     "changes, words",
     [
         ({"score_func": "softmax_topk", "norm_topk_prob": False}, "set score_func to softmax"),
-        ({"groups": {"count": 3, "per_token": 1}}, "does not divide the 8 experts"),
-        ({"groups": {"count": 4, "per_token": 5}}, "there are 4 groups"),
-        ({"groups": {"count": 4, "per_token": 1}, "top_k": 3}, "raise groups.per_token"),
+        ({"n_group": 3}, "does not divide the 8 experts"),
+        ({"n_group": 4, "topk_group": 5}, "n_group is 4"),
+        ({"n_group": 4, "top_k": 3}, "raise topk_group"),
         ({"router_noise": -1.0}, "greater than or equal to 0"),
         ({"bias_update_rate": -0.1}, "greater than or equal to 0"),
     ],

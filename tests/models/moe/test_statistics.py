@@ -65,10 +65,10 @@ def test_would_drop_is_what_a_layer_of_that_capacity_drops(seed):
     )
     drops = []
     for factor in CAPACITY_FACTORS:
-        placement = CapacityDispatcher(8, factor).plan(routing, tokens)
-        limited = RoutingStatistics.from_routing(routing, placement, tokens, expert_load(routing, tokens))
+        permutation = CapacityDispatcher(8, factor).plan(routing, tokens)
+        limited = RoutingStatistics.from_routing(routing, permutation, tokens, expert_load(routing, tokens))
         assert torch.equal(limited.would_drop_NC, dropless.would_drop_NC)
-        assert limited.drops_NMSE.sum() == placement.dropped_TK.sum()
+        assert limited.drops_NMSE.sum() == permutation.dropped_TK.sum()
         drops.append(int(limited.drops_NMSE.sum()))
     assert dropless.would_drop_NC.tolist() == [drops]
     assert drops[0] > drops[-1] >= 0 and dropless.drops_NMSE.sum() == 0
@@ -92,7 +92,7 @@ def test_recomputation_counts_once_in_every_micro_batch():
     for recompute in (False, True):
         model, routed = build(), []
         for block in model.decoder.blocks:
-            block.network.router.register_forward_pre_hook(lambda *args, routed=routed: routed.append(args))
+            block.feed_forward.router.register_forward_pre_hook(lambda *args, routed=routed: routed.append(args))
             if recompute:
                 forward = block.forward
                 block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
@@ -145,7 +145,7 @@ def test_router_gradient_norms_are_those_of_each_expert():
     model, batch = build(), random_batch(3)
     loss(model(batch)).backward()
     found = router_gradient_norms(model.decoder.routers)
-    rows = [[row.norm() for row in block.network.router.weight.grad] for block in model.decoder.blocks]
+    rows = [[row.norm() for row in block.feed_forward.router.weight.grad] for block in model.decoder.blocks]
     torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64))
     assert found.shape == (2, 4) and (found > 0).all()
     loss(model(batch)).backward()  # the same micro-batch once more
@@ -162,7 +162,7 @@ def test_router_gradient_norms_of_huge_gradients_are_finite():
 
 def test_router_gradients_of_a_frozen_router_are_zero_and_a_dense_model_has_none():
     model = build()
-    model.decoder.blocks[0].network.router.weight.requires_grad_(False)
+    model.decoder.blocks[0].feed_forward.router.weight.requires_grad_(False)
     loss(model(random_batch(3))).backward()
     norms = router_gradient_norms(model.decoder.routers)
     assert (norms[0] == 0).all() and (norms[1] > 0).all()

@@ -1,4 +1,4 @@
-"""Sounds with words in trees and manifests; what is stated of a sound must be so."""
+"""Audio clips with words in trees and manifests; what is stated of an audio clip must be so."""
 
 import io
 
@@ -16,33 +16,33 @@ from tests.preparation.sources.test_sources import read, texts
 
 
 def decoded(sample):
-    (sound,) = [segment for segment in sample.segments if segment.modality is Modality.AUDIO]
-    return load_audio(sample.members[sound.member], sound.start, sound.stop, "x")[0]
+    (audio,) = [segment for segment in sample.segments if segment.modality is Modality.AUDIO]
+    return load_audio(sample.members[audio.member], audio.start, audio.stop, "x")[0]
 
 
 @pytest.mark.parametrize("by, names", [("speaker", {"19", "84"}), ("chapter", {"19/198", "84/7", "84/8"})])
-def test_a_librispeech_tree_gives_each_line_its_sound(tmp_path, by, names):
-    sounds = write_librispeech(tmp_path, {19: (198,), 84: (7, 8)})
+def test_a_librispeech_tree_gives_each_line_its_audio(tmp_path, by, names):
+    audio = write_librispeech(tmp_path, {19: (198,), 84: (7, 8)})
     samples, refused = read("audio_text", tmp_path, tree_recording=by)
-    assert not refused and set(samples) == set(sounds) and {s.recording for s in samples.values()} == names
-    for key, wave in sounds.items():
+    assert not refused and set(samples) == set(audio) and {s.recording for s in samples.values()} == names
+    for key, wave in audio.items():
         assert texts(samples[key]) == [f"WORDS OF {key.rpartition('/')[2]}"] and samples[key].recording in key
         np.testing.assert_allclose(decoded(samples[key]), wave / 32768, atol=1e-6)
-        sound, words = samples[key].segments
-        assert (sound.rate, sound.pair, words.pair, sound.slice) == (RATE, 0, 0, -1)
+        audio, words = samples[key].segments
+        assert (audio.rate, audio.pair, words.pair, audio.slice) == (RATE, 0, 0, -1)
 
 
-def test_lines_and_sounds_of_a_tree_without_partner_are_refused(tmp_path):
-    sounds = list(write_librispeech(tmp_path, {19: (198,)}, utterances=4))
+def test_lines_and_audio_of_a_tree_without_partner_are_refused(tmp_path):
+    audio = list(write_librispeech(tmp_path, {19: (198,)}, utterances=4))
     transcript = tmp_path / "19/198/19-198.trans.txt"
     lines = transcript.read_bytes().splitlines(keepends=True)
-    (tmp_path / f"{sounds[1]}.flac").unlink()
+    (tmp_path / f"{audio[1]}.flac").unlink()
     transcript.write_bytes(lines[0] + lines[1] + lines[2].split()[0] + b"\n" + b"\xff X\n")
     samples, refused = read("audio_text", tmp_path)
-    assert set(samples) == {sounds[0]}
-    assert refused[sounds[1]].reason == "missing file" and "19-198.trans.txt, line 2" in str(refused[sounds[1]])
-    assert refused[sounds[2]].reason == "empty text"
-    assert refused[f"{sounds[3]}.flac"].reason == "sound without transcript"
+    assert set(samples) == {audio[0]}
+    assert refused[audio[1]].reason == "missing file" and "19-198.trans.txt, line 2" in str(refused[audio[1]])
+    assert refused[audio[2]].reason == "empty text"
+    assert refused[f"{audio[3]}.flac"].reason == "audio without transcript"
     assert refused[f"{transcript}, line 4"].reason == "text is not UTF-8"
 
 
@@ -77,12 +77,12 @@ def test_a_manifest_gives_files_and_pieces_of_files(tmp_path):
         ({"offset": 1.5}, "asks for 1.500 s to 1.000 s"),
     ],
 )
-def test_a_sound_whose_length_differs_from_its_row_is_refused(tmp_path, stated, fault):
+def test_an_audio_clip_whose_length_differs_from_its_row_is_refused(tmp_path, stated, fault):
     rows = [{"audio_filepath": "a.wav", "text": "x", **stated}, {"audio_filepath": "b.wav", "text": "y"}]
     write_manifest(tmp_path / "m.jsonl", rows)
     samples, refused = read("audio_text", tmp_path / "m.jsonl")
     assert set(samples) == {"m-000001"}
-    assert refused["m-000000"].reason == "sound differs from its row"
+    assert refused["m-000000"].reason == "audio differs from its row"
     with pytest.raises(DataError, match=fault):
         raise refused["m-000000"]
     assert set(read("audio_text", tmp_path / "m.jsonl", duration_tolerance_s=0.21)[0]) == (

@@ -24,7 +24,7 @@ def tables(folder, name):
         return arrays["state"], arrays["action"]
 
 
-def test_a_slice_is_the_pictures_the_state_and_the_actions_from_its_step_on(tmp_path):
+def test_a_slice_is_the_images_the_state_and_the_actions_from_its_step_on(tmp_path):
     write_bridge(tmp_path, [{"steps": 7, "cameras": [0, 1, 2]}, {"steps": 3, "cameras": [0, 2]}])
     samples, refused = read("bridge", tmp_path, slices=3, lookahead=2)
     assert not refused and list(samples) == ["ep00-0000", "ep00-0003", "ep00-0006", "ep01-0000"]

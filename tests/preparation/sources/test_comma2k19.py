@@ -11,12 +11,12 @@ from mmoe.preparation import slices
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.comma2k19 import PERIOD_NS
-from mmoe.preparation.splits import GAP_NS, split
+from mmoe.preparation.splits import GAP_NS, split_recordings
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera
 from mmoe.schema.vectors import VectorStats
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
-from tests.data.recordings import pictures
+from tests.data.recordings import images
 from tests.data.recordings_driving import BOOT_S, write_segment
 from tests.preparation.sources.test_sources import read
 
@@ -80,7 +80,7 @@ def test_what_train_clips_read_ahead_ends_before_the_held_out_tail(tmp_path):
     write_segment(tmp_path / "d" / "1", seconds=30)
     source = SOURCES.find("comma2k19")
     items = list(source.items(tmp_path, source.config(lookahead=30), lambda *_: None))
-    sides = split(items, 0.3, GAP_NS)
+    sides = split_recordings(items, 0.3, GAP_NS)
     assert sides.train and sides.gap
     begin = min(item.start for item in sides.heldout)
     for item in sides.train:
@@ -91,19 +91,19 @@ def test_what_train_clips_read_ahead_ends_before_the_held_out_tail(tmp_path):
         source.config(lookahead=31)
 
 
-def test_pictures_are_the_frames_of_the_video_at_their_times(tmp_path):
+def test_images_are_the_frames_of_the_video_at_their_times(tmp_path):
     write_segment(tmp_path / "d" / "1", seconds=2.0, with_video=True)
     samples, refused = read("comma2k19", tmp_path, slices=2)
     assert not refused
-    raw = pictures(40).astype(int)
+    raw = images(40).astype(int)
     for sample in samples.values():
         first = int(sample.key[-6:])
         for segment in of(sample, Modality.VISION):
             row = first + round(segment.timestamp_ns / PERIOD_NS)
-            picture = np.array(Image.open(io.BytesIO(sample.members[segment.member]))).astype(int)
-            assert (segment.height, segment.width, segment.offset_ns) == (48, 64, 0) == (*picture.shape[:2], 0)
+            image = np.array(Image.open(io.BytesIO(sample.members[segment.member]))).astype(int)
+            assert (segment.height, segment.width, segment.offset_ns) == (48, 64, 0) == (*image.shape[:2], 0)
             assert segment.camera == Camera.FRONT
-            errors = np.abs(raw - picture).mean(axis=(1, 2, 3))
+            errors = np.abs(raw - image).mean(axis=(1, 2, 3))
             assert errors.argmin() == row
     assert sum(len(of(sample, Modality.VISION)) for sample in samples.values()) == 4
     assert not any("front" in flag for sample in samples.values() for flag in sample.flags)
@@ -165,7 +165,7 @@ def test_a_bus_that_pauses_is_absent_not_stale(tmp_path):
     (sample,) = samples.values()
     times = {s.timestamp_ns // MS for s in of(sample, Modality.STATE)}
     assert {2500, 3000} & times == set() and {2000, 3500} <= times
-    assert sample.flags[f"state: {slices.GAP}"] == 2
+    assert sample.flags[f"state: {slices.BEYOND_GAP}"] == 2
     assert max(s.timestamp_ns for s in of(sample, Modality.ACTION)) == 2000 * MS  # and its table ends there
     check_values([sample])
 
@@ -177,7 +177,7 @@ def test_clips_are_cut_where_frames_are_missing(tmp_path):
     check_values(samples.values())
 
 
-def test_without_causality_values_lie_on_the_line_through_their_neighbours(tmp_path):
+def test_without_causality_values_lie_on_the_line_through_their_neighbors(tmp_path):
     write_segment(tmp_path / "d" / "1")
     samples, _ = read("comma2k19", tmp_path, causal=False)
     for sample in samples.values():

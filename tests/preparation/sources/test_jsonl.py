@@ -12,7 +12,7 @@ from mmoe.errors import DataError, Refused
 from mmoe.preparation.sources import jsonl
 from mmoe.preparation.sources.files import check_name, listing, pass_over, read_bytes
 from mmoe.schema.bounds import BEYOND, Bounds, bounded_by
-from tests.data.recordings import pictures, png, write_captions, write_jsonl
+from tests.data.recordings import images, png, write_captions, write_jsonl
 from tests.data.recordings_audio import write_librispeech
 from tests.data.recordings_webdataset import write_tar
 from tests.preparation.sources.test_sources import read, texts
@@ -42,7 +42,7 @@ def test_a_bad_row_is_refused_alone_in_every_reader_of_rows(tmp_path, name):
         file.write(bad + "\n")
     samples, refused = read("image_caption", tmp_path / "image")
     assert len(samples) == 3 and {r.reason for r in refused.values()} <= {reason, "malformed row"}
-    picture = png(pictures(1)[0])
+    picture = png(images(1)[0])
     rows = [("a.png", picture), ("a.json", bad.encode()), ("b.png", picture), ("b.json", b'{"caption": "b"}')]
     write_tar(tmp_path / "web/x.tar", rows)
     samples, refused = read("webdataset", tmp_path / "web")
@@ -100,7 +100,7 @@ def test_a_byte_order_mark_is_no_text_and_utf16_is_named(tmp_path):
     assert "".join(texts(s)[0] for key, s in samples.items() if key.startswith("a")) == "first. " * 30
     assert texts(samples["b-000000"]) == ["second"]
     assert set(refused) == {"c", "d"} and all("iconv -f UTF-16 -t UTF-8" in str(r) for r in refused.values())
-    write_tar(tmp_path / "x.tar", [("a.png", png(pictures(1)[0])), ("a.txt", mark + b"caption")])
+    write_tar(tmp_path / "x.tar", [("a.png", png(images(1)[0])), ("a.txt", mark + b"caption")])
     assert texts(read("webdataset", tmp_path / "x.tar")[0]["x/a"]) == ["caption"]
 
 
@@ -115,7 +115,7 @@ def test_names_that_are_not_utf8_are_refused_and_the_rest_is_read(tmp_path):
     samples, refused = read("text", text)
     assert list(samples) == ["good-000000"] and [r.reason for r in refused.values()] == ["name is not UTF-8"]
     assert r"caf\udce9.txt" in str(*refused.values()) and "rename" in str(*refused.values())
-    picture = png(pictures(1)[0])
+    picture = png(images(1)[0])
     write_tar(web / "x.tar", [(f"{n}.{s}", d) for n in (LATIN, "b") for s, d in (("png", picture), ("txt", b"w"))], 1)
     write_tar(web / f"{LATIN}.tar", [("a.png", picture), ("a.txt", b"words")])
     samples, refused = read("webdataset", web)
@@ -173,7 +173,7 @@ def test_folders_are_listed_without_what_is_hidden_and_with_what_is_odd(tmp_path
 
 def test_nothing_is_left_out_silently_in_any_reader_of_folders(tmp_path):
     """Upper case is read; what is of another kind, and what no line names, is counted."""
-    text, image, sounds, web = (tmp_path / name for name in ("text", "image", "sounds", "web"))
+    text, image, audio, web = (tmp_path / name for name in ("text", "image", "audio clips", "web"))
     for folder in (text, image, web):
         folder.mkdir()
         (folder / "NOTES.doc").write_text("x")
@@ -184,21 +184,21 @@ def test_nothing_is_left_out_silently_in_any_reader_of_folders(tmp_path):
     assert list(samples) == ["A-000000", "b-000000", "c-000000"]
     assert {k: r.reason for k, r in refused.items()} == {"NOTES.doc": "file of another kind"}
     write_captions(image, 2)
-    (image / "extra.png").write_bytes(png(pictures(1)[0]))
+    (image / "extra.png").write_bytes(png(images(1)[0]))
     samples, refused = read("image_caption", image)
     assert len(samples) == 2
     assert {k: r.reason for k, r in refused.items()} == dict.fromkeys(
         ["NOTES.doc", "extra.png"], "file of another kind"
     )
-    keys = list(write_librispeech(sounds, {19: (198,)}))
-    (sounds / f"{keys[0]}.flac").rename(sounds / f"{keys[0]}.FLAC")
-    (sounds / "loose.flac").write_bytes(b"")
-    (sounds / "SPEAKERS.TXT").write_bytes(b"")
-    samples, refused = read("audio_text", sounds)
+    keys = list(write_librispeech(audio, {19: (198,)}))
+    (audio / f"{keys[0]}.flac").rename(audio / f"{keys[0]}.FLAC")
+    (audio / "loose.flac").write_bytes(b"")
+    (audio / "SPEAKERS.TXT").write_bytes(b"")
+    samples, refused = read("audio_text", audio)
     assert set(samples) == set(keys)
-    reasons = {"loose.flac": "sound without transcript", "SPEAKERS.TXT": "file of another kind"}
+    reasons = {"loose.flac": "audio without transcript", "SPEAKERS.TXT": "file of another kind"}
     assert {k: r.reason for k, r in refused.items()} == reasons
-    write_tar(web / "X.TAR", [("a.png", png(pictures(1)[0])), ("a.txt", b"words")])
+    write_tar(web / "X.TAR", [("a.png", png(images(1)[0])), ("a.txt", b"words")])
     samples, refused = read("webdataset", web)
     assert list(samples) == ["X/a"] and set(refused) == {"NOTES.doc"}
 

@@ -9,8 +9,8 @@ from mmoe.data.plan.planner import DocumentRef
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.modality import Modality
 from tests.data.recordings import write_jsonl
-from tests.data.recordings_robot import level_pictures, write_bridge, write_lerobot
-from tests.data.recordings_video import film, ramp
+from tests.data.recordings_robot import level_images, write_bridge, write_lerobot
+from tests.data.recordings_video import ramp, video_bytes
 from tests.data.streams import setup
 from tests.preparation.test_prepare import run
 
@@ -18,9 +18,11 @@ from tests.preparation.test_prepare import run
 def write_videos(folder):
     folder.mkdir()
     for number in range(8):
-        sounds = [(8000, [(600, ramp(7 * number, 8000))])]  # begins late, so that some slices have none
-        (folder / f"{number}.mkv").write_bytes(film(level_pictures(number, 50), [40 * i for i in range(50)], sounds))
-    write_jsonl(folder / "captions.jsonl", [{"video": f"{i}.mkv", "caption": f"film {i}"} for i in range(0, 8, 2)])
+        audio = [(8000, [(600, ramp(7 * number, 8000))])]  # begins late, so that some slices have none
+        (folder / f"{number}.mkv").write_bytes(
+            video_bytes(level_images(number, 50), [40 * i for i in range(50)], audio)
+        )
+    write_jsonl(folder / "captions.jsonl", [{"video": f"{i}.mkv", "caption": f"video {i}"} for i in range(0, 8, 2)])
 
 
 WRITERS = {
@@ -61,7 +63,7 @@ def test_what_is_decoded_is_what_was_planned(tmp_path, kind):
     assert all(seen[list(held)] > 0)
 
 
-def test_a_caption_and_the_pictures_of_its_clip_are_the_two_sides_of_one_pair(tmp_path):
+def test_a_caption_and_the_images_of_its_clip_are_the_two_sides_of_one_pair(tmp_path):
     write_videos(tmp_path / "in")
     run("video", tmp_path / "in", tmp_path / "video", audio_stream="none", prepare={"heldout_share": 0.3})
     _, sources, tokenizers = setup(tmp_path, names=("video",))

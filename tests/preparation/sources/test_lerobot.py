@@ -27,7 +27,7 @@ def by_kind(sample, kind):
 
 
 def number_of(sample, segment, shift=0):
-    """Which picture of `level_pictures` a segment shows."""
+    """Which image of `level_images` a segment shows."""
     return round((load_image(sample.members[segment.member], "x").mean() - shift - 10) / LEVEL)
 
 
@@ -91,7 +91,7 @@ def test_cameras_are_mapped_by_option(tmp_path):
     assert {s.camera for x in samples.values() for s in by_kind(x, Modality.VISION)} == {Camera.BACK}
     with pytest.raises(DataError, match="has no feature 'top'; it has observation.state"):
         read("lerobot", tmp_path, cameras={"top": "front"})
-    with pytest.raises(DataError, match="'action' is float32, not pictures"):
+    with pytest.raises(DataError, match="'action' is float32, not images"):
         read("lerobot", tmp_path, cameras={"action": "front"})
 
 
@@ -108,7 +108,7 @@ def test_cameras_are_those_of_the_rig_that_the_options_name(tmp_path):
         validate(LeRobotConfig, {"rig": {"cameras": ["top"]}, "cameras": {cameras[0]: "front"}}, "test")
 
 
-def test_pictures_inside_parquet_are_taken_as_they_are(tmp_path):
+def test_images_inside_parquet_are_taken_as_they_are(tmp_path):
     write_lerobot(tmp_path, [3, 3], cameras=(), stored=("observation.image",))
     samples, refused = read("lerobot", tmp_path)
     assert not refused
@@ -122,7 +122,7 @@ def test_pictures_inside_parquet_are_taken_as_they_are(tmp_path):
     pq.write_table(table.set_column(table.column_names.index("observation.image"), "observation.image", [stored]), file)
     _episode_rows.cache_clear()
     samples, refused = read("lerobot", tmp_path)
-    assert set(samples) == {"episode-000001-000000"} and refused["episode-000000-000000"].reason == "missing picture"
+    assert set(samples) == {"episode-000001-000000"} and refused["episode-000000-000000"].reason == "missing image"
 
 
 @pytest.mark.parametrize(

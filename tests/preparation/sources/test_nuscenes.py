@@ -8,10 +8,10 @@ import pytest
 
 from mmoe.errors import DataError
 from mmoe.preparation import slices
+from mmoe.preparation.clocks import SkewPolicy
 from mmoe.preparation.prepare import prepare
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources.nuscenes import CAMERAS
-from mmoe.preparation.sync import SkewPolicy
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera
 from mmoe.tokenizers.text import TextConfig
@@ -94,18 +94,18 @@ def test_a_missing_key_frame_is_absent_and_not_the_one_before(tmp_path):
     assert have[Camera.BACK] == {0, 1, 3, 4} and have[Camera.FRONT] == {1, 2, 3, 4, 5}
     assert have[Camera.BACK_RIGHT] == set(range(6))
     assert flags(samples) == {
-        f"CAM_BACK: {slices.GAP}": 1,
+        f"CAM_BACK: {slices.BEYOND_GAP}": 1,
         f"CAM_BACK: {slices.EDGE}": 1,
         f"CAM_FRONT: {slices.EDGE}": 1,
     }
 
 
-def test_a_picture_whose_file_is_gone_is_absent_and_counted(tmp_path):
+def test_an_image_whose_file_is_gone_is_absent_and_counted(tmp_path):
     tables = write_nuscenes(tmp_path, scenes=1)
     rows = [row for row in tables["sample_data"] if "samples/CAM_FRONT/" in row["filename"]]
     (tmp_path / rows[1]["filename"]).unlink()
     samples, _ = read("nuscenes", tmp_path, slices=6)
-    assert flags(samples) == {"CAM_FRONT: picture file is missing": 1, f"CAM_FRONT: {slices.GAP}": 1}
+    assert flags(samples) == {"CAM_FRONT: image file is missing": 1, f"CAM_FRONT: {slices.BEYOND_GAP}": 1}
 
 
 def test_a_rig_without_one_camera_counts_it_in_every_slice(tmp_path):
@@ -128,7 +128,7 @@ def test_a_sample_without_the_reference_camera_is_quarantined(tmp_path):
 def test_the_skew_policy_flags_or_drops_what_is_beyond_the_budget(tmp_path, policy, cameras):
     write_nuscenes(tmp_path, scenes=1)
     samples, _ = read("nuscenes", tmp_path, skew=SkewPolicy(budget_ns=30 * MS, policy=policy))
-    said = slices.KEPT if policy == "flag" else slices.LEFT_OUT
+    said = slices.SKEW_KEPT if policy == "flag" else slices.SKEW_LEFT_OUT
     assert flags(samples) == {f"CAM_FRONT_LEFT: {said}": 6, f"CAM_FRONT: {said}": 6}
     for sample in samples.values():
         assert len(of(sample, Modality.VISION)) == cameras * len({s.slice for s in sample.segments})
@@ -147,7 +147,7 @@ def test_without_causality_the_front_camera_may_be_the_reference(tmp_path):
 
 
 def shifted(tables):
-    """The row of a picture says another millisecond than its name."""
+    """The row of an image says another millisecond than its name."""
     for row in tables["sample_data"]:
         if "samples/CAM_FRONT/" in row["filename"]:
             row["timestamp"] += 1_001
@@ -221,7 +221,7 @@ def test_what_was_flagged_and_the_chosen_budget_stand_in_the_manifest(tmp_path):
     assert manifest.skew_budget_ns == 30 * MS
     for name, scenes in (("train", 2), ("heldout", 1)):
         flagged = manifest.splits[name].flagged
-        assert flagged[f"CAM_FRONT: {slices.KEPT}"] == 6 * scenes and flagged[f"state: {slices.EDGE}"] == scenes
-    (flagged,) = [section for section in made.summary.sections if f"flagged: CAM_FRONT: {slices.KEPT}" in section]
+        assert flagged[f"CAM_FRONT: {slices.SKEW_KEPT}"] == 6 * scenes and flagged[f"state: {slices.EDGE}"] == scenes
+    (flagged,) = [section for section in made.summary.sections if f"flagged: CAM_FRONT: {slices.SKEW_KEPT}" in section]
     assert made.summary.splits == ("train", "heldout")
-    assert flagged[f"flagged: CAM_FRONT: {slices.KEPT}"] == ["12", "6"]
+    assert flagged[f"flagged: CAM_FRONT: {slices.SKEW_KEPT}"] == ["12", "6"]

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmoe.preparation import sync
+from mmoe.preparation.clocks import check_alignment, check_clock, seconds_to_ns
 from mmoe.preparation.simulation import render, sensors, simulated_drive
 from mmoe.preparation.simulation.captions import captions
 from mmoe.preparation.simulation.driver import FASTEST, drive
@@ -75,7 +75,7 @@ def test_slices_are_causal_whole_and_within_the_budget(number, fps, period, most
     )
     sample = make_recording(config, number)
     times = clocks(sample)
-    sound = json.loads(sample.members["clip.json"])["sound"]
+    audio = json.loads(sample.members["clip.json"])["audio"]
     heard = soundfile.info(io.BytesIO(sample.members["engine.flac"])).frames
     rows = {name: len(array(sample, name)) for name in ("imu.npy", "state.npy", "actions.npy")}
     slices = sample.segments[-1].slice + 1
@@ -97,8 +97,8 @@ def test_slices_are_causal_whole_and_within_the_budget(number, fps, period, most
             assert (s.height, s.width) == (32, 48) and s.member == video_name(Camera(s.camera))
         elif s.modality == Modality.AUDIO:
             assert s.start >= 0 and s.stop - s.start == s.rate // 5
-            assert abs(raw - sound["start_ns"] - (s.stop - 1) * 10**9 / s.rate) <= 1
-            # The last sample before the reference; a reference behind the end of the sound has the end.
+            assert abs(raw - audio["start_ns"] - (s.stop - 1) * 10**9 / s.rate) <= 1
+            # The last sample before the reference; a reference behind the end of the audio has the end.
             assert s.offset_ns <= 0 and (s.offset_ns > -125_000 or s.stop == heard)
         elif s.modality in (Modality.INERTIAL, Modality.STATE):
             assert raw == times[s.member][s.stop - 1] and s.start >= 0
@@ -117,7 +117,7 @@ def test_clocks_agree_with_the_files(recordings):
     decord = pytest.importorskip("decord")
     sample = recordings[0]
     for name, times in clocks(sample).items():
-        sync.check_clock(times, name, sample.key)
+        check_clock(times, name, sample.key)
         if not name.endswith(".mp4"):
             assert len(array(sample, name)) == len(times)
             continue
@@ -125,29 +125,29 @@ def test_clocks_agree_with_the_files(recordings):
         reader = decord.VideoReader(io.BytesIO(sample.members[name]))
         by_decord = reader.get_frame_timestamp(range(len(reader)))[:, 0]
         for seconds in (by_av, by_decord):
-            file_ns = times[0] + sync.seconds_to_ns(seconds, name, sample.key)
-            sync.check_alignment(times, np.zeros_like(times), times, file_ns, name, sample.key)
+            file_ns = times[0] + seconds_to_ns(seconds, name, sample.key)
+            check_alignment(times, np.zeros_like(times), times, file_ns, name, sample.key)
             assert np.abs(file_ns - times).max() <= 1000  # the container's time base
         assert len(np.unique(np.diff(times))) > 1  # a camera's own clock is not a metronome
     info = soundfile.info(io.BytesIO(sample.members["engine.flac"]))
-    assert (info.samplerate, info.channels) == (simulated_drive.SOUND_RATE, 1)
+    assert (info.samplerate, info.channels) == (simulated_drive.AUDIO_RATE, 1)
     assert max(s.stop for s in sample.segments if s.modality == Modality.AUDIO) <= info.frames
     assert set(np.diff(clocks(sample)["actions.npy"])) == {simulated_drive.ACTION_PERIOD_NS}
 
 
-def test_pictures_survive_the_codec():
+def test_images_survive_the_codec():
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 255, (5, 3, 5, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
+    images = rng.integers(0, 255, (5, 3, 5, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
     times = np.array([0, 240, 500, 760, 1000]) * MS
-    decoded = np.stack([picture for _, picture in frames(sensors.video(pictures, times))])
-    assert np.abs(decoded.astype(int) - pictures).mean() < 6
+    decoded = np.stack([image for _, image in frames(sensors.video(images, times))])
+    assert np.abs(decoded.astype(int) - images).mean() < 6
 
 
 def straight(rng_seed=0, **changes):
     """A world on a straight road with nothing beside it, driven along its lane."""
     world = World.generate(np.random.default_rng(rng_seed), 40.0)
     road = replace(
-        world.road, waves=(), **{k: np.zeros_like(world.road.centre) for k in ("centre", "heading", "curvature")}
+        world.road, waves=(), **{k: np.zeros_like(world.road.center) for k in ("center", "heading", "curvature")}
     )
     world = replace(world, road=road, landmarks=(), cars=(), sky="grey", **changes)
     return world, drive(world, np.random.default_rng(rng_seed), 0.0, 1.0)
@@ -168,9 +168,9 @@ def test_a_tower_stands_where_a_pinhole_camera_sees_it(camera):
         gantry_signal=("red",) * len(world.gantry_signal),
     )
     scene = render.Scene(world, trajectory, height, width)
-    picture = scene.photograph(camera, time)[0].astype(int)
+    image = scene.photograph(camera, time)[0].astype(int)
     without = render.Scene(replace(world, landmarks=()), trajectory, height, width).photograph(camera, time)[0]
-    columns = np.flatnonzero((picture != without).any(axis=(0, 2)))
+    columns = np.flatnonzero((image != without).any(axis=(0, 2)))
     focal = width / 2 / tan(mount.field_of_view / 2)
     bearing = atan2(tower[1] - eye[1], tower[0] - eye[0]) - heading - mount.yaw
     assert (columns.min() + columns.max() + 1) / 2 == pytest.approx(width / 2 - focal * tan(bearing), abs=1.5)
@@ -184,16 +184,16 @@ def rotate(vector, angle):
 def test_near_things_hide_far_ones():
     world, trajectory = straight(gantry_x=(200.0, 220.0), gantry_signal=("red", "red"))
     pair = (Landmark("tower", "white", 12.0, -LANE / 2), Landmark("house", "blue", 30.0, -LANE / 2))
-    picture = [
+    image = [
         render.Scene(replace(world, landmarks=order), trajectory, 48, 80).photograph(Camera.FRONT, np.array([0]))[0]
         for order in (pair, pair[::-1])
     ]
-    assert (picture[0] == picture[1]).all()
-    centre = picture[0][20, 40].astype(int)
-    assert np.abs(centre - RGB["white"]).max() < 40
+    assert (image[0] == image[1]).all()
+    center = image[0][20, 40].astype(int)
+    assert np.abs(center - RGB["white"]).max() < 40
 
 
-def test_the_road_meets_the_picture_where_the_lane_is():
+def test_the_road_meets_the_image_where_the_lane_is():
     """On a straight road the lane's right edge, 1.75 m right of the eye, lies at u = W/2 + f 1.75 / depth."""
     world, _ = straight(gantry_x=(200.0, 220.0), gantry_signal=("red", "red"))
     steps = np.zeros(2)
@@ -205,24 +205,24 @@ def test_the_road_meets_the_picture_where_the_lane_is():
         values=pose,
         cars=np.empty((2, 0)),
     )
-    picture = render.Scene(world, trajectory, 96, 160).photograph(Camera.FRONT, np.array([0]))[0].astype(int)
+    image = render.Scene(world, trajectory, 96, 160).photograph(Camera.FRONT, np.array([0]))[0].astype(int)
     focal = 80 / tan(render.RIG[Camera.FRONT].field_of_view / 2)
     for row in (60, 70, 80):
         depth = render.CAMERA_HEIGHT * focal / (row + 0.5 - 96 * render.HORIZON)
-        marking = np.flatnonzero(picture[row, 80:].min(-1) > 150) + 80
+        marking = np.flatnonzero(image[row, 80:].min(-1) > 150) + 80
         assert marking.mean() + 0.5 == pytest.approx(80 + focal * (LANE / 2 + 0.05) / depth, abs=1.5)
 
 
 def test_the_front_camera_shows_the_signal_that_is_obeyed():
-    """Red over the road brings the brake, green the throttle, and the picture holds that colour."""
+    """Red over the road brings the brake, green the throttle, and the image holds that color."""
     for signal, channel, pedal in (("red", 0, "brake"), ("green", 1, "throttle")):
         world, trajectory = straight()
         world = replace(world, gantry_signal=(signal,) * len(world.gantry_x))
         trajectory = drive(world, np.random.default_rng(0), 0.0, 1.0)
         other = "throttle" if pedal == "brake" else "brake"
         assert trajectory.values[pedal][:20].min() > 0.5 and trajectory.values[other][:20].max() == 0
-        picture = render.Scene(world, trajectory, 48, 80).photograph(Camera.FRONT, np.array([0]))[0].astype(int)
-        lit = (picture[:22, :, channel] > 200) & (picture[:22].min(-1) < 80) & (picture[:22, :, 1 - channel] < 80)
+        image = render.Scene(world, trajectory, 48, 80).photograph(Camera.FRONT, np.array([0]))[0].astype(int)
+        lit = (image[:22, :, channel] > 200) & (image[:22].min(-1) < 80) & (image[:22, :, 1 - channel] < 80)
         assert lit.mean() > 0.02
 
 
@@ -234,7 +234,7 @@ def test_the_expert_keeps_its_lane_and_steers_into_the_bend():
         trajectory = drive(world, rng, 0.0, 4.0)
         values = trajectory.values
         row = world.road.row(values["x"])
-        offsets.append((values["y"] - world.road.centre[row]) * np.cos(world.road.heading[row]) + LANE / 2)
+        offsets.append((values["y"] - world.road.center[row]) * np.cos(world.road.heading[row]) + LANE / 2)
         turn.append(world.road.curvature[row][50:])
         steering.append(values["steering"][50:])
         assert values["speed"].min() > 2 and values["speed"].max() < FASTEST + 1
@@ -265,10 +265,10 @@ def test_sensors_measure_the_motion():
 
 def test_the_engine_sings_the_speed(recordings):
     for sample in recordings[:4]:
-        sound, rate = soundfile.read(io.BytesIO(sample.members["engine.flac"]))
+        audio, rate = soundfile.read(io.BytesIO(sample.members["engine.flac"]))
         speed = array(sample, "state.npy")[:, 0]
         for piece, state in zip(of(sample, Modality.AUDIO), of(sample, Modality.STATE)):
-            spectrum = np.abs(np.fft.rfft(sound[piece.start : piece.stop] * np.hanning(piece.stop - piece.start)))
+            spectrum = np.abs(np.fft.rfft(audio[piece.start : piece.stop] * np.hanning(piece.stop - piece.start)))
             pitch = spectrum.argmax() * rate / (piece.stop - piece.start)
             expected = sensors.IDLE_HZ + sensors.HZ_PER_SPEED * speed[state.start]
             assert pitch == pytest.approx(expected, abs=15)
@@ -291,7 +291,7 @@ def test_captions_name_what_is_there_and_nothing_that_steers(recordings):
         assert all(text.startswith(f"{clip['world']['sky']} sky, {clip['world']['ground']}") for text in named)
 
 
-def test_the_sky_of_the_caption_is_the_sky_of_the_pictures(recordings):
+def test_the_sky_of_the_caption_is_the_sky_of_the_images(recordings):
     for sample in recordings:
         name = of(sample, Modality.TEXT)[0].text.split()[0]
         top = np.concatenate([frames(sample.members[video_name(c)])[0][1][:4].reshape(-1, 3) for c in Camera])
@@ -329,9 +329,9 @@ def test_a_car_is_named_where_the_camera_sees_it(role, x, phrase, camera):
     assert seen[camera] > 0.005 and max(seen.values()) == seen[camera]
 
 
-def purple(pictures):
+def purple(images):
     """Share of purple pixels."""
-    return (np.abs(pictures.astype(int) - RGB["purple"]).max(-1) < 50).mean()
+    return (np.abs(images.astype(int) - RGB["purple"]).max(-1) < 50).mean()
 
 
 @pytest.mark.parametrize(

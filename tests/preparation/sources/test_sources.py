@@ -13,17 +13,17 @@ from mmoe.errors import ConfigError, DataError
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Refused
 from mmoe.preparation.sources.donkeycar import PERIOD_NS
-from mmoe.preparation.sources.text import cut
+from mmoe.preparation.sources.text import cut_text
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera
 from tests.data.recordings import (
     drive_records,
-    pictures,
+    images,
     png,
     wav,
+    write_audio,
     write_captions,
     write_jsonl,
-    write_sounds,
     write_tub,
 )
 
@@ -56,7 +56,7 @@ def texts(sample):
 )
 def test_cut_documents_are_the_file_again_and_whole_characters(text, max_bytes):
     data = text.encode()
-    ranges = list(cut(data, max_bytes))
+    ranges = list(cut_text(data, max_bytes))
     documents = [data[start:stop] for start, stop in ranges]
     assert b"".join(documents) == data
     assert all(0 < len(d) <= max_bytes for d in documents)
@@ -67,7 +67,7 @@ def test_cut_documents_are_the_file_again_and_whole_characters(text, max_bytes):
 
 def test_documents_end_at_the_best_border():
     body = "one two.\nthree four five six seven eight\n\nnine ten. eleven twelve thirteen fourteen"
-    first, second = (body.encode()[a:b] for a, b in cut(body.encode(), 70))
+    first, second = (body.encode()[a:b] for a, b in cut_text(body.encode(), 70))
     assert first.endswith(b"eight\n\n") and second.startswith(b"nine")
 
 
@@ -121,13 +121,13 @@ def test_unusable_lines_are_refused_alone(tmp_path, line, reason):
 # image_caption
 
 
-def test_pictures_come_with_their_caption_as_a_pair(tmp_path):
+def test_images_come_with_their_caption_as_a_pair(tmp_path):
     write_captions(tmp_path, 3)
     samples, refused = read("image_caption", tmp_path)
     assert not refused and list(samples) == ["images/p0", "images/p1", "images/p2"]
-    picture, words = samples["images/p1"].segments
-    assert (picture.modality, picture.height, picture.width, picture.slice, picture.camera) == (2, 48, 64, -1, -1)
-    assert (words.text, words.pair, picture.pair) == ("Bild 1", 0, 0)
+    image, words = samples["images/p1"].segments
+    assert (image.modality, image.height, image.width, image.slice, image.camera) == (2, 48, 64, -1, -1)
+    assert (words.text, words.pair, image.pair) == ("Bild 1", 0, 0)
     assert samples["images/p1"].members == {
         "image.png": (tmp_path / "images/p1.png").read_bytes(),
         "txt": b"Bild 1",
@@ -135,7 +135,7 @@ def test_pictures_come_with_their_caption_as_a_pair(tmp_path):
 
 
 def test_further_captions_are_samples_of_the_same_recording(tmp_path):
-    (tmp_path / "p.png").write_bytes(png(pictures(1)[0]))
+    (tmp_path / "p.png").write_bytes(png(images(1)[0]))
     rows = [{"image": "p.png", "caption": "A", "second": "B"}, {"image": "q.png", "caption": "C", "second": None}]
     write_jsonl(tmp_path / "captions.jsonl", rows)
     samples, refused = read("image_caption", tmp_path, captions=("caption", "second"))
@@ -144,9 +144,9 @@ def test_further_captions_are_samples_of_the_same_recording(tmp_path):
     assert refused["q"].reason == "missing file" and "q.png cannot be read" in str(refused["q"])
 
 
-def test_rows_without_picture_or_caption_are_refused(tmp_path):
-    (tmp_path / "p.png").write_bytes(png(pictures(1)[0]))
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_rows_without_image_or_caption_are_refused(tmp_path):
+    (tmp_path / "p.png").write_bytes(png(images(1)[0]))
+    (tmp_path / "broken.png").write_bytes(b"no image")
     rows = [
         {"caption": "A"},
         {"image": "p.png"},
@@ -155,7 +155,7 @@ def test_rows_without_picture_or_caption_are_refused(tmp_path):
     ]
     write_jsonl(tmp_path / "captions.jsonl", rows)
     samples, refused = read("image_caption", tmp_path)
-    assert not samples and "broken.png cannot be read as a picture" in str(refused["broken"])
+    assert not samples and "broken.png cannot be read as an image" in str(refused["broken"])
     assert any("line 1: 'image' is missing" in str(r) for r in refused.values())
     with pytest.raises(DataError, match="captions.jsonl cannot be read"):
         read("image_caption", tmp_path / "elsewhere")
@@ -177,30 +177,30 @@ def test_a_recording_is_a_take_else_a_speaker_else_a_file(tmp_path):
     samples, refused = read("audio_text", tmp_path)
     assert not refused
     assert [s.recording for s in samples.values()] == ["take-4", "speaker-ada", "w/c"]
-    sound, words = samples["w/b"].segments
-    assert (sound.modality, sound.start, sound.stop, sound.rate, sound.pair) == (Modality.AUDIO, 0, 101, 16_000, 0)
+    audio, words = samples["w/b"].segments
+    assert (audio.modality, audio.start, audio.stop, audio.rate, audio.pair) == (Modality.AUDIO, 0, 101, 16_000, 0)
     assert (words.text, words.pair) == ("zwei", 0)
 
 
-def test_a_sound_that_differs_from_its_row_is_refused(tmp_path):
+def test_an_audio_clip_that_differs_from_its_row_is_refused(tmp_path):
     """A WAV that was cut off still opens; the row's count of samples tells."""
-    write_sounds(tmp_path, takes=1, speakers=("ada",))
+    write_audio(tmp_path, takes=1, speakers=("ada",))
     whole = (tmp_path / "one_ada_0.wav").read_bytes()
     (tmp_path / "one_ada_0.wav").write_bytes(whole[: len(whole) // 2])
     samples, refused = read("audio_text", tmp_path)
     assert set(samples) == {"two_ada_0"}
-    assert refused["one_ada_0"].reason == "sound differs from its row"
+    assert refused["one_ada_0"].reason == "audio differs from its row"
     assert "says 8000; the file is truncated" in str(refused["one_ada_0"])
 
 
-def test_an_unreadable_sound_is_refused(tmp_path):
+def test_an_unreadable_audio_is_refused(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     write_jsonl(
         tmp_path / "transcripts.jsonl", [{"audio": "a.wav", "text": "x"}, {"audio": "b.wav", "text": "x", "take": "1"}]
     )
     samples, refused = read("audio_text", tmp_path)
     assert not samples and len(refused) == 2
-    assert "a.wav cannot be read as a sound" in str(refused["a"])
+    assert "a.wav cannot be read as an audio clip" in str(refused["a"])
 
 
 # donkeycar
@@ -245,7 +245,7 @@ def test_clips_begin_anew_after_deleted_and_refused_records(tmp_path):
     assert refused["tub-13"].reason == "malformed row"
 
 
-def test_a_missing_picture_takes_its_clip_along(tmp_path):
+def test_a_missing_image_takes_its_clip_along(tmp_path):
     write_tub(tmp_path / "tub", drive_records(10))
     (tmp_path / "tub/images/7_cam_image_array_.jpg").unlink()
     samples, refused = read("donkeycar", tmp_path)

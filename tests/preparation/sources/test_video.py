@@ -1,4 +1,4 @@
-"""Videos with sound: what a slice holds follows from the times in the file, whatever the file is like."""
+"""Videos with audio: what a slice holds follows from the times in the file, whatever the file is like."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from mmoe.errors import DataError
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.schema.bounds import BEYOND
 from mmoe.schema.modality import Modality
-from tests.data.films import FILMS, RATE, number_of
-from tests.data.recordings import pictures, turned, video, write_jsonl
-from tests.data.recordings_robot import LEVEL, level_pictures
-from tests.data.recordings_video import film, ramp
+from tests.data.recordings import images, turned, video, write_jsonl
+from tests.data.recordings_robot import LEVEL, level_images
+from tests.data.recordings_video import ramp, video_bytes
 from tests.data.test_frames import damaged, lasting, textured
+from tests.data.video_files import RATE, VIDEOS, number_of
 from tests.preparation.sources.test_sources import read, texts
 from tests.preparation.test_prepare import read_everything, run
 
@@ -30,7 +30,7 @@ def by_kind(sample, kind):
 
 
 def shown(sample):
-    """The number of each slice's picture, of `level_pictures`."""
+    """The number of each slice's image, of `level_images`."""
     means = [load_image(sample.members[s.member], "x").mean() for s in by_kind(sample, Modality.VISION)]
     return [round((mean - 10) / LEVEL) for mean in means]
 
@@ -55,8 +55,8 @@ def only(samples):
 def test_slices_are_found_by_time_where_the_spacing_varies(tmp_path, backend):
     """80 to 100 ms between frames and a pause of 1.2 s: number / rate would be wrong from the third frame on."""
     times = np.cumsum([0, 80, 100, 90, 80, 100, 90, 80, 1200, 90, 100, 80, 100, 90]).tolist()
-    sound = (8000, [(0, ramp(0, 8 * (times[-1] + 90)))])
-    (tmp_path / "v.mkv").write_bytes(film(level_pictures(0, 14), times, [sound], crf=1))
+    audio = (8000, [(0, ramp(0, 8 * (times[-1] + 90)))])
+    (tmp_path / "v.mkv").write_bytes(video_bytes(level_images(0, 14), times, [audio], crf=1))
     samples, refused = read("video", tmp_path, video_backend=backend, slices=3)
     assert not refused
     ends = [(500, 450), (1000, 620), (2000, 1990)]  # the period's end, its last frame; 1000 to 1500 shows nothing
@@ -76,27 +76,27 @@ def test_slices_are_found_by_time_where_the_spacing_varies(tmp_path, backend):
         assert (clocks.kind, clocks.reference, clocks.log) == ("captured", "video", "v.mkv")
 
 
-def test_sound_that_starts_late_or_has_a_gap_is_absent_not_silent(tmp_path):
+def test_audio_that_starts_late_or_has_a_gap_is_absent_not_silent(tmp_path):
     times = [40 * i for i in range(100)]  # 4 s
     rate = 8000
     pieces = [(700, ramp(5600, 8 * 1000)), (2800, ramp(22_400, 8 * 900))]  # 0.7 to 1.7 s, 2.8 to 3.7 s
-    (tmp_path / "v.mkv").write_bytes(film(level_pictures(0, 100), times, [(rate, pieces)]))
+    (tmp_path / "v.mkv").write_bytes(video_bytes(level_images(0, 100), times, [(rate, pieces)]))
     samples, _ = read("video", tmp_path)
     sample = only(samples)
     pieces = heard(sample)
-    # Slices end at 0.48, 0.96 (260 ms of sound), 1.48, 1.96 (too old), 2.48, 2.96 (too little), 3.48, 3.96.
-    assert set(pieces) == {1, 2, 6} and sample.flags == {"sound: absent": 5}
+    # Slices end at 0.48, 0.96 (260 ms of audio), 1.48, 1.96 (too old), 2.48, 2.96 (too little), 3.48, 3.96.
+    assert set(pieces) == {1, 2, 6} and sample.flags == {"audio: absent": 5}
     assert pieces[1][0] == 5600
     assert [last - first + 1 for first, last in (pieces[2], pieces[6])] == [4000, 4000]
     for number, (_, last) in pieces.items():
         frame = next(s for s in by_kind(sample, Modality.VISION) if s.slice == number)
         assert abs(last - frame.timestamp_ns * rate // 10**9) <= 8
-    assert {m for m in sample.members if m.startswith("sound")} == {"sound-0.flac", "sound-1.flac"}
+    assert {m for m in sample.members if m.startswith("audio")} == {"audio-0.flac", "audio-1.flac"}
 
 
 def test_clips_hold_their_own_part_alone(tmp_path):
     times = [40 * i for i in range(150)]  # 6 s
-    data = film(level_pictures(0, 150), times, [(4000, [(0, ramp(0, 24_000))])])
+    data = video_bytes(level_images(0, 150), times, [(4000, [(0, ramp(0, 24_000))])])
     (tmp_path / "v.mkv").write_bytes(data)
     samples, _ = read("video", tmp_path, slices=4)
     assert list(samples) == ["v_mkv-00000000", "v_mkv-00002000", "v_mkv-00004000"]
@@ -107,31 +107,31 @@ def test_clips_hold_their_own_part_alone(tmp_path):
             first, last = pieces[s.slice]
             assert abs(last - 4 * (2000 * number + s.timestamp_ns // MS)) <= 4  # Matroska rounds to a millisecond
             assert last - first + 1 == 2000 or (number, s.slice, first) == (0, 0, 0)
-        stored, _ = audio_info(sample.members["sound-0.flac"], "x")
+        stored, _ = audio_info(sample.members["audio-0.flac"], "x")
         assert stored == last + 1 - pieces[0][0]  # from half a second before the first frame to the last frame
         assert json.loads(sample.members["clip.json"])["start_ns"] == number * 2000 * MS
     assert only(read("video", tmp_path / "v.mkv", slices=20, audio_stream="none")[0]).flags == {}
 
 
-@pytest.mark.parametrize("sound_first", [False, True])
-def test_of_several_streams_one_must_be_chosen(tmp_path, sound_first):
-    frames = [level_pictures(0, 30), level_pictures(3, 30, 64, 128)]
-    sounds = [(8000, [(0, ramp(0, 9600))]), (16_000, [(0, ramp(0, 19_200))])]
-    data = film(frames, [40 * i for i in range(30)], sounds, sound_first=sound_first)
+@pytest.mark.parametrize("audio_first", [False, True])
+def test_of_several_streams_one_must_be_chosen(tmp_path, audio_first):
+    frames = [level_images(0, 30), level_images(3, 30, 64, 128)]
+    audio = [(8000, [(0, ramp(0, 9600))]), (16_000, [(0, ramp(0, 19_200))])]
+    data = video_bytes(frames, [40 * i for i in range(30)], audio, audio_first=audio_first)
     (tmp_path / "v.mkv").write_bytes(data)
-    videos, audios = ((2, 3), (0, 1)) if sound_first else ((0, 1), (2, 3))
+    videos, audios = ((2, 3), (0, 1)) if audio_first else ((0, 1), (2, 3))
     samples, refused = read("video", tmp_path)
     assert not samples and refused["v_mkv"].reason == "ambiguous audio stream"
     assert f"{audios[0]} (pcm_s16le 8000 Hz), {audios[1]} (pcm_s16le 16000 Hz); some" in str(refused["v_mkv"])
     assert "set audio_stream to a number or to best" in str(refused["v_mkv"])
     for seen, size in zip(videos, ((32, 64), (64, 128))):
-        for sound, rate in zip(audios, (8000, 16_000)):
-            choice = {"video_stream": seen, "audio_stream": sound, "video_backend": "pyav"}
+        for audio, rate in zip(audios, (8000, 16_000)):
+            choice = {"video_stream": seen, "audio_stream": audio, "video_backend": "pyav"}
             sample = only(read("video", tmp_path, **choice)[0])
             assert {(s.height, s.width) for s in by_kind(sample, Modality.VISION)} == {size}
             assert {s.rate for s in by_kind(sample, Modality.AUDIO)} == {rate}
             about = json.loads(sample.members["clip.json"])
-            assert (about["video_stream"], about["audio_stream"], about["video_backend"]) == (seen, sound, "pyav")
+            assert (about["video_stream"], about["audio_stream"], about["video_backend"]) == (seen, audio, "pyav")
     best = only(read("video", tmp_path, audio_stream="best")[0])
     assert by_kind(best, Modality.VISION)[0].height == 32 and by_kind(best, Modality.AUDIO)[0].rate == 16_000
     _, refused = read("video", tmp_path, video_stream=videos[1], audio_stream=audios[0], video_backend="decord")
@@ -140,20 +140,20 @@ def test_of_several_streams_one_must_be_chosen(tmp_path, sound_first):
     assert refused["v_mkv"].reason == "no such stream" and "has no video stream 9, only" in str(refused["v_mkv"])
 
 
-def test_a_silent_sound_is_counted_and_may_be_left_out(tmp_path):
-    sounds = [(8000, [(0, np.zeros(8000, np.int16))])]
-    (tmp_path / "v.mkv").write_bytes(film(level_pictures(0, 25), [40 * i for i in range(25)], sounds))
+def test_a_silent_audio_is_counted_and_may_be_left_out(tmp_path):
+    audio = [(8000, [(0, np.zeros(8000, np.int16))])]
+    (tmp_path / "v.mkv").write_bytes(video_bytes(level_images(0, 25), [40 * i for i in range(25)], audio))
     kept = only(read("video", tmp_path)[0])
-    assert len(by_kind(kept, Modality.AUDIO)) == 2 and kept.flags == {"sound: silent, kept": 1}
+    assert len(by_kind(kept, Modality.AUDIO)) == 2 and kept.flags == {"audio: silent, kept": 1}
     left = only(read("video", tmp_path, silent_audio="leave_out")[0])
-    assert not by_kind(left, Modality.AUDIO) and "sound-0.flac" not in left.members
-    assert left.flags == {"sound: silent, left out": 1, "sound: absent": 2}
+    assert not by_kind(left, Modality.AUDIO) and "audio-0.flac" not in left.members
+    assert left.flags == {"audio: silent, left out": 1, "audio: absent": 2}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotated_video_is_upright(tmp_path, backend, degrees):
-    plain = video(pictures(25, 64, 96), crf=1)
+    plain = video(images(25, 64, 96), crf=1)
     (tmp_path / "v.mp4").write_bytes(turned(plain, degrees))
     sample = only(read("video", tmp_path, video_backend=backend)[0])
     with av.open(str(tmp_path / "v.mp4")) as file:
@@ -167,7 +167,7 @@ def test_rotated_video_is_upright(tmp_path, backend, degrees):
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_avi_with_garbage_times_is_read_and_refused_to_decord_by_name(tmp_path, codec):
-    frames = level_pictures(0, 30)
+    frames = level_images(0, 30)
     (tmp_path / "v.avi").write_bytes(video(frames, container="avi", codec=codec, bf=2))
     samples, refused = read("video", tmp_path, video_backend="decord")
     assert not samples and "v.avi" in str(*refused.values()) and "set video_backend=auto" in str(*refused.values())
@@ -176,9 +176,9 @@ def test_avi_with_garbage_times_is_read_and_refused_to_decord_by_name(tmp_path, 
     assert [s.timestamp_ns for s in by_kind(sample, Modality.VISION)] == [480 * MS, 960 * MS]
 
 
-def test_a_film_without_a_duration_is_measured_by_its_frames(tmp_path):
+def test_a_video_without_a_duration_is_measured_by_its_frames(tmp_path):
     times = [40 * i for i in range(30)]
-    (tmp_path / "v.mkv").write_bytes(film(level_pictures(0, 30), times, [(8000, [(0, ramp(0, 9600))])], pipe=True))
+    (tmp_path / "v.mkv").write_bytes(video_bytes(level_images(0, 30), times, [(8000, [(0, ramp(0, 9600))])], pipe=True))
     with av.open(str(tmp_path / "v.mkv")) as file:
         assert file.duration is None
     samples, _ = read("video", tmp_path, slices=1)
@@ -186,15 +186,15 @@ def test_a_film_without_a_duration_is_measured_by_its_frames(tmp_path):
     assert all(set(heard(sample)) == {0} for sample in samples.values())
 
 
-def test_a_film_shorter_than_a_period_is_one_slice(tmp_path):
-    (tmp_path / "v.mp4").write_bytes(video(level_pictures(0, 5)))
+def test_a_video_shorter_than_a_period_is_one_slice(tmp_path):
+    (tmp_path / "v.mp4").write_bytes(video(level_images(0, 5)))
     assert shown(only(read("video", tmp_path)[0])) == [4]
 
 
 def test_captions_follow_the_last_slice_as_a_pair(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.mp4", "sub/b.mp4"):
-        (tmp_path / name).write_bytes(video(level_pictures(0, 50)))
+        (tmp_path / name).write_bytes(video(level_images(0, 50)))
     rows = [
         {"video": "a.mp4", "caption": "all of it"},
         {"video": "sub/b.mp4", "caption": "the end", "start_s": 1.0},
@@ -217,13 +217,13 @@ def test_captions_follow_the_last_slice_as_a_pair(tmp_path):
 
 
 def test_broken_files_are_refused_alone(tmp_path):
-    whole = video(level_pictures(0, 50), g=10)
+    whole = video(level_images(0, 50), g=10)
     (tmp_path / "good.mp4").write_bytes(whole)
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "none.webm").write_bytes(b"nothing")
     samples, refused = read("video", tmp_path)
     assert set(samples) == {"good_mp4-00000000"} and set(refused) == {"cut_mp4", "none_webm"}
-    assert {r.reason for r in refused.values()} == {"unreadable picture or video"}
+    assert {r.reason for r in refused.values()} == {"unreadable image or video"}
     with pytest.raises(DataError, match="holds no video"):
         read("video", tmp_path / "empty")
 
@@ -231,8 +231,8 @@ def test_broken_files_are_refused_alone(tmp_path):
 def test_prepared_videos_can_be_read_back(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(8):
-        sounds = [(8000, [(0, ramp(7 * number, 16_000))])]
-        data = film(level_pictures(number, 50), [40 * i for i in range(50)], sounds)
+        audio = [(8000, [(0, ramp(7 * number, 16_000))])]
+        data = video_bytes(level_images(number, 50), [40 * i for i in range(50)], audio)
         (tmp_path / "in" / f"{number}.mkv").write_bytes(data)
     small = {"audio": {"codebooks": 2, "mel": {"codebook_size": 8}}}
     manifest, _ = run("video", tmp_path / "in", tmp_path / "out", prepare=small)
@@ -243,8 +243,8 @@ def test_prepared_videos_can_be_read_back(tmp_path):
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("name, choice", [("rabbit320", {}), ("nasa_13013", {"video_stream": 3, "audio_stream": 1})])
-def test_real_sound_is_the_same_from_the_middle_as_from_the_start(shared_data, name, choice):
-    """Each clip seeks; its sound must be that of decoding the whole film in order."""
+def test_real_audio_is_the_same_from_the_middle_as_from_the_start(shared_data, name, choice):
+    """Each clip seeks; its audio must be that of decoding the whole video in order."""
     file = shared_data / f"video/{name}.mp4"
     samples, refused = read("video", file, slices=3, **choice)
     assert not refused and len(samples) > 4
@@ -274,21 +274,21 @@ def test_real_streams_are_refused_chosen_and_silent(shared_data):
     for key, sample in samples.items():
         by_name.setdefault(key.split("_mp4")[0], []).append(sample)
     silent = by_name["udacity_solidWhiteRight"]
-    assert len(silent) == 3 and all(s.flags == {"sound: silent, kept": 1} for s in silent)
+    assert len(silent) == 3 and all(s.flags == {"audio: silent, kept": 1} for s in silent)
     assert [len(by_kind(s, Modality.VISION)) for s in silent] == [8, 8, 1]  # 8.84 s
     assert all(not s.flags for s in by_name["rabbit320"])
 
 
-def test_the_stored_picture_of_a_time_is_the_frame_of_that_time(tmp_path):
-    """Sixty films of mixed codecs, GOPs and edit lists; decord shows the same or refuses by name."""
-    for film_made in FILMS:
-        film_made.save(tmp_path)
+def test_the_stored_image_of_a_time_is_the_frame_of_that_time(tmp_path):
+    """Sixty videos of mixed codecs, GOPs and edit lists; decord shows the same or refuses by name."""
+    for video_made in VIDEOS:
+        video_made.save(tmp_path)
     for backend, most_refused in (("auto", 0), ("decord", 50)):
         samples, refused = read("video", tmp_path, video_backend=backend, slices=4, slice_period_ns=200 * MS)
         wrong = []
         for key, sample in samples.items():
             about = json.loads(sample.members["clip.json"])
-            cut = next(film.first for film in FILMS if film.name == about["file"])
+            cut = next(clip.first for clip in VIDEOS if clip.name == about["file"])
             for segment in by_kind(sample, Modality.VISION):
                 time_ns = about["start_ns"] + segment.timestamp_ns + segment.offset_ns
                 shows, expected = number_of(load_image(sample.members[segment.member], "x")), cut + time_ns * RATE / 1e9
@@ -299,28 +299,28 @@ def test_the_stored_picture_of_a_time_is_the_frame_of_that_time(tmp_path):
         assert all("set video_backend=auto" in str(refusal) for refusal in refused.values())
 
 
-def test_pictures_that_the_decoder_makes_up_are_counted(tmp_path):
+def test_images_that_the_decoder_makes_up_are_counted(tmp_path):
     (tmp_path / "v.mp4").write_bytes(damaged(video(textured(50), codec="mpeg4", g=25, bf=0), 30))
     sample = only(read("video", tmp_path)[0])
     assert sample.flags[DAMAGED] == 2 and len(by_kind(sample, Modality.VISION)) == 4  # at 1.48 and 1.96 s
 
 
-def test_what_is_no_film_is_refused_alone_and_does_not_hang(tmp_path):
-    (tmp_path / "good.mp4").write_bytes(video(level_pictures(0, 25)))
-    (tmp_path / "years.mkv").write_bytes(lasting(video(level_pictures(0, 25), container="matroska"), 3.2e12))
+def test_what_is_no_video_is_refused_alone_and_does_not_hang(tmp_path):
+    (tmp_path / "good.mp4").write_bytes(video(level_images(0, 25)))
+    (tmp_path / "years.mkv").write_bytes(lasting(video(level_images(0, 25), container="matroska"), 3.2e12))
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile good.mp4\n")
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
     samples, refused = read("video", tmp_path)
     assert set(samples) == {"good_mp4-00000000"}
     reasons = {key: refusal.reason for key, refusal in refused.items()}
-    unreadable, odd = "unreadable picture or video", "no regular file"
+    unreadable, odd = "unreadable image or video", "no regular file"
     assert reasons == {"years_mkv": BEYOND, "list_mp4": unreadable, "pipe.mp4": odd, "zero.mp4": odd}
 
 
 def test_captions_whose_times_hold_nowhere_are_refused_one_by_one(tmp_path):
     """A video of four seconds; json.dumps writes NaN and Infinity as JSON's readers take them."""
-    (tmp_path / "a.mp4").write_bytes(film(level_pictures(0, 40), [100 * i for i in range(40)], []))
+    (tmp_path / "a.mp4").write_bytes(video_bytes(level_images(0, 40), [100 * i for i in range(40)], []))
     (tmp_path / "b.MP4").write_bytes((tmp_path / "a.mp4").read_bytes())
     (tmp_path / "c.m4v").write_bytes(b"")
     rows = {

@@ -1,4 +1,4 @@
-"""WebDataset tars of pictures and captions: the same samples as the webdataset library, and what it would get wrong."""
+"""WebDataset tars of images and captions: the same samples as the webdataset library, and what it would get wrong."""
 
 import gzip
 import io
@@ -12,14 +12,14 @@ from PIL import Image
 
 from mmoe.errors import DataError
 from mmoe.preparation.sources import SOURCES, files
-from tests.data.recordings import pictures
+from tests.data.recordings import images
 from tests.data.recordings_webdataset import write_tar
 from tests.preparation.sources.test_sources import read, texts
 
 
-def picture(number, format="PNG"):
+def image(number, format="PNG"):
     buffer = io.BytesIO()
-    Image.fromarray(pictures(number % 5 + 1)[-1] ^ np.uint8(number)).save(buffer, format)
+    Image.fromarray(images(number % 5 + 1)[-1] ^ np.uint8(number)).save(buffer, format)
     return buffer.getvalue()
 
 
@@ -27,7 +27,7 @@ def sample(key, number, suffix="png", text="txt"):
     words = f"Bild {number}\n".encode()
     if text == "json":
         words = json.dumps({"caption": f"Bild {number}", "width": 64}).encode()
-    return [(f"{key}.{suffix}", picture(number, {"jpg": "JPEG"}.get(suffix, suffix))), (f"{key}.{text}", words)]
+    return [(f"{key}.{suffix}", image(number, {"jpg": "JPEG"}.get(suffix, suffix))), (f"{key}.{text}", words)]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
@@ -96,7 +96,7 @@ def test_a_dot_in_the_key_merges_samples_and_is_reported(tmp_path):
     samples, refused = read("webdataset", tmp_path)
     assert set(samples) == {"x/good", "x/v2"}  # one dotted name merges nothing
     assert refused["x/clip_1"].reason == "samples merged by a dot in the key"
-    assert "x.tar: key clip_1 has several pictures or texts (5s.png, 5s.txt, 7s.png" in str(refused["x/clip_1"])
+    assert "x.tar: key clip_1 has several images or texts (5s.png, 5s.txt, 7s.png" in str(refused["x/clip_1"])
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_a_dot_in_the_key_merges_samples_and_is_reported(tmp_path):
         ("a.png a.txt b.png b.txt a.png a.txt", {"x/a": "duplicate key"}),
         ("a.png a.txt a.png b.png b.txt", {"x/a": "duplicate key"}),
         ("a.png b.png b.txt", {"x/a": "sample without text"}),
-        ("a.txt a.mp4 b.png b.txt", {"x/a": "sample without picture"}),
+        ("a.txt a.mp4 b.png b.txt", {"x/a": "sample without image"}),
         ("README b.png b.txt __meta__/x.txt dir/.hidden", {"x/README": None, "x/dir/.hidden": None}),
     ],
 )
 def test_what_makes_no_sample_is_refused_alone(tmp_path, order, reason):
-    members = [(name, picture(ord(name[0])) if name.endswith("png") else b"words") for name in order.split()]
+    members = [(name, image(ord(name[0])) if name.endswith("png") else b"words") for name in order.split()]
     write_tar(tmp_path / "x.tar", members)
     samples, refused = read("webdataset", tmp_path)
     assert {k: r.reason for k, r in refused.items()} == {
@@ -125,7 +125,7 @@ def test_a_truncated_tar_gives_what_is_whole(tmp_path):
     with tarfile.open(tmp_path / "x.tar") as tar:
         at = tar.getmember("k2.png").offset_data
     whole = (tmp_path / "x.tar").read_bytes()
-    for stop in (at + 20, at - 100, at - 512):  # in a picture, in a header, before it
+    for stop in (at + 20, at - 100, at - 512):  # in an image, in a header, before it
         (tmp_path / "x.tar").write_bytes(whole[:stop])
         samples, refused = read("webdataset", tmp_path)
         assert {"x/k0"} <= set(samples) <= {"x/k0", "x/k1"}

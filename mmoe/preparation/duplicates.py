@@ -4,9 +4,9 @@ A held-out sample goes where an earlier held-out one is equal, or where another 
 goes where a held-out one (of this or another source) has its content or nearly so, or where an earlier training sample
 (of another source, or before it in this one) is equal or nearly so. So the first in order stays.
 
-Memory is that of the signatures: measured, 0.1 KB a sample for exact duplicates, 6.4 KB a text and 0.7 KB a picture for
+Memory is that of the signatures: measured, 0.1 KB a sample for exact duplicates, 6.4 KB a text and 0.7 KB an image for
 near ones, in 2, 180 and 80 us. So ten million texts take 64 GB and half an hour; more are prepared in parts, each
-against those before it. Texts are found through the bands of `datasketch.MinHashLSH`, pictures through four bands of
+against those before it. Texts are found through the bands of `datasketch.MinHashLSH`, images through four bands of
 16 bits.
 """
 
@@ -26,7 +26,7 @@ _BANDS, _BAND_BITS = 4, 16
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A sample to leave out: its `row` among the signatures, the class it is counted under, and what it duplicates."""
+    """Names a sample to leave out: its `row` among the signatures, the class it counts under, what it duplicates."""
 
     row: int
     reason: str
@@ -103,23 +103,23 @@ _OTHER_SIDE = {
 
 @dataclass
 class _Query:
-    """What is compared of one sample: the signature of its text, or the hashes of its pictures."""
+    """What is compared of one sample: the signature of its text, or the hashes of its images."""
 
     text: np.ndarray | None
-    pictures: list[int]
+    images: list[int]
 
 
 def _queries(signatures: Signatures) -> list[_Query]:
     queries = [_Query(None, []) for _ in signatures.item]
     for row, text in zip(signatures.text_row.tolist(), signatures.text):
         queries[row].text = text
-    for row, picture in zip(signatures.picture_row.tolist(), signatures.picture.tolist()):
-        queries[row].pictures.append(picture)
+    for row, image in zip(signatures.image_row.tolist(), signatures.image.tolist()):
+        queries[row].images.append(image)
     return queries
 
 
 class _Near:
-    """The texts and pictures of the samples kept so far, found again by likeness."""
+    """The texts and images of the samples kept so far, found again by likeness."""
 
     def __init__(self, config: DedupConfig) -> None:
         self._similarity, self._empty = config.text_similarity, empty_minhash(config.permutations)
@@ -128,33 +128,33 @@ class _Near:
         self._texts = library.MinHashLSH(config.text_similarity, config.permutations, weights=(0.2, 0.8))
         self._signatures: list[np.ndarray] = []
         self._labels: list[str] = []
-        self._pictures = PictureIndex(config.picture_bits)
-        self._owners: list[tuple[str, str]] = []  # of every picture: label and recording
+        self._images = ImageIndex(config.image_bits)
+        self._owners: list[tuple[str, str]] = []  # of every image: label and recording
 
     def add(self, query: _Query, label: str, recording: str) -> None:
         if query.text is not None:
             self._texts.insert(len(self._labels), self._minhash(query.text), check_duplication=False)
             self._labels.append(label)
             self._signatures.append(query.text)
-        for picture in query.pictures:
-            self._pictures.add(picture)
+        for image in query.images:
+            self._images.add(image)
             self._owners.append((label, recording))
 
     def find(self, query: _Query, recording: str) -> str:
-        """Whom the sample nearly duplicates, or ""; a sample with several pictures does when each is known.
+        """Whom the sample nearly duplicates, or ""; a sample with several images does when each is known.
 
-        Pictures of one recording are not compared with each other: they are one picture said in several ways.
+        Images of one recording are not compared with each other: they are one image said in several ways.
         """
         if query.text is not None:
             candidates = sorted(self._texts.query(self._minhash(query.text)))
             likeness = [float(np.mean(self._signatures[candidate] == query.text)) for candidate in candidates]
             best = int(np.argmax(likeness)) if candidates else 0
             return self._labels[candidates[best]] if candidates and likeness[best] >= self._similarity else ""
-        found = [self._picture(picture, recording) for picture in query.pictures]
+        found = [self._image(image, recording) for image in query.images]
         return found[0] if found and all(found) else ""
 
-    def _picture(self, picture: int, recording: str) -> str:
-        labels = ((*self._owners[i], i) for i in self._pictures.near(picture))
+    def _image(self, image: int, recording: str) -> str:
+        labels = ((*self._owners[i], i) for i in self._images.near(image))
         return next((label for label, other, _ in labels if other != recording), "")
 
     def _minhash(self, signature: np.ndarray) -> Any:
@@ -163,8 +163,8 @@ class _Near:
         return minhash
 
 
-class PictureIndex:
-    """Finds 64-bit hashes of pictures again within `bits` of Hamming distance.
+class ImageIndex:
+    """Finds 64-bit hashes of images again within `bits` of Hamming distance.
 
     Of four bands of 16 bits, one differs in at most a quarter of `bits` (rounded down): the buckets of all values so
     near are looked up for each band. That is 4 buckets for up to 3 bits, 68 for up to 7, 548 for up to 11, and with
@@ -182,23 +182,23 @@ class PictureIndex:
             for chosen in combinations(range(_BAND_BITS), size)
         ]
 
-    def add(self, picture: int) -> None:
+    def add(self, image: int) -> None:
         """Keep a hash; its number is how many were kept before."""
-        for bucket, value in zip(self._buckets, _bands(picture)):
+        for bucket, value in zip(self._buckets, _bands(image)):
             bucket[value].append(len(self._hashes))
-        self._hashes.append(picture)
+        self._hashes.append(image)
 
-    def near(self, picture: int) -> list[int]:
+    def near(self, image: int) -> list[int]:
         """Return the numbers of the hashes within the distance: nearest first, equally near ones as they were added."""
         candidates = {
             number
-            for bucket, value in zip(self._buckets, _bands(picture))
+            for bucket, value in zip(self._buckets, _bands(image))
             for flip in self._flips
             for number in bucket.get(value ^ flip, ())
         }
-        distances = sorted(((self._hashes[number] ^ picture).bit_count(), number) for number in candidates)
+        distances = sorted(((self._hashes[number] ^ image).bit_count(), number) for number in candidates)
         return [number for distance, number in distances if distance <= self._bits]
 
 
-def _bands(picture: int) -> list[int]:
-    return [picture >> (_BAND_BITS * band) & 0xFFFF for band in range(_BANDS)]
+def _bands(image: int) -> list[int]:
+    return [image >> (_BAND_BITS * band) & 0xFFFF for band in range(_BANDS)]

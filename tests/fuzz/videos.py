@@ -1,4 +1,4 @@
-"""Films in every container that is opened, with sound and without, as readers and as the loader read them."""
+"""Videos in every container that is opened, with audio and without, as readers and as the loader read them."""
 
 import random
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import numpy as np
 
 from mmoe.data.load.frames import VideoFrames
 from mmoe.errors import MmoeError
-from mmoe.preparation.sources.film import open_film, packet_times, sound_between
-from tests.data.recordings import pictures, video
-from tests.data.recordings_video import film, ramp
+from mmoe.preparation.sources.video_file import audio_between, open_video_file, packet_times
+from tests.data.recordings import images, video
+from tests.data.recordings_video import ramp, video_bytes
 from tests.fuzz.mutate import damage
 
 PLAYLISTS = (
@@ -22,16 +22,16 @@ PLAYLISTS = (
 
 
 def build(_: Path) -> Callable[[random.Random], bytes]:
-    frames, times = pictures(12), [40 * number for number in range(12)]
-    sound = [(8000, [(0, ramp(0, 3800))])]
+    frames, times = images(12), [40 * number for number in range(12)]
+    audio = [(8000, [(0, ramp(0, 3800))])]
     seeds = [
         video(frames, gop_size=4),
         video(frames, codec="mpeg4"),
         video(frames, container="matroska", codec="libx265", **{"x265-params": "log-level=none"}),
-        film(frames, times, sound),
-        film(frames, times, sound, container="mp4", sound_codec="aac"),
-        film(frames, times, sound, container="avi", codec="mpeg4"),
-        film(frames, times, sound, container="mpegts", sound_codec="aac"),
+        video_bytes(frames, times, audio),
+        video_bytes(frames, times, audio, container="mp4", audio_codec="aac"),
+        video_bytes(frames, times, audio, container="avi", codec="mpeg4"),
+        video_bytes(frames, times, audio, container="mpegts", audio_codec="aac"),
         video(frames, container="webm", codec="libvpx-vp9"),
     ]
     choices = [*seeds, *seeds, *PLAYLISTS]
@@ -39,22 +39,22 @@ def build(_: Path) -> Callable[[random.Random], bytes]:
 
 
 def run(data: bytes, folder: Path) -> None:
-    file = folder / "film.mp4"
+    file = folder / "video.mp4"
     file.write_bytes(data)
 
     def stored() -> None:
-        film_read = VideoFrames(data, "auto", "a film in memory", scaled=(20, 30))
-        film_read.frames(np.unique(np.linspace(0, len(film_read) - 1, 3).astype(int)))
+        video_read = VideoFrames(data, "auto", "a video in memory", scaled=(20, 30))
+        video_read.frames(np.unique(np.linspace(0, len(video_read) - 1, 3).astype(int)))
 
     def raw() -> None:
-        found = open_film(file, "best", "best")
+        found = open_video_file(file, "best", "best")
         packet_times(found)
         VideoFrames(file, "auto", str(file), None if found.best else found.video).frames(np.array([0]))
 
     def heard() -> None:
-        found = open_film(file, "best", "best")
-        if found.sound is not None:
-            sound_between(found, 0, 10**9)
+        found = open_video_file(file, "best", "best")
+        if found.audio is not None:
+            audio_between(found, 0, 10**9)
 
     for read in (stored, raw, heard, lambda: VideoFrames(file, "decord", str(file)).frames(np.array([0]))):
         with suppress(MmoeError):  # each refuses for itself

@@ -1,4 +1,4 @@
-"""Filters out samples that can be read but should not be learned from, by pure functions of a text or a picture's size.
+"""Filters out samples that can be read but should not be learned from, by pure functions of a text or an image's size.
 
 Each filter is off (None) unless its threshold is set, but for the share of replacement characters: a text full of
 them was decoded wrongly. The first filter that a sample fails is the reason it is counted under.
@@ -35,18 +35,18 @@ class TextFilters(Config):
     language_characters: int = Field(100, ge=1)  # shorter texts are of no language
 
 
-class PictureFilters(Config):
-    """Says which still pictures are left out; null keeps all."""
+class ImageFilters(Config):
+    """Says which still images are left out; null keeps all."""
 
     min_side: int | None = Field(None, ge=1)  # pixels
     aspect: float | None = Field(None, ge=1)  # longer side over the shorter
 
 
 class FilterConfig(Config):
-    """Says which readable samples are left out, by their texts and their still pictures."""
+    """Says which readable samples are left out, by their texts and their still images."""
 
     text: TextFilters = TextFilters()
-    picture: PictureFilters = PictureFilters()
+    image: ImageFilters = ImageFilters()
 
     def check(self) -> None:
         """Check that the filters can run here.
@@ -68,7 +68,7 @@ class FilterConfig(Config):
 
 @dataclass(frozen=True)
 class Fault:
-    """The reason why a sample is removed.
+    """States the reason why a sample is removed.
 
     `reason` is the class it is counted under, `said` ends the sentence about it.
     """
@@ -78,11 +78,11 @@ class Fault:
 
 
 def find_fault(texts: Sequence[str], sizes: Sequence[tuple[int, int]], config: FilterConfig) -> Fault | None:
-    """Return the fault by the first filter that a sample with these texts and pictures fails, or None.
+    """Return the fault by the first filter that a sample with these texts and images fails, or None.
 
-    `sizes` are (height, width) of its still pictures in pixels.
+    `sizes` are (height, width) of its still images in pixels.
     """
-    faults = (fault for size in sizes for fault in _picture_faults(*size, config.picture))
+    faults = (fault for size in sizes for fault in _image_faults(*size, config.image))
     fault = next(faults, None)
     if fault is None and texts:
         fault = next(_text_faults("\n".join(texts), config.text), None)
@@ -130,14 +130,12 @@ def language(text: str) -> str:
     return require("py3langid", "prepare.filters.text.languages").classify(text)[0]
 
 
-def _picture_faults(height: int, width: int, config: PictureFilters) -> Iterator[Fault]:
+def _image_faults(height: int, width: int, config: ImageFilters) -> Iterator[Fault]:
     short, long = sorted((height, width))
     if config.min_side is not None and short < config.min_side:
-        yield Fault("small picture", f"has a picture of {height} x {width} pixels, a side below {config.min_side}")
+        yield Fault("small image", f"has an image of {height} x {width} pixels, a side below {config.min_side}")
     if config.aspect is not None and long > config.aspect * short:
-        yield Fault(
-            "extreme aspect ratio", f"has a picture of {height} x {width} pixels, beyond {config.aspect:g} to 1"
-        )
+        yield Fault("extreme aspect ratio", f"has an image of {height} x {width} pixels, beyond {config.aspect:g} to 1")
 
 
 def _text_faults(text: str, config: TextFilters) -> Iterator[Fault]:

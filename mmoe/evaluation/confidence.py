@@ -16,9 +16,9 @@ def wilson_low(share: float, trials: float) -> float:
     if trials <= 0:
         return 0.0
     square = Z95 * Z95
-    centre = share + square / (2 * trials)
+    center = share + square / (2 * trials)
     spread = Z95 * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
-    return max(0.0, (centre - spread) / (1 + square / trials))
+    return max(0.0, (center - spread) / (1 + square / trials))
 
 
 def mean_low(values: np.ndarray) -> float:

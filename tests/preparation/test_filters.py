@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmoe.config.load import validate
 from mmoe.errors import ConfigError
-from mmoe.preparation.hygiene import (
+from mmoe.preparation.filters import (
     FilterConfig,
     duplicate_line_share,
     find_fault,
@@ -19,7 +19,7 @@ from mmoe.preparation.hygiene import (
 )
 from mmoe.preparation.prepare import prepare
 from mmoe.tokenizers.text import TextTokenizer
-from tests.data.recordings import pictures, png, write_captions, write_jsonl
+from tests.data.recordings import images, png, write_captions, write_jsonl
 
 ENGLISH = "The committee met on Tuesday to discuss the new bridge, and nobody agreed with anybody about its form. " * 2
 GERMAN = "Der Ausschuss traf sich am Dienstag, um über die neue Brücke zu sprechen, und niemand war einer Meinung. " * 2
@@ -91,8 +91,8 @@ def test_each_threshold_divides_what_it_should():
     assert reason(filters(duplicate_lines=0.5), "a\nb\na\nb") is None
     assert reason(filters(ngram=2, ngram_share=0.5), "buy it now or buy it later") == "repeated words"
     assert reason(filters(ngram=2, ngram_share=0.6), "buy it now or buy it later") is None
-    sides = validate(FilterConfig, {"picture": {"min_side": 32, "aspect": 3}}, "test")
-    assert reason(sides, "", [(64, 64), (31, 40)]) == "small picture"
+    sides = validate(FilterConfig, {"image": {"min_side": 32, "aspect": 3}}, "test")
+    assert reason(sides, "", [(64, 64), (31, 40)]) == "small image"
     assert reason(sides, "", [(32, 97)]) == reason(sides, "", [(97, 32)]) == "extreme aspect ratio"
     assert reason(sides, "", [(32, 96), (96, 32)]) is None
 
@@ -131,10 +131,10 @@ def test_what_is_filtered_is_listed_and_counted(tmp_path):
     assert (output / "quarantine.jsonl").read_text() == ""
 
 
-def test_pictures_are_filtered_by_size(tmp_path):
+def test_images_are_filtered_by_size(tmp_path):
     write_captions(tmp_path / "in", 6)
-    (tmp_path / "in/images/p3.png").write_bytes(png(pictures(1, 16, 64)[0]))
-    options = {"prepare": {"filters": {"picture": {"min_side": 32}}}}
+    (tmp_path / "in/images/p3.png").write_bytes(png(images(1, 16, 64)[0]))
+    options = {"prepare": {"filters": {"image": {"min_side": 32}}}}
     tokenizer = TextTokenizer.bytes()
     made = prepare("image_caption", tmp_path / "in", tmp_path / "out", text_tokenizer=tokenizer, options=options)
-    assert made.manifest.removed == {"small picture": 1}
+    assert made.manifest.removed == {"small image": 1}

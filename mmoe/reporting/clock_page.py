@@ -1,21 +1,21 @@
-"""Draws the page of `mmoe sync-report`: the table of `preparation.sync_report`, and histograms of what it sums up."""
+"""Draws the page of `mmoe clock-report`: the table of `preparation.clock_report`, and histograms of what it sums up."""
 
 import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.subplots import make_subplots
 
-from mmoe.preparation.sync_report import COLUMNS, SYNTHETIC, StreamTiming, SyncReport, rows, text
+from mmoe.preparation.clock_report import COLUMNS, SYNTHETIC, ClockReport, StreamTiming, report_rows, text
 from mmoe.reporting.figures import MODEL, style
 from mmoe.reporting.page import page, parts, plot
 
 _BINS = 80
 
 
-def render(report: SyncReport) -> str:
+def render_clock_page(report: ClockReport) -> str:
     """Render the report on a source's clocks as self-contained HTML."""
     refusals = [parts.note(f"refused: {reason}: {count:,}") for reason, count in sorted(report.unreadable.items())]
-    streams = [parts.table(COLUMNS, rows(report)), parts.note(_NOTE), *refusals]
+    streams = [parts.table(COLUMNS, report_rows(report)), parts.note(_NOTE), *refusals]
     others = [stream for stream in report.streams if stream.name != report.reference and len(stream.offsets)]
     sections = [("Made times", parts.paragraph(SYNTHETIC))] if report.kind == "synthetic" else []
     sections.append(("Streams", Markup().join(streams)))

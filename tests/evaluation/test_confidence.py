@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmoe.evaluation.bounds import mean_low, wilson_low
+from mmoe.evaluation.confidence import mean_low, wilson_low
 
 
 @pytest.mark.parametrize(

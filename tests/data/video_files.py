@@ -1,4 +1,4 @@
-"""Sixty films of many codecs, containers and structures whose every frame shows its number."""
+"""Sixty videos of many codecs, containers and structures whose every frame shows its number."""
 
 import struct
 from collections.abc import Callable
@@ -9,23 +9,23 @@ import numpy as np
 
 from tests.data.recordings import video
 
-RATE, FRAMES = 25, 30  # frames a second, frames of a film before it is cut
+RATE, FRAMES = 25, 30  # frames a second, frames of a video before it is cut
 _HEIGHT, _WIDTH, _BLOCK = 80, 96, 16
 
 
 def numbered(count: int = FRAMES, first: int = 0) -> np.ndarray:
-    """Pictures [count, 80, 96, 3] u8: blocks of a bit of their number each, white or black."""
-    pictures = np.full((count, _HEIGHT, _WIDTH, 3), 16, np.uint8)
-    for number, picture in enumerate(pictures, start=first):
+    """Images [count, 80, 96, 3] u8: blocks of a bit of their number each, white or black."""
+    images = np.full((count, _HEIGHT, _WIDTH, 3), 16, np.uint8)
+    for number, image in enumerate(images, start=first):
         for bit in range(16):
             rows, columns = _block(bit, 0)
-            picture[rows, columns] = 235 if number >> bit & 1 else 16
-    return pictures
+            image[rows, columns] = 235 if number >> bit & 1 else 16
+    return images
 
 
-def number_of(picture: np.ndarray) -> int:
-    """The number that a picture [80, 96, 3] shows."""
-    return sum(1 << bit for bit in range(16) if picture[_block(bit, 4)].mean() > 128)
+def number_of(image: np.ndarray) -> int:
+    """The number that an image [80, 96, 3] shows."""
+    return sum(1 << bit for bit in range(16) if image[_block(bit, 4)].mean() > 128)
 
 
 def _block(bit: int, margin: int) -> tuple[slice, slice]:
@@ -46,8 +46,8 @@ def skip_head(mp4: bytes, skip: int, keep: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Film:
-    """A film by its file name; `first` is the number its first frame shows, `write` gives its bytes."""
+class VideoFile:
+    """A video by its file name; `first` is the number its first frame shows, `write` gives its bytes."""
 
     name: str
     write: Callable[[], bytes]
@@ -88,8 +88,8 @@ _VP9 = {"hidden": {"g": 12, "lag-in-frames": 16, "auto-alt-ref": 1, "deadline": 
 _AV1 = {"two": {"g": 2, "preset": 10}, "long": {"g": 12, "preset": 10}}
 
 
-def _kind(codec: str, structures: dict[str, dict], containers: str) -> list[Film]:
-    films = []
+def _kind(codec: str, structures: dict[str, dict], containers: str) -> list[VideoFile]:
+    found = []
     for suffix in containers.split():
         for structure, options in structures.items():
             label = codec.removeprefix("lib").replace("-", "")
@@ -97,18 +97,18 @@ def _kind(codec: str, structures: dict[str, dict], containers: str) -> list[Film
             def write(options: dict = options, suffix: str = suffix) -> bytes:
                 return video(numbered(), container=_MUXERS[suffix], codec=codec, **options)
 
-            films.append(Film(f"{label}_{structure}_{suffix.replace('.', '_')}.{suffix.split('.')[-1]}", write))
-    return films
+            found.append(VideoFile(f"{label}_{structure}_{suffix.replace('.', '_')}.{suffix.split('.')[-1]}", write))
+    return found
 
 
-def _cut(codec: str, structure: str, options: dict, skip: int) -> Film:
+def _cut(codec: str, structure: str, options: dict, skip: int) -> VideoFile:
     def write() -> bytes:
         return skip_head(video(numbered(), codec=codec, **options), skip, FRAMES - skip)
 
-    return Film(f"cut{skip}_{codec.removeprefix('lib')}_{structure}.mp4", write, skip)
+    return VideoFile(f"cut{skip}_{codec.removeprefix('lib')}_{structure}.mp4", write, skip)
 
 
-FILMS = [
+VIDEOS = [
     *_kind("libx264", _H264, "mp4 mkv"),
     *_kind("libx264", {name: _H264[name] for name in ("plain", "b", "open", "intra")}, "mov avi ts.mp4"),
     *_kind("libx265", _HEVC, "mp4 mkv"),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmoe.errors import DataError
-from mmoe.preparation.dedup import Duplicates, PictureIndex
+from mmoe.preparation.duplicates import Duplicates, ImageIndex
 from mmoe.preparation.prepare import prepare
-from mmoe.preparation.signatures import DedupConfig, Signatures, picture_hash, shingles, text_signature
+from mmoe.preparation.signatures import DedupConfig, Signatures, image_hash, shingles, text_signature
 from mmoe.preparation.statistics import VectorSummary
 from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings import png, write_jsonl
@@ -44,7 +44,7 @@ def edited(original, share, seed=0):
 
 
 def picture(seed, side=64):
-    """A picture of a few large soft shapes [side, side, 3]."""
+    """An image of a few large soft shapes [side, side, 3]."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
     return np.asarray(small.resize((side, side), Image.Resampling.BICUBIC))
@@ -61,11 +61,11 @@ def signatures(contents, samples=None):
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=30), st.integers(0, 2**64 - 1), st.integers(0, 11), st.data())
-def test_the_picture_index_finds_all_that_comparing_each_finds(hashes, query, bits, data):
+def test_the_image_index_finds_all_that_comparing_each_finds(hashes, query, bits, data):
     for _ in range(3):  # near ones: at random there are none
         flipped = data.draw(st.lists(st.integers(0, 63), max_size=13, unique=True))
         hashes = [*hashes, query ^ sum(1 << bit for bit in flipped)]
-    index = PictureIndex(bits)
+    index = ImageIndex(bits)
     for number in hashes:
         index.add(number)
     expected = [(bin(number ^ query).count("1"), place) for place, number in enumerate(hashes)]
@@ -158,17 +158,17 @@ def test_another_source_is_not_repeated_and_its_heldout_side_not_learnt(tmp_path
         run("text", tmp_path / "second", tmp_path / "other", options, trained)
 
 
-def test_resized_and_recompressed_pictures_are_found(tmp_path):
+def test_resized_and_recompressed_images_are_found(tmp_path):
     (tmp_path / "in" / "images").mkdir(parents=True)
     rows = []
     for i in range(12):
         (tmp_path / "in" / "images" / f"p{i:02d}.png").write_bytes(png(picture(i)))
-        rows.append({"image": f"images/p{i:02d}.png", "caption": f"picture {i}"})
+        rows.append({"image": f"images/p{i:02d}.png", "caption": f"image {i}"})
     for i in (1, 4, 9):
         image = Image.fromarray(picture(i)).resize((100, 90))
         image.save(tmp_path / "in" / "images" / f"q{i:02d}.jpg", quality=50)
         rows.append({"image": f"images/q{i:02d}.jpg", "caption": "the same, smaller"})
-    rows[2]["more"] = "the same picture said twice is kept twice"
+    rows[2]["more"] = "the same image said twice is kept twice"
     write_jsonl(tmp_path / "in" / "captions.jsonl", rows)
     options = {"captions": ["caption", "more"], "prepare": {**NEAR["prepare"], "heldout_share": 0}}
     manifest = run("image_caption", tmp_path / "in", tmp_path / "out", options)
@@ -177,9 +177,9 @@ def test_resized_and_recompressed_pictures_are_found(tmp_path):
     assert pairs == {"q01": "p01", "q04": "p04", "q09": "p09"}
 
 
-def test_a_picture_of_one_tone_has_no_hash():
+def test_an_image_of_one_tone_has_no_hash():
     flat = np.full((64, 64, 3), 128, np.uint8)
-    assert picture_hash(png(flat), "x") is None and picture_hash(png(picture(3)), "x") is not None
+    assert image_hash(png(flat), "x") is None and image_hash(png(picture(3)), "x") is not None
 
 
 # Statistics, which duplicates must not leave traces in.
@@ -247,7 +247,7 @@ def test_planted_duplicates_of_real_text_are_found_and_nothing_else(shared_data,
 
 
 @pytest.mark.real_data
-def test_planted_duplicates_of_real_pictures_are_found_and_nothing_else(shared_data, tmp_path):
+def test_planted_duplicates_of_real_images_are_found_and_nothing_else(shared_data, tmp_path):
     rows = [json.loads(line) for line in (shared_data / "image_caption" / "captions.jsonl").read_text().splitlines()]
     (tmp_path / "in").mkdir()
     listed = []

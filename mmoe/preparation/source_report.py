@@ -18,7 +18,7 @@ from mmoe.schema.vectors import VectorStats
 
 
 @dataclass
-class Tally:
+class SplitReport:
     """Holds the counts of a split, or of a part of one.
 
     Parts are stored, and merged in the order of their samples.
@@ -30,7 +30,7 @@ class Tally:
     vectors: dict[Modality, VectorSummary] = field(default_factory=dict)  # of the tables its samples refer to
     text_tokens: int = 0
     text_bytes: int = 0
-    pictures: int = 0
+    images: int = 0
     seconds: float = 0.0
     bytes: int = 0
     flags: Counter[str] = field(default_factory=Counter)
@@ -38,7 +38,7 @@ class Tally:
     def add(self, row: Row) -> None:
         """Count a sample."""
         kind, span = row.segments["modality"], row.segments["stop"] - row.segments["start"]
-        sound = kind == Modality.AUDIO
+        audio = kind == Modality.AUDIO
         self.samples += 1
         self.recordings.add(row.sample.recording)
         self.extent.add(row.segments)
@@ -48,12 +48,12 @@ class Tally:
                 self.vectors.setdefault(modality, VectorSummary(table.shape[1])).add(table, seed)
         self.text_tokens += len(row.text_ids)
         self.text_bytes += row.text_bytes
-        self.pictures += int(span[kind == Modality.VISION].sum())
-        self.seconds += float((span[sound] / row.segments["rate"][sound]).sum())
+        self.images += int(span[kind == Modality.VISION].sum())
+        self.seconds += float((span[audio] / row.segments["rate"][audio]).sum())
         self.bytes += sum(map(len, row.sample.members.values()))
         self.flags += row.sample.flags
 
-    def merge(self, other: "Tally") -> None:
+    def merge(self, other: "SplitReport") -> None:
         """Add what the next part of the split holds."""
         for name in _PLAIN:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -85,20 +85,20 @@ class Tally:
         }
 
     @classmethod
-    def load(cls, stored: dict[str, Any], arrays: dict[str, np.ndarray]) -> "Tally":
-        """Make a tally again from what `as_dict` and `arrays` gave; other arrays are left alone."""
-        tally = cls(**{name: stored[name] for name in _PLAIN})
-        tally.recordings, tally.flags = set(stored["recordings"]), Counter(stored["flags"])
-        tally.extent.clips, tally.extent.slices = stored["extent"]["clips"], stored["extent"]["slices"]
+    def load(cls, stored: dict[str, Any], arrays: dict[str, np.ndarray]) -> "SplitReport":
+        """Make a report again from what `as_dict` and `arrays` gave; other arrays are left alone."""
+        report = cls(**{name: stored[name] for name in _PLAIN})
+        report.recordings, report.flags = set(stored["recordings"]), Counter(stored["flags"])
+        report.extent.clips, report.extent.slices = stored["extent"]["clips"], stored["extent"]["slices"]
         for kind, sliced, camera, height, width, rate, count, span in stored["extent"]["groups"]:
             group = (kind, bool(sliced), bool(camera), height, width, rate)
-            tally.extent.counts[group], tally.extent.spans[group] = count, span
+            report.extent.counts[group], report.extent.spans[group] = count, span
         for modality in Modality:
             prefix = f"{modality.name}."
             own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
             if own:
-                tally.vectors[modality] = VectorSummary.from_arrays(own)
-        return tally
+                report.vectors[modality] = VectorSummary.from_arrays(own)
+        return report
 
     def entry(self, shards: list[ShardEntry]) -> SplitEntry:
         """Return the manifest's entry for a split that is stored in these shards."""
@@ -113,7 +113,7 @@ class Tally:
         )
 
 
-_PLAIN = [f.name for f in fields(Tally) if f.type in (int, float)]  # numbers that add up
+_PLAIN = [f.name for f in fields(SplitReport) if f.type in (int, float)]  # numbers that add up
 
 
 class ItemLog:
@@ -150,7 +150,7 @@ class Summary:
 
 def summary(
     kind: str,
-    tallies: dict[str, Tally],
+    reports: dict[str, SplitReport],
     refused: Counter[str],
     removed: Counter[str],
     vectors: dict[str, VectorStats],
@@ -160,28 +160,28 @@ def summary(
     After the content comes what is flagged, clipped to the fences of its dimension (rows, of all rows), refused and
     removed."""
     measures = {
-        "samples": [f"{t.samples:,}" for t in tallies.values()],
-        "recordings": [f"{len(t.recordings):,}" for t in tallies.values()],
-        "text tokens": [f"{t.text_tokens:,}" for t in tallies.values()],
-        "text bytes": [f"{t.text_bytes:,}" for t in tallies.values()],
-        "pictures": [f"{t.pictures:,}" for t in tallies.values()],
-        "seconds of sound": [f"{t.seconds:,.1f}" for t in tallies.values()],
-        "bytes": [f"{t.bytes:,}" for t in tallies.values()],
+        "samples": [f"{t.samples:,}" for t in reports.values()],
+        "recordings": [f"{len(t.recordings):,}" for t in reports.values()],
+        "text tokens": [f"{t.text_tokens:,}" for t in reports.values()],
+        "text bytes": [f"{t.text_bytes:,}" for t in reports.values()],
+        "images": [f"{t.images:,}" for t in reports.values()],
+        "seconds of audio": [f"{t.seconds:,.1f}" for t in reports.values()],
+        "bytes": [f"{t.bytes:,}" for t in reports.values()],
     }
     for modality in Modality:
-        measures[f"{modality.name} segments"] = [f"{t.extent.segments(modality):,}" for t in tallies.values()]
-    flags = sorted(set().union(*(t.flags for t in tallies.values())))
+        measures[f"{modality.name} segments"] = [f"{t.extent.segments(modality):,}" for t in reports.values()]
+    flags = sorted(set().union(*(t.flags for t in reports.values())))
     sections = [
         {measure: values for measure, values in measures.items() if any(value.strip("0.,") for value in values)},
-        {f"flagged: {flag}": [f"{t.flags[flag]:,}" for t in tallies.values()] for flag in flags},
-        {f"clipped: {name}": cells for name, cells in _clipped(tallies, vectors).items()},
+        {f"flagged: {flag}": [f"{t.flags[flag]:,}" for t in reports.values()] for flag in flags},
+        {f"clipped: {name}": cells for name, cells in _clipped(reports, vectors).items()},
         {f"refused: {reason}": [f"{count:,}"] for reason, count in sorted(refused.items())},
         {f"removed: {reason}": [f"{count:,}"] for reason, count in sorted(removed.items())},
     ]
-    return Summary(kind, tuple(tallies), [section for section in sections if section])
+    return Summary(kind, tuple(reports), [section for section in sections if section])
 
 
-def _clipped(tallies: dict[str, Tally], vectors: dict[str, VectorStats]) -> dict[str, list[str]]:
+def _clipped(reports: dict[str, SplitReport], vectors: dict[str, VectorStats]) -> dict[str, list[str]]:
     """By dimension that has any, a cell for each split: rows outside its fences of all rows."""
     lines: dict[str, list[str]] = {}
     for modality, stats in vectors.items():
@@ -189,8 +189,8 @@ def _clipped(tallies: dict[str, Tally], vectors: dict[str, VectorStats]) -> dict
             if not any(counts[number] for counts in stats.clipped.values()):
                 continue
             cells = []
-            for split, tally in tallies.items():
-                summary = tally.vectors.get(Modality.named(modality))
+            for split, report in reports.items():
+                summary = report.vectors.get(Modality.named(modality))
                 rows, counts = summary.count if summary else 0, stats.clipped.get(split)
                 about = "about " if summary and summary.estimated else ""
                 cells.append(f"{about}{counts[number] if counts else 0:,} of {rows:,}")

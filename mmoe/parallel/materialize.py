@@ -9,7 +9,7 @@ from mmoe.models.init import initial_value, is_of_experts
 
 
 @torch.no_grad()
-def materialise(
+def materialize(
     model: nn.Module, seed: int, std: float, layers: int, device: torch.device, compute: torch.device
 ) -> None:
     """Give the meta tensors of `model` memory and their initial values.

@@ -1,7 +1,7 @@
 """Chooses each slice's members by time (signed int64 nanoseconds), and makes the two checks on that choice.
 
 *Alignment* is bookkeeping: reference + offset must be the reader's raw time, and that must be the file's time
-to 1 ms. *Skew* is |offset| of captured members (frames, sound) against the budget their source declares. Held
+to 1 ms. *Skew* is |offset| of captured members (frames, audio) against the budget their source declares. Held
 streams (inertial, speed) have a maximum gap instead: a reading older than that is absent, not stale.
 
 R: references, N: readings of a stream, D: dimensions of a reading.

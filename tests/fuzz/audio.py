@@ -1,4 +1,4 @@
-"""Sounds: WAV, FLAC, OGG and MP3 bytes, whole and in pieces."""
+"""Audio clips: WAV, FLAC, OGG and MP3 bytes, whole and in pieces."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""Pictures of every format that is opened, with and without EXIF, and of some that are not."""
+"""Images of every format that is opened, with and without EXIF, and of some that are not."""
 
 import io
 import random
@@ -13,7 +13,7 @@ from tests.fuzz.mutate import damage
 
 
 def build(_: Path) -> Callable[[random.Random], bytes]:
-    picture = Image.fromarray((np.indices((20, 40)).sum(0) * 4).astype(np.uint8)).convert("RGB")
+    image = Image.fromarray((np.indices((20, 40)).sum(0) * 4).astype(np.uint8)).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
     seeds = []
@@ -22,7 +22,7 @@ def build(_: Path) -> Callable[[random.Random], bytes]:
             buffer = io.BytesIO()
             try:
                 options = {"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}
-                picture.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, kind, **options)
+                image.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, kind, **options)
             except (OSError, ValueError, KeyError):
                 continue  # the format has no such mode
             seeds.append(buffer.getvalue())

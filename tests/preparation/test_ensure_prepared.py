@@ -4,7 +4,7 @@ import pytest
 
 from mmoe.data.config import SourceConfig
 from mmoe.errors import ConfigError
-from mmoe.preparation.ready import ensure_prepared
+from mmoe.preparation.ensure_prepared import ensure_prepared
 from mmoe.tokenizers.text import TextConfig
 
 BYTES = TextConfig()

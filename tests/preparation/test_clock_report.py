@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from mmoe.commands.main import app
 from mmoe.errors import DataError
-from mmoe.preparation import sync_report
+from mmoe.preparation import clock_report
+from mmoe.preparation.clock_report import COLUMNS, measure_clocks, report_rows
 from mmoe.preparation.prepare import prepare
 from mmoe.preparation.slices import Clocks
-from mmoe.preparation.sync_report import COLUMNS, measure, rows
-from mmoe.reporting.sync_page import render
+from mmoe.reporting.clock_page import render_clock_page
 from mmoe.tokenizers.text import TextConfig
 from tests.data.recordings import drive_records, write_tub
 from tests.data.recordings_driving import write_nuscenes
@@ -29,7 +29,7 @@ def prepared(kind, source, folder, **options):
 
 def measured(streams, reference="front", kind="captured", **more):
     logs = [Clocks("log", kind, reference, {name: np.asarray(t, np.int64) for name, t in streams.items()}, **more)]
-    report = sync_report.measure(logs, "made", Counter())
+    report = clock_report.measure_clocks(logs, "made", Counter())
     return {stream.name: stream for stream in report.streams}
 
 
@@ -73,8 +73,8 @@ def test_a_stream_that_a_log_lacks_is_named():
         Clocks("a", "captured", "front", {"front": FRAMES, "imu": FRAMES}),
         Clocks("b", "captured", "front", {"front": FRAMES}),
     ]
-    report = sync_report.measure(logs, "made", Counter())
-    assert "absent in 1 of 2 logs" in sync_report.rows(report)[1][-1]
+    report = clock_report.measure_clocks(logs, "made", Counter())
+    assert "absent in 1 of 2 logs" in clock_report.report_rows(report)[1][-1]
     assert report.streams[1].within_1ms == 0.5 and report.streams[1].readings == 100
 
 
@@ -96,7 +96,7 @@ def test_the_figures_of_the_real_segment_whole_although_it_was_cut_and_split(sha
     folder = prepared("comma2k19", raw, tmp_path / "comma")
     pages = []
     for arguments in ([str(folder)], [str(raw), "--kind", "comma2k19"]):
-        result = CliRunner().invoke(app, ["sync-report", *arguments, "--html", str(tmp_path / "page.html")])
+        result = CliRunner().invoke(app, ["clock-report", *arguments, "--html", str(tmp_path / "page.html")])
         assert result.exit_code == 0, result.output
         pages.append(cells(result.output))
         html = (tmp_path / "page.html").read_text()
@@ -120,20 +120,20 @@ def test_the_figures_of_the_real_segment_whole_although_it_was_cut_and_split(sha
 def test_made_times_are_said_to_be_made(tmp_path):
     write_tub(tmp_path / "tub", drive_records(60))
     folder = prepared("donkeycar", tmp_path / "tub", tmp_path / "out")
-    result = CliRunner().invoke(app, ["sync-report", str(folder), "--html", str(tmp_path / "p.html")])
+    result = CliRunner().invoke(app, ["clock-report", str(folder), "--html", str(tmp_path / "p.html")])
     words = " ".join(result.output.split())
-    assert result.exit_code == 0 and sync_report.SYNTHETIC in words
+    assert result.exit_code == 0 and clock_report.SYNTHETIC in words
     assert cells(result.output)["front"]["rate Hz"] == "20.000"
     assert cells(result.output)["front"]["readings"] == "60"  # one run, put together from its clips
-    assert sync_report.SYNTHETIC in (tmp_path / "p.html").read_text()
+    assert clock_report.SYNTHETIC in (tmp_path / "p.html").read_text()
 
 
 def test_captured_times_are_not_said_to_be_made(tmp_path):
     write_nuscenes(tmp_path / "raw", scenes=3)
-    report = sync_report.report_prepared(
+    report = clock_report.report_prepared(
         prepared("nuscenes", tmp_path / "raw", tmp_path / "out", prepare={"heldout_share": 0.4})
     )
-    assert report.kind == "captured" and report.logs == 3 and sync_report.SYNTHETIC not in render(report)
+    assert report.kind == "captured" and report.logs == 3 and clock_report.SYNTHETIC not in render_clock_page(report)
     streams = {stream.name: stream for stream in report.streams}
     assert streams["CAM_FRONT_LEFT"].start == pytest.approx(-42.6) and streams["CAM_FRONT"].readings == 18
     assert streams["ms_imu"].rate_hz == pytest.approx(100)
@@ -145,29 +145,29 @@ def test_what_has_no_clock_or_cannot_be_read_is_said_so(tmp_path):
         (tmp_path / "texts" / f"{name}.txt").write_text(f"text {name} " * 40)
     folder = prepared("text", tmp_path / "texts", tmp_path / "out")
     with pytest.raises(DataError, match="holds no sample with clocks.npz.*kind text"):
-        sync_report.report_prepared(folder)
+        clock_report.report_prepared(folder)
     with pytest.raises(DataError, match="gives no sample with a clock as text"):
-        sync_report.report_raw("text", tmp_path / "texts")
+        clock_report.report_raw("text", tmp_path / "texts")
     write_nuscenes(tmp_path / "raw", scenes=2)
     for file in (tmp_path / "raw" / "can_bus").glob("scene-0001_pose*"):
         file.write_text("[{}]")
-    report = sync_report.report_raw("nuscenes", tmp_path / "raw")
+    report = clock_report.report_raw("nuscenes", tmp_path / "raw")
     assert report.logs == 1 and report.unreadable == {"unreadable log": 2}
-    assert "unreadable log: 2" in render(report)
+    assert "unreadable log: 2" in render_clock_page(report)
 
 
 def test_what_a_stream_has_not_is_a_dash_and_not_zero():
     """One reading has no rate and no interval; one beyond all references has no offset; none has nothing."""
     reference = np.arange(5, dtype=np.int64) * 100 * MS
     times = {"front": reference, "once": reference[:1], "never": reference[:0]}
-    report = measure([Clocks("a", "captured", "front", times)], "x", Counter())
-    lines = {line[0]: dict(zip(COLUMNS, line)) for line in rows(report)}
+    report = measure_clocks([Clocks("a", "captured", "front", times)], "x", Counter())
+    lines = {line[0]: dict(zip(COLUMNS, line)) for line in report_rows(report)}
     absent = ("rate Hz", "interval ms median (p1..p99)", "jitter sd ms", "gaps (longest ms)")
     assert {lines["once"][name] for name in absent} == {"-"} and lines["once"]["start ms"] == "+0.0"
     kept = ("stream", "readings", "within 1 ms", "remarks")
     assert {value for name, value in lines["never"].items() if name not in kept} == {"-"}
     assert lines["front"]["rate Hz"] == "10.000"
-    assert "- Hz" in render(report)
+    assert "- Hz" in render_clock_page(report)
 
 
 def test_damaged_clocks_are_an_error_that_names_the_member():

@@ -1,4 +1,4 @@
-"""Films in preparation: what decord is proven to read is recorded, and what is accepted training decodes."""
+"""Videos in preparation: what decord is proven to read is recorded, and what is accepted training decodes."""
 
 from collections import Counter
 from functools import partial
@@ -20,26 +20,28 @@ from mmoe.schema.sample import Sample, Segment
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.bundle import TokenizersConfig
 from mmoe.tokenizers.vision import VisionConfig
-from tests.data.films import FILMS, numbered
 from tests.data.recordings import video
 from tests.data.test_frames import damaged, textured
+from tests.data.video_files import VIDEOS, numbered
 from tests.preparation.test_prepare import SMALL_CODEC, quarantine, rows, run
 
 needs_decord = pytest.mark.skipif(not status("decord").available, reason="decord is not installed")
 
 
 @pytest.fixture
-def film_source(monkeypatch):
-    """A source of stored films that the test decides: bytes by key."""
-    films = {}
+def video_source(monkeypatch):
+    """A source of stored videos that the test decides: bytes by key."""
+    video_files = {}
 
     def items(path, config, refuse):
-        for key, data in films.items():
+        for key, data in video_files.items():
             segments = [Segment(Modality.VISION, "front.mp4", start=n, stop=n + 1, height=80, width=96) for n in (0, 9)]
             yield Item(key, key, partial(lambda s: s, Sample(key, key, {"front.mp4": data}, segments, Counter())))
 
-    monkeypatch.setitem(sources.SOURCES._registered, "films", Source("films", "none", 0, Config, items, generated=True))
-    return films
+    monkeypatch.setitem(
+        sources.SOURCES._registered, "videos", Source("videos", "none", 0, Config, items, generated=True)
+    )
+    return video_files
 
 
 def proven(folder, manifest):
@@ -54,24 +56,24 @@ def proven(folder, manifest):
 
 def some(**more):
     closed = video(numbered(12), bf=0, g=6)
-    opened = next(film for film in FILMS if film.name == "x264_open_mp4.mp4").write()
+    opened = next(clip for clip in VIDEOS if clip.name == "x264_open_mp4.mp4").write()
     return {"closed": closed, "open": opened} | more
 
 
 @needs_decord
-def test_the_proof_is_made_once_and_kept_where_duplicates_are_left_out(tmp_path, film_source):
-    film_source |= some(again=some()["closed"])
-    manifest, _ = run("films", "-", tmp_path / "decord", prepare={"heldout_share": 0, "video_backend": "decord"})
+def test_the_proof_is_made_once_and_kept_where_duplicates_are_left_out(tmp_path, video_source):
+    video_source |= some(again=some()["closed"])
+    manifest, _ = run("videos", "-", tmp_path / "decord", prepare={"heldout_share": 0, "video_backend": "decord"})
     assert manifest.removed == {"duplicate of an earlier sample": 1}
     assert proven(tmp_path / "decord", manifest) == {("closed", "front.mp4"): True}
-    manifest, _ = run("films", "-", tmp_path / "auto", prepare={"heldout_share": 0})
+    manifest, _ = run("videos", "-", tmp_path / "auto", prepare={"heldout_share": 0})
     assert proven(tmp_path / "auto", manifest) == {("closed", "front.mp4"): False, ("open", "front.mp4"): False}
 
 
 @needs_decord
-def test_films_prepared_for_decord_are_those_it_is_proven_to_read(tmp_path, film_source):
-    film_source |= some()
-    manifest, _ = run("films", "-", tmp_path / "out", prepare={"heldout_share": 0, "video_backend": "decord"})
+def test_videos_prepared_for_decord_are_those_it_is_proven_to_read(tmp_path, video_source):
+    video_source |= some()
+    manifest, _ = run("videos", "-", tmp_path / "out", prepare={"heldout_share": 0, "video_backend": "decord"})
     assert manifest.quarantined == {UNPROVEN: 1} and proven(tmp_path / "out", manifest) == {
         ("closed", "front.mp4"): True
     }
@@ -80,20 +82,20 @@ def test_films_prepared_for_decord_are_those_it_is_proven_to_read(tmp_path, film
     assert "set prepare.video_backend=auto" in line["message"]
 
 
-def test_decord_is_asked_for_where_it_is_not_installed(tmp_path, film_source, monkeypatch):
+def test_decord_is_asked_for_where_it_is_not_installed(tmp_path, video_source, monkeypatch):
     def lacking(name, key):
         raise BackendError(f"{key} asks for {name}, which is not here")
 
     monkeypatch.setattr("mmoe.preparation.prepare.require", lacking)
     with pytest.raises(BackendError, match="prepare.video_backend asks for decord"):
-        run("films", "-", tmp_path / "out", prepare={"video_backend": "decord"})
+        run("videos", "-", tmp_path / "out", prepare={"video_backend": "decord"})
 
 
-def test_a_stored_film_whose_frames_the_decoder_makes_up_is_refused(tmp_path, film_source):
-    film = video(textured(12), codec="mpeg4", g=12, bf=0)
-    film_source |= {"whole": film, "damaged": damaged(film, 8)}
-    manifest, _ = run("films", "-", tmp_path / "out", prepare={"heldout_share": 0})
-    assert manifest.quarantined == {"unreadable picture or video": 1}
+def test_a_stored_video_whose_frames_the_decoder_makes_up_is_refused(tmp_path, video_source):
+    video_file = video(textured(12), codec="mpeg4", g=12, bf=0)
+    video_source |= {"whole": video_file, "damaged": damaged(video_file, 8)}
+    manifest, _ = run("videos", "-", tmp_path / "out", prepare={"heldout_share": 0})
+    assert manifest.quarantined == {"unreadable image or video": 1}
     assert (
         "damaged.front.mp4 is damaged: the decoder makes up parts of 1 frames"
         in quarantine(tmp_path / "out")[0]["message"]
@@ -121,7 +123,7 @@ def test_what_preparation_accepts_training_decodes_by_either_backend(tmp_path):
 
 
 @needs_decord
-def test_training_by_decord_refuses_a_film_that_was_not_proven(tmp_path):
+def test_training_by_decord_refuses_a_video_that_was_not_proven(tmp_path):
     options = {"recordings": 3, "slices": [1, 1], "prepare": SMALL_CODEC}
     run("simulated_drive", "-", tmp_path / "drive", **options)
     config = DataConfig(sources={"drive": SourceConfig(kind="-", shards=str(tmp_path / "drive"))}, sequence_length=512)

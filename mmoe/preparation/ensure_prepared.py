@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmoe.addresses import is_missing, local_path
 from mmoe.data.config import SourceConfig
-from mmoe.data.storage.store import DEFAULT
+from mmoe.data.storage.store import DEFAULT_STORAGE
 from mmoe.errors import ConfigError
 from mmoe.files import said_nearest
 from mmoe.preparation.prepare import prepare, training_texts
@@ -51,7 +51,7 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, make: Ca
             source.kind,
             source.input or NO_INPUT,
             local_path(source.shards),
-            text_tokenizer=text.build(DEFAULT.read),
+            text_tokenizer=text.build(DEFAULT_STORAGE.read),
             workers=None,  # as many as the work is worth
             options=source.options,
         )

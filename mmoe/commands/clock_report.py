@@ -1,4 +1,4 @@
-"""Defines `mmoe sync-report`, which shows what the clocks of a source say, as a table and a page."""
+"""Defines `mmoe clock-report`, which shows what the clocks of a source say, as a table and a page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,14 +11,14 @@ from mmoe.commands.console import console
 from mmoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mmoe.preparation.sync_report import SyncReport
+    from mmoe.preparation.clock_report import ClockReport
 
 
-def sync_report(
+def clock_report(
     path: Annotated[str, typer.Argument(help="prepared source, or raw recordings with --kind")],
     options: Annotated[list[str] | None, typer.Argument(help="reader options, with --kind")] = None,
     kind: Annotated[str | None, typer.Option(help="reader of raw recordings, as in prepare")] = None,
-    html: Annotated[Path, typer.Option(help="page with the histograms")] = Path("sync-report.html"),
+    html: Annotated[Path, typer.Option(help="page with the histograms")] = Path("clock-report.html"),
     extensions: Extending = None,
 ) -> None:
     """Rates, jitter, gaps and offsets of every stream's clock, as a table and an HTML page."""
@@ -26,10 +26,10 @@ def sync_report(
     from mmoe.config.load import parse_overrides
     from mmoe.files import write_atomically, writes
     from mmoe.optional import needs
-    from mmoe.preparation import sync_report as clocks
+    from mmoe.preparation import clock_report as clocks
 
     with needs("drawing the page"):
-        from mmoe.reporting.sync_page import render
+        from mmoe.reporting.clock_page import render_clock_page
 
     import_extensions(extensions or ())
     if kind is None and options:
@@ -42,18 +42,18 @@ def sync_report(
     console.print(table_of(report))
     with writes(html):
         html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(html, render(report))
+        write_atomically(html, render_clock_page(report))
     console.print(f"wrote {html}", soft_wrap=True)
 
 
-def table_of(report: "SyncReport") -> Table:
+def table_of(report: "ClockReport") -> Table:
     """Make a table of the report for a terminal, with a block of lines a stream: streams across would be too wide."""
-    from mmoe.preparation.sync_report import COLUMNS, rows
+    from mmoe.preparation.clock_report import COLUMNS, report_rows
 
     result = Table(title=f"clocks of {report.title}", title_justify="left", show_header=False)
     result.add_column("")
     result.add_column("")
-    for line in rows(report):
+    for line in report_rows(report):
         for column, value in zip(COLUMNS, line):
             if value:
                 result.add_row(column, value, style="bold" if column == "stream" else "")

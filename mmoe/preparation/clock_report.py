@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mmoe.addresses import join
+from mmoe.addresses import join_address
 from mmoe.config.load import validate
 from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.index.shards import read_stored
-from mmoe.data.storage.store import DEFAULT, Storage
+from mmoe.data.storage.store import DEFAULT_STORAGE, Storage
 from mmoe.errors import DataError
-from mmoe.preparation import sync
+from mmoe.preparation.clocks import nearest
 from mmoe.preparation.rows import make_sample
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources import SOURCES
@@ -69,7 +69,7 @@ class StreamTiming:
 
 
 @dataclass(frozen=True)
-class SyncReport:
+class ClockReport:
     """Holds the timing of a source's streams, the reference first.
 
     `unreadable` counts refused items of raw recordings by reason.
@@ -84,13 +84,13 @@ class SyncReport:
     unreadable: Counter[str]
 
 
-def report_prepared(folder: str | Path, storage: Storage = DEFAULT) -> SyncReport:
+def report_prepared(folder: str | Path, storage: Storage = DEFAULT_STORAGE) -> ClockReport:
     """Report on the clocks of a prepared source; raise DataError where no sample carries clocks."""
     manifest = SourceManifest.load(folder, storage.read)
     logs: dict[str, Clocks] = {}
     for split in filter(manifest.splits.get, SPLITS):
         for shard in manifest.splits[split].shards:
-            index = ShardIndex.read(join(folder, shard.path), storage)
+            index = ShardIndex.read(join_address(folder, shard.path), storage)
             for row in range(len(index)):
                 clocks = _member(index, row, storage)
                 if clocks is not None:
@@ -100,10 +100,10 @@ def report_prepared(folder: str | Path, storage: Storage = DEFAULT) -> SyncRepor
             f"{folder} holds no sample with {CLOCKS}, so there is no clock to report on: its kind {manifest.kind} has "
             "no time slices, or it was prepared by an earlier version (then prepare it again)"
         )
-    return measure(list(logs.values()), f"{manifest.kind} in {folder}", Counter())
+    return measure_clocks(list(logs.values()), f"{manifest.kind} in {folder}", Counter())
 
 
-def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> SyncReport:
+def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> ClockReport:
     """Report on the clocks of raw recordings, through their reader; raise DataError where no log can be read."""
     source = SOURCES.find(kind)
     reader = validate(source.config, options or {}, f"options of {kind}")
@@ -128,10 +128,10 @@ def report_raw(kind: str, path: Path, options: dict[str, Any] | None = None) -> 
     if not logs:
         refused = f"; {sum(unreadable.values())} items were refused, the first: {first}" if unreadable else ""
         raise DataError(f"{path} gives no sample with a clock as {kind}{refused}; give recordings with time slices")
-    return measure(list(logs.values()), f"{kind} in {path}", unreadable)
+    return measure_clocks(list(logs.values()), f"{kind} in {path}", unreadable)
 
 
-def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncReport:
+def measure_clocks(logs: list[Clocks], title: str, unreadable: Counter[str]) -> ClockReport:
     """Make the report on whole logs of one source.
 
     `unreadable` counts the items that were refused, by reason.
@@ -140,7 +140,7 @@ def measure(logs: list[Clocks], title: str, unreadable: Counter[str]) -> SyncRep
     if any(log.reference != reference or log.kind != logs[0].kind for log in logs):
         raise DataError(f"{title}: its logs differ in their reference or kind of clock; prepare the source again")
     names = dict.fromkeys([reference, *(name for log in logs for name in log.times_ns)])
-    return SyncReport(
+    return ClockReport(
         title=title,
         kind=logs[0].kind,
         reference=reference,
@@ -168,7 +168,7 @@ def _timing(name: str, logs: list[Clocks]) -> StreamTiming:
     rate = len(intervals) / span_s if span_s else None
     offsets, near = [np.zeros(0, np.int64)], 0
     for reference_ns, times_ns in pairs:
-        offset = times_ns[sync.nearest(times_ns, reference_ns)] - reference_ns
+        offset = times_ns[nearest(times_ns, reference_ns)] - reference_ns
         near += int((np.abs(offset) <= MS).sum())
         offsets.append(offset[(reference_ns >= times_ns[0]) & (reference_ns <= times_ns[-1])])
     forward = intervals[intervals > 0]
@@ -209,7 +209,7 @@ def _slope(log: Clocks, name: str) -> tuple[float, float] | None:
     inside = reference_ns[(reference_ns >= times_ns[0]) & (reference_ns <= times_ns[-1])]
     if len(inside) < 4:
         return None
-    offset = times_ns[sync.nearest(times_ns, inside)] - inside
+    offset = times_ns[nearest(times_ns, inside)] - inside
     # A drift beyond half an interval meets the next reading; unwrapped, it goes on.
     offset = np.unwrap(offset.astype(np.float64), period=float(np.median(np.diff(times_ns))))
     slope = np.polyfit((inside - inside[0]) / 1e9, offset / 1e9, 1)[0]
@@ -242,7 +242,7 @@ COLUMNS = (
 )
 
 
-def rows(report: SyncReport) -> list[tuple[str, ...]]:
+def report_rows(report: ClockReport) -> list[tuple[str, ...]]:
     """Return a line of text for each stream of a report, with a cell for each of `COLUMNS`."""
     lines: list[tuple[str, ...]] = []
     for stream in report.streams:
