@@ -21,14 +21,17 @@ of what it returned to them (all-gather forward, reduce-scatter backward).
 """
 
 
+_TIE_EPS = 64  # cosines that are no further apart than so many units of rounding are equal
+
+
 @dataclass(frozen=True)
 class InfoNCE:
     """Holds the InfoNCE loss of each pair, and how it stood against its negatives.
 
     `items_P`: loss of each pair, with gradient; exactly zero for a pair without a negative. Detached: `correct_P2`
-    bool, whether the partner scores strictly above every negative, seen from either side; `negatives_P` i64, how many
-    negatives a pair has; `masked_P` i64, with how many others of its group it was not compared because their captions
-    are the same.
+    bool, whether the partner scores above every negative by more than rounding, seen from either side (one that is
+    equal, as the same image twice, is beaten in no layout); `negatives_P` i64, how many negatives a pair has;
+    `masked_P` i64, with how many others of its group it was not compared because their captions are the same.
     """
 
     items_P: Tensor
@@ -71,6 +74,7 @@ def info_nce(left_PE: Tensor, right_PE: Tensor, pairs: Pairs, tau: float, gather
     losses = (F.cross_entropy(scores, partner, reduction="none") for scores in directions)
     items = sum(losses, start=left.new_zeros(())) / 2
     with torch.no_grad():
-        beaten = [scores < scores.gather(1, partner[:, None]) for scores in directions]
+        tie = _TIE_EPS * torch.finfo(left.dtype).eps / tau
+        beaten = [scores < scores.gather(1, partner[:, None]) - tie for scores in directions]
         correct_P2 = torch.stack([(below | itself).all(1) for below in beaten], dim=1)
         return InfoNCE(items, correct_P2, negative.sum(1), (grouped & same_text & ~itself).sum(1))

@@ -99,6 +99,21 @@ def test_chance_and_certainty() -> None:
     assert apart.correct_P2.all() and (apart.items_P < 1e-5).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_negative_that_is_the_same_is_not_beaten_whichever_way_the_last_bit_falls(dtype) -> None:
+    """The same image under two captions: how a layout sums decides which of the two scores is higher by a rounding."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 3, 64, generator=generator, dtype=dtype)
+    pairs = pairs_of([0] * 3, [0, 1, 2])
+    left, right = left + 9 * right, right  # partners are alike
+    assert info_nce(left, right, pairs, 0.07).correct_P2.all()
+    for first, second in ((0, 1), (1, 0)):
+        same = right.clone()
+        same[second] = same[first]
+        same[first] += 16 * torch.finfo(dtype).eps * left[first]
+        assert not info_nce(left, same, pairs, 0.07).correct_P2[first, 0]
+
+
 def test_scores_are_not_computed_in_half_precision() -> None:
     left, right = torch.randn(4, E), torch.randn(4, E)
     pairs = pairs_of([0] * 4, list(range(4)))
