@@ -70,7 +70,7 @@ def slice_card(item: dict[str, Any], names: list[str], found: SliceImages) -> Ma
 def data_uri(pixels: np.ndarray) -> str:
     """Encode an image uint8 [H, W, 3] as a data URI.
 
-    It is PNG where it is small, else JPEG of at most `WIDEST` pixels width.
+    It is PNG where it is small, else JPEG of at most `MAX_IMAGE_WIDTH` pixels width.
     """
     with needs("images in the report"):
         from PIL import Image
