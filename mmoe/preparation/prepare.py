@@ -1,8 +1,8 @@
 """Prepares raw recordings as indexed WebDataset shards with held-out recordings, a manifest, and lists of the rest.
 
-`Source.items` lists what there is, and `split_recordings` decides by recording. Runs of items (`chunks.py`) are then made,
+`Source.items` lists what there is, and `split_items` decides by recording. Runs of items (`chunks.py`) are then made,
 checked, filtered and written by whatever engine runs them (`engines.py`). From the hashes they leave behind, this
-process decides in order what is a duplicate (`dedup.py`); the chunks that hold one are written again without it. At
+process decides in order what is a duplicate (`duplicates.py`); the chunks that hold one are written again without it. At
 last the shards are numbered and the counts added up. All this happens in a folder beside the output (`job.py`) that
 keeps what is finished when the process dies, and becomes the output when all is done.
 """

@@ -95,7 +95,7 @@ class Segment:
 class Sample:
     """Holds what a reader yields and a shard stores: named members (raw bytes) and the ordered segments over them.
 
-    `key` must not contain a dot (WebDataset cuts a key at its first dot). `recording` is what splits hold
+    `key` has no dot in its last part (WebDataset cuts a key at the first one there). `recording` is what splits hold
     out as a whole: a drive, an episode, a speaker's take. Within a time slice all VISION segments come first.
     `flags` counts what was kept or left out although it is not as it should be; preparation adds them up.
     """

@@ -137,6 +137,10 @@ def test_a_name_beyond_the_classic_header_is_found(tmp_path):
     "key, said",
     [
         ("clip_1.5s", "merge with others as 'clip_1'"),
+        ("set.v1/clip_1.5s", "merge with others as 'set.v1/clip_1'"),
+        ("a/../b", "relative path"),
+        ("./a", "relative path"),
+        ("a/.", "relative path"),
         ("a//b", "relative path"),
         ("/a", "relative path"),
         ("", "relative path"),
@@ -149,6 +153,14 @@ def test_keys_that_webdataset_would_merge_or_skip_are_refused(tmp_path, key, sai
         check_key(key)
     with pytest.raises(DataError, match=said):
         write(tmp_path / "train", {key: {"txt": b""}})
+
+
+def test_a_folder_may_have_dots_and_webdataset_finds_the_same_keys(tmp_path):
+    keys = ["set.v1.0/a", "set.v1.0/b", ".hidden/..x/c"]
+    (shard,) = write(tmp_path / "train", {key: {"bin": key.encode()} for key in keys})
+    found = list(webdataset.WebDataset(str(tmp_path / shard.path), shardshuffle=False))
+    assert [(sample["__key__"], sample["bin"].decode()) for sample in found] == [(key, key) for key in keys]
+    assert list(ShardIndex.read(tmp_path / shard.path).keys) == keys
 
 
 def test_two_keys_with_dots_would_indeed_have_been_merged(tmp_path):

@@ -260,7 +260,7 @@ def test_bad_recordings_are_counted_and_the_rest_is_prepared(tmp_path, log_sourc
     assert "none.state.npy holds 0 entries" in said["none"]
     assert "cut.front.mp4 cannot be read as a video" in said["cut"]
     assert "64 x 64 pixels, its segment says 48 x 64" in said["size"]
-    assert "contains a dot" in said["clip_1.5s"] and "rename" in said["clip_1.5s"]
+    assert "has a dot in its last part" in said["clip_1.5s"] and "rename" in said["clip_1.5s"]
     assert "lower-case" in said["case"]
     assert "occurs twice" in said["good3"]
     assert sum(manifest.quarantined.values()) == len(quarantine(tmp_path / "out"))
@@ -288,14 +288,16 @@ def test_no_content_is_on_both_sides(tmp_path):
     assert left_out + manifest.splits["train"].samples + 7 == 48 and left_out > 30
 
 
-def test_key_with_a_dot_and_a_missing_file_on_disk(tmp_path):
+def test_a_name_with_a_dot_and_a_missing_file_on_disk(tmp_path):
     write_captions(tmp_path / "in", 5)
     (tmp_path / "in/images/clip_1.5s.png").write_bytes(png(images(9)[8]))
     lines = (tmp_path / "in/captions.jsonl").read_text()
     lines += '{"image": "images/clip_1.5s.png", "caption": "x"}\n{"image": "images/gone.png", "caption": "x"}\n'
     (tmp_path / "in/captions.jsonl").write_text(lines)
     manifest, _ = run("image_caption", tmp_path / "in", tmp_path / "out")
-    assert manifest.quarantined == {"missing file": 1, "unusable key": 1}
+    assert manifest.quarantined == {"missing file": 1}
+    found = keys(tmp_path / "out", manifest, "train") + keys(tmp_path / "out", manifest, "heldout")
+    assert "images/clip_1%2E5s" in found
 
 
 def test_when_nothing_is_left_the_commonest_reason_is_said_and_the_list_stays(tmp_path):

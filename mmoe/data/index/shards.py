@@ -22,16 +22,18 @@ from mmoe.schema.manifest import ShardEntry
 READ_GAP = 128 << 10  # bytes: reading them costs a remote store less than another request
 _BLOCK = tarfile.BLOCKSIZE
 _PART = r"[^./\x00-\x1f\ud800-\udfff]+"  # no control characters, and none that UTF-8 cannot spell
-_KEY = re.compile(rf"(?!__){_PART}(/{_PART})*")
+_FOLDER = r"(?!\.{1,2}/)[^/\x00-\x1f\ud800-\udfff]+/"  # of a key, in which dots are what any character is
+_KEY = re.compile(rf"(?!__)({_FOLDER})*{_PART}")
 _FIELD = re.compile(rf"(?!__){_PART}(\.{_PART})*")
 
 
 def check_key(key: str) -> None:
     """Refuse a sample key that WebDataset would cut, merge or skip. Raises DataError."""
-    if "." in key:
+    folder, slash, name = key.rpartition("/")
+    if "." in name.strip("."):
         raise DataError(
-            f"sample key {key!r} contains a dot: WebDataset cuts a key at its first dot, so it would merge with "
-            f"others as {key.partition('.')[0]!r}; rename the file or recording without the dot"
+            f"sample key {key!r} has a dot in its last part: WebDataset cuts a key at the first one there, so it would "
+            f"merge with others as {folder + slash + name.partition('.')[0]!r}; rename the recording without the dot"
         )
     if not _KEY.fullmatch(key):
         raise DataError(

@@ -73,15 +73,16 @@ def items(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[I
 
 
 def _rows(path: Path, quarantine: Refuse) -> Iterator[Item]:
-    named = {path / "transcripts.jsonl"}
+    named, keys = {path / "transcripts.jsonl"}, files.FileKeys()
     for where, row in jsonl.rows(path / "transcripts.jsonl", quarantine):
         try:
-            key, take = jsonl.key_of(row, "audio", where), _take(row, where)
-            named.add(path / jsonl.name_of(row, "audio", where))
+            name, take = jsonl.name_of(row, "audio", where), _take(row, where)
         except Refused as refusal:
             quarantine(where, refusal)
             continue
-        recording = f"take-{take}" if take is not None else _speaker(row) or key
+        named.add(path / name)
+        key, own = keys.key(name)
+        recording = f"take-{take}" if take is not None else _speaker(row) or own
         stated = _Stated(samples=row.get("samples"), sample_rate=row.get("sample_rate"))
         make = partial(_sample, key, recording, path / row["audio"], row.get("text"), stated, where)
         yield Item(key, recording, make, rank=take or 0)
@@ -107,7 +108,7 @@ def _tree(
     path: Path, found: list[Path], transcripts: list[Path], config: AudioTextConfig, quarantine: Refuse
 ) -> Iterator[Item]:
     audio = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".flac"}
-    named = set(transcripts)
+    named, keys = set(transcripts), files.FileKeys()
     for transcript in transcripts:
         folder = transcript.parent
         recording = (folder.parent if config.tree_recording == "speaker" else folder).relative_to(path).as_posix()
@@ -129,7 +130,7 @@ def _tree(
                 continue
             file = audio.get(place, place.with_name(f"{place.name}.flac"))
             named.add(file)
-            key = place.relative_to(path).as_posix()
+            key, _ = keys.key(f"{place.relative_to(path).as_posix()}.flac")
             yield Item(key, recording, partial(_sample, key, recording, file, words, _Stated(), where))
     _without_words((file for file in found if file not in named), path, quarantine)
 

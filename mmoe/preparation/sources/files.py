@@ -6,9 +6,11 @@ for is not passed over in silence: `pass_over` writes it into the list of what w
 """
 
 import io
+import itertools
 import os
 import stat
 from collections.abc import Iterable
+from os.path import splitext
 from pathlib import Path
 
 from mmoe.preparation.sources.base import Refuse, Refused
@@ -81,6 +83,39 @@ def listing(root: Path, quarantine: Refuse) -> list[Path]:
             continue
         files.append(path)
     return files
+
+
+class FileKeys:
+    """Gives every sample that is made of a file a key of its own, whatever their names have in common.
+
+    A key is the path without its suffix. Where that is another file's (``a.jpg``, ``a.png``) it keeps the suffix, and
+    where the file itself came before (an image has several captions) it gets a number. WebDataset would cut a key at
+    the first dot of its last part: there a dot is written ``%2E``, and a percent sign ``%25``.
+    """
+
+    def __init__(self) -> None:
+        self._own: dict[str, str] = {}  # by path
+        self._taken: set[str] = set()
+
+    def key(self, name: str) -> tuple[str, str]:
+        """Return the key of the next sample of the file `name`, a path, and that of the file, its first."""
+        if name not in self._own:
+            stem = _safe(splitext(name)[0])  # noqa: PTH122  # its rule for dots: keys stay what they were
+            self._own[name] = self.free(_safe(name) if stem in self._taken else stem)
+            return self._own[name], self._own[name]
+        return self.free(self._own[name]), self._own[name]
+
+    def free(self, key: str) -> str:
+        """Take `key`, or where a sample has it the first of ``key+2``, ``key+3``, ... that none has."""
+        candidates = itertools.chain([key], (f"{key}+{number}" for number in itertools.count(2)))
+        found = next(candidate for candidate in candidates if candidate not in self._taken)
+        self._taken.add(found)
+        return found
+
+
+def _safe(path: str) -> str:
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
 
 
 def pass_over(files: Iterable[Path], root: Path, wanted: str, quarantine: Refuse) -> None:

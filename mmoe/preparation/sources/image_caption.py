@@ -26,18 +26,19 @@ class ImageCaptionConfig(Config):
 
 def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterator[Item]:
     """List one item per image and caption; the second field's captions have keys ending in ``-1``, and so on."""
-    named = {path / "captions.jsonl"}
+    named, keys = {path / "captions.jsonl"}, files.FileKeys()
     for where, row in jsonl.rows(path / "captions.jsonl", quarantine):
         try:
-            image = jsonl.key_of(row, "image", where)
-            named.add(path / jsonl.name_of(row, "image", where))
+            name = jsonl.name_of(row, "image", where)
         except Refused as refusal:
             quarantine(where, refusal)
             continue
+        named.add(path / name)
+        first, image = keys.key(name)
         for number, field in enumerate(config.captions):
             if number and row.get(field) is None:
                 continue
-            key = f"{image}-{number}" if number else image
+            key = keys.free(f"{first}-{number}") if number else first
             yield Item(key, image, partial(_sample, path, where, row, field, key, image))
     unnamed = (file for file in files.listing(path, quarantine) if file not in named)
     files.pass_over(unnamed, path, "captions.jsonl and the images that it names", quarantine)

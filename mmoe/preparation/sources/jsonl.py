@@ -5,7 +5,6 @@ import math
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from os.path import splitext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -196,8 +195,3 @@ def read_named(folder: Path, row: dict[str, Any], field: str, where: str) -> byt
 def name_of(row: dict[str, Any], field: str, where: str) -> str:
     """Return the path that `row[field]` gives, in its plainest spelling: ``./a//b.png`` is ``a/b.png``."""
     return posixpath.normpath(text_of(row, field, where))
-
-
-def key_of(row: dict[str, Any], field: str, where: str) -> str:
-    """Return a sample's key: the path that `row[field]` gives, without the suffix."""
-    return splitext(name_of(row, field, where))[0]  # noqa: PTH122  # its rule for dots: keys stay what they were

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmoe.data.index.shards import check_key
 from mmoe.data.load.tables import load_array
 from mmoe.errors import ConfigError, DataError
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Refused
 from mmoe.preparation.sources.donkeycar import PERIOD_NS
+from mmoe.preparation.sources.encode import encode_flac
 from mmoe.preparation.sources.text import cut_text
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Camera
@@ -142,6 +144,61 @@ def test_further_captions_are_samples_of_the_same_recording(tmp_path):
     assert {key: texts(s) for key, s in samples.items()} == {"p": ["A"], "p-1": ["B"]}
     assert {s.recording for s in samples.values()} == {"p"}
     assert refused["q"].reason == "missing file" and "q.png cannot be read" in str(refused["q"])
+
+
+def test_files_have_keys_of_their_own_whatever_their_names_have_in_common(tmp_path):
+    """Dots in names, one stem under two suffixes, several captions of one image: none of them is a duplicate."""
+    names = ["set.v1/p.0.png", "set.v1/p_0.png", "set.v1/p%2E0.png", "a.png", "a.jpg", "a.b.png", "a+2.png", "./a.png"]
+    for number, name in enumerate(names[:-1]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(images(1)[0] + number))
+    rows = [{"image": name, "caption": f"caption {number}"} for number, name in enumerate([*names, "a.png"])]
+    write_jsonl(tmp_path / "captions.jsonl", rows)
+    samples, refused = read("image_caption", tmp_path)
+    assert not refused
+    assert {key: sample.segments[-1].text for key, sample in samples.items()} == {
+        "set.v1/p%2E0": "caption 0",
+        "set.v1/p_0": "caption 1",
+        "set.v1/p%252E0": "caption 2",
+        "a": "caption 3",
+        "a%2Ejpg": "caption 4",
+        "a%2Eb": "caption 5",
+        "a+2": "caption 6",
+        "a+3": "caption 7",  # of a.png again, in another spelling
+        "a+4": "caption 8",
+    }
+    assert {samples[key].recording for key in ("a", "a+3", "a+4")} == {"a"}
+    for key in samples:
+        check_key(key)
+
+
+def test_further_captions_that_would_have_the_key_of_another_image_get_one_of_their_own(tmp_path):
+    for name in ("a.png", "a-1.png"):
+        (tmp_path / name).write_bytes(png(images(1)[0]))
+    rows = [{"image": "a-1.png", "caption": "other"}, {"image": "a.png", "caption": "first", "more": "second"}]
+    write_jsonl(tmp_path / "captions.jsonl", rows)
+    samples, refused = read("image_caption", tmp_path, captions=("caption", "more"))
+    assert not refused and {key: s.segments[-1].text for key, s in samples.items()} == {
+        "a-1": "other",
+        "a": "first",
+        "a-1+2": "second",
+    }
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "tree"])
+def test_audio_files_with_dots_are_read(tmp_path, rows):
+    folder = tmp_path / "1.0/2.5"
+    folder.mkdir(parents=True)
+    for name in ("u.1", "u_1"):
+        (folder / f"{name}.flac").write_bytes(encode_flac(np.full(800, 0.1 if "." in name else 0.2, np.float32), 8000))
+    if rows:
+        names = [f"1.0/2.5/{name}.flac" for name in ("u.1", "u_1", "u.1")]
+        write_jsonl(tmp_path / "transcripts.jsonl", [{"audio": n, "text": f"words {i}"} for i, n in enumerate(names)])
+    else:
+        (folder / "x.trans.txt").write_text("u.1 WORDS\nu_1 OTHERS\n")
+    samples, refused = read("audio_text", tmp_path)
+    assert not refused
+    assert set(samples) == {"1.0/2.5/u%2E1", "1.0/2.5/u_1"} | ({"1.0/2.5/u%2E1+2"} if rows else set())
 
 
 def test_rows_without_image_or_caption_are_refused(tmp_path):
