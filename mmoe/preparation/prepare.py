@@ -2,8 +2,8 @@
 
 `Source.items` lists what there is, and `split_items` decides by recording. Runs of items (`chunks.py`) are then made,
 checked, filtered and written by whatever engine runs them (`engines.py`). From the hashes they leave behind, this
-process decides in order what is a duplicate (`duplicates.py`); the chunks that hold one are written again without it. At
-last the shards are numbered and the counts added up. All this happens in a folder beside the output (`job.py`) that
+process decides in order what is a duplicate (`duplicates.py`); the chunks that hold one are written again without it.
+Last, the shards are numbered and the counts added up. All this happens in a folder beside the output (`job.py`) that
 keeps what is finished when the process dies, and becomes the output when all is done.
 """
 
