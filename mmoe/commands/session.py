@@ -13,7 +13,7 @@ from mmoe.addresses import is_missing
 from mmoe.commands.console import Console
 from mmoe.commands.evaluate import show, watched_progress
 from mmoe.commands.prepare import prepare_missing
-from mmoe.commands.progress import ProgressBar
+from mmoe.commands.progress import Progress
 from mmoe.config.load import dump
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.prepared import sizes
@@ -84,8 +84,9 @@ def _train(
         from mmoe.evaluation.callback import Evaluation
 
         callbacks.append(Evaluation(config.evaluation))
-    metrics = MetricsCallback(memory)
-    trainer = Trainer(run, [*callbacks, metrics, ProgressBar(console)], stop_after)
+    progress = Progress(console)
+    metrics = MetricsCallback(memory, progress.tell)
+    trainer = Trainer(run, [*callbacks, metrics, progress], stop_after)
     _introduce(run, console)
     if from_step is not None or trainer.checkpoints.latest_step() is not None:
         _resume(run, trainer, from_step, adjustments, console)

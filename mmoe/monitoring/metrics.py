@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from mmoe.errors import OutputError
 from mmoe.hashing import blake2b
 from mmoe.models.moe.routing import RoutingWindow
+from mmoe.monitoring.loss_window import LossWindow
 from mmoe.monitoring.mfu import ModelFlops
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks import Sink
@@ -27,17 +28,18 @@ from mmoe.training.step import StepResult
 class MetricsCallback(Callback):
     """Makes a record every `log_every_steps` steps, where tables or a digest are due, after an evaluation, and last.
 
-    Loss terms, gradient norms, the stand of the data and the balance of work (that of the replica which has most, over
-    the mean) are those of the step. `positions`, `tokens` (without padding), `wall_seconds` and the choices of experts
-    count from the begin of the run, without what it undid. All others are over the steps since the last record, tables
-    over those since the last ones. Rates are of the steps alone; evaluations, checkpoints and records between them are
-    in `wall_seconds`.
+    The rate, gradient norms, the stand of the data and the balance of work (that of the replica which has most, over
+    the mean) are those of the step. `positions`, `tokens` (without padding), `wall_seconds` and the slots of experts
+    count from the begin of the run, without what it undid. All others, losses among them, are over the steps since the
+    last record, tables over those since the last ones. Rates are of the steps alone; evaluations, checkpoints and
+    records between them are in `wall_seconds`.
     """
 
     name = "metrics"
 
-    def __init__(self, memory: PeakMemory) -> None:
-        self.memory = memory
+    def __init__(self, memory: PeakMemory, tell: Callable[[StepRecord], None] | None = None) -> None:
+        """Sample `memory` for every record, and `tell` somebody of it who keeps nothing, such as a terminal."""
+        self.memory, self._tell = memory, tell
         self._sinks: dict[str, Sink] = {}  # of the first rank, once it has begun
         self._kept: dict[str, Any] = {}  # the sinks' states, until they are built
         self._set_state({})
@@ -68,6 +70,8 @@ class MetricsCallback(Callback):
             if digest:
                 record.notes["digest"] = digest
             self._each(lambda sink: sink.write(record))
+            if self._tell is not None:
+                self._tell(record)
 
     def on_evaluation(self, result: EvaluationResult) -> None:
         """Keep the figures for the record of their step: callbacks that measure are told of a step before this one."""
@@ -86,6 +90,7 @@ class MetricsCallback(Callback):
             "step": self._step,
             "totals": dict(self._totals),
             "window": dict(self._window),
+            "losses": self._losses.state_dict(),
             "routing": self._routing.state_dict(),
             "tables": self._tables.state_dict(),
             "sinks": {**self._kept, **{name: sink.state_dict() for name, sink in self._sinks.items()}},
@@ -102,7 +107,8 @@ class MetricsCallback(Callback):
         self._evaluated: dict[str, float] = {}
         self._totals = defaultdict[str, float](int, state.get("totals", {}))
         self._window = defaultdict[str, float](int, state.get("window", {}))
-        self._routing, self._tables = RoutingWindow(), RoutingWindow()
+        self._losses, self._routing, self._tables = LossWindow(), RoutingWindow(), RoutingWindow()
+        self._losses.load_state_dict(state.get("losses", {}))
         self._routing.load_state_dict(state.get("routing", {}))
         self._tables.load_state_dict(state.get("tables", {}))
         self._kept = state.get("sinks", {})
@@ -137,6 +143,7 @@ class MetricsCallback(Callback):
         seconds = result.seconds
         _add(self._totals, positions=positions, tokens=tokens, wall_seconds=wall)
         _add(self._window, positions=positions, tokens=tokens, seconds=seconds, waited=waited, flops=flops, steps=1)
+        self._losses.add(result.losses)
         self._routing.merge(result.routing)
 
     def _record(self, trainer: Trainer, result: StepResult, tables: bool) -> StepRecord:
@@ -144,10 +151,11 @@ class MetricsCallback(Callback):
         chosen, dropped = self._routing.slots()
         if chosen:
             _add(totals, slots_routed=chosen, slots_dropped=dropped)
+        losses = self._losses.mean()
         scalars = {
-            "loss": float(result.losses.loss),
-            **{f"loss_{name}": float(value) for name, value in result.losses.terms.items()},
-            **trainer.setting.terms.figures(result.losses, trainer.run.sources.names),
+            "loss": float(losses.loss),
+            **{f"loss_{name}": float(value) for name, value in losses.terms.items()},
+            **trainer.setting.terms.figures(losses, trainer.run.sources.names),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             **totals,
@@ -170,7 +178,8 @@ class MetricsCallback(Callback):
             if result.router_gradients is not None:
                 held["router_grad_norm"] = result.router_gradients.float().cpu().numpy()
             self._tables = RoutingWindow()
-        self._window, self._routing, self._evaluated = defaultdict(int), RoutingWindow(), {}
+        self._window, self._evaluated = defaultdict(int), {}
+        self._losses, self._routing = LossWindow(), RoutingWindow()
         stage = trainer.state.stream.mixture.stage(int(totals["positions"]) - result.positions).name
         return StepRecord(result.step, trainer.state.session, scalars, held, {"stage": stage})
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -282,3 +283,26 @@ def test_a_state_that_is_no_training_is_one_sentence(run):
     with pytest.raises(CheckpointError, match="state of step 9 is not that of a training .KeyError.*--from-step"):
         trainer.resume()
     assert checkpoints(place)[-1] == "step-00000009"
+
+
+def test_off_a_terminal_every_record_is_a_line_with_its_figures(folder, tmp_path):
+    """Four steps with a record after every second: the figures are those of the two steps before it."""
+    every = train(configured(folder, tmp_path / "every", monitoring__log_every_steps=1))
+    printed = train(
+        configured(folder, tmp_path / "second", monitoring__log_every_steps=2, monitoring__tables_every_steps=4)
+    )
+    each, second = ([line for line in text.splitlines() if line.startswith("step ")] for text in (every, printed))
+    assert len(each) == 4 and [line.split("  ")[0].partition("/")[0] for line in second] == ["step 2", "step 4"]
+    records = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("every", "second")
+    }
+    for line, record, two in zip(second, records["second"], (records["every"][:2], records["every"][2:]), strict=True):
+        assert record["loss"] == pytest.approx(np.mean([step["loss"] for step in two]), rel=1e-6)
+        assert record["loss_ce"] == pytest.approx(np.mean([step["loss_ce"] for step in two]), rel=1e-6)
+        assert record["grad_norm"] == two[-1]["grad_norm"]
+        parts = line.split("  ")
+        assert parts[1].startswith(f"loss {record['loss']:.3f} (ce {record['loss_ce']:.3f}, ")
+        assert parts[2:4] == [f"lr {record['lr']:.3g}", f"grad norm {record['grad_norm']:.3g}"]
+        assert parts[4] == f"{record['tokens_per_second']:,.0f} tokens/s" and parts[5].endswith(" GiB")
+    assert second[-1].endswith("  0:00:00 left") and re.search(r"  \d+:\d\d:\d\d left$", second[0])
