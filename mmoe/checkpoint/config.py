@@ -13,7 +13,7 @@ class CheckpointConfig(Config):
 
     nature: ClassVar[Nature] = Nature.OPERATIONAL
 
-    every_steps: int = Field(default=1000, gt=0)
+    every_steps: int = Field(default=1000, gt=0)  # steps from one checkpoint to the next
     keep: int = Field(default=3, gt=0)  # the newest checkpoints that are not deleted
 
     def due(self, step: int, last_step: int) -> bool:

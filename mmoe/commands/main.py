@@ -11,6 +11,7 @@ from rich.text import Text
 from mmoe import __version__
 from mmoe.addresses import without_secrets
 from mmoe.commands.clock_report import clock_report
+from mmoe.commands.config import config
 from mmoe.commands.console import console, errors, show_record
 from mmoe.commands.doctor import doctor
 from mmoe.commands.estimate import estimate
@@ -27,10 +28,11 @@ from mmoe.commands.upcycle import upcycle
 from mmoe.errors import MmoeError
 from mmoe.runtime.logging import set_up_logging
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     prepare,
     fit_tokenizer,
+    config,
     stages,
     inspect,
     estimate,
@@ -76,7 +78,7 @@ def begin(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version and exit")
     ] = False,
 ) -> None:
-    """Run `mmoe <command>`, or `python -m mmoe <command>`."""
+    """Pre-train multimodal models, dense or with experts: from raw recordings to a report."""
     set_up_logging(show_record)
 
 

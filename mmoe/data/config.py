@@ -23,9 +23,9 @@ class SourceConfig(Config):
 
     # Places: what lies there is compared by its contents.
     shards: Annotated[Address, Nature.OPERATIONAL]
-    kind: str
+    kind: str  # of the reader, as `mmoe prepare` names it
     input: Annotated[Address | None, Nature.OPERATIONAL] = None  # null: nothing to prepare it from
-    options: Options = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)  # of the reader and of the preparation
     positions: int | None = Field(default=None, gt=0)  # of one epoch, for the mixture; null: as the manifest says
     # Of the whole run; null: as many as the stages ask for.
     max_epochs: Annotated[float | None, Nature.EXTENDABLE] = Field(default=None, gt=0)
@@ -34,12 +34,13 @@ class SourceConfig(Config):
 class DataConfig(Config):
     """Says which sources a run reads, in which stages, and how they are packed and decoded."""
 
-    sources: dict[str, SourceConfig] = Field(min_length=1)
+    sources: dict[str, SourceConfig] = Field(min_length=1)  # by name: the sources of the mixture
+    # By name, in their order: the mixtures of the run.
     stages: dict[str, StageConfig] = Field(default={"all": StageConfig(temperature=1.0)}, min_length=1)
-    sequence_length: int = Field(gt=8, le=1 << 24)
+    sequence_length: int = Field(gt=8, le=1 << 24)  # positions, padding included
     patches_per_sequence: int = Field(default=0, ge=0, le=1 << 24)  # 0: as many as a sequence has positions
-    window_documents: int = Field(default=4096, gt=0, le=1 << 20)
-    isolated_pair_share: float = Field(default=0.5, ge=0, le=1)
+    window_documents: int = Field(default=4096, gt=0, le=1 << 20)  # documents that are packed together, then shuffled
+    isolated_pair_share: float = Field(default=0.5, ge=0, le=1)  # of the pairs whose text is a document of its own
     # Decoding processes. With 0 the training process decodes, and a decoder that crashes takes the run with it, at
     # every restart again; a worker's crash costs its sample.
     workers: Annotated[int, Nature.OPERATIONAL] = Field(default=0, ge=0, le=1024)

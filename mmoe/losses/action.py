@@ -17,7 +17,7 @@ from mmoe.schema.modality import Modality
 class ActionLossConfig(Config):
     """Configures the squared error of continuous actions."""
 
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)  # of the term in the loss
 
     def build(self) -> LossTerm:
         """Build the term ``action``."""

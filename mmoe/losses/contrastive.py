@@ -17,8 +17,8 @@ from mmoe.schema.modality import Modality
 class ContrastiveConfig(Config):
     """Configures InfoNCE between the two sides of contrastive pairs."""
 
-    weight: float = Field(default=0.1, ge=0)
-    tau: float = Field(default=0.07, gt=0)
+    weight: float = Field(default=0.1, ge=0)  # of the term in the loss; 0: no pair is embedded
+    tau: float = Field(default=0.07, gt=0)  # that cosines are divided by
     group_sequences: int | None = Field(default=None, gt=0)  # sequences that share negatives; null: the global batch
 
     def build(self) -> LossTerm:

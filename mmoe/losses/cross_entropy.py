@@ -30,10 +30,10 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 class CrossEntropyConfig(Config):
     """Configures the weight of a label by the modality of its target; discrete actions are ACTION labels."""
 
-    text: float = Field(default=1.0, ge=0)
-    audio: float = Field(default=1.0, ge=0)
-    action: float = Field(default=1.0, ge=0)
-    structure: float = Field(default=1.0, ge=0)
+    text: float = Field(default=1.0, ge=0)  # weight of a text label
+    audio: float = Field(default=1.0, ge=0)  # of an audio label
+    action: float = Field(default=1.0, ge=0)  # of a discrete action's label
+    structure: float = Field(default=1.0, ge=0)  # of a structure token's label
     # Labeled positions whose logits exist at the same time.
     chunk: Annotated[int, Nature.LAYOUT] = Field(default=1024, gt=0)
 

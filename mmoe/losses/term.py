@@ -129,7 +129,7 @@ class LossTermConfig(KindConfig):
     name: str = Field(
         default="", pattern=r"^([a-z][a-z0-9_]*)?$"
     )  # of the term in records and parameters; empty: the kind
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)  # of the term in the loss
 
     def build(self) -> LossTerm:
         """Build the term, named `label`."""

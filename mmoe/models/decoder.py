@@ -33,20 +33,20 @@ from mmoe.schema.batch import PackedBatch, Pairs
 class ModelConfig(Config):
     """Configures the decoder: its sizes, attention, embeddings and experts."""
 
-    d_model: int = Field(gt=0, le=MAX_WIDTH)
-    n_layers: int = Field(gt=0, le=10_000)
-    n_heads: int = Field(gt=0, le=MAX_WIDTH)
-    n_kv_heads: int = Field(gt=0, le=MAX_WIDTH)
+    d_model: int = Field(gt=0, le=MAX_WIDTH)  # width of the hidden states
+    n_layers: int = Field(gt=0, le=10_000)  # blocks
+    n_heads: int = Field(gt=0, le=MAX_WIDTH)  # query heads
+    n_kv_heads: int = Field(gt=0, le=MAX_WIDTH)  # key and value heads, each shared by query heads
     head_dim: int | None = Field(default=None, gt=0, le=MAX_WIDTH)  # null: d_model / heads
     intermediate_size: int = Field(gt=0, le=MAX_WIDTH)  # SwiGLU width of dense layers
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    qk_norm: bool = False
-    norm_eps: float = Field(default=1e-6, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)  # base of the rotary frequencies
+    qk_norm: bool = False  # RMS norms of queries and keys
+    norm_eps: float = Field(default=1e-6, gt=0)  # of every RMS norm
     bidirectional_slices: bool = False  # the VISION positions of a slice see one another
-    attention: Annotated[str, AfterValidator(ATTENTION_BACKENDS.known)] = "sdpa_documents"
+    attention: Annotated[str, AfterValidator(ATTENTION_BACKENDS.known)] = "sdpa_documents"  # kind of the backend
     tie_embeddings: bool = True  # the token table is the unembedding too
     init_std: float = Field(default=0.02, gt=0)  # of token and camera tables; see mmoe.models.init
-    contrast_dim: int = Field(default=128, gt=0, le=MAX_WIDTH)
+    contrast_dim: int = Field(default=128, gt=0, le=MAX_WIDTH)  # width of the embeddings that InfoNCE compares
     moe: MoEConfig | None = None  # null: every layer is dense
 
     @model_validator(mode="after")

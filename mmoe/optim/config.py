@@ -17,7 +17,7 @@ class OptimConfig(Config):
 
     lr: LearningRateConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    optimizer: ChosenOptimizer = AdamWConfig()
+    optimizer: ChosenOptimizer = AdamWConfig()  # of all parameters that `matrices` does not take
     matrices: ChosenOptimizer | None = None  # of the matrices of the blocks; null: `optimizer` for everything
     clip: ClipConfig = ClipConfig()
 

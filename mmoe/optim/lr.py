@@ -20,10 +20,11 @@ class LearningRateConfig(Config):
 
     nature: ClassVar[Nature] = Nature.ADJUSTABLE
 
-    peak: float = Field(gt=0)
+    peak: float = Field(gt=0)  # highest rate, at the batch that it was found with
+    # The batch that `peak` was found with; null: this one.
     reference_batch_positions: int | None = Field(default=None, gt=0)
-    scaling_rule: Literal["linear", "sqrt", "power"] | None = None
-    power: float | None = Field(default=None, gt=0, le=1)
+    scaling_rule: Literal["linear", "sqrt", "power"] | None = None  # how the peak follows from the batch
+    power: float | None = Field(default=None, gt=0, le=1)  # of the batch's ratio, for the rule `power`
 
     @model_validator(mode="after")
     def _complete(self) -> "LearningRateConfig":

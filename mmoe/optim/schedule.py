@@ -22,8 +22,8 @@ class Stretch(Config):
     Positions and fractions survive a new batch size.
     """
 
-    steps: int | None = Field(default=None, ge=0)
-    positions: int | None = Field(default=None, ge=0)
+    steps: int | None = Field(default=None, ge=0)  # as optimizer steps
+    positions: int | None = Field(default=None, ge=0)  # or as positions
     fraction: float | None = Field(default=None, ge=0, le=1)  # of the run's steps
 
     @model_validator(mode="after")
@@ -59,12 +59,12 @@ class ScheduleConfig(Config):
 
     nature: ClassVar[Nature] = Nature.ADJUSTABLE
 
-    kind: Literal["cosine", "linear", "one_cycle", "wsd", "constant"] = "cosine"
-    warmup: Stretch = Stretch(fraction=0.02)
+    kind: Literal["cosine", "linear", "one_cycle", "wsd", "constant"] = "cosine"  # shape of the decay
+    warmup: Stretch = Stretch(fraction=0.02)  # from 0 to the peak
     start: float = Field(default=0.01, ge=0, le=1)  # the least rate of the warmup
-    minimum: float = Field(default=0.1, ge=0, le=1)
-    hold: Stretch | None = None
-    decay: Stretch | None = None
+    minimum: float = Field(default=0.1, ge=0, le=1)  # the last rate over the peak
+    hold: Stretch | None = None  # at the minimum, after the decay
+    decay: Stretch | None = None  # of kind wsd: down to the minimum, last
 
     @model_validator(mode="after")
     def _spans(self) -> "ScheduleConfig":

@@ -30,14 +30,15 @@ class ParallelConfig(Config):
 
     nature: ClassVar[Nature] = Nature.LAYOUT
 
-    pp: int = Degree
-    dp_replicate: int = Degree
+    pp: int = Degree  # ranks that share the layers
+    dp_replicate: int = Degree  # copies of the weights
     dp_shard: int = Field(default=-1, ge=-1)  # -1: the processes that the others leave
-    cp: int = Degree
-    tp: int = Degree
-    ep: int = Degree
-    zero: Literal[1, 2, 3] = 3
+    cp: int = Degree  # ranks that share the positions of a sequence
+    tp: int = Degree  # ranks that share matrices
+    ep: int = Degree  # ranks that share the experts
+    zero: Literal[1, 2, 3] = 3  # stage: 3 gathers weights anew for the backward pass
     offload: bool = False  # parameters, gradients and optimizer states live in the CPU's memory
+    # What is computed again in the backward pass.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # norms and dense networks by torch.compile
     schedule: Literal["1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline

@@ -20,7 +20,7 @@ class PrecisionConfig(Config):
     ======== ================== ===============================================================
     """
 
-    compute: Literal["float32", "bfloat16", "float64"] = "float32"
+    compute: Literal["float32", "bfloat16", "float64"] = "float32"  # of products and activations; sums are float32
 
     @property
     def parameter_dtype(self) -> torch.dtype:

@@ -24,7 +24,7 @@ class TrainingConfig(Config):
     """Says where a run lives, how large its steps are, how long it lasts and how it begins."""
 
     run: Annotated[Address, Nature.OPERATIONAL]  # the run's folder, e.g. runs/demo
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)  # of weights, data and noise
     # Null: all of a replica's share of the global batch.
     micro_batch_sequences: Annotated[int | None, Nature.LAYOUT] = Field(default=None, gt=0, le=1 << 20)
     global_batch_positions: int = Field(gt=0, le=1 << 40)  # GB_tok

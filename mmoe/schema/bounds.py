@@ -28,12 +28,12 @@ class Bounds(Config):
     row_bytes: int = Field(64 << 20, gt=0)  # of a line of JSON
     json_depth: int = Field(64, gt=0)  # lists and objects inside each other
     json_digits: int = Field(400, gt=0)  # of one number
-    image_pixels: int = Field(128_000_000, gt=0)
+    image_pixels: int = Field(128_000_000, gt=0)  # of one image
     video_pixels: int = Field(40_000_000, gt=0)  # of a frame
-    video_seconds: float = Field(7 * 86400.0, gt=0)
-    video_frames: int = Field(20_000_000, gt=0)
-    audio_seconds: float = Field(86400.0, gt=0)
-    audio_channels: int = Field(64, gt=0)
+    video_seconds: float = Field(7 * 86400.0, gt=0)  # of one video
+    video_frames: int = Field(20_000_000, gt=0)  # of one video
+    audio_seconds: float = Field(86400.0, gt=0)  # of one file
+    audio_channels: int = Field(64, gt=0)  # of one file
     audio_rate: int = Field(768_000, gt=0)  # Hz
     array_bytes: int = Field(1 << 30, gt=0)  # of a table, unpacked
 

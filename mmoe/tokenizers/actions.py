@@ -15,7 +15,7 @@ from mmoe.tokenizers.vectors import Fences, is_constant
 class ActionConfig(Config):
     """Says how actions are predicted: as numbers or bins, and how many rows at a time."""
 
-    mode: Literal["continuous", "discrete"] = "continuous"
+    mode: Literal["continuous", "discrete"] = "continuous"  # numbers by a head, or bins with ids of their own
     chunk: int = Field(4, gt=0)  # rows of the action table predicted from one instant
     bins: int = Field(256, gt=1)  # discrete: per dimension; all dimensions share the ids
     binning: Literal["uniform", "quantile"] = "uniform"  # discrete: bins of equal width, or of equal training rows

@@ -73,7 +73,7 @@ class MelConfig(Config):
 class AudioConfig(Config):
     """Says which codec turns audio into ids."""
 
-    kind: Literal["mel", "encodec", "dac", "mimi"] = "mel"
+    kind: Literal["mel", "encodec", "dac", "mimi"] = "mel"  # mel: fitted by preparation; the others are pretrained
     # mel: the file of the fitted codec; else the local folder of the pretrained model. Compared by what it holds.
     path: Annotated[Address | None, Nature.OPERATIONAL] = None
     codebooks: int = Field(2, gt=0)  # residual levels; of a codec that has more, the first ones

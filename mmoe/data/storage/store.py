@@ -42,7 +42,7 @@ class StorageConfig(Config):
     nature: ClassVar[Nature] = Nature.OPERATIONAL
 
     cache_folder: Address | None = None  # on a disk of the node, shared by its processes; null keeps nothing
-    cache_bytes: int = Field(64 << 30, gt=0)
+    cache_bytes: int = Field(64 << 30, gt=0)  # what the cache may take; the longest unused goes first
     attempts: int = Field(8, gt=0)  # of one request, before the run stops
     timeout_s: float = Field(30.0, gt=0)  # of one attempt
     backoff_s: float = Field(0.5, ge=0)  # before the second attempt; doubles each time, up to 30 s, with jitter

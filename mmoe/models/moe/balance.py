@@ -35,9 +35,9 @@ from mmoe.models.moe.tokens import Tokens
 class BalanceConfig(Config):
     """Configures the load-balancing loss by a coefficient for each level; several may act at once, 0 leaves one out."""
 
-    sequence: float = Field(default=0.01, ge=0)
-    micro_batch: float = Field(default=0.0, ge=0)
-    global_batch: float = Field(default=0.0, ge=0)
+    sequence: float = Field(default=0.01, ge=0)  # weight of the balance within each sequence
+    micro_batch: float = Field(default=0.0, ge=0)  # within a micro-batch
+    global_batch: float = Field(default=0.0, ge=0)  # within the global batch
 
 
 def router_losses(config: BalanceConfig) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ MAX_WIDTH = 1 << 24  # of any dimension: beyond it a config is a slip of the pen
 class MoEConfig(Config):
     """Configures the experts, their router, and which layers have them."""
 
-    n_experts: int = Field(gt=0, le=MAX_WIDTH)
+    n_experts: int = Field(gt=0, le=MAX_WIDTH)  # in each layer that has experts
     top_k: int = Field(gt=0)  # experts per token
     intermediate_size: int = Field(gt=0, le=MAX_WIDTH)  # SwiGLU width of one expert
     n_shared_experts: int = Field(default=0, ge=0, le=MAX_WIDTH)  # of the same width; every token goes through them
@@ -38,10 +38,11 @@ class MoEConfig(Config):
     # What an overfull expert drops: its lowest probabilities (`probs`), or the later tokens (`position`).
     drop_policy: Drop = "probs"
     token_group_alignment: int = Field(default=1, gt=0)  # an expert's rows, rounded up with zeros; FP8 needs 16
+    # Kind of the engine that multiplies by experts.
     expert_backend: Annotated[str, AfterValidator(EXPERT_ENGINES.known)] = "grouped_mm"
     score_func: Score = "softmax"  # what makes scores of the logits; see Router
     norm_topk_prob: bool = True  # the weights of a token's experts add up to the scaling factor
-    routed_scaling_factor: float = Field(default=1.0, gt=0)
+    routed_scaling_factor: float = Field(default=1.0, gt=0)  # of the routed experts' weights
     n_group: int = Field(default=1, gt=0)  # the experts stand in so many groups of the same size
     topk_group: int = Field(default=1, gt=0)  # and those of a token come from so many of them
     group_score: GroupScore = "top2"  # how a token chooses its groups; see GroupLimit

@@ -1,0 +1,18 @@
+"""Defines `mmoe config`, which prints a config with every key and what it means."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmoe.commands.arguments import Overrides, config_at
+from mmoe.commands.console import console
+
+
+def config(
+    config: Annotated[Path, typer.Argument(help="a YAML file, or the folder of a run")], overrides: Overrides = None
+) -> None:
+    """Print a config as it is resolved: every key, with its meaning and, where it differs, its default."""
+    from mmoe.config.describe import described
+
+    console.print(described(config_at(config, overrides)), end="", highlight=False, soft_wrap=True, markup=False)
