@@ -1,4 +1,4 @@
-"""Reads audio clips with their words, in the three layouts that such sets come in.
+"""Reads audio clips with their words, in the layouts that such sets come in.
 
 ============================== ==================================================================================
 input                          what describes an audio clip
@@ -6,6 +6,8 @@ input                          what describes an audio clip
 folder, ``transcripts.jsonl``  rows ``{"audio": path, "text": words}``, optional `take`, `speaker`, `samples`,
                                `sample_rate`
 folder, ``*.trans.txt``        lines ``<id> WORDS`` beside ``<id>.flac``, as in LibriSpeech: <speaker>/<chapter>/
+folder, ``metadata.csv`` or    rows with ``file_name`` and ``transcription``, ``text`` or ``sentence``, as in Hugging
+``.jsonl``, ``.txt`` files     Face's audiofolder; LJSpeech's; a text beside each file: see `folders`
 file ``.jsonl``                rows ``{"audio_filepath": path, "text": words, "duration": s}`` as in the manifests of
                                NeMo and k2, optional `offset` in seconds (the row is then a piece of the file),
                                `speaker`; paths are relative to the manifest
@@ -28,13 +30,14 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.data.load.media import audio_info
 from mmoe.errors import DataError, brief
-from mmoe.preparation.sources import files, jsonl
+from mmoe.preparation.sources import files, folders, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.encode import flac_piece
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
 _AUDIOS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
+_FORM = folders.Form("transcripts.jsonl", "audio", ("text", "transcription", "sentence"), _AUDIOS)
 
 
 class AudioTextConfig(Config):
@@ -60,21 +63,21 @@ def items(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[I
     """List one item per described audio, for the file or folder at `path`."""
     if path.is_file():
         return _manifest(path, config, quarantine)
-    if (path / "transcripts.jsonl").is_file():
-        return _rows(path, quarantine)
     found = files.listing(path, quarantine)
     transcripts = [file for file in found if file.name.lower().endswith(".trans.txt")]
-    if not transcripts:
-        raise DataError(
-            f"{path} holds neither transcripts.jsonl nor any *.trans.txt, so its audio has no words; write one of "
-            "them, or give a manifest (a .jsonl file with audio_filepath, text and duration)"
-        )
-    return _tree(path, found, transcripts, config, quarantine)
+    if transcripts and not (path / _FORM.own).is_file():
+        return _tree(path, found, transcripts, config, quarantine)
+    return _rows(path, found, quarantine)
 
 
-def _rows(path: Path, quarantine: Refuse) -> Iterator[Item]:
-    named, keys = {path / "transcripts.jsonl"}, files.FileKeys()
-    for where, row in jsonl.rows(path / "transcripts.jsonl", quarantine):
+def _rows(path: Path, found: list[Path], quarantine: Refuse) -> Iterator[Item]:
+    try:
+        described = folders.find_description(path, found, _FORM, quarantine)
+    except DataError as error:
+        more = "a tree with *.trans.txt, or a manifest (a .jsonl file with audio_filepath, text and duration), does too"
+        raise DataError(f"{error}; {more}") from None
+    named, keys = set(described.tables), files.FileKeys()
+    for where, row in described.rows:
         try:
             name, take = jsonl.name_of(row, "audio", where), _take(row, where)
         except Refused as refusal:
@@ -86,7 +89,7 @@ def _rows(path: Path, quarantine: Refuse) -> Iterator[Item]:
         stated = _Stated(samples=row.get("samples"), sample_rate=row.get("sample_rate"))
         make = partial(_sample, key, recording, path / row["audio"], row.get("text"), stated, where)
         yield Item(key, recording, make, rank=take or 0)
-    _without_words((file for file in files.listing(path, quarantine) if file not in named), path, quarantine)
+    _without_words((file for file in found if file not in named), path, quarantine)
 
 
 def _manifest(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[Item]:

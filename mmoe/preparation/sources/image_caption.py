@@ -1,5 +1,8 @@
 """Reads images with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
 
+What may stand in the place of that file, `mmoe.preparation.sources.folders` says: Hugging Face's ``metadata.csv`` with
+``file_name`` and ``text`` (or ``caption``), or a ``.txt`` beside each image.
+
 A sample is one image and one caption, its two sides a contrastive pair. An image is a recording, so all its
 captions fall on one side of the split. Files of the folder that no row names are refused, so that they are counted.
 """
@@ -12,10 +15,12 @@ from typing import Any
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.preparation.sources import files, jsonl
+from mmoe.preparation.sources import files, folders, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
 from mmoe.schema.sample import Sample
+
+_FORM = folders.Form("captions.jsonl", "image", ("caption", "text"), (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"))
 
 
 class ImageCaptionConfig(Config):
@@ -26,8 +31,10 @@ class ImageCaptionConfig(Config):
 
 def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterator[Item]:
     """List one item per image and caption; the second field's captions have keys ending in ``-1``, and so on."""
-    named, keys = {path / "captions.jsonl"}, files.FileKeys()
-    for where, row in jsonl.rows(path / "captions.jsonl", quarantine):
+    found, keys = files.listing(path, quarantine), files.FileKeys()
+    described = folders.find_description(path, found, _FORM, quarantine)
+    named = set(described.tables)
+    for where, row in described.rows:
         try:
             name = jsonl.name_of(row, "image", where)
         except Refused as refusal:
@@ -40,8 +47,8 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterato
                 continue
             key = keys.free(f"{first}-{number}") if number else first
             yield Item(key, image, partial(_sample, path, where, row, field, key, image))
-    unnamed = (file for file in files.listing(path, quarantine) if file not in named)
-    files.pass_over(unnamed, path, "captions.jsonl and the images that it names", quarantine)
+    unnamed = (file for file in found if file not in named)
+    files.pass_over(unnamed, path, "captions.jsonl (or another table of captions) and the images in it", quarantine)
 
 
 def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:

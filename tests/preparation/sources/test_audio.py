@@ -109,7 +109,7 @@ def test_malformed_rows_of_a_manifest_are_refused(tmp_path, row):
 
 def test_a_folder_without_words_is_an_error(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0), RATE)
-    with pytest.raises(DataError, match="holds neither transcripts.jsonl nor any"):
+    with pytest.raises(DataError, match="holds neither transcripts.jsonl nor metadata.*trans.txt"):
         read("audio_text", tmp_path)
 
 

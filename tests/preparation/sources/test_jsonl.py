@@ -204,5 +204,5 @@ def test_nothing_is_left_out_silently_in_any_reader_of_folders(tmp_path):
 
 
 def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"captions\.jsonl cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"holds neither captions\.jsonl nor metadata"):
         read("image_caption", tmp_path)

@@ -214,7 +214,7 @@ def test_rows_without_image_or_caption_are_refused(tmp_path):
     samples, refused = read("image_caption", tmp_path)
     assert not samples and "broken.png cannot be read as an image" in str(refused["broken"])
     assert any("line 1: 'image' is missing" in str(r) for r in refused.values())
-    with pytest.raises(DataError, match="captions.jsonl cannot be read"):
+    with pytest.raises(DataError, match="holds neither captions.jsonl nor metadata"):
         read("image_caption", tmp_path / "elsewhere")
 
 

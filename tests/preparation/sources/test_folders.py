@@ -1,0 +1,114 @@
+"""Folders as others write them: Hugging Face's imagefolder and audiofolder, LJSpeech, a text beside each file."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from mmoe.errors import DataError
+from mmoe.schema.modality import Modality
+from tests.data.recordings import images, png, wav, write_jsonl
+from tests.preparation.sources.test_sources import read
+
+
+def write_images(folder, names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(images(1)[0] + number))
+
+
+def write_clips(folder, names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(wav(np.arange(800) + number))
+
+
+def texts(samples):
+    found = {}
+    for key, sample in samples.items():
+        (text,) = (segment.text for segment in sample.segments if segment.modality == Modality.TEXT)
+        found[key] = text
+    return found
+
+
+def write_table(file, rows):
+    if file.suffix == ".jsonl":
+        write_jsonl(file, rows)
+    else:
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_an_imagefolder_is_read_with_its_tables_wherever_they_stand(tmp_path, suffix, column):
+    write_images(tmp_path, ["train/a.png", "train/deep/b.png", "test/a.png", "test/odd.png"])
+    rows = [{"file_name": "a.png", column: 'a "quoted", \nbroken text'}, {"file_name": "deep/b.png", column: "ü"}]
+    write_table(tmp_path / f"train/metadata.{suffix}", rows)
+    write_table(tmp_path / f"test/metadata.{suffix}", [{"file_name": "a.png", column: "of the test"}])
+    samples, refused = read("image_caption", tmp_path)
+    assert texts(samples) == {"train/a": 'a "quoted", \nbroken text', "train/deep/b": "ü", "test/a": "of the test"}
+    assert list(refused) == ["test/odd.png"] and "captions" in str(refused["test/odd.png"])
+
+
+@pytest.mark.parametrize("column", ["transcription", "text", "sentence"])
+def test_an_audiofolder_is_read(tmp_path, column):
+    write_clips(tmp_path, ["data/a.wav", "data/b.wav", "data/c.wav"])
+    rows = [{"file_name": f"data/{name}.wav", column: f"word {name}", "speaker": "ada"} for name in "ab"]
+    write_table(tmp_path / "metadata.csv", rows)
+    samples, refused = read("audio_text", tmp_path)
+    assert texts(samples) == {"data/a": "word a", "data/b": "word b"}
+    assert {sample.recording for sample in samples.values()} == {"speaker-ada"}
+    assert [refusal.reason for refusal in refused.values()] == ["audio without transcript"]
+
+
+def test_ljspeech_is_read_by_its_normalized_text(tmp_path):
+    write_clips(tmp_path, ["wavs/LJ001-0001.wav", "wavs/LJ001-0002.wav"])
+    lines = ['LJ001-0001|Printed in 1455, "then"|Printed in fourteen fifty-five, "then"', "LJ001-0002|short", ""]
+    lines += ["gone|x|y", "a"]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    samples, refused = read("audio_text", tmp_path)
+    assert texts(samples) == {
+        "wavs/LJ001-0001": 'Printed in fourteen fifty-five, "then"',
+        "wavs/LJ001-0002": "short",
+    }
+    assert sorted(refused) == ["metadata.csv-line-4", "metadata.csv-line-5"]
+    assert "names no file" in str(refused["metadata.csv-line-4"])
+
+
+def test_a_text_beside_each_file_is_its_text(tmp_path):
+    write_images(tmp_path, ["0001.jpg", "0002.PNG", "0003.png", "deep/0001.png"])
+    contents = {"0001": b"\xef\xbb\xbffirst\n", "0002": b"second", "deep/0001": b"\xff", "other": b"x"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    samples, refused = read("image_caption", tmp_path)
+    assert texts(samples) == {"0001": "first", "0002": "second"}
+    assert sorted(refused) == ["0003.png", "deep/0001.png", "deep/0001.txt", "other.txt"]
+
+
+def test_rows_that_cannot_be_used_are_refused_alone_and_counted(tmp_path):
+    write_images(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,one\nb.png\n,two\na.png,x,y\nb.png,\nb.png,last\n")
+    samples, refused = read("image_caption", tmp_path)
+    assert texts(samples) == {"a": "one", "b+2": "last"}
+    place = tmp_path / "metadata.csv"
+    assert sorted(refused) == [f"{place}, line 4", "b", "metadata.csv-line-3", "metadata.csv-line-5"]
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,one\nb.png,"open')
+    samples, refused = read("image_caption", tmp_path)
+    assert texts(samples) == {"a": "one"}
+    assert ["is not CSV" in str(refusal) for refusal in refused.values()] == [True, False]  # and b.png, unnamed
+
+
+def test_our_own_file_comes_first_and_where_nothing_describes_all_forms_are_named(tmp_path):
+    write_images(tmp_path, ["a.png"])
+    with pytest.raises(DataError, match=r"captions.jsonl nor metadata.jsonl or metadata.csv .*file_name.* .txt beside"):
+        read("image_caption", tmp_path)
+    (tmp_path / "a.txt").write_text("beside")
+    assert texts(read("image_caption", tmp_path)[0]) == {"a": "beside"}
+    write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "of a table"}])
+    assert texts(read("image_caption", tmp_path)[0]) == {"a": "of a table"}
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "a.png", "caption": "our own"}))
+    assert texts(read("image_caption", tmp_path)[0]) == {"a": "our own"}
