@@ -15,4 +15,8 @@ def config(
     """Print a config as it is resolved: every key, with its meaning and, where it differs, its default."""
     from mmoe.config.describe import described
 
-    console.print(described(config_at(config, overrides)), end="", highlight=False, soft_wrap=True, markup=False)
+    text = described(config_at(config, overrides))
+    if console.is_terminal:
+        console.print(text, end="", highlight=False, soft_wrap=True, markup=False)
+    else:  # to be read again, every character as it is
+        typer.echo(text, nl=False)

@@ -26,7 +26,7 @@ def described(config: Config) -> str:
 def meaning(kind: type[Config], name: str) -> str:
     """Return the comment on a field in the source of its class, in one line: behind it, or above it; "" without one."""
     for declared in kind.__mro__:
-        if name in vars(declared).get("__annotations__", {}):
+        if name in inspect.get_annotations(declared):
             return _comments(declared).get(name, "")
     return ""
 

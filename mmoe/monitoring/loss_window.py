@@ -31,8 +31,10 @@ class LossWindow:
         self._steps += 1
         self._having.update(report.terms.keys())
 
-    def mean(self) -> LossReport:
-        """Return the report of a mean step; there has been one."""
+    def mean(self) -> LossReport | None:
+        """Return the report of a mean step; None where there has been no step."""
+        if not self._steps:
+            return None
         total = self._sum
         return LossReport(
             total.loss_for_backward / self._steps,

@@ -20,6 +20,7 @@ from mmoe.optional import status
 from mmoe.recipe.monitoring import SINKS, MonitoringConfig, SinkConfig, SinkContext
 from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.training.callback import Callback, EvaluationResult
+from mmoe.training.decision import Decision
 from mmoe.training.loop import Trainer
 from mmoe.training.state import TrainState
 from mmoe.training.step import StepResult
@@ -143,7 +144,8 @@ class MetricsCallback(Callback):
         seconds = result.seconds
         _add(self._totals, positions=positions, tokens=tokens, wall_seconds=wall)
         _add(self._window, positions=positions, tokens=tokens, seconds=seconds, waited=waited, flops=flops, steps=1)
-        self._losses.add(result.losses)
+        if result.decision is Decision.GO:  # what was skipped may be infinite
+            self._losses.add(result.losses)
         self._routing.merge(result.routing)
 
     def _record(self, trainer: Trainer, result: StepResult, tables: bool) -> StepRecord:
@@ -151,7 +153,7 @@ class MetricsCallback(Callback):
         chosen, dropped = self._routing.slots()
         if chosen:
             _add(totals, slots_routed=chosen, slots_dropped=dropped)
-        losses = self._losses.mean()
+        losses = self._losses.mean() or result.losses
         scalars = {
             "loss": float(losses.loss),
             **{f"loss_{name}": float(value) for name, value in losses.terms.items()},

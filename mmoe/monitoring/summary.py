@@ -61,7 +61,9 @@ def summarize(records: RunRecords) -> dict[str, Any]:
     """Sum up a run: rates over all its steps, losses at its end. Raises DataError where nothing was trained."""
     reader, plain = records.reader, records.plain
     columns, last = reader.columns("peak_memory_bytes", "mfu", "positions", "positions_per_second"), reader.last()
-    chosen, dropped = last.get("slots_routed", 0), last.get("slots_dropped", 0)
+    # By the names of before where the run ended before they changed.
+    chosen = last.get("slots_routed", last.get("expert_choices", 0))
+    dropped = last.get("slots_dropped", last.get("expert_choices_dropped", 0))
     summary = {
         "steps": last["step"],
         "positions": last["positions"],
@@ -98,26 +100,26 @@ def _mean_mfu(columns: dict[str, np.ndarray]) -> float | None:
 def resume_exact(reader: RunReader) -> bool | None:
     """Return whether steps that were undone by a resume and done again came out bit for bit the same.
 
-    False when any loss, gradient norm or digest (of weights and optimizer states) differs. True needs a digest
-    that was recorded both times; None when no step was done twice, or none of those has such a digest. Steps after a
-    change on record (`changes.jsonl`) are left out: they were done otherwise on purpose.
+    False when any gradient norm or digest (of weights and optimizer states) differs; losses are means over the steps
+    since the record before, which may have been another one. True needs a digest that was recorded both times; None
+    when no step was done twice, or none of those has such a digest. Steps after a change on record (`changes.jsonl`)
+    are left out: they were done otherwise on purpose.
     """
-    undone = reader.undone("loss", "grad_norm")
+    undone = reader.undone("grad_norm")
     path = reader.folder / "changes.jsonl"
     changed = min((line["step"] for line in read_lines(path)), default=np.inf) if path.is_file() else np.inf
     undone = {name: column[undone["step"] <= changed] for name, column in undone.items()}
     if not len(undone["step"]):
         return None
-    done = reader.columns("loss", "grad_norm")
+    done = reader.columns("grad_norm")
     steps = np.concatenate([undone["step"], done["step"]])
     order = np.argsort(steps, kind="stable")
     steps = steps[order]
-    for name in ("loss", "grad_norm"):
-        values = np.concatenate([undone[name], done[name]])[order]
-        present = ~np.isnan(values)
-        twice = np.diff(steps[present]) == 0
-        if (twice & (np.diff(values[present]) != 0)).any():
-            return False
+    values = np.concatenate([undone["grad_norm"], done["grad_norm"]])[order]
+    present = ~np.isnan(values)
+    twice = np.diff(steps[present]) == 0
+    if (twice & (np.diff(values[present]) != 0)).any():
+        return False
     digests: dict[int, str] = {}
     proven = False
     for step, digest in reader.notes("digest"):

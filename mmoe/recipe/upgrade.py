@@ -33,6 +33,12 @@ RENAMED_KEYS = {
     "data.bounds.sound_rate": "audio_rate",
     "data.bounds.sound_channels": "audio_channels",
 }
+_OPTIONS = {  # within data.sources.*.options
+    "picture_quality": "image_quality",
+    "prepare.filters.picture": "image",
+    "prepare.dedup.picture_bits": "image_bits",
+    **{f"prepare.bounds.{key.rpartition('.')[2]}": now for key, now in RENAMED_KEYS.items() if ".bounds." in key},
+}
 _GROUPS = {"count": "n_group", "per_token": "topk_group", "score": "group_score"}  # of model.moe.groups
 
 
@@ -46,7 +52,12 @@ def today_key(key: str) -> str:
 
 def upgrade_config(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the `tree` of a run's config.yaml with the keys and values of today; one of today as it is."""
-    renamed = _rename(tree, "")
+    renamed = _rename(tree, RENAMED_KEYS)
+    data = renamed.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    for source in sources.values() if isinstance(sources, dict) else ():
+        if isinstance(source, dict) and isinstance(source.get("options"), dict):
+            source["options"] = _rename(source["options"], _OPTIONS)
     model = renamed.get("model")
     moe = model.get("moe") if isinstance(model, dict) else None
     if isinstance(moe, dict):
@@ -57,8 +68,8 @@ def upgrade_config(tree: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _rename(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _rename(tree: dict[str, Any], names: dict[str, str], prefix: str = "") -> dict[str, Any]:
     return {
-        RENAMED_KEYS.get(f"{prefix}{key}", key): _rename(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        names.get(f"{prefix}{key}", key): _rename(value, names, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in tree.items()
     }

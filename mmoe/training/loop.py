@@ -44,7 +44,8 @@ class Trainer:
     def train(self) -> None:
         """Train to the end of the session, saving and telling the callbacks on the way, and close them in any case.
 
-        Raises DivergenceError, any error of a callback, and at the end the OutputError of one.
+        Raises DivergenceError, any error of a callback, and at the end the OutputError of one. With a process group an
+        error leaves SIGTERM ignored: the process is taken to end by it.
         """
         state = self.state
         with _stop_on_interrupt(self), self._watch, self.callbacks.session(self):

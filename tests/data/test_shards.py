@@ -140,6 +140,8 @@ def test_a_name_beyond_the_classic_header_is_found(tmp_path):
         ("set.v1/clip_1.5s", "merge with others as 'set.v1/clip_1'"),
         ("a/../b", "relative path"),
         ("./a", "relative path"),
+        ("clip.", "merge with others as 'clip'"),
+        ("a/.b", "merge with others as 'a/'"),
         ("a/.", "relative path"),
         ("a//b", "relative path"),
         ("/a", "relative path"),

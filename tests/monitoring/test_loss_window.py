@@ -45,6 +45,10 @@ def test_a_loss_is_the_mean_of_the_steps_and_a_term_that_of_the_steps_which_have
     assert mean.events["contrastive"].tolist() == [pytest.approx(8 / 3), pytest.approx(2 / 3)]
 
 
+def test_of_no_step_there_is_no_mean() -> None:
+    assert LossWindow().mean() is None
+
+
 def test_one_step_is_itself_bit_for_bit() -> None:
     (step, mean) = STEPS[0], window(STEPS[:1]).mean()
     assert float(mean.loss) == float(step.loss)

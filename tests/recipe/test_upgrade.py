@@ -24,10 +24,16 @@ OURS = {
 }  # fmt: skip
 
 
+OPTIONS = {
+    "picture_quality": 90,
+    "prepare": {"filters": {"picture": {"min_side": 8}}, "dedup": {"picture_bits": 3}, "bounds": {"sound_rate": 9}},
+}
+
+
 def earlier(**model: Any) -> dict[str, Any]:
     return {
         "data": {
-            "sources": {"a": {"kind": "text", "shards": "a"}},
+            "sources": {"a": {"kind": "text", "shards": "a", "options": OPTIONS}},
             "sequence_length": 64,
             "bounds": {"film_seconds": 5, "picture_pixels": 7},
         },
@@ -49,6 +55,10 @@ def test_the_config_of_an_earlier_run_has_the_keys_of_today_and_the_values_it_ha
     assert (model.n_layers, model.n_heads, model.n_kv_heads, model.intermediate_size) == (2, 2, 1, 24)
     assert losses.load_balance.sequence == 0.5 and losses.z_loss == 0.25 and config.optim.schedule.hold.steps == 3
     assert config.tokenizers.audio.mel.normalize_level is False
+    assert config.data.sources["a"].options == {
+        "image_quality": 90,
+        "prepare": {"filters": {"image": {"min_side": 8}}, "dedup": {"image_bits": 3}, "bounds": {"audio_rate": 9}},
+    }
     assert (config.data.bounds.video_seconds, config.data.bounds.image_pixels) == (5, 7)
     (tmp_path / "config.yaml").write_text(dump(config))
     assert read_config(tmp_path) == config

@@ -173,6 +173,40 @@ def test_a_step_whose_gradients_are_not_finite_can_be_skipped(folder, tmp_path):
     assert result.decision is Decision.SKIP and digest(run) == before and run.state.step == 1
 
 
+def test_a_step_that_was_skipped_spoils_no_record_of_the_others(folder, tmp_path):
+    class Poison(Callback):
+        name = "poison"
+
+        def on_start(self, trainer):
+            self.trainer, self.weight = trainer, trainer.run.model.decoder.norm.weight
+
+        def before_step(self, data):
+            if self.trainer.state.step == 1:
+                self.kept = self.weight.detach().clone()
+                with torch.no_grad():
+                    self.weight.fill_(float("nan"))
+            return Decision.GO
+
+        def before_update(self, gradients):
+            if gradients.norm.isfinite():
+                return Decision.GO
+            with torch.no_grad():
+                self.weight.copy_(self.kept)
+            return Decision.SKIP
+
+    records = {}
+    for every in (1, 4):
+        changes = {"monitoring__log_every_steps": every, "monitoring__tables_every_steps": 4}
+        with PeakMemory() as memory:
+            trainer(
+                config(folder, tmp_path / str(every), **changes), Poison(), MetricsCallback(memory), stop_at=4
+            ).train()
+        records[every] = RunReader(tmp_path / str(every)).columns("step", "loss", "loss_ce")
+    assert np.isnan(records[1]["loss"]).tolist() == [False, True, False, False]
+    for name in ("loss", "loss_ce"):
+        np.testing.assert_allclose(records[4][name], [np.nanmean(records[1][name])], rtol=1e-6)
+
+
 def test_figures_of_one_callback_are_told_to_all(folder, tmp_path):
     log = Log()
     trainer(config(folder, tmp_path / "run"), Measures(1, {"ce": 2.0}), log, stop_at=1).train()

@@ -30,7 +30,7 @@ _FIELD = re.compile(rf"(?!__){_PART}(\.{_PART})*")
 def check_key(key: str) -> None:
     """Refuse a sample key that WebDataset would cut, merge or skip. Raises DataError."""
     folder, slash, name = key.rpartition("/")
-    if "." in name.strip("."):
+    if "." in name and name not in (".", ".."):
         raise DataError(
             f"sample key {key!r} has a dot in its last part: WebDataset cuts a key at the first one there, so it would "
             f"merge with others as {folder + slash + name.partition('.')[0]!r}; rename the recording without the dot"

@@ -27,6 +27,7 @@ from mmoe.data.load.workers import Activity, SamplePlace, WorkerError, WorkerWat
 
 logger = logging.getLogger(__name__)
 
+_TO_ALL = (signal.SIGINT, signal.SIGTERM)  # sent to all processes: the training one ends its step first
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGBUS)  # no memory, no room in /dev/shm: perhaps not the sample's doing
 _MOST_UNEXPLAINED = 8  # deaths of a run's workers that name no sample
 _BEGUN = -1  # a worker's first answer, in the place of a plan's number
@@ -34,6 +35,9 @@ _LOOK_S = 5.0  # between two looks whether the other side lives
 # A process has this long from its start to its first line. A fork takes locks along as they are at that moment: one
 # that a thread of the training process holds is never released in the child (Python's own, before 3.12, among them).
 _BEGIN_S = 60.0
+_MOST_STARTS = 3  # of one worker that may hang
+# Workers hold the dataset as it is when they are forked; from Python 3.14 on another way would be the default.
+_CONTEXT = mp.get_context("fork")
 
 
 class Batches(Protocol):
@@ -110,11 +114,16 @@ class _Worker:
 
     def __init__(self, number: int, dataset: Batches) -> None:
         self.number = number
-        self.connection, theirs = mp.Pipe()
-        self.process = mp.Process(
+        self.connection, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(
             target=_work, args=(dataset, number, theirs, os.getpid()), name=f"decoder {number}", daemon=True
         )
-        self.process.start()
+        # A signal that comes before the worker ignores it waits until then.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.started, self.begun = time.monotonic(), False
         theirs.close()
         self.plans: dict[int, Any] = {}
@@ -133,7 +142,7 @@ class _Pool:
         self._done: dict[int, Any] = {}
         self._suspected: set[SamplePlace] = set()  # in hand when a worker was ended from outside, once
         self._unexplained: Counter[int] = Counter()  # deaths that name no sample, by number of the plan
-        self._never_began = 0  # workers
+        self._never_began: Counter[int] = Counter()  # starts that hung, by number of the worker
         self._workers: list[_Worker] = []
         self._process = os.getpid()
         atexit.register(self.close)  # before multiprocessing waits for what it only asks to end
@@ -227,11 +236,11 @@ class _Pool:
 
     def _begin_again(self, worker: _Worker) -> None:
         """Start another process for one that hangs in its start."""
-        self._never_began += 1
-        if self._never_began > _MOST_UNEXPLAINED:
+        self._never_began[worker.number] += 1
+        if (starts := self._never_began[worker.number]) > _MOST_STARTS:
             raise WorkerError(
-                f"{self._never_began} decoding processes did not begin within {_BEGIN_S:g} s of their start; set "
-                "data.workers=0 to decode in the training process, or find what keeps them from starting"
+                f"decoding worker {worker.number} did not begin within {_BEGIN_S:g} s of any of {starts} starts; set "
+                "data.workers=0 to decode in the training process, or find what keeps it from starting"
             )
         logger.warning(f"decoding worker {worker.number} did not begin within {_BEGIN_S:g} s: another is started")
         worker.end()
@@ -268,8 +277,9 @@ class _Failure:
 
 def _work(dataset: Batches, number: int, line: connection.Connection, parent: int) -> None:
     """A worker's life: plans come and answers go in threads of their own, so that neither side waits for the other."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # sent to all processes: the training one ends its step first
+    for ignored in _TO_ALL:
         signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_ALL)
     torch.set_num_threads(1)
     become_worker(number)
     line.send((_BEGUN, None))

@@ -6,7 +6,6 @@ for is not passed over in silence: `pass_over` writes it into the list of what w
 """
 
 import io
-import itertools
 import os
 import stat
 from collections.abc import Iterable
@@ -96,6 +95,7 @@ class FileKeys:
     def __init__(self) -> None:
         self._own: dict[str, str] = {}  # by path
         self._taken: set[str] = set()
+        self._next: dict[str, int] = {}  # number to try, by key
 
     def key(self, name: str) -> tuple[str, str]:
         """Return the key of the next sample of the file `name`, a path, and that of the file, its first."""
@@ -107,8 +107,10 @@ class FileKeys:
 
     def free(self, key: str) -> str:
         """Take `key`, or where a sample has it the first of ``key+2``, ``key+3``, ... that none has."""
-        candidates = itertools.chain([key], (f"{key}+{number}" for number in itertools.count(2)))
-        found = next(candidate for candidate in candidates if candidate not in self._taken)
+        found = key
+        while found in self._taken:
+            number = self._next.setdefault(key, 2)
+            self._next[key], found = number + 1, f"{key}+{number}"
         self._taken.add(found)
         return found
 

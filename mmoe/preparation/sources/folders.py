@@ -16,6 +16,7 @@ The first of them that is there is taken; what the others would say is listed wi
 import csv
 import io
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from mmoe.errors import DataError
 from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Refuse, Refused
 from mmoe.schema.bounds import bounds
+
+_NUMBERS = ("samples", "sample_rate", "take")  # columns of CSV that are whole numbers to a reader
+_DIGITS = re.compile("[0-9]{1,18}")
 
 DescribedRows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -55,7 +59,9 @@ def find_description(root: Path, found: list[Path], form: Form, quarantine: Refu
     """Find what describes the files `found` below `root`; raise DataError, naming what would, where nothing does."""
     if (own := root / form.own).is_file():
         return Described(jsonl.rows(own, quarantine), frozenset([own]))
-    tables = [file for file in found if file.name.lower() in ("metadata.jsonl", "metadata.csv")]
+    named = [file for file in found if file.name.lower() in ("metadata.jsonl", "metadata.csv")]
+    with_lines = {file.parent for file in named if file.suffix.lower() == ".jsonl"}
+    tables = [file for file in named if file.suffix.lower() == ".jsonl" or file.parent not in with_lines]
     if tables:
         rows = (row for table in tables for row in _table(table, root, found, form, quarantine))
         return Described(rows, frozenset(tables))
@@ -90,15 +96,14 @@ def _table(table: Path, root: Path, found: list[Path], form: Form, quarantine: R
         read = _csv(table, root, found, form, quarantine)
     folder = table.parent.relative_to(root).as_posix()
     for where, row in read:
-        if form.field not in row:
-            try:
-                name = posixpath.join(folder, jsonl.text_of(row, "file_name", where))
-            except Refused as refusal:
-                quarantine(where, refusal)
-                continue
-            text = next((row[column] for column in form.texts if row.get(column) is not None), None)
-            row = {**row, form.field: name, **({} if text is None else {form.texts[0]: text})}
-        yield where, row
+        column = form.field if form.field in row and "file_name" not in row else "file_name"
+        try:
+            name = posixpath.join(folder, jsonl.text_of(row, column, where))
+        except Refused as refusal:
+            quarantine(where, refusal)
+            continue
+        text = next((row[column] for column in form.texts if row.get(column) is not None), None)
+        yield where, {**row, form.field: name, **({} if text is None else {form.texts[0]: text})}
 
 
 def _csv(table: Path, root: Path, found: list[Path], form: Form, quarantine: Refuse) -> DescribedRows:
@@ -120,23 +125,26 @@ def _csv(table: Path, root: Path, found: list[Path], form: Form, quarantine: Ref
                 message = f"{where} has not as many cells as the head; repair or remove it"
                 quarantine(f"{place}-line-{reader.line_num}", Refused("malformed row", message))
             else:
-                yield where, {name: cell for name, cell in row.items() if cell}
+                yield where, {name: _value(name, cell) for name, cell in row.items() if cell}
     except csv.Error as error:
         message = f"{table}, line {reader.line_num} is not CSV ({error}), and nothing after it is read; repair it"
         quarantine(f"{place}-line-{reader.line_num}", Refused("malformed row", message))
 
 
+def _value(column: str, cell: str) -> str | int:
+    return int(cell) if column in _NUMBERS and _DIGITS.fullmatch(cell) else cell
+
+
 def _ljspeech(table: Path, text: str, root: Path, found: list[Path], form: Form, quarantine: Refuse) -> DescribedRows:
-    clips = {
-        file.stem: file for file in found if file.suffix.lower() in form.suffixes and file.is_relative_to(table.parent)
-    }
+    wavs = table.parent / "wavs"
+    clips = {file.stem: file for file in found if file.suffix.lower() in form.suffixes and file.parent == wavs}
     place = table.relative_to(root).as_posix()
-    for number, line in enumerate(text.splitlines(), start=1):
-        where, cells = f"{table}, line {number}", line.split("|")
+    for number, line in enumerate(text.split("\n"), start=1):  # a line of text may hold other breaks
+        where, cells = f"{table}, line {number}", line.rstrip("\r").split("|")
         if not line.strip():
             continue
         if len(cells) not in (2, 3) or cells[0] not in clips:
-            why = "names no file of the folder" if len(cells) in (2, 3) else "is not id|text|normalized text"
+            why = f"names no file in {wavs}" if len(cells) in (2, 3) else "is not id|text|normalized text"
             quarantine(f"{place}-line-{number}", Refused("malformed row", f"{where} {why}; repair or remove it"))
             continue
         yield where, {form.field: clips[cells[0]].relative_to(root).as_posix(), form.texts[0]: cells[-1]}

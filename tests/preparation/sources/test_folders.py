@@ -65,17 +65,40 @@ def test_an_audiofolder_is_read(tmp_path, column):
     assert [refusal.reason for refusal in refused.values()] == ["audio without transcript"]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_numbers_of_a_table_are_numbers_and_the_reader_s_own_column_gives_way_to_file_name(tmp_path, suffix):
+    write_clips(tmp_path, ["x.wav"])
+    row = {"file_name": "x.wav", "audio": "clip 7", "text": "12", "sample_rate": 8000, "samples": 800, "take": 3}
+    write_table(tmp_path / f"metadata.{suffix}", [row])
+    samples, refused = read("audio_text", tmp_path)
+    assert not refused and texts(samples) == {"x": "12"} and samples["x"].recording == "take-3"
+    write_table(tmp_path / f"metadata.{suffix}", [row | {"samples": 801}])
+    assert "has samples 800" in str(read("audio_text", tmp_path)[1]["x"])
+
+
+def test_a_table_s_names_are_relative_to_it_whatever_their_column(tmp_path):
+    write_clips(tmp_path, ["sub/x.wav", "x.wav"])
+    write_table(tmp_path / "sub/metadata.jsonl", [{"audio": "x.wav", "text": "below"}])
+    write_table(tmp_path / "sub/metadata.csv", [{"file_name": "x.wav", "text": "the same once more"}])
+    samples, refused = read("audio_text", tmp_path)
+    assert texts(samples) == {"sub/x": "below"} and sorted(refused) == ["sub/metadata.csv", "x.wav"]
+
+
 def test_ljspeech_is_read_by_its_normalized_text(tmp_path):
-    write_clips(tmp_path, ["wavs/LJ001-0001.wav", "wavs/LJ001-0002.wav"])
-    lines = ['LJ001-0001|Printed in 1455, "then"|Printed in fourteen fifty-five, "then"', "LJ001-0002|short", ""]
+    write_clips(tmp_path, ["wavs/LJ001-0001.wav", "wavs/LJ001-0002.wav", "wavs_22k/LJ001-0001.wav"])
+    lines = [
+        'LJ001-0001|Printed in 1455, "then"|Printed in fourteen fifty-five, "then"',
+        "LJ001-0002|sh\u2028ort\r",
+        "",
+    ]
     lines += ["gone|x|y", "a"]
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     samples, refused = read("audio_text", tmp_path)
     assert texts(samples) == {
         "wavs/LJ001-0001": 'Printed in fourteen fifty-five, "then"',
-        "wavs/LJ001-0002": "short",
+        "wavs/LJ001-0002": "sh\u2028ort",
     }
-    assert sorted(refused) == ["metadata.csv-line-4", "metadata.csv-line-5"]
+    assert sorted(refused) == ["metadata.csv-line-4", "metadata.csv-line-5", "wavs_22k/LJ001-0001.wav"]
     assert "names no file" in str(refused["metadata.csv-line-4"])
 
 
