@@ -121,7 +121,7 @@ class Block(nn.Module):
         return x_BLD + out, routing
 
 
-class RouterLosses(Protocol):
+class RouterTerms(Protocol):
     """Gives the losses of a batch's routers, wherever their layers ran."""
 
     def terms(self, loads: ExpertLoadAccumulator, config: BalanceConfig) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class ModelOutput:
     """
 
     hidden: Tensor
-    auxiliary: RouterLosses | None
+    auxiliary: RouterTerms | None
     routing: RoutingStatistics | None
 
 

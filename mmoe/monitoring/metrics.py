@@ -140,7 +140,7 @@ class MetricsCallback(Callback):
         now = time.perf_counter()
         wall, self._at, self._step = now - self._at, now, result.step
         positions, tokens = result.positions, result.useful_positions
-        flops, waited = self._flops.of(result.data.counts), result.data_wait_seconds
+        flops, waited = self._flops.step_flops(result.data.counts), result.data_wait_seconds
         seconds = result.seconds
         _add(self._totals, positions=positions, tokens=tokens, wall_seconds=wall)
         _add(self._window, positions=positions, tokens=tokens, seconds=seconds, waited=waited, flops=flops, steps=1)

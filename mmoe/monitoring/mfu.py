@@ -56,7 +56,7 @@ class ModelFlops:
         inputs = model_inputs(run.tokenizers)
         self._multiplied = ParameterCounts.from_config(config.model, inputs).multiplied
 
-    def of(self, counts: Counts) -> int:
+    def step_flops(self, counts: Counts) -> int:
         """Count the operations of a step over all devices, by the lengths of its documents."""
         return training_flops(self._model, self._multiplied, counts.positions, counts.cost)
 

@@ -162,7 +162,7 @@ class AllToAllPermutation:
 
     row_HK: Tensor
     slot_R: Tensor
-    here_T: Tensor | None
+    local_index_T: Tensor | None
     arrived: TokenPermutation
     exchange: AllToAll
     dropped_TK: Tensor
@@ -197,7 +197,7 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
         return AllToAllPermutation(
             row_HK=row.view_as(expert_HK),
             slot_R=slot[:rows],
-            here_T=tokens.local_index_T,
+            local_index_T=tokens.local_index_T,
             arrived=self._arrived(arrived_SF, sum(received)),
             exchange=AllToAll(received, sent, self.group),
             dropped_TK=dropped_TK,
@@ -235,6 +235,6 @@ class AllToAllDispatcher(ParallelDispatcher[AllToAllPermutation]):
         """Send the rows back and add up those of each token here, [H, D]."""
         arrived = permutation.arrived
         rows = permute_tokens(y_RD, arrived.row_TK.flatten(), arrived.slot_R, complete=arrived.complete)
-        weight_HK = weight_TK if permutation.here_T is None else weight_TK[permutation.here_T]
+        weight_HK = weight_TK if permutation.local_index_T is None else weight_TK[permutation.local_index_T]
         back = permutation.exchange.reverse(rows)
         return unpermute_tokens(back, weight_HK, permutation.row_HK, permutation.slot_R, permutation.all_travel)

@@ -22,7 +22,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from mmoe.losses.report import LossReport
 from mmoe.models.batch_context import BatchContext
-from mmoe.models.decoder import ModelOutput, RouterLosses
+from mmoe.models.decoder import ModelOutput, RouterTerms
 from mmoe.models.moe.balance import BalanceConfig, ExpertLoadAccumulator, router_losses
 from mmoe.models.moe.statistics import RoutingStatistics
 from mmoe.parallel.collectives import all_reduce_no_grad
@@ -201,7 +201,7 @@ class Pipeline:
         output = self.model(stage, sharding.context(batch, config, dtype), entering)
         return replace(output, hidden=sharding.whole(output.hidden)) if self.model.is_last(stage) else output
 
-    def _added(self, passed: Tensor, stage: int, own: RouterLosses | None) -> Tensor:
+    def _added(self, passed: Tensor, stage: int, own: RouterTerms | None) -> Tensor:
         """Add the router losses of this stage's layers to those so far."""
         if own is None:
             return passed.clone()

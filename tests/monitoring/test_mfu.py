@@ -42,7 +42,7 @@ def test_the_flops_of_a_step_are_those_of_its_documents_and_mfu_is_their_share_o
     columns = zeros()
     columns[POSITIONS], columns[COST] = sum(documents), sum(n**2 for n in documents)
     wanted = model_flops(run.config.model, model_inputs(run.tokenizers), documents)
-    assert flops.of(Counts(columns)) == wanted > 0
+    assert flops.step_flops(Counts(columns)) == wanted > 0
     assert flops.scalars(wanted, 2.0, 4) == {"mfu": pytest.approx(wanted / 2 / 4e9), "mfu_peak_flops": 1e9}
     monitoring = run.config.monitoring.model_copy(update={"peak_flops": None})
     config_without = run.config.model_copy(update={"monitoring": monitoring})

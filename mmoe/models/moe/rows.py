@@ -18,10 +18,10 @@ def permute_tokens(x: Tensor, index: Tensor, inverse: Tensor, share: int = 1, co
     that depends on which thread comes first. `complete` promises that neither points past an end, and saves the
     zeros that would be put there.
     """
-    return _CopyRows.apply(x, index, inverse, share, complete)
+    return _PermuteTokens.apply(x, index, inverse, share, complete)
 
 
-class _CopyRows(torch.autograd.Function):
+class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, share: int, complete: bool) -> Tensor:
         ctx.save_for_backward(inverse)
@@ -43,10 +43,10 @@ def unpermute_tokens(y: Tensor, weight: Tensor, row: Tensor, slot: Tensor, compl
     flattened (t, k) that each row of y belongs to, past the end of `weight` for none. No [T, K, D] exists on the way;
     the gradient of y is a scaled copy, and that of a weight the product of two rows.
     """
-    return _WeightedRows.apply(y, weight, row, slot, complete)
+    return _UnpermuteTokens.apply(y, weight, row, slot, complete)
 
 
-class _WeightedRows(torch.autograd.Function):
+class _UnpermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, row: Tensor, slot: Tensor, complete: bool) -> Tensor:
         ctx.save_for_backward(y, weight, row, slot)

@@ -37,7 +37,7 @@ from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
 _AUDIOS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
-_FORM = folders.Form("transcripts.jsonl", "audio", ("text", "transcription", "sentence"), _AUDIOS)
+_FORM = folders.RowForm("transcripts.jsonl", "audio", ("text", "transcription", "sentence"), _AUDIOS)
 
 
 class AudioTextConfig(Config):

@@ -34,7 +34,7 @@ DescribedRows = Iterator[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Form:
+class RowForm:
     """Says how a reader's rows are written: in the file `own`, with the path in `field` and its text in `texts[0]`.
 
     In tables of others the first of the columns `texts` that a row has is its text. `suffixes` are those of the files
@@ -55,7 +55,7 @@ class Described:
     tables: frozenset[Path]
 
 
-def find_description(root: Path, found: list[Path], form: Form, quarantine: Refuse) -> Described:
+def find_description(root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> Described:
     """Find what describes the files `found` below `root`; raise DataError, naming what would, where nothing does."""
     if (own := root / form.own).is_file():
         return Described(jsonl.rows(own, quarantine), frozenset([own]))
@@ -75,11 +75,11 @@ def find_description(root: Path, found: list[Path], form: Form, quarantine: Refu
     )
 
 
-def _is_described(file: Path, form: Form, texts: dict[Path, Path]) -> bool:
+def _is_described(file: Path, form: RowForm, texts: dict[Path, Path]) -> bool:
     return file.suffix.lower() in form.suffixes and file.with_suffix("") in texts
 
 
-def _beside(pairs: list[tuple[Path, Path]], root: Path, form: Form, quarantine: Refuse) -> DescribedRows:
+def _beside(pairs: list[tuple[Path, Path]], root: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
     for file, text in pairs:
         try:
             content = jsonl.decode_text(files.read_bytes(text, str(root)), text, 0).strip()
@@ -89,7 +89,7 @@ def _beside(pairs: list[tuple[Path, Path]], root: Path, form: Form, quarantine: 
         yield str(text), {form.field: file.relative_to(root).as_posix(), form.texts[0]: content}
 
 
-def _table(table: Path, root: Path, found: list[Path], form: Form, quarantine: Refuse) -> DescribedRows:
+def _table(table: Path, root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
     if table.suffix.lower() == ".jsonl":
         read = jsonl.rows(table, quarantine)
     else:
@@ -106,7 +106,7 @@ def _table(table: Path, root: Path, found: list[Path], form: Form, quarantine: R
         yield where, {**row, form.field: name, **({} if text is None else {form.texts[0]: text})}
 
 
-def _csv(table: Path, root: Path, found: list[Path], form: Form, quarantine: Refuse) -> DescribedRows:
+def _csv(table: Path, root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
     try:
         text = jsonl.decode_text(files.read_regular(table), table, 0)
     except (OSError, Refused) as error:
@@ -135,7 +135,9 @@ def _value(column: str, cell: str) -> str | int:
     return int(cell) if column in _NUMBERS and _DIGITS.fullmatch(cell) else cell
 
 
-def _ljspeech(table: Path, text: str, root: Path, found: list[Path], form: Form, quarantine: Refuse) -> DescribedRows:
+def _ljspeech(
+    table: Path, text: str, root: Path, found: list[Path], form: RowForm, quarantine: Refuse
+) -> DescribedRows:
     wavs = table.parent / "wavs"
     clips = {file.stem: file for file in found if file.suffix.lower() in form.suffixes and file.parent == wavs}
     place = table.relative_to(root).as_posix()

@@ -20,7 +20,9 @@ from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
 from mmoe.schema.sample import Sample
 
-_FORM = folders.Form("captions.jsonl", "image", ("caption", "text"), (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"))
+_FORM = folders.RowForm(
+    "captions.jsonl", "image", ("caption", "text"), (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+)
 
 
 class ImageCaptionConfig(Config):
