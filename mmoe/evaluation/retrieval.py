@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmoe.evaluation.confidence import mean_low, wilson_low
+from mmoe.losses.info_nce import TIE_EPS
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.modality import Modality
 
@@ -93,12 +94,14 @@ def recall(text: np.ndarray, other: np.ndarray, hashes: np.ndarray, seed: int) -
 def hits(text: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return [directions, TOP, n] bool: query i finds its partner among the first 1 and 5 of the n candidates.
 
-    A candidate that ties with the partner counts as before it, so equal embeddings find nothing, nor does NaN.
+    A candidate that ties with the partner, but for rounding, counts as before it: equal embeddings find nothing in any
+    layout, nor does NaN.
     """
     scores = text @ other.T
+    tie = TIE_EPS * np.finfo(scores.dtype).eps
     found = []
     for table in (scores, scores.T):
-        before = (~(table < table.diagonal()[:, None])).sum(1) - 1
+        before = (~(table < table.diagonal()[:, None] - tie)).sum(1) - 1
         found.append([before < top for top in TOP])
     return np.array(found)
 

@@ -21,7 +21,7 @@ of what it returned to them (all-gather forward, reduce-scatter backward).
 """
 
 
-_TIE_EPS = 64  # cosines that are no further apart than so many units of rounding are equal
+TIE_EPS = 64  # cosines that are no further apart than so many units of rounding are equal
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def info_nce(left_PE: Tensor, right_PE: Tensor, pairs: Pairs, tau: float, gather
     losses = (F.cross_entropy(scores, partner, reduction="none") for scores in directions)
     items = sum(losses, start=left.new_zeros(())) / 2
     with torch.no_grad():
-        tie = _TIE_EPS * torch.finfo(left.dtype).eps / tau
+        tie = TIE_EPS * torch.finfo(left.dtype).eps / tau
         beaten = [scores < scores.gather(1, partner[:, None]) - tie for scores in directions]
         correct_P2 = torch.stack([(below | itself).all(1) for below in beaten], dim=1)
         return InfoNCE(items, correct_P2, negative.sum(1), (grouped & same_text & ~itself).sum(1))

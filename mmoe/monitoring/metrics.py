@@ -164,6 +164,7 @@ class MetricsCallback(Callback):
             "packing_efficiency": window["tokens"] / window["positions"],
             "tokens_per_second": window["tokens"] / window["seconds"],
             "positions_per_second": window["positions"] / window["seconds"],
+            "steps_averaged": window["steps"],
             "seconds_per_step": window["seconds"] / window["steps"],
             "data_wait_seconds": window["waited"] / window["steps"],
             **self._flops.scalars(window["flops"], window["seconds"], _processes()),

@@ -100,26 +100,28 @@ def _mean_mfu(columns: dict[str, np.ndarray]) -> float | None:
 def resume_exact(reader: RunReader) -> bool | None:
     """Return whether steps that were undone by a resume and done again came out bit for bit the same.
 
-    False when any gradient norm or digest (of weights and optimizer states) differs; losses are means over the steps
-    since the record before, which may have been another one. True needs a digest that was recorded both times; None
-    when no step was done twice, or none of those has such a digest. Steps after a change on record (`changes.jsonl`)
-    are left out: they were done otherwise on purpose.
+    False when any loss, gradient norm or digest (of weights and optimizer states) differs. Losses are compared where
+    both are means over the same steps (`steps_averaged`): a record before may have stood elsewhere. True needs a digest
+    that was recorded both times; None when no step was done twice, or none of those has such a digest. Steps after a
+    change on record (`changes.jsonl`) are left out: they were done otherwise on purpose.
     """
-    undone = reader.undone("grad_norm")
+    names = ("loss", "grad_norm", "steps_averaged")
+    undone = reader.undone(*names)
     path = reader.folder / "changes.jsonl"
     changed = min((line["step"] for line in read_lines(path)), default=np.inf) if path.is_file() else np.inf
     undone = {name: column[undone["step"] <= changed] for name, column in undone.items()}
     if not len(undone["step"]):
         return None
-    done = reader.columns("grad_norm")
-    steps = np.concatenate([undone["step"], done["step"]])
-    order = np.argsort(steps, kind="stable")
-    steps = steps[order]
-    values = np.concatenate([undone["grad_norm"], done["grad_norm"]])[order]
-    present = ~np.isnan(values)
-    twice = np.diff(steps[present]) == 0
-    if (twice & (np.diff(values[present]) != 0)).any():
-        return False
+    done = reader.columns(*names)
+    both = {name: np.concatenate([undone[name], done[name]]) for name in ("step", *names)}
+    both["steps_averaged"] = np.nan_to_num(both["steps_averaged"], nan=1)  # before there were means
+    for name, same in (("loss", ("step", "steps_averaged")), ("grad_norm", ("step",))):
+        present = ~np.isnan(both[name])
+        keys = [both[key][present] for key in same]
+        order = np.lexsort(keys)
+        twice = np.all([np.diff(key[order]) == 0 for key in keys], axis=0)
+        if (twice & (np.diff(both[name][present][order]) != 0)).any():
+            return False
     digests: dict[int, str] = {}
     proven = False
     for step, digest in reader.notes("digest"):

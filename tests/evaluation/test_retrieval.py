@@ -49,6 +49,17 @@ def test_rank_is_the_number_of_candidates_that_are_not_worse():
     assert found[0, 0, 2:].all() and found[1, 0, 2:].all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_candidate_that_is_the_same_is_before_the_partner_whichever_way_the_last_bit_falls(dtype):
+    text = embeddings(8, 1).astype(dtype)
+    for first, second in ((0, 1), (1, 0)):
+        other = text.copy()
+        other[second] = other[first]
+        assert not hits(text, other)[0, 0, first]
+        other[first] += 16 * np.finfo(dtype).eps * text[first]
+        assert not hits(text, other)[0, 0, first] and hits(text, other)[0, 1, first]
+
+
 def test_pools_never_hold_a_caption_twice(monkeypatch):
     """With equal captions in one pool a perfect model could not reach 1."""
     captions = np.repeat(np.arange(70), 5)

@@ -93,9 +93,14 @@ def test_drops_are_a_share_of_all_choices_and_mfu_is_that_of_all_the_time_beside
         ([line(20)], None),  # equal, but nothing says that the weights are
         ([line(20, digest="a")], True),
         ([line(20, digest="b")], False),
+        ([line(20, digest="a", loss=math.nextafter(0.05, 1))], False),
+        ([line(20, digest="a", grad_norm=0.6)], False),
         ([line(20, digest="a", grad_norm=math.nextafter(0.5, 1))], False),
-        ([line(20, digest="a"), line(10, grad_norm=0.2)], False),
-        ([line(20, digest="a", loss=0.06)], True),  # a mean over other steps: records stood elsewhere
+        ([line(20, digest="a"), line(10, loss=0.2)], False),
+        ([line(20, digest="a", loss=0.06, steps_averaged=7)], True),  # a mean over other steps
+        ([line(20, digest="a", loss=0.06, grad_norm=0.6, steps_averaged=7)], False),
+        ([line(20, digest="a", loss=0.06, steps_averaged=1)], False),  # as records of before were
+        ([line(20, loss=0.06, steps_averaged=7), line(20, digest="a", loss=0.07)], False),  # one of them is comparable
         ([line(20, digest="a"), line(30, digest="c"), line(30, digest="d")], False),
         ([line(30, digest="c")], None),
         ([{"step": 20, "eval/ce": 1.0}, line(20, digest="a")], True),  # a record without a loss

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmoe.errors import BackendError, DataError
+from mmoe.errors import DataError, PackageError
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks.boards import chart_groups, tag
 from mmoe.monitoring.sinks.tracked import TrackedRun
 from mmoe.monitoring.sinks.trackio import TrackioConfig
 from mmoe.monitoring.sinks.wandb import WandbConfig, WandbSink
-from mmoe.optional import BACKENDS, OptionalPackage, status
+from mmoe.optional import OPTIONAL_PACKAGES, OptionalPackage, status
 from mmoe.recipe.monitoring import SinkContext
 from tests.conftest import REPOSITORY
 
@@ -121,9 +121,9 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     for name, config in (("wandb", WandbConfig(project="p")), ("trackio", TrackioConfig(project="p"))):
         status.cache_clear()
         monkeypatch.setitem(
-            BACKENDS, name, OptionalPackage("scalar logs", "mmoe_no_such_module", name, "-e '.[trackers]'")
+            OPTIONAL_PACKAGES, name, OptionalPackage("scalar logs", "mmoe_no_such_module", name, "-e '.[trackers]'")
         )
-        with pytest.raises(BackendError, match=rf"monitoring.sinks asks for {name}.*pip install -e '.\[trackers\]'"):
+        with pytest.raises(PackageError, match=rf"monitoring.sinks asks for {name}.*pip install -e '.\[trackers\]'"):
             config.build(SinkContext(tmp_path, {}))
     status.cache_clear()
 

@@ -21,7 +21,7 @@ class TensorboardConfig(SinkConfig):
     kind: Literal["tensorboard"] = "tensorboard"
 
     def build(self, context: SinkContext) -> "TensorboardSink":
-        """Build the sink. Raises BackendError where tensorboard is not installed."""
+        """Build the sink. Raises PackageError where tensorboard is not installed."""
         with needs("monitoring.sinks: tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
         return TensorboardSink(context.folder / "tensorboard", SummaryWriter)

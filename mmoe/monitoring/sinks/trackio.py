@@ -3,7 +3,7 @@
 from types import ModuleType
 from typing import Literal
 
-from mmoe.errors import BackendError
+from mmoe.errors import PackageError
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks.boards import chart_groups
 from mmoe.monitoring.sinks.tracked import TrackedRun, TrackerSink, tracker_errors
@@ -20,7 +20,7 @@ class TrackioConfig(SinkConfig):
     space_id: str | None = None
 
     def build(self, context: SinkContext) -> "TrackioSink":
-        """Build the sink. Raises BackendError where trackio is not installed."""
+        """Build the sink. Raises PackageError where trackio is not installed."""
         return TrackioSink(require("trackio", "monitoring.sinks"), self, context)
 
 
@@ -61,7 +61,7 @@ class TrackioSink(TrackerSink):
                 auto_log_cpu=False,
             )
         except (ValueError, OSError) as error:
-            raise BackendError(f"monitoring.sinks: trackio does not start ({error}); mend that sink's keys") from error
+            raise PackageError(f"monitoring.sinks: trackio does not start ({error}); mend that sink's keys") from error
         self._tracked.save(None)
 
     def _finish(self) -> None:

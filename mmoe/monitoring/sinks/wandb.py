@@ -4,7 +4,7 @@ import logging
 from types import ModuleType
 from typing import Any, Literal
 
-from mmoe.errors import BackendError
+from mmoe.errors import PackageError
 from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks.boards import chart_groups
 from mmoe.monitoring.sinks.tracked import TrackedRun, TrackerSink, tracker_errors
@@ -25,7 +25,7 @@ class WandbConfig(SinkConfig):
     mode: Literal["online", "offline"] = "online"
 
     def build(self, context: SinkContext) -> "WandbSink":
-        """Build the sink. Raises BackendError where wandb is not installed."""
+        """Build the sink. Raises PackageError where wandb is not installed."""
         return WandbSink(require("wandb", "monitoring.sinks"), self, context)
 
 
@@ -63,7 +63,7 @@ class WandbSink(TrackerSink):
     def _truncated(self, tracked: TrackedRun, step: int) -> bool:
         try:
             self._start(tracked, resume_from=f"{tracked.id}?_step={step}")
-        except BackendError as error:
+        except PackageError as error:
             logger.warning("%s; the run goes on there as a new one of the same group", error)
             return False
         return True
@@ -84,7 +84,7 @@ class WandbSink(TrackerSink):
                 **how,
             )
         except self._wandb.Error as error:
-            raise BackendError(
+            raise PackageError(
                 f"monitoring.sinks: wandb does not start ({error}); log in by `wandb login`, or set its mode to offline"
             ) from error
         tracked.save(None)
