@@ -44,7 +44,7 @@ def counted_as(reason: str) -> Iterator[None]:
         raise Refused(reason, str(error)) from error
 
 
-class BackendError(MmoeError):
+class PackageError(MmoeError):
     """Says that an optional package which a config asks for is not usable here."""
 
 

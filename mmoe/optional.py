@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata
 from types import ModuleType
 
-from mmoe.errors import BackendError, brief, did_you_mean
+from mmoe.errors import PackageError, brief, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _no_grouped_gemm() -> str | None:
     return _no_cuda()
 
 
-BACKENDS = {
+OPTIONAL_PACKAGES = {
     "cuda": OptionalPackage("NVIDIA GPUs", "torch.cuda", "torch", "torch", _no_cuda),
     "decord": OptionalPackage("video decoding (Linux x86-64)", "decord", "decord", "-e '.[media]'"),
     "pyav": OptionalPackage("video decoding, everywhere", "av", "av", "-e '.[media]'"),
@@ -87,29 +87,29 @@ BACKENDS = {
 
 @cache
 def status(name: str) -> Status:
-    """Return whether the backend can be used here; raises BackendError for a name that is none."""
-    if name not in BACKENDS:
-        hint = did_you_mean(name, BACKENDS) or "."
-        raise BackendError(f"{brief(name)} is not a backend{hint} Known are {', '.join(BACKENDS)}")
-    backend = BACKENDS[name]
-    lacking = _lacking(backend)
-    return Status(name, not lacking, _version(backend), f"not available because {lacking}" if lacking else "")
+    """Return whether the package can be used here; raises PackageError for a name that is none."""
+    if name not in OPTIONAL_PACKAGES:
+        hint = did_you_mean(name, OPTIONAL_PACKAGES) or "."
+        raise PackageError(f"{brief(name)} is not a backend{hint} Known are {', '.join(OPTIONAL_PACKAGES)}")
+    package = OPTIONAL_PACKAGES[name]
+    lacking = _lacking(package)
+    return Status(name, not lacking, _version(package), f"not available because {lacking}" if lacking else "")
 
 
 def require(name: str, key: str) -> ModuleType:
-    """Import the package for a config whose `key` asks for it; raises BackendError with the reason."""
+    """Import the package for a config whose `key` asks for it; raises PackageError with the reason."""
     try:
         found = status(name)
-    except BackendError as error:
-        raise BackendError(f"{key}: {error}") from None
+    except PackageError as error:
+        raise PackageError(f"{key}: {error}") from None
     if not found.available:
-        raise BackendError(f"{key} asks for {name}, {found.reason}; do that, or give {key} another value")
-    return importlib.import_module(BACKENDS[name].module)
+        raise PackageError(f"{key} asks for {name}, {found.reason}; do that, or give {key} another value")
+    return importlib.import_module(OPTIONAL_PACKAGES[name].module)
 
 
 @contextmanager
 def needs(purpose: str) -> Iterator[None]:
-    """Turn the failed import of an optional package into a BackendError that says what brings it.
+    """Turn the failed import of an optional package into a PackageError that says what brings it.
 
     For imports of what stands on such packages, where they are first needed: `with needs("decoding video"): ...`.
     """
@@ -117,31 +117,31 @@ def needs(purpose: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
-        for backend in BACKENDS.values():
-            if backend.module == module:
-                raise BackendError(f"{purpose}: {_absent(backend)}") from error
+        for package in OPTIONAL_PACKAGES.values():
+            if package.module == module:
+                raise PackageError(f"{purpose}: {_absent(package)}") from error
         raise
 
 
-def _absent(backend: OptionalPackage) -> str:
-    return f"the package {backend.distribution} is not installed: pip install {backend.install}"
+def _absent(package: OptionalPackage) -> str:
+    return f"the package {package.distribution} is not installed: pip install {package.install}"
 
 
-def _version(backend: OptionalPackage) -> str:
+def _version(package: OptionalPackage) -> str:
     try:
-        return metadata.version(backend.distribution)
+        return metadata.version(package.distribution)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def _lacking(backend: OptionalPackage) -> str | None:
-    if importlib.util.find_spec(backend.module) is None:
-        return _absent(backend)
-    if backend.condition and (lack := backend.condition()):
+def _lacking(package: OptionalPackage) -> str | None:
+    if importlib.util.find_spec(package.module) is None:
+        return _absent(package)
+    if package.condition and (lack := package.condition()):
         return lack
     try:
-        importlib.import_module(backend.module)
+        importlib.import_module(package.module)
     except Exception as error:  # a broken package may raise anything while it is imported
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"importing {backend.module} fails ({first}): reinstall {backend.distribution} for this torch"
+        return f"importing {package.module} fails ({first}): reinstall {package.distribution} for this torch"
     return None

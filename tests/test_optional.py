@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmoe.errors import BackendError
-from mmoe.optional import BACKENDS, OptionalPackage, needs, require, status
+from mmoe.errors import PackageError
+from mmoe.optional import OPTIONAL_PACKAGES, OptionalPackage, needs, require, status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +25,7 @@ def fresh() -> None:
 
 
 def add(monkeypatch: pytest.MonkeyPatch, backend: OptionalPackage) -> None:
-    monkeypatch.setitem(BACKENDS, "sample", backend)
+    monkeypatch.setitem(OPTIONAL_PACKAGES, "sample", backend)
 
 
 def test_a_present_backend_has_its_version_and_module() -> None:
@@ -39,7 +39,7 @@ def test_a_missing_package_names_itself_the_key_and_the_remedy(monkeypatch: pyte
     found = status("sample")
     reason = "not available because the package no-such-package is not installed: pip install -e '.[trackers]'"
     assert not found.available and found.version == "" and found.reason == reason
-    with pytest.raises(BackendError) as error:
+    with pytest.raises(PackageError) as error:
         require("sample", "monitoring.sample")
     assert str(error.value).startswith(f"monitoring.sample asks for sample, {reason}")
 
@@ -47,7 +47,7 @@ def test_a_missing_package_names_itself_the_key_and_the_remedy(monkeypatch: pyte
 def test_an_import_that_fails_for_a_missing_package_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     add(monkeypatch, OptionalPackage("nothing", "mmoe_no_such_module", "no-such-package", "-e '.[media]'"))
     sentence = "decoding video: the package no-such-package is not installed: pip install -e '.[media]'"
-    with pytest.raises(BackendError, match=f"^{re.escape(sentence)}$"), needs("decoding video"):
+    with pytest.raises(PackageError, match=f"^{re.escape(sentence)}$"), needs("decoding video"):
         importlib.import_module("mmoe_no_such_module.part")
     with pytest.raises(ModuleNotFoundError, match="mmoe_other_module"), needs("decoding video"):  # not one of ours
         importlib.import_module("mmoe_other_module")
@@ -73,9 +73,9 @@ def test_what_the_machine_lacks_is_the_reason(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_unknown_backend_names_the_nearest() -> None:
-    with pytest.raises(BackendError, match="^data.video_backend: 'decrod' is not a backend; did you mean decord?"):
+    with pytest.raises(PackageError, match="^data.video_backend: 'decrod' is not a backend; did you mean decord?"):
         require("decrod", "data.video_backend")
-    with pytest.raises(BackendError, match="did you mean flash-attn"):
+    with pytest.raises(PackageError, match="did you mean flash-attn"):
         status("flash_attn")
 
 
@@ -92,7 +92,7 @@ def test_answers_are_lazy_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_every_extra_that_is_advised_exists() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name, backend in BACKENDS.items():
+    for name, backend in OPTIONAL_PACKAGES.items():
         assert backend.module and backend.purpose, name
         if backend.install.startswith("-e"):
             extra = backend.install.split("[")[1].split("]")[0]
@@ -100,7 +100,7 @@ def test_every_extra_that_is_advised_exists() -> None:
             assert f'"{backend.distribution}' in packages, name
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", OPTIONAL_PACKAGES)
 def test_every_backend_answers(name: str) -> None:
     found = status(name)
     assert found.available == (found.reason == "")

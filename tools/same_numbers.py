@@ -156,11 +156,9 @@ def compared_sides(
     if not arguments.from_checkpoint:
         yield case, before, new.train(recipe, layout, steps, old.tree)
         return
-    for record in before:
-        record.pop("digest", None)
     for step, run in ((0, old.begin(recipe, steps, old.tree)), ((steps + 1) // 2, old.run(recipe, layout))):
         after = new.go_on(run, layout, step, steps)
-        for record in after:
+        for record in (*before, *after):
             record.pop("digest", None)
         yield f"{case}, from step {step}", before[step:], after
 

@@ -4,9 +4,10 @@ import re
 from typing import Any
 
 from mmoe.checkpoint.tree import INTEGER_KEYS
+from mmoe.config.load import rename_keys
 from mmoe.optim.optimizer import is_block_matrix
 
-# The names of parameters and buffers before format 4, as patterns, with those of today.
+# The names of parameters and buffers before format 4, as patterns, with those of today; applied in this order.
 RENAMED_PARAMETERS = {
     r"^(decoder\.blocks\.\d+\.)network(?=\.)": r"\1feed_forward",
     r"^(decoder\.blocks\.\d+\.)network_norm(?=\.)": r"\1ffn_norm",
@@ -14,9 +15,10 @@ RENAMED_PARAMETERS = {
 }
 
 # What is not a tensor: keys by where they stand.
-WITHIN = {
-    "trainer.stream.plan": {"owed": "deficit"},
-    "callbacks.metrics.totals": {"expert_choices": "slots_routed", "expert_choices_dropped": "slots_dropped"},
+RENAMED_FIELDS = {
+    "trainer.stream.plan.owed": "deficit",
+    "callbacks.metrics.totals.expert_choices": "slots_routed",
+    "callbacks.metrics.totals.expert_choices_dropped": "slots_dropped",
 }
 
 
@@ -29,23 +31,11 @@ def upgrade_document(document: dict[str, Any], version: int) -> dict[str, Any]:
 
 def _rename(document: dict[str, Any]) -> dict[str, Any]:
     """Give parameters, the plan of the data and the counts of slots the names of format 4."""
-    renamed = dict(document)
+    renamed = rename_keys(document, RENAMED_FIELDS)
     for section in ("model", "optimizer"):
         if section in document:
             renamed[section] = {_today(name): value for name, value in document[section].items()}
-    for path, names in WITHIN.items():
-        renamed = _rename_within(renamed, path.split("."), names)
     return renamed
-
-
-def _rename_within(tree: Any, path: list[str], names: dict[str, str]) -> Any:
-    """Give the keys of the mapping at `path` their names of today, where the tree has one there."""
-    if not isinstance(tree, dict):
-        return tree
-    if not path:
-        return {names.get(key, key): value for key, value in tree.items()}
-    first, *rest = path
-    return tree | {first: _rename_within(tree[first], rest, names)} if first in tree else tree
 
 
 def _today(name: str) -> str:

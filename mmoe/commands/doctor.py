@@ -21,8 +21,8 @@ def doctor() -> None:
 
 
 def print_diagnosis(console: Console) -> None:
-    """Print versions, the machine and the table of backends."""
-    from mmoe.optional import BACKENDS, status
+    """Print versions, the machine and the table of optional packages."""
+    from mmoe.optional import OPTIONAL_PACKAGES, status
 
     for title, rows in (("versions", versions()), ("machine", machine())):
         table = Table(title, "", title_justify="left")
@@ -30,10 +30,10 @@ def print_diagnosis(console: Console) -> None:
             table.add_row(name, value)
         console.print(table)
     table = Table("backend", "for", "version", "status")
-    for name, backend in BACKENDS.items():
+    for name, package in OPTIONAL_PACKAGES.items():
         found = status(name)
         verdict = Text("available", "green") if found.available else found.reason
-        table.add_row(name, backend.purpose, found.version, verdict)
+        table.add_row(name, package.purpose, found.version, verdict)
     console.print(table)
 
 

@@ -15,7 +15,6 @@ from mmoe.training.loop import Trainer
 from mmoe.training.step import StepResult
 
 _NEWEST = 0.3  # weight of the newest pace in what the time left is estimated from
-_REST = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
 
 
 class Progress(Callback):
@@ -32,12 +31,17 @@ class Progress(Callback):
         self._trainer, self._seen = trainer, (trainer.state.step, time.monotonic())
         self._pace: float | None = None  # seconds a step, all that lies between steps included
         if self.console.is_terminal:
-            text = bars.TextColumn("loss {task.fields[loss]} | {task.fields[rate]} tokens/s |", markup=False)
-            bar, done, left = _REST
-            self._bar = bars.Progress(bars.TextColumn("train"), bar, done, text, left, console=self.console)
+            self._bar = bars.Progress(
+                bars.TextColumn("train"),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TextColumn("loss {task.fields[loss]} | {task.fields[rate]} tokens/s |", markup=False),
+                bars.TimeRemainingColumn(),
+                console=self.console,
+            )
             self._bar.start()
-            done_steps, total = trainer.state.step, trainer.stop_at
-            self._task: Any = self._bar.add_task("", total=total, completed=done_steps, loss="-", rate="-")
+            done, total = trainer.state.step, trainer.stop_at
+            self._task: Any = self._bar.add_task("", total=total, completed=done, loss="-", rate="-")
 
     def on_step(self, result: StepResult) -> None:
         """Move the bar."""
@@ -98,7 +102,13 @@ def evaluation_progress(console: Console) -> Iterator[Callable[[str, int, int], 
     if not console.is_terminal:
         yield lambda what, done, of: _line(console, what, done, of)
         return
-    with bars.Progress(bars.TextColumn("{task.description}", markup=False), *_REST, console=console) as bar:
+    columns = (
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console) as bar:
         tasks: dict[str, Any] = {}
 
         def draw(what: str, done: int, of: int) -> None:

@@ -38,20 +38,19 @@ def _comments(kind: type) -> dict[str, str]:
     except (OSError, TypeError, tokenize.TokenError):  # a class that was made without a file
         return {}
     found: dict[str, str] = {}
-    above: list[str] = []  # comments that have lines of their own
-    name, begins = None, True
+    above: list[str] = []  # comments since the last statement, on lines of their own
+    name: str | None = None  # that the statement begins with
+    begins = True  # the next token a statement
     for token in tokens:
         if token.type == tokenize.COMMENT:
             text = token.string.lstrip("# ")
-            if begins or name is None:
+            if begins:
                 above.append(text)
-            elif name:
+            elif name is not None:
                 found[name] = f"{found[name]} {text}".strip()
         elif token.type == tokenize.NEWLINE:
-            begins, name = True, name  # a comment behind it comes before the NEWLINE token
-        elif token.type in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
-            continue
-        elif begins:
+            begins = True
+        elif begins and token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
             begins, name = False, token.string if token.type == tokenize.NAME else None
             if name is not None:
                 found[name] = " ".join(above)
@@ -62,7 +61,7 @@ def _comments(kind: type) -> dict[str, str]:
 def _mapping(node: Config | Mapping[str, Any], indent: str) -> Iterator[str]:
     for name, value in _items(node):
         comment = _comment(node, name, value) if isinstance(node, Config) else ""
-        key = yaml.dump(name, Dumper=Dumper, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+        key = _inline(name)
         if isinstance(value, Config) or (
             isinstance(value, Mapping) and any(isinstance(v, Config) for v in value.values())
         ):

@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -76,6 +76,16 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def rename_keys(tree: dict[str, Any], names: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+    """Give the keys of mappings in mappings other names: `names` holds the new name of a key by its dotted place."""
+    return {
+        names.get(f"{prefix}{key}", key): rename_keys(value, names, f"{prefix}{key}.")
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+    }
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

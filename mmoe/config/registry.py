@@ -66,7 +66,7 @@ class Kinds(Generic[T]):
         return sorted({*self._built_in, *self._registered, *self._offered()})
 
     def find(self, kind: str) -> T:
-        """Find what is of this kind. Raises ConfigError naming the nearest one, BackendError for a missing package."""
+        """Find what is of this kind. Raises ConfigError naming the nearest one, PackageError for a missing package."""
         if kind in self._registered:
             return self._registered[kind]
         where = self._built_in.get(kind) or self._offered().get(kind)

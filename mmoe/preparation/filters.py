@@ -51,7 +51,7 @@ class FilterConfig(Config):
     def check(self) -> None:
         """Check that the filters can run here.
 
-        Raises BackendError where a filter needs a package that is not there, ConfigError for an unknown language.
+        Raises PackageError where a filter needs a package that is not there, ConfigError for an unknown language.
         """
         if not self.text.languages:
             return

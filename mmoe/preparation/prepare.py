@@ -178,9 +178,8 @@ def prepare(
         while True:
             sides, gap = split_items(source, items, lost, config.heldout_share)
             plan = job.remember("plan", partial(_plan, make, sides.heldout + sides.train))
-            chunks = cut_chunks("heldout", sides.heldout, plan["chunk"]) + cut_chunks(
-                "train", sides.train, plan["chunk"]
-            )
+            sized = [(side, getattr(sides, side), plan["chunk"]) for side in ("heldout", "train")]
+            chunks = [chunk for given in sized for chunk in cut_chunks(*given)]
             if workers is None:
                 workers = max(1, min(len(os.sched_getaffinity(0)), int(plan["seconds"] / _WORTH_SECONDS)))
             _make_chunks(job, make, chunks, work, resumed)

@@ -42,7 +42,7 @@ class DedupConfig(Config):
     image_bits: int = Field(6, ge=0, le=11)  # most bits of 64 in which perceptual hashes of one image differ
 
     def check(self) -> None:
-        """Raise BackendError where a package that the config needs is not there."""
+        """Raise PackageError where a package that the config needs is not there."""
         if self.near:
             require("datasketch", "prepare.dedup.near")
             require("imagehash", "prepare.dedup.near")

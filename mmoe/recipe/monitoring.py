@@ -27,7 +27,7 @@ class SinkConfig(KindConfig):
     def build(self, context: SinkContext) -> Any:
         """Build the sink, a `mmoe.monitoring.sinks.Sink`, on the first rank alone.
 
-        Raises OutputError where it cannot be opened, BackendError where its package is missing.
+        Raises OutputError where it cannot be opened, PackageError where its package is missing.
         """
         raise NotImplementedError
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from mmoe.config.load import rename_keys
+
 # Keys by what they are called now, where that is not what they were called; all were renamed at once.
 RENAMED_KEYS = {
     "model.layers": "n_layers",
@@ -52,12 +54,12 @@ def today_key(key: str) -> str:
 
 def upgrade_config(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the `tree` of a run's config.yaml with the keys and values of today; one of today as it is."""
-    renamed = _rename(tree, RENAMED_KEYS)
+    renamed = rename_keys(tree, RENAMED_KEYS)
     data = renamed.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     for source in sources.values() if isinstance(sources, dict) else ():
         if isinstance(source, dict) and isinstance(source.get("options"), dict):
-            source["options"] = _rename(source["options"], _OPTIONS)
+            source["options"] = rename_keys(source["options"], _OPTIONS)
     model = renamed.get("model")
     moe = model.get("moe") if isinstance(model, dict) else None
     if isinstance(moe, dict):
@@ -66,10 +68,3 @@ def upgrade_config(tree: dict[str, Any]) -> dict[str, Any]:
         if moe.get("drop_policy") == "probability":
             moe["drop_policy"] = "probs"
     return renamed
-
-
-def _rename(tree: dict[str, Any], names: dict[str, str], prefix: str = "") -> dict[str, Any]:
-    return {
-        names.get(f"{prefix}{key}", key): _rename(value, names, f"{prefix}{key}.") if isinstance(value, dict) else value
-        for key, value in tree.items()
-    }

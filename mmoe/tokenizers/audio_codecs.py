@@ -23,7 +23,7 @@ def load_codec(config: AudioConfig, read: Read = read_file) -> AudioCodec:
     """Load the codec that a config names; `read` reads the file of a fitted one, which may be far away.
 
     Raises ConfigError without a path, DataError for a file or folder that is missing or holds something else,
-    BackendError where a pretrained codec is asked for and transformers is not installed.
+    PackageError where a pretrained codec is asked for and transformers is not installed.
     """
     if config.path is None:
         raise ConfigError(

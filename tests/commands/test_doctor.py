@@ -7,7 +7,7 @@ import torch
 
 from mmoe.commands.console import Console
 from mmoe.commands.doctor import machine, print_diagnosis, usable_cores
-from mmoe.optional import BACKENDS, status
+from mmoe.optional import OPTIONAL_PACKAGES, status
 from mmoe.runtime.memory import total_memory
 
 
@@ -16,7 +16,7 @@ def test_the_report_has_every_backend_and_its_whole_reason() -> None:
     print_diagnosis(console)
     text = console.export_text()
     assert metadata.version("torch") in text and metadata.version("torchaudio") in text
-    for name in BACKENDS:
+    for name in OPTIONAL_PACKAGES:
         line = next(line for line in text.splitlines() if line.startswith(f"│ {name} "))
         found = status(name)
         assert (found.reason or "│ available") in line and found.version in line

@@ -24,7 +24,7 @@ from mmoe.schema.bounds import BEYOND, DEFAULT_BOUNDS, Bounds, bounded_by
 from tests.data.recordings import MATRICES, images, turned, video
 from tests.data.video_files import RATE, VIDEOS, number_of, numbered
 
-BACKENDS = ("decord", "pyav")
+OPTIONAL_PACKAGES = ("decord", "pyav")
 needs_decord = pytest.mark.skipif(not status("decord").available, reason="decord is not installed")
 
 
@@ -251,7 +251,7 @@ def test_importing_does_not_need_decord():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPTIONAL_PACKAGES)
 def test_video_times_and_frames_are_those_written(backend):
     frames = images(30)
     times = [int(40 * i + (i % 3) * 13) for i in range(30)]
@@ -305,7 +305,7 @@ def test_frames_of_an_avi_are_in_the_order_they_are_shown(options):
         assert np.rint((shown.frames(chosen).mean((1, 2, 3)) - 20) / 6).tolist() == chosen.tolist()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPTIONAL_PACKAGES)
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
 def test_a_broken_video_is_named(backend, keep):
     data = video(images(20))
@@ -313,7 +313,7 @@ def test_a_broken_video_is_named(backend, keep):
         VideoFrames(data[: int(len(data) * keep)], backend, "drive.front.mp4")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPTIONAL_PACKAGES)
 def test_a_video_that_breaks_in_the_middle_is_an_error_when_read(backend):
     data = video(images(40), g=10)
     start = data.index(b"mdat") + 4
@@ -323,7 +323,7 @@ def test_a_video_that_breaks_in_the_middle_is_an_error_when_read(backend):
         VideoFrames(broken, backend, "v").frames(np.arange(40))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPTIONAL_PACKAGES)
 def test_frames_outside_the_video_are_an_error(backend):
     with pytest.raises(DataError, match="frames 0 to 5 are asked for, the video has 5"):
         VideoFrames(video(images(5)), backend, "v").frames(np.arange(6))

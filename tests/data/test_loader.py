@@ -124,6 +124,7 @@ def test_a_worker_that_hangs_in_its_start_is_started_again_and_costs_nothing(tmp
 
     monkeypatch.setattr(loader, "_work", hang_once)
     monkeypatch.setattr(loader, "_BEGIN_S", 3.0)
+    monkeypatch.setattr(loader, "_LOOK_S", 0.1)
     # plans that no connection holds: to send them to one that does not read would never end
     plans = [[f"{number} {'-' * 300_000}"] for number in range(6)]
     assert list(loaded(plans, tmp_path, workers=2)) == plans

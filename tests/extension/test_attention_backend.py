@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmoe.config import registry
 from mmoe.config.load import dump, load, validate
-from mmoe.errors import BackendError, ConfigError
+from mmoe.errors import ConfigError, PackageError
 from mmoe.models.attention.backend import ATTENTION_BACKENDS, AttentionBackend, differentiable
 from mmoe.models.decoder import ModelConfig
 from mmoe.parallel.config import ParallelConfig
@@ -125,7 +125,7 @@ def test_a_device_that_it_requires_and_that_is_not_there_stops_a_run_at_its_star
         pytest.skip("there is a GPU")
     monkeypatch.setitem(ATTENTION_BACKENDS._registered, "on_gpu", OnGpuAttention)
     config = validate(ModelConfig, MODEL | CAUSAL | {"attention": "on_gpu"}, "test")
-    with pytest.raises(BackendError, match="model.attention asks for cuda, not available because"):
+    with pytest.raises(PackageError, match="model.attention asks for cuda, not available because"):
         config.build(INPUTS, 0)
 
 

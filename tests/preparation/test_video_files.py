@@ -11,7 +11,7 @@ from mmoe.data.load.decode import SampleLoader
 from mmoe.data.load.frames import UNPROVEN
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.data.plan.prepared import PreparedSources
-from mmoe.errors import BackendError, Refused
+from mmoe.errors import PackageError, Refused
 from mmoe.optional import status
 from mmoe.preparation import sources
 from mmoe.preparation.sources.base import Item, Source
@@ -84,10 +84,10 @@ def test_videos_prepared_for_decord_are_those_it_is_proven_to_read(tmp_path, vid
 
 def test_decord_is_asked_for_where_it_is_not_installed(tmp_path, video_source, monkeypatch):
     def lacking(name, key):
-        raise BackendError(f"{key} asks for {name}, which is not here")
+        raise PackageError(f"{key} asks for {name}, which is not here")
 
     monkeypatch.setattr("mmoe.preparation.prepare.require", lacking)
-    with pytest.raises(BackendError, match="prepare.video_backend asks for decord"):
+    with pytest.raises(PackageError, match="prepare.video_backend asks for decord"):
         run("videos", "-", tmp_path / "out", prepare={"video_backend": "decord"})
 
 

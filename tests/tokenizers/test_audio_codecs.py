@@ -9,7 +9,7 @@ import torch
 from transformers import DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
 
 from mmoe import optional
-from mmoe.errors import BackendError, ConfigError, DataError
+from mmoe.errors import ConfigError, DataError, PackageError
 from mmoe.tokenizers.audio import AudioConfig, MelCodec, MelConfig
 from mmoe.tokenizers.audio_codecs import load_codec
 
@@ -161,7 +161,7 @@ def test_without_transformers_the_extra_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     optional.status.cache_clear()
     try:
-        with pytest.raises(BackendError, match=r"tokenizers.audio.kind asks for transformers.*\[codecs\]"):
+        with pytest.raises(PackageError, match=r"tokenizers.audio.kind asks for transformers.*\[codecs\]"):
             load_codec(AudioConfig(kind="dac", path=str(folders / "dac")))
     finally:
         optional.status.cache_clear()

@@ -167,7 +167,7 @@ class _Pool:
         """The answer to plan `number`; raises what its decoding raised."""
         while number not in self._done:
             waited = [end for worker in self._workers for end in (worker.connection, worker.process.sentinel)]
-            ready = connection.wait(waited, min(_LOOK_S, _BEGIN_S))
+            ready = connection.wait(waited, _LOOK_S)
             for worker in list(self._workers):
                 if worker.connection in ready:
                     self._receive(worker)

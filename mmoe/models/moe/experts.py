@@ -14,7 +14,7 @@ from mmoe.optional import require
 class Experts(nn.Module):
     """Holds E SwiGLU networks, down(silu(gate(x)) * up(x)), each of which computes its own group of rows.
 
-    Raises BackendError where what the engine requires is not available.
+    Raises PackageError where what the engine requires is not available.
     """
 
     def __init__(self, experts: int, size: int, hidden: int, engine: str) -> None:

@@ -13,7 +13,7 @@ file ``.jsonl``                rows ``{"audio_filepath": path, "text": words, "d
                                `speaker`; paths are relative to the manifest
 ============================== ==================================================================================
 
-A sample is one audio and its transcript, the two sides of a contrastive pair. What a split holds out as a whole is
+A sample is one audio clip and its transcript, the two sides of a contrastive pair. What a split holds out as a whole is
 the take where rows have one (all takes of one index, the last first), else the speaker, else the file (in a tree,
 `tree_recording`). Where samples, sample rate or duration are stated, the file must agree: a WAV that was cut off
 still opens. Audio clips without words, and other files of a folder, are refused, so that they are counted.
@@ -36,8 +36,8 @@ from mmoe.preparation.sources.encode import flac_piece
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
-_AUDIOS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
-_FORM = folders.RowForm("transcripts.jsonl", "audio", ("text", "transcription", "sentence"), _AUDIOS)
+_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
+_FORM = folders.RowForm("transcripts.jsonl", "audio", ("text", "transcription", "sentence"), _SUFFIXES)
 
 
 class AudioTextConfig(Config):
@@ -60,7 +60,7 @@ class _Stated:
 
 
 def items(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[Item]:
-    """List one item per described audio, for the file or folder at `path`."""
+    """List one item per described audio clip, for the file or folder at `path`."""
     if path.is_file():
         return _manifest(path, config, quarantine)
     found = files.listing(path, quarantine)
@@ -133,7 +133,7 @@ def _tree(
                 continue
             file = audio.get(place, place.with_name(f"{place.name}.flac"))
             named.add(file)
-            key, _ = keys.key(f"{place.relative_to(path).as_posix()}.flac")
+            key, _ = keys.key(file.relative_to(path).as_posix())
             yield Item(key, recording, partial(_sample, key, recording, file, words, _Stated(), where))
     _without_words((file for file in found if file not in named), path, quarantine)
 
@@ -142,7 +142,7 @@ def _without_words(unnamed: Iterable[Path], path: Path, quarantine: Refuse) -> N
     """Write down the files that no line names: audio clips, and those of other kinds."""
     others = []
     for file in unnamed:
-        if file.suffix.lower() in _AUDIOS:
+        if file.suffix.lower() in _SUFFIXES:
             message = f"{file} has no words: no line names it; add a line or remove it"
             quarantine(file.relative_to(path).as_posix(), Refused("audio without transcript", message))
         else:

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from mmoe import optional
-from mmoe.errors import BackendError
+from mmoe.errors import PackageError
 from mmoe.models.moe.experts import Experts
 from mmoe.models.moe.layer import MoEConfig, MoELayer
 from mmoe.models.moe.tokens import Tokens
@@ -176,7 +176,7 @@ OPTIONAL = [("megablocks", "megablocks"), ("transformer_engine", "transformer-en
 def test_an_engine_that_is_not_there_stops_at_start(engine, backend):
     if optional.status(backend).available:
         pytest.skip(f"{backend} is installed here")
-    with pytest.raises(BackendError, match=f"model.moe.expert_backend asks for {backend}, not available because"):
+    with pytest.raises(PackageError, match=f"model.moe.expert_backend asks for {backend}, not available because"):
         build(expert_backend=engine)
 
 

@@ -22,7 +22,7 @@ from tests.preparation.sources.test_sources import read, texts
 from tests.preparation.test_prepare import read_everything, run
 
 MS = 1_000_000
-BACKENDS = ("decord", "pyav")
+OPTIONAL_PACKAGES = ("decord", "pyav")
 
 
 def by_kind(sample, kind):
@@ -51,7 +51,7 @@ def only(samples):
     return sample
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPTIONAL_PACKAGES)
 def test_slices_are_found_by_time_where_the_spacing_varies(tmp_path, backend):
     """80 to 100 ms between frames and a pause of 1.2 s: number / rate would be wrong from the third frame on."""
     times = np.cumsum([0, 80, 100, 90, 80, 100, 90, 80, 1200, 90, 100, 80, 100, 90]).tolist()
@@ -150,7 +150,7 @@ def test_a_silent_audio_is_counted_and_may_be_left_out(tmp_path):
     assert left.flags == {"audio: silent, left out": 1, "audio: absent": 2}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPTIONAL_PACKAGES)
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotated_video_is_upright(tmp_path, backend, degrees):
     plain = video(images(25, 64, 96), crf=1)
