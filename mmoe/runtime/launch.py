@@ -25,7 +25,7 @@ from mmoe.config.load import flatten
 from mmoe.config.reader import read_yaml
 from mmoe.errors import ConfigError, MmoeError
 from mmoe.files import writes
-from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, record_error
+from mmoe.runtime.launch_errors import FAILED, StoppedError, first_failure, name_ranks, record_error
 from mmoe.runtime.launch_store import PERIOD_SECONDS, join_store
 from mmoe.runtime.logging import rank_log, restart_count
 
@@ -63,7 +63,7 @@ def distributed_context(timeout_seconds: float, run_folder: Path) -> Iterator[in
     except Exception as error:
         outlast_sigterm()
         step = getattr(error, "at_step", None)
-        after = error.after if hasattr(error, "after") else _first_failure(rank, error)  # marked by the watcher
+        after = _first_failure(rank, error)
         record_error(run_folder, rank, error, step=step, after=after)
         _leave_after_error()
         if rank > 0:
@@ -176,7 +176,12 @@ def _join(timeout_seconds: float) -> str:
 
 
 def _first_failure(rank: int, error: Exception) -> str | None:
-    return first_failure(default_store(), rank, error) if dist.is_initialized() else None
+    """What failed before the error: what its watch knows of one that has left a watch, what the store does of another."""
+    if not dist.is_initialized():
+        return None
+    known = getattr(error, "after", None)
+    first = first_failure(default_store(), FAILED, rank, error, known or "")
+    return known if hasattr(error, "after") else first
 
 
 def _leave_after_error() -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mmoe.errors import MmoeError
 from mmoe.runtime.logging import append, restart_count
 
-FAILED = "watch/failed"  # the key of the first failure of an attempt
+FAILED = "failed"  # the key of the first failure that ended a process of an attempt
 
 
 class StoppedError(MmoeError):
@@ -38,14 +38,14 @@ def name_ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
-def first_failure(store: dist.Store, rank: int, error: BaseException, killed: str = "") -> str | None:
-    """Tell all ranks that share `store` of an `error` of this one; gives what failed before it, if anything did.
+def first_failure(store: dist.Store, key: str, rank: int, error: BaseException, before: str = "") -> str | None:
+    """Tell all ranks that look at `key` of `store` of an `error` of this one; gives what failed before it, if any did.
 
-    `killed` is a failure of ranks that cannot speak, of which the error is the consequence.
+    `before` is an earlier failure that is known here, of which the error is the consequence.
     """
     own = f"rank {rank} failed: {type(error).__name__}: {error}"
     with suppress(dist.DistError):  # the store may be gone with what made the error
-        first = store.compare_set(FAILED, "", killed or own).decode()
+        first = store.compare_set(key, "", before or own).decode()
         return None if first == own else first
     return None
 

@@ -13,6 +13,7 @@ The end is `os._exit`: the main thread is inside a call that will not return.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -32,13 +33,15 @@ import torch.distributed as dist
 from mmoe.compat import default_store, process_groups, set_group_timeout
 from mmoe.files import write_atomically
 from mmoe.runtime.launch import MARGIN_SECONDS
-from mmoe.runtime.launch_errors import StoppedError, first_failure, name_ranks, record_error
+from mmoe.runtime.launch_errors import FAILED, StoppedError, first_failure, name_ranks, record_error
 from mmoe.runtime.processes import descendants
 from mmoe.runtime.watch_report import hang_report, verdict
 from mmoe.runtime.watch_state import MainThread, State, blocking_call, pending_collectives, place, stack
 
 SILENT_PERIODS = 4  # without a heartbeat, until a rank counts as killed
 STORE_SECONDS = 10.0  # for one question to the store; and the longest that a rank is waited for
+
+_entries = itertools.count()  # of watches, equal on all ranks: what one has left in the store is none of the next one's
 
 
 class StepWatchdog:
@@ -81,7 +84,7 @@ class StepWatchdog:
 
 
 class _Watcher(threading.Thread):
-    """The thread. All it shares with other ranks are keys of the store, which holds those of this attempt only."""
+    """The thread. All it shares with other ranks are keys of the store."""
 
     def __init__(self, watch: StepWatchdog) -> None:
         super().__init__(name="watch", daemon=True)
@@ -95,6 +98,7 @@ class _Watcher(threading.Thread):
         # the main thread may sit in a question to the store: the watcher needs a connection of its own
         self.store = default_store().clone()
         self.store.set_timeout(timedelta(seconds=STORE_SECONDS))
+        self.prefix = f"watch/{next(_entries)}"
         # groups of a mesh come with torch's defaults (30 minutes, NCCL 10)
         for group in process_groups():
             set_group_timeout(timedelta(seconds=watch.timeout + MARGIN_SECONDS), group)
@@ -106,7 +110,7 @@ class _Watcher(threading.Thread):
             killed = ""
             with suppress(dist.DistError):  # the store may be gone with what made the error
                 killed = self._killed() if isinstance(error, RuntimeError) else ""
-            first = first_failure(self.store, self.rank, error, killed)
+            first = first_failure(self.store, self._key("failed"), self.rank, error, killed)
         self.stopped.set()
         self.join(2 * STORE_SECONDS)
         return first
@@ -116,13 +120,13 @@ class _Watcher(threading.Thread):
 
         A rank with an error goes on to send heartbeats while it asks the same.
         """
-        if self._has("failed"):
+        if self._failure():
             return ""
         before = self._heartbeats()
-        self._until(lambda: self._has("failed"), SILENT_PERIODS * self.period)
+        self._until(lambda: bool(self._failure()), SILENT_PERIODS * self.period)
         now = self._heartbeats()
         silent = [rank for rank in before if rank != self.rank and now[rank] == before[rank]]
-        if not silent or self._has("failed"):
+        if not silent or self._failure():
             return ""
         verb = "gives" if len(silent) == 1 else "give"
         return f"{name_ranks(silent)} {verb} no sign of life: killed (out of memory?), or the machine is gone"
@@ -142,8 +146,8 @@ class _Watcher(threading.Thread):
                 self._beat()
                 if hangs or self._has("hang"):
                     self._hang()
-                if self._has("failed"):
-                    self._stop_after(self._get("failed"))
+                if failure := self._failure():
+                    self._stop_after(failure)
             except dist.DistError as error:  # it lives in torchrun of the first machine, which may be gone
                 if hangs:
                     self._hang_alone(error)
@@ -151,7 +155,7 @@ class _Watcher(threading.Thread):
 
     def _beat(self) -> None:
         beat = {"time": time.time(), "host": socket.gethostname(), "step": self.watch.step, "phase": self.watch.phase}
-        self.store.set(f"watch/beat/{self.rank}", json.dumps(beat))
+        self.store.set(self._key(f"beat/{self.rank}"), json.dumps(beat))
 
     def _stop_after(self, failure: str) -> None:
         """Another rank has failed: the main thread has `patience` seconds to end by an error of its own."""
@@ -188,7 +192,7 @@ class _Watcher(threading.Thread):
         """Say what this rank does; the first one here collects what all say and writes the report; all end."""
         state = self._state()
         path, doing = self.folder / "hang-report.txt", _first(verdict({self.rank: state}, {}))
-        if self.store.add("watch/hang", 1) > 1:
+        if self.store.add(self._key("hang"), 1) > 1:
             # recorded before the answer: the rank that reports ends at once, and torchrun then ends all others
             error = StoppedError(doing or f"rank {self.rank} waits for no other, at {state.place}")
             self._record(error, after=f"another rank noticed that the run hangs: {path}")
@@ -206,7 +210,7 @@ class _Watcher(threading.Thread):
         )
         self._record(error)
         print(f"error {error}", file=sys.stderr, flush=True)
-        self.store.set("watch/reported", "1")
+        self.store.set(self._key("reported"), "1")
         self._exit()
 
     def _hang_alone(self, unreachable: dist.DistError) -> None:
@@ -219,7 +223,7 @@ class _Watcher(threading.Thread):
         self._exit()
 
     def _answer(self, state: State) -> None:
-        self.store.set(f"watch/state/{self.rank}", state.to_json())
+        self.store.set(self._key(f"state/{self.rank}"), state.to_json())
 
     def _answers(self) -> tuple[dict[int, State], dict[int, str]]:
         """What each rank said of itself, and of those that said nothing the last heartbeat."""
@@ -257,11 +261,21 @@ class _Watcher(threading.Thread):
         finally:
             os._exit(1)
 
-    def _has(self, key: str) -> bool:
-        return self.store.check([f"watch/{key}"])
+    def _failure(self) -> str:
+        """What failed first, within the watch or (a process that will not come, or has left) outside it; "" if nothing."""
+        for key in (self._key("failed"), FAILED):
+            if self.store.check([key]):
+                return self.store.get(key).decode()
+        return ""
 
-    def _get(self, key: str) -> str:
-        return self.store.get(f"watch/{key}").decode()
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+    def _has(self, name: str) -> bool:
+        return self.store.check([self._key(name)])
+
+    def _get(self, name: str) -> str:
+        return self.store.get(self._key(name)).decode()
 
     def _until(self, happened: Callable[[], bool], seconds: float) -> None:
         """Wait until it has happened, or for `seconds`."""

@@ -1,5 +1,6 @@
 """Gloo processes that stay: each runs the functions it is sent in turn, on one process group."""
 
+import faulthandler
 import os
 import queue
 import time
@@ -70,7 +71,11 @@ class Pool:
             try:
                 rank, failed, answer = self._results.get(timeout=0.5)
             except queue.Empty:
-                dead = {rank: "it has ended" for rank, p in enumerate(self._processes) if not p.is_alive()}
+                dead = {
+                    rank: f"it has ended with {p.exitcode}: see stderr"
+                    for rank, p in enumerate(self._processes)
+                    if not p.is_alive()
+                }
                 failures = dead | failures
             else:
                 (failures if failed else answers)[rank] = answer
@@ -98,6 +103,7 @@ def _one_device() -> None:
 
 
 def _serve(rank: int, world: int, store: str, tasks, results) -> None:
+    faulthandler.enable()  # a process that ends in C++ leaves no other trace
     torch.set_num_threads(1)
     os.environ["RANK"] = str(rank)
     _one_device()

@@ -17,6 +17,7 @@ from mmoe.runtime.launch_errors import name_ranks
 
 BEGIN = """
 import logging, os, signal, sys, time, warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist

@@ -65,6 +65,41 @@ def test_a_rank_that_does_not_end_after_the_failure_of_another_is_ended(tmp_path
     assert run.errors()[0]["after"] == "rank 1 failed: ValueError: broken"
 
 
+def test_an_error_that_was_handled_ends_no_later_training_of_the_processes(tmp_path):
+    """The store outlives a watch: what is in it of an earlier one is of the past."""
+    run = Torchrun(
+        tmp_path,
+        """
+        for round in range(2):
+            with suppress(ValueError), StepWatchdog(2, folder) as watch:
+                watch.beat(1, "forward")
+                if round == 0:
+                    raise ValueError("handled")
+                for _ in range(8):  # longer than a failed rank is waited for
+                    time.sleep(0.5)
+                    watch.beat(1, "data")
+        """,
+    )
+    assert run.wait() == 0
+    assert not (tmp_path / "run" / "errors.jsonl").exists()
+
+
+def test_a_failure_outside_a_watch_ends_those_that_are_inside(tmp_path):
+    run = Torchrun(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        if rank == 1:
+            raise ValueError("broken")
+        with StepWatchdog(timeout, folder) as watch:
+            watch.beat(1, "forward")
+            time.sleep(100)
+        """,
+    )
+    assert run.wait() != 0
+    assert run.errors()[0]["after"] == "rank 1 failed: ValueError: broken"
+
+
 def test_no_process_outlives_torchrun(tmp_path):
     run = Torchrun(
         tmp_path,
