@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import soundfile
 
 from tests.data.recordings import MILLISECOND
 
@@ -76,5 +77,37 @@ def video_bytes(
                     packets += stream.encode(frame)
             packets += stream.encode()
         for packet in sorted(packets, key=lambda p: float((p.dts if p.dts is not None else 0) * p.time_base)):
+            file.mux(packet)
+    return buffer.getvalue()
+
+
+def clicks(seconds: float, rate: int) -> np.ndarray:
+    """A tone with clicks [n] f32, for which Vorbis changes between its two sizes of blocks."""
+    rng, wave = np.random.default_rng(0), 0.2 * np.sin(np.arange(int(seconds * rate)) * 2 * np.pi * 300 / rate)
+    for at in rng.integers(0, len(wave) - 2000, int(3 * seconds)):
+        wave[at : at + 2000] += rng.normal(0, 0.15, 2000) * np.exp(-np.arange(2000) / 300)
+    return wave.astype(np.float32)
+
+
+def webm_bytes(frames: np.ndarray, fps: int, wave: np.ndarray, rate: int, gap_ms: int = 0) -> bytes:
+    """WebM of VP8, and of Vorbis as soundfile makes it; its second half begins `gap_ms` later than the first ends."""
+    ogg, buffer = io.BytesIO(), io.BytesIO()
+    soundfile.write(ogg, wave, rate, format="OGG", subtype="VORBIS")
+    with av.open(io.BytesIO(ogg.getvalue())) as heard, av.open(buffer, "w", format="webm") as file:
+        stream = file.add_stream("libvpx", rate=fps, options={"deadline": "realtime", "cpu-used": "8"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        sound, packets = file.add_stream_from_template(heard.streams.audio[0]), []
+        for number, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        for packet in heard.demux():
+            if packet.dts is not None:
+                if packet.pts * packet.time_base > len(wave) / rate / 2:
+                    packet.pts = packet.dts = packet.pts + gap_ms * rate // 1000
+                packet.stream = sound
+                packets.append(packet)
+        for packet in sorted(packets, key=lambda p: float(p.dts * p.time_base)):
             file.mux(packet)
     return buffer.getvalue()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -26,6 +26,7 @@ from mmoe.schema.sample import ALIGNMENT_NS
 StreamChoice = int | Literal["best"] | None
 
 _PREROLL_NS = 500_000_000  # decoders of audio need some packets before they are exact
+_LASTING_NS = 200_000_000  # a deviation that is not repaid within this time is a gap: no block of a codec is as long
 _SCALE = {"u8": 2**7, "s16": 2**15, "s32": 2**31, "flt": 1, "dbl": 1}  # full scale by sample format
 
 
@@ -155,48 +156,89 @@ def packet_times(media: VideoFile) -> dict[int, np.ndarray]:
 
 def audio_between(media: VideoFile, start_ns: int, stop_ns: int) -> list[AudioRun]:
     """Read the audio in [start_ns, stop_ns): one run without a gap after the other, none where there is no audio."""
-    runs: list[AudioRun] = []
-    parts: list[tuple[int, np.ndarray]] = []
-    rate = 0
-    for time_ns, wave, its_rate in _audio_frames(media, start_ns, stop_ns):
-        end_ns = parts[0][0] + sum(len(w) for _, w in parts) * SECOND_NS // rate if parts else None
-        if end_ns is None or its_rate != rate or abs(time_ns - end_ns) > ALIGNMENT_NS:
-            runs += _run(parts, rate, start_ns, stop_ns)
-            parts, rate = [], its_rate
-        parts.append((time_ns, wave))
-    return runs + _run(parts, rate, start_ns, stop_ns)
+    pieces, runs = list(_pieces(media, start_ns - _PREROLL_NS, stop_ns + _LASTING_NS)), []
+    while pieces:
+        count = _run_length(pieces)
+        runs += _run(pieces[:count], start_ns, stop_ns)
+        pieces = pieces[count:]
+    return runs
 
 
-def _run(parts: list[tuple[int, np.ndarray]], rate: int, start_ns: int, stop_ns: int) -> list[AudioRun]:
-    if not parts:
-        return []
-    wave = np.concatenate([wave for _, wave in parts])
-    file_ns = np.concatenate([t + np.arange(len(w), dtype=np.int64) * SECOND_NS // rate for t, w in parts])
-    whole = AudioRun(parts[0][0], rate, wave, file_ns)
+class _Piece(NamedTuple):
+    """A decoded frame of audio: the time of its first sample by the container, mono f32 [n], the rate in Hz."""
+
+    time_ns: int
+    wave: np.ndarray
+    rate: int
+
+
+def _run_length(pieces: list[_Piece]) -> int:
+    """How many of the pieces follow on each other without a gap.
+
+    Their times are held against the samples counted from the first piece on: containers round times, and what codecs
+    of blocks of several sizes state for one block is repaid by the next. So only a deviation that lasts is a gap.
+    """
+    first, length = pieces[0], 1
+    samples = len(first.wave)
+    for number, piece in enumerate(pieces[1:], start=1):
+        if piece.rate != first.rate:
+            break
+        if _deviates(piece.time_ns, first, samples):
+            if piece.time_ns - pieces[length].time_ns > _LASTING_NS:
+                break
+        else:
+            length = number + 1
+        samples += len(piece.wave)
+    return length
+
+
+def _deviates(time_ns: int, first: _Piece, samples: int) -> bool:
+    return abs(time_ns - first.time_ns - samples * SECOND_NS // first.rate) > ALIGNMENT_NS
+
+
+def _run(pieces: list[_Piece], start_ns: int, stop_ns: int) -> list[AudioRun]:
+    """The part of a run in [start_ns, stop_ns), if there is one."""
+    first, rate, samples, file_ns = pieces[0], pieces[0].rate, 0, []
+    for piece in pieces:
+        counted_ns = first.time_ns + samples * SECOND_NS // rate
+        begin_ns = counted_ns if _deviates(piece.time_ns, first, samples) else piece.time_ns
+        file_ns.append(begin_ns + np.arange(len(piece.wave), dtype=np.int64) * SECOND_NS // rate)
+        samples += len(piece.wave)
+    whole = AudioRun(first.time_ns, rate, np.concatenate([piece.wave for piece in pieces]), np.concatenate(file_ns))
     inside = (whole.times_ns >= start_ns) & (whole.times_ns < stop_ns)
     if not inside.any():
         return []
-    first = int(inside.argmax())
-    return [AudioRun(int(whole.times_ns[first]), rate, wave[inside], file_ns[inside])]
+    return [AudioRun(int(whole.times_ns[inside][0]), rate, whole.wave[inside], whole.file_ns[inside])]
 
 
-def _audio_frames(media: VideoFile, start_ns: int, stop_ns: int) -> Iterator[tuple[int, np.ndarray, int]]:
-    """(time, mono f32 [n], rate) of decoded frames that reach into [start_ns, stop_ns), and of some before it."""
+def _pieces(media: VideoFile, start_ns: int, stop_ns: int) -> Iterator[_Piece]:
+    """The frames that begin in [start_ns, stop_ns), and some before it."""
+    for seeks in (True, False):
+        early_enough = not seeks
+        for piece in _decoded(media, start_ns if seeks else None):
+            early_enough = early_enough or piece.time_ns <= start_ns + _PREROLL_NS // 2
+            if not early_enough or piece.time_ns >= stop_ns:
+                break
+            yield piece
+        if early_enough:
+            return  # else the seek led behind what was sought, and what is before can be had from the start
+
+
+def _decoded(media: VideoFile, from_ns: int | None) -> Iterator[_Piece]:
+    """The frames from the one that a seek to `from_ns` leads to on; None: from the start."""
     where = f"{media.file}, audio stream {media.audio},"
     with open_container(media.file, where) as container, translated(where, "set audio_stream to none"):
         stream = container.streams[media.audio]
-        origin_ns = _origin(container.streams[media.video])
-        base = stream.time_base
-        wanted_ns = start_ns + origin_ns - _PREROLL_NS
-        container.seek(wanted_ns * base.denominator // (base.numerator * SECOND_NS), stream=stream)
+        origin_ns, base, end_ns = _origin(container.streams[media.video]), stream.time_base, None
+        # Before the first packet there is nothing to seek to, and not every container says so by staying where it is.
+        if from_ns is not None and from_ns + origin_ns > _origin(stream):
+            container.seek((from_ns + origin_ns) * base.denominator // (base.numerator * SECOND_NS), stream=stream)
         for frame in container.decode(stream):
-            if frame.pts is None:
-                continue
-            time_ns = _ns(frame.pts, frame.time_base) - origin_ns
-            if time_ns >= stop_ns:
-                return
-            if time_ns + frame.samples * SECOND_NS // frame.sample_rate > start_ns:
-                yield time_ns, _mono(frame, media.file), frame.sample_rate
+            time_ns = end_ns if frame.pts is None else _ns(frame.pts, frame.time_base) - origin_ns
+            if time_ns is None:
+                continue  # after a seek, before the first frame with a time
+            yield _Piece(time_ns, _mono(frame, media.file), frame.sample_rate)
+            end_ns = time_ns + frame.samples * SECOND_NS // frame.sample_rate
 
 
 def _mono(frame: av.AudioFrame, file: Path) -> np.ndarray:

@@ -11,11 +11,12 @@ from mmoe.data.load.frames import DAMAGED
 from mmoe.data.load.media import audio_info, load_audio, load_image
 from mmoe.errors import DataError
 from mmoe.preparation.slices import CLOCKS, Clocks
+from mmoe.preparation.sources import video_file
 from mmoe.schema.bounds import BEYOND
 from mmoe.schema.modality import Modality
 from tests.data.recordings import images, turned, video, write_jsonl
 from tests.data.recordings_robot import LEVEL, level_images
-from tests.data.recordings_video import ramp, video_bytes
+from tests.data.recordings_video import clicks, ramp, video_bytes, webm_bytes
 from tests.data.test_frames import damaged, lasting, textured
 from tests.data.video_files import RATE, VIDEOS, number_of
 from tests.preparation.sources.test_sources import read, texts
@@ -174,6 +175,116 @@ def test_avi_with_garbage_times_is_read_and_refused_to_decord_by_name(tmp_path, 
     sample = only(read("video", tmp_path)[0])
     assert shown(sample) == [12, 24]
     assert [s.timestamp_ns for s in by_kind(sample, Modality.VISION)] == [480 * MS, 960 * MS]
+
+
+def sequential(file, kind):
+    """What PyAV decodes of a file from its start on: frames by their times in ms, or mono audio [n] in [-1, 1]."""
+    with av.open(str(file)) as container:
+        decoded = list(container.decode(**{kind: 0}))
+    if kind == "video":
+        return {round(frame.time * 1000): frame.to_ndarray(format="rgb24") for frame in decoded}
+    wave = np.concatenate([frame.to_ndarray().reshape(-1) for frame in decoded])
+    return wave / 2**15 if wave.dtype == np.int16 else wave
+
+
+@pytest.mark.parametrize(
+    "suffix, container, audio_codec, rate",
+    [
+        ("avi", "avi", "pcm_s16le", 8000),
+        ("avi", "avi", "libmp3lame", 16_000),
+        ("mkv", "matroska", "pcm_s16le", 8000),
+        ("mov", "mov", "pcm_s16le", 8000),
+        ("mp4", "mp4", "aac", 16_000),
+    ],
+)
+def test_every_clip_is_what_decoding_from_the_start_gives(tmp_path, suffix, container, audio_codec, rate):
+    """The first clip too: AVI cannot be sought to a time before its beginning."""
+    times = [40 * i for i in range(100)]  # 4 s
+    wave = (12_000 * np.sin(np.arange(4 * rate) ** 2 * 5e-6)).astype(np.int16)
+    made = {"container": container, "codec": "mpeg4", "audio_codec": audio_codec}
+    data = video_bytes(level_images(0, 100), times, [(rate, [(0, wave)])], **made)
+    file = tmp_path / f"v.{suffix}"
+    file.write_bytes(data)
+    samples, refused = read("video", file, slices=4)
+    assert not refused and [int(key[-8:]) for key in samples] == [0, 2000]
+    frames, whole = sequential(file, "video"), sequential(file, "audio")
+    for key, sample in samples.items():
+        pieces = by_kind(sample, Modality.AUDIO)
+        assert len(pieces) == len(by_kind(sample, Modality.VISION)) == 4 and not sample.flags
+        for image, piece in zip(by_kind(sample, Modality.VISION), pieces, strict=True):
+            time_ms = int(key[-8:]) + image.timestamp_ns // MS
+            shows = load_image(sample.members[image.member], "x").astype(int)
+            assert np.abs(shows - frames[time_ms]).mean() < 1
+            heard_wave, _ = load_audio(sample.members[piece.member], piece.start, piece.stop, "x")
+            last = time_ms * rate // 1000
+            theirs = whole[last + 1 - len(heard_wave) : last + 1]
+            assert len(heard_wave) == rate // 2 or last < rate // 2
+            assert np.abs(heard_wave - theirs).max() < 2**-14
+
+
+def test_a_seek_that_leads_too_far_is_made_up_for(tmp_path, monkeypatch):
+    """Some indices of containers are wrong: what is before the place that was reached is read from the start."""
+    times, rate = [40 * i for i in range(150)], 4000
+    (tmp_path / "v.mkv").write_bytes(video_bytes(level_images(0, 150), times, [(rate, [(0, ramp(0, 6 * rate))])]))
+    expected = [heard(sample) for sample in read("video", tmp_path, slices=4)[0].values()]
+    opened = video_file.open_container
+
+    class Astray:
+        def __init__(self, container):
+            self.container = container
+
+        def __enter__(self):
+            self.container.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.container.__exit__(*error)
+
+        def seek(self, ticks, stream):
+            self.container.seek(ticks + 2000, stream=stream)
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+    monkeypatch.setattr(video_file, "open_container", lambda *of: Astray(opened(*of)))
+    assert [heard(sample) for sample in read("video", tmp_path, slices=4)[0].values()] == expected
+
+
+def test_audio_whose_times_deviate_for_a_block_is_whole(tmp_path):
+    """Vorbis in WebM: what a block of another size is off by, up to 11 ms, the next one repays."""
+    seconds, fps, rate = 30, 5, 44_100
+    wave, frames = clicks(seconds, rate), level_images(0, 25)[np.arange(seconds * fps) % 25]
+    (tmp_path / "v.webm").write_bytes(webm_bytes(frames, fps, wave, rate))
+    with av.open(str(tmp_path / "v.webm")) as file:
+        begin = float(file.streams.video[0].start_time * file.streams.video[0].time_base)
+        decoded = [(frame.time - begin, frame.samples) for frame in file.decode(audio=0)]
+    counted = np.cumsum([0] + [samples for _, samples in decoded])[:-1] / rate
+    off = np.array([time for time, _ in decoded]) - counted
+    assert (np.abs(off - off[0]) > 0.005).sum() > 30  # so the file is one of those
+    samples, refused = read("video", tmp_path)
+    assert not refused and not any(sample.flags for sample in samples.values())
+    pieces = [s for sample in samples.values() for s in by_kind(sample, Modality.AUDIO)]
+    # The first of the 60 slices has the audio from the beginning to its frame, at 0.4 s.
+    assert len(pieces) == 60 and sum(s.stop - s.start for s in pieces) == 59 * rate // 2 + rate * 2 // 5 + 1
+    whole = sequential(tmp_path / "v.webm", "audio")
+    for key, sample in samples.items():
+        for s in by_kind(sample, Modality.AUDIO)[1:]:
+            piece, _ = load_audio(sample.members[s.member], s.start, s.stop, "x")
+            end = round((int(key[-8:]) + (s.timestamp_ns + s.offset_ns) / MS - 1000 * decoded[0][0]) * rate / 1000)
+            late = np.arange(-90, 91)  # samples of two milliseconds: what the container rounds times to, twice
+            late = late[end + late <= len(whole)]
+            assert min(np.abs(piece - whole[end + n - len(piece) : end + n]).max() for n in late) < 2**-14
+
+
+def test_a_gap_that_lasts_is_cut_and_counted_among_blocks_that_deviate(tmp_path):
+    seconds, fps, rate = 8, 5, 44_100
+    frames = level_images(0, 25)[np.arange(seconds * fps + 3) % 25]
+    (tmp_path / "v.webm").write_bytes(webm_bytes(frames, fps, clicks(seconds, rate), rate, gap_ms=700))
+    sample = only(read("video", tmp_path, slices=20)[0])
+    assert {m for m in sample.members if m.startswith("audio")} == {"audio-0.flac", "audio-1.flac"}
+    assert sample.flags == {"audio: absent": 2}  # at 4.4 and 4.8 s
+    stored = [audio_info(sample.members[f"audio-{number}.flac"], "x")[0] / rate for number in (0, 1)]
+    assert abs(stored[0] - 4.0) < 0.03 and abs(stored[1] - (8.4 - 4.7)) < 0.03  # the last frame is at 8.4 s
 
 
 def test_a_video_without_a_duration_is_measured_by_its_frames(tmp_path):
