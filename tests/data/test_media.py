@@ -1,16 +1,20 @@
 """Payload loaders against what was written, against each other, and on bytes that are broken."""
 
 import io
+import struct
 
+import av
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
+from mmoe.data.load import media
 from mmoe.data.load.media import audio_info, image_size, load_audio, load_image
 from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_array
 from mmoe.errors import DataError, Refused
+from mmoe.preparation.sources.encode import flac_piece
 from tests.data.recordings import images, npy, png, wav
 
 
@@ -139,3 +143,76 @@ def test_what_a_decoder_raises_is_one_line_that_keeps_letters(refusal, kind):
         raise ValueError("Error: no 'ü映.mp4'\x00\nhere at 0x7f12")
     assert type(found.value) is kind
     assert str(found.value) == "k.mp4 cannot be read as a video (no 'ü映.mp4' here); leave it out"
+
+
+def varied(seconds, rate):
+    """Noise in one part and silence in another, so that a varying bit rate varies [n] f32."""
+    time = np.arange(int(seconds * rate)) / rate
+    wave = 0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)
+    third = len(wave) // 3
+    wave[third : third + third // 2] += np.random.default_rng(0).normal(0, 0.1, third // 2)
+    wave[2 * third : 2 * third + third // 2] = 0
+    return wave.astype(np.float32)
+
+
+def compressed(wave, rate, kind, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, format=kind, **options)
+    return buffer.getvalue()
+
+
+def overcounting(mp3, frames):
+    """The MP3 whose Xing header counts so many frames more."""
+    at = max(mp3.find(b"Xing"), mp3.find(b"Info")) + 8
+    return mp3[:at] + struct.pack(">I", struct.unpack(">I", mp3[at : at + 4])[0] + frames) + mp3[at + 4 :]
+
+
+def decoded_by_ffmpeg(data):
+    with av.open(io.BytesIO(data)) as file:
+        return np.concatenate([frame.to_ndarray()[0] for frame in file.decode(audio=0)])
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_whose_header_counts_up_to_two_frames_too_many_is_read(mode):
+    made = compressed(varied(3, 44_100), 44_100, "MP3", bitrate_mode=mode, compression_level=0.5)
+    assert audio_info(made, "x") == (3 * 44_100, 44_100)
+    for frames in (1, 2):
+        data = overcounting(made, frames)
+        theirs = decoded_by_ffmpeg(data)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            assert 0 < file.frames - len(theirs) < 2 * 1152
+        assert audio_info(data, "x") == (len(theirs), 44_100)
+        for ours in (load_audio(data, 0, len(theirs), "x")[0], flac(data, 0, len(theirs))):
+            assert np.abs(ours - theirs).max() < 1e-4
+    with pytest.raises(DataError, match="the audio ends after .* it is truncated"):
+        cut = made[: len(made) * 2 // 3]
+        load_audio(cut, 0, audio_info(cut, "x")[0], "x")
+
+
+def flac(data, start, stop):
+    return load_audio(flac_piece(data, start, stop, "x"), 0, stop - start, "x")[0]
+
+
+@pytest.mark.parametrize(
+    "kind, rate, options",
+    [
+        ("MP3", 16_000, {"bitrate_mode": "VARIABLE", "compression_level": 0.5}),
+        ("MP3", 44_100, {"bitrate_mode": "CONSTANT"}),
+        ("OGG", 44_100, {"subtype": "VORBIS"}),
+        ("OGG", 48_000, {"subtype": "OPUS"}),
+        ("FLAC", 44_100, {}),
+        ("WAV", 44_100, {"subtype": "MS_ADPCM"}),
+    ],
+)
+def test_a_piece_of_an_audio_clip_is_that_of_decoding_it_from_the_start(kind, rate, options, monkeypatch):
+    """libsndfile seeks elsewhere in MP3 of varying bit rate, and in the last page of Ogg Vorbis."""
+    data = compressed(varied(12, rate), rate, kind, **options)
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        whole = file.read(dtype="float32")
+    starts = [0, 1, 2940, rate, *range(len(whole) // 3, len(whole) - 1000, len(whole) // 7), len(whole) - 1000]
+    for page in (255 * 4096, 8 * rate):  # the second: so that it is sought in a file as short as this
+        monkeypatch.setattr(media, "_OGG_PAGE", page)
+        for start in starts:
+            piece, _ = load_audio(data, start, start + 1000, "x")
+            assert np.abs(piece - whole[start : start + 1000]).max() < 1e-6
+            assert np.abs(flac(data, start, start + 1000) - piece).max() < 2**-15

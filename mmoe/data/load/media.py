@@ -39,6 +39,9 @@ _VALUES_AT_ONCE = 1 << 20  # of an audio clip: its header may state far more tha
 _PLAIN_AUDIOS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF")
 _WIDTHS = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 
+_OGG_PAGE = 255 * 4096  # samples of a page at most: of packets, and of the half of Vorbis's largest block
+_MP3_SPARE = 2 * 1152  # samples of two frames: encoders count in what they pad with, and what decoders take off
+
 _SPARE = 2  # an image is decoded at no less than twice the size it is then resized to: a filter needs neighbors
 
 
@@ -127,20 +130,47 @@ def open_audio(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
 
 def audio_blocks(audio: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
     """Yield samples [start, stop) of every channel in blocks [n, channels]; fewer where the audio ends before."""
-    audio.seek(start)
-    at, most = start, max(1, _VALUES_AT_ONCE // audio.channels)
+    at, most = _seek_before(audio, start), max(1, _VALUES_AT_ONCE // audio.channels)
     while at < stop:
         block = audio.read(min(stop - at, most), dtype=dtype, always_2d=True)
         if not len(block):
             return
         at += len(block)
-        yield block
+        if at > start:
+            yield block[-(at - start) :]
+
+
+def _seek_before(audio: soundfile.SoundFile, start: int) -> int:
+    """Go to a sample at or before `start` from where decoding is exact; returns its number.
+
+    libsndfile seeks in MP3 of varying bit rate by a coarse table, and in the last page of Ogg Vorbis to other samples.
+    """
+    at = start
+    if audio.format == "MP3":
+        at = 0
+    elif audio.subtype == "VORBIS":
+        at = min(start, max(0, audio.frames - _OGG_PAGE))
+    audio.seek(at)
+    return at
 
 
 def audio_info(data: bytes, where: str) -> tuple[int, int]:
-    """Return samples per channel and sample rate in Hz, from the header."""
+    """Return samples per channel and sample rate in Hz: of MP3 by decoding, else from the header."""
     with open_audio(data, where) as audio:
-        return audio.frames, audio.samplerate
+        return audio.frames - _overcounted(audio), audio.samplerate
+
+
+def overcounted(data: bytes, where: str) -> int:
+    """Return how many samples per channel an MP3's header counts that are not there, up to two frames; else 0."""
+    with open_audio(data, where) as audio:
+        return _overcounted(audio)
+
+
+def _overcounted(audio: soundfile.SoundFile) -> int:
+    if audio.format != "MP3":
+        return 0
+    missing = audio.frames - sum(len(block) for block in audio_blocks(audio, 0, audio.frames, "float32"))
+    return missing if missing < _MP3_SPARE else 0  # else it is truncated: who reads it to its end says so
 
 
 def load_audio(data: bytes, start: int, stop: int, where: str) -> tuple[np.ndarray, int]:

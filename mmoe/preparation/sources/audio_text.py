@@ -20,7 +20,7 @@ still opens. Audio clips without words, and other files of a folder, are refused
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.load.media import audio_info
+from mmoe.data.load.media import audio_info, overcounted
 from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, folders, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
@@ -170,10 +170,11 @@ def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, wh
     words = jsonl.text_of({"text": text} if text is not None else {}, "text", where)
     audio = files.read_bytes(file, where)
     samples, rate = audio_info(audio, str(file))
-    for field, found in (("samples", samples), ("sample_rate", rate)):
-        if getattr(stated, field) not in (None, found):
-            raise _differs(f"{file} has {field} {found}, {where} says {brief(getattr(stated, field))}")
-    start, stop = _range(stated, samples, rate, file, where)
+    spare = 0 if stated == _Stated() else overcounted(audio, str(file))  # which a row may have from the header too
+    for field, found in (("samples", (samples, samples + spare)), ("sample_rate", (rate,))):
+        if getattr(stated, field) not in (None, *found):
+            raise _differs(f"{file} has {field} {found[0]}, {where} says {brief(getattr(stated, field))}")
+    start, stop = _range(replace(stated, tolerance=stated.tolerance + spare / rate), samples, rate, file, where)
     member = f"audio{file.suffix.lower()}"
     if stated.offset is not None:
         member, audio = "audio.flac", flac_piece(audio, start, stop, str(file))

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from mmoe.data.load.media import load_audio
+from mmoe.data.load.media import audio_info, load_audio
 from mmoe.errors import DataError
 from mmoe.preparation.sources.encode import flac_piece
 from mmoe.schema.modality import Modality
 from tests.data.recordings import write_jsonl
 from tests.data.recordings_audio import RATE, tone, write_librispeech, write_manifest
+from tests.data.test_media import compressed, overcounting, varied
 from tests.preparation.sources.test_sources import read, texts
 
 
@@ -66,6 +67,24 @@ def test_a_manifest_gives_files_and_pieces_of_files(tmp_path):
         theirs, _ = soundfile.read(tmp_path / "w/b.flac", start=start, stop=stop, dtype="float32")
         np.testing.assert_array_equal(decoded(sample), theirs)
         assert len(sample.members["audio.flac"]) < (tmp_path / "w/b.flac").stat().st_size
+
+
+def test_a_row_may_state_the_length_in_the_header_of_an_mp3_or_what_is_there(tmp_path):
+    rate, made = 16_000, varied(2, 16_000)
+    data = overcounting(compressed(made, rate, "MP3"), 1)
+    (tmp_path / "a.mp3").write_bytes(data)
+    found = audio_info(data, "x")[0]
+    with soundfile.SoundFile(tmp_path / "a.mp3") as file:
+        header = file.frames
+    assert found < header
+    rows = [{"audio": "a.mp3", "text": "x", "samples": samples} for samples in (found, header, header + 1)]
+    write_jsonl(tmp_path / "transcripts.jsonl", rows)
+    samples, refused = read("audio_text", tmp_path)
+    assert len(samples) == 2 and [r.reason for r in refused.values()] == ["audio differs from its row"]
+    rows = [{"audio_filepath": "a.mp3", "text": "x", "duration": n / rate} for n in (found, header, header + 400)]
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    samples, refused = read("audio_text", tmp_path / "m.jsonl")
+    assert [sample.segments[0].stop for sample in samples.values()] == [found, found] and len(refused) == 1
 
 
 @pytest.mark.parametrize(
