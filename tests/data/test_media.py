@@ -47,8 +47,36 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert load_image(png(values), "x")[0, :, 0].tolist() == [0, 1, 128, 255, 0]
 
 
+def turned(pixels, kind, orientation, place, **options):
+    """The image as a file whose orientation stands in the EXIF block, in TIFF's own tag or in XMP."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    said = (
+        f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    )
+    if place == "xmp":
+        options |= {"tiffinfo": {700: said}} if kind == "TIFF" else {"xmp": said}
+    else:
+        options |= {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": exif}
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind, place, options",
+    [
+        ("PNG", "exif", {}),
+        ("WEBP", "exif", {"lossless": True}),
+        ("WEBP", "xmp", {"lossless": True}),
+        ("TIFF", "tag", {}),
+        ("TIFF", "tag", {"compression": "tiff_lzw"}),
+        ("TIFF", "xmp", {}),
+        ("TIFF", "xmp", {"compression": "tiff_lzw"}),
+    ],
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_orientation_is_applied_and_planned(orientation, kind, place, options):
     upright = images(1)[0][:20]
     # EXIF 2.32, table of tag 0x0112: how row 0 and column 0 of the stored image lie in the upright one.
     stored = {
@@ -61,9 +89,7 @@ def test_exif_orientation_is_applied(orientation):
         7: upright[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(upright, -1),
     }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = png(np.ascontiguousarray(stored), exif=exif)
+    data = turned(stored, kind, orientation, place, **options)
     assert (load_image(data, "x") == upright).all()
     assert image_size(data, "x") == upright.shape[:2] == (20, 64)
 

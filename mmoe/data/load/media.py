@@ -21,7 +21,8 @@ from mmoe.schema.bounds import check_bound
 # What phones write as MPO is a JPEG with a second image behind it; PPM stands for PBM, PGM and PNM too.
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the image by a quarter
+_ORIENTATION = 0x0112  # EXIF tag, and TIFF's own; values 5 to 8 turn the image by a quarter
+_TIFF_SIDES = (256, 257)  # tags of the width and the height that are stored
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,15 +56,16 @@ def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) ->
         if least is not None and image.format == "JPEG":
             height, width = least[::-1] if _orientation(image) >= 5 else least
             image.draft(image.mode, (_SPARE * width, _SPARE * height))
+        turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))  # Pillow turns TIFF as it loads it
         image.load()
-        turn = _TURNS.get(_orientation(image))
         return _rgb(image if turn is None else image.transpose(turn), where)
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
     """Return height and width in pixels of the upright image, from its header alone."""
     with _image(data, where) as image:
-        width, height = image.size
+        # Pillow states some TIFFs turned already, by version and by where their orientation stands.
+        width, height = (image.tag_v2[tag] for tag in _TIFF_SIDES) if image.format == "TIFF" else image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
@@ -94,15 +96,13 @@ def _image(data: bytes, where: str) -> Iterator[Image.Image]:
 
 def _orientation(image: Image.Image) -> int:
     """How the image is to be turned, 1 to 8 as EXIF numbers it; 1 (as it is) for what is no such number."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns these itself, their size included
     if image.format == "PNG":
         image.load()  # EXIF may stand behind the pixels; what is wrong with those is to be said
     try:
         value = image.getexif().get(_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
     except Exception:  # EXIF that cannot be read says nothing of the image, which may be good
         return 1
-    return value if type(value) is int and value in _TURNS else 1
 
 
 def reduced_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int] | None:
