@@ -22,6 +22,7 @@ from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.optional import needs
 from mmoe.precision.upcast import upcast
 from mmoe.schema.batch import PackedBatch
+from mmoe.schema.channels import CANCELLED, find_silence
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import NO_PAIR
 from mmoe.tokenizers.audio import Layout, code_order, deserialize, serialize
@@ -224,9 +225,13 @@ def _audio(run: Run, path: Path | None) -> np.ndarray | None:
     if codec is None or config is None:
         raise ConfigError(f"{run.folder} was trained without audio, so it cannot read {path}; leave --audio out")
     with needs("decoding audio"):
-        from mmoe.data.load.media import audio_info, load_audio
+        from mmoe.data.load.media import audio_info, audio_levels, load_audio
     data = _read(path)
     samples, _ = audio_info(data, str(path))
+    if find_silence(*audio_levels(data, 0, samples, str(path))) == CANCELLED:
+        raise DataError(
+            f"{path} is silent, since its channels cancel out when they are mixed; give a file of one of them"
+        )
     wave, rate = load_audio(data, 0, samples, str(path))
     codes, codebook = serialize(codec.encode(wave, rate), config.layout)
     return run.tokenizers.vocabulary.audio_ids(codes, codebook)

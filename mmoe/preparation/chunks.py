@@ -30,6 +30,7 @@ from mmoe.preparation.signatures import DedupConfig, SignatureBuilder, Signature
 from mmoe.preparation.source_report import SplitReport
 from mmoe.preparation.sources.base import Item, Refused
 from mmoe.schema.bounds import Bounds, bounded_by
+from mmoe.schema.channels import AudioChannel, hearing
 from mmoe.schema.manifest import ShardEntry
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import NO_SLICE, Sample
@@ -47,6 +48,7 @@ class ChunkConfig(Config):
     shard_bytes: int = Field(256 << 20, gt=0)
     shard_rows: int = Field(10_000, gt=0)
     video_backend: VideoBackend = "auto"  # decord: stored videos it is proven to read, the others are refused
+    audio_channel: AudioChannel = "mix"  # heard of audio with several: their mean, left, right, or a number from 0
     filters: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
     bounds: Bounds = Bounds()  # of what is read of one file
@@ -163,7 +165,8 @@ class ChunkMaker:
 
     def row(self, item: Item) -> Row | Refused:
         """Make the sample of an item and check it; what is wrong with it is returned, not raised."""
-        return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.audio_rate)
+        with hearing(self.config.audio_channel):
+            return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.audio_rate)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Item, Source
 from mmoe.preparation.statistics import KNOTS
 from mmoe.schema.bounds import bounded_by
+from mmoe.schema.channels import CANCELLED
 from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.modality import Modality
 from mmoe.schema.vectors import VectorStats
@@ -219,6 +220,11 @@ def prepare(
         )
         said = summary(kind, reports, refused.counts, left_out.counts, manifest.vectors)
         said.notes.extend(source.notes)
+        if cancelled := sum(report.flags[CANCELLED] for report in reports.values()):
+            said.notes.append(
+                f"audio: {cancelled:,} clips are silent, since their channels cancel out when they are mixed; "
+                "prepare.audio_channel=left (or right, or a number from 0) takes one of them"
+            )
         if source.clock == "synthetic":
             said.notes.append(SYNTHETIC)
         if Modality.ACTION in reports["train"].vectors:

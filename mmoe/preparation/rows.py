@@ -6,9 +6,10 @@ This runs in the worker processes of preparation; it depends on nothing but the 
 import errno
 import re
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
 from mmoe.optional import needs
 from mmoe.preparation.sources.base import Item, Refused
+from mmoe.schema.channels import find_silence, heard_channel
 from mmoe.schema.manifest import VECTORS
 from mmoe.schema.modality import CONTRASTED, Modality
 from mmoe.schema.sample import NO_PAIR, SEGMENT_DTYPE, SEGMENT_FIELDS, Sample, Segment
@@ -80,7 +82,7 @@ def make_row(
         sample = make_sample(item)
         with _translated(item.key):
             _check_rates(sample, audio_rate)
-            return build_row(sample, tokenizer, video_backend, vector_names)
+            return build_row(_as_heard(sample), tokenizer, video_backend, vector_names)
     except Refused as refusal:
         return refusal
 
@@ -127,11 +129,11 @@ def build_row(
     with counted_as("malformed sample"):
         _check_structure(sample)
     vectors: dict[Modality, list[np.ndarray]] = {}
-    proven = set()
+    proven, flags = set(), Counter(sample.flags)
     for (modality, member), segments in _by_payload(sample).items():
         with counted_as(modality.spec.refused_as):
             where = f"{sample.key}.{member}"
-            table = _check_payload(segments, sample.members[member], where)
+            table = _check_payload(segments, sample.members[member], where, flags)
             if modality is Modality.VISION and is_video(member):
                 if _is_proven(sample.members[member], where, video_backend):
                     proven.add(member)
@@ -152,7 +154,7 @@ def build_row(
             row["start"], row["stop"] = start, (start := next(ranges))
             row["text_hash"] = hash64(segment.text.encode())
     return Row(
-        sample=sample,
+        sample=replace(sample, flags=flags),
         content_hash=_content_hash(sample),
         text_ids=np.concatenate([np.zeros(0, np.int32), *text_ids]).astype(np.int32),
         segments=records,
@@ -167,6 +169,33 @@ def _check_rates(sample: Sample, target: int | None) -> None:
         if target is not None and segment.modality is Modality.AUDIO:
             with counted_as(Modality.AUDIO.spec.refused_as):
                 check_rates(segment.rate, target, f"{sample.key}.{segment.member}")
+
+
+def _as_heard(sample: Sample) -> Sample:
+    """The sample with audio of the chosen channel alone, as FLAC; as it is where no channel is chosen."""
+    names = {s.member for s in sample.segments if s.modality is Modality.AUDIO} & sample.members.keys()
+    if heard_channel() == "mix" or not names:
+        return sample
+    with needs("decoding audio"):
+        from mmoe.data.load.media import audio_info, open_audio
+        from mmoe.preparation.sources.encode import flac_piece
+    members, new = dict(sample.members), {}
+    for name in names:
+        where = f"{sample.key}.{name}"
+        with counted_as(Modality.AUDIO.spec.refused_as):
+            with open_audio(members[name], where) as audio:
+                channels = audio.channels
+            if channels > 1:
+                new[name] = flac_piece(members[name], 0, audio_info(members[name], where)[0], where)
+    for name in new:
+        del members[name]
+    flac = {name: f"{name.rpartition('.')[0]}.flac" for name in new}
+    flac |= {name: f"{name}.flac" for name, other in flac.items() if other in members}
+    return replace(
+        sample,
+        members={flac.get(name, name): new.get(name, data) for name, data in sample.members.items()},
+        segments=[replace(segment, member=flac.get(segment.member, segment.member)) for segment in sample.segments],
+    )
 
 
 def _by_payload(sample: Sample) -> dict[tuple[Modality, str], list[Segment]]:
@@ -186,8 +215,11 @@ def _check_dimensions(table: np.ndarray, names: tuple[str, ...], where: str) -> 
         )
 
 
-def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarray | None:
-    """Open the payload `data` of one modality and decode all that its segments refer to; returns a table [N, D]."""
+def _check_payload(segments: list[Segment], data: bytes, where: str, flags: Counter[str]) -> np.ndarray | None:
+    """Open the payload `data` of one modality and decode all that its segments refer to; returns a table [N, D].
+
+    Counts into `flags` what is as it should not be and is kept.
+    """
     first = segments[0]
     if first.modality is Modality.VISION:
         if is_video(first.member):
@@ -200,13 +232,15 @@ def _check_payload(segments: list[Segment], data: bytes, where: str) -> np.ndarr
             _check_images(segments, 1, load_image(data, where)[None], where)
     elif first.modality is Modality.AUDIO:
         with needs("decoding audio"):
-            from mmoe.data.load.media import audio_info, load_audio
+            from mmoe.data.load.media import audio_info, audio_levels
         samples, rate = audio_info(data, where)
         for segment in segments:
             if rate != segment.rate:
                 raise DataError(f"{where} has {rate} Hz, its segment says {segment.rate} Hz; correct the reader")
             _check_range(segment, samples, where)
-            load_audio(data, segment.start, segment.stop, where)
+            silence = find_silence(*audio_levels(data, segment.start, segment.stop, where))
+            if silence is not None:
+                flags[silence] += 1
     elif first.modality.name in VECTORS:
         table = load_array(data, where)
         for segment in segments:

@@ -28,6 +28,7 @@ from mmoe.errors import DataError, MissingFileError
 from mmoe.files import Read, read_file
 from mmoe.hashing import canonical_json
 from mmoe.optional import needs
+from mmoe.schema.channels import SILENT_RMS
 from mmoe.tokenizers.kmeans import kmeans, nearest_centroid, sample_rows
 from mmoe.tokenizers.rates import check_rates
 
@@ -38,7 +39,6 @@ FORMAT = "mmoe mel codec 2"
 FORMAT_1 = "mmoe mel codec 1"  # still read: its `normalize_level` was spelled `normalise_level`
 FIT_FRAMES = 100_000  # frames kept for k-means: a seeded uniform sample of all that pass by
 LEVEL_RMS = 0.05  # of full scale; what `normalize_level` scales every wave to
-SILENT_RMS = 1e-5  # below it a wave is silence, and scaling it up would only amplify quantization noise
 POWER_FLOOR = 1e-5  # added to mel power before the logarithm: about 40 dB below a wave of LEVEL_RMS
 PHASE_ITERATIONS = 32  # of Griffin-Lim
 

@@ -102,6 +102,10 @@ def test_an_image_and_an_audio_clip_stand_before_the_prompt(run, tmp_path):
     assert isinstance(plain, str) and isinstance(with_both, str)
     with pytest.raises(DataError, match="missing.png cannot be read"):
         generate(run, "abc", image=tmp_path / "missing.png")
+    left = rng.uniform(-0.3, 0.3, RATE)
+    soundfile.write(tmp_path / "b.wav", np.stack([left, -left], axis=1), RATE)
+    with pytest.raises(DataError, match=r"b\.wav is silent, since its channels cancel out.*give a file of one of them"):
+        generate(run, "abc", audio=tmp_path / "b.wav")
 
 
 @pytest.mark.parametrize("layout", ["flat", "delay"])

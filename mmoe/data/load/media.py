@@ -5,6 +5,7 @@ it for bytes that cannot be used. Nothing is guessed and no reader replaces anot
 """
 
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import soundfile
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
@@ -56,7 +58,9 @@ def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) ->
         if least is not None and image.format == "JPEG":
             height, width = least[::-1] if _orientation(image) >= 5 else least
             image.draft(image.mode, (_SPARE * width, _SPARE * height))
-        turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))  # Pillow turns TIFF as it loads it
+        turn = (
+            None if isinstance(image, TiffImageFile) else _TURNS.get(_orientation(image))
+        )  # Pillow turns TIFF as it loads it
         image.load()
         return _rgb(image if turn is None else image.transpose(turn), where)
 
@@ -65,7 +69,7 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     """Return height and width in pixels of the upright image, from its header alone."""
     with _image(data, where) as image:
         # Pillow states some TIFFs turned already, by version and by where their orientation stands.
-        width, height = (image.tag_v2[tag] for tag in _TIFF_SIDES) if image.format == "TIFF" else image.size
+        width, height = (image.tag_v2[tag] for tag in _TIFF_SIDES) if isinstance(image, TiffImageFile) else image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
@@ -177,18 +181,36 @@ def load_audio(data: bytes, start: int, stop: int, where: str) -> tuple[np.ndarr
     """Decode samples [start, stop) as float32 mono [n] in [-1, 1] (channels are averaged), and the rate in Hz."""
     check_bound("array_bytes", 4 * (stop - start), where, f"has samples {start} to {stop}, too many bytes as float32")
     with open_audio(data, where) as audio:
-        rate = audio.samplerate
         wave, found = np.empty(max(stop - start, 0), np.float32), 0
-        for block in audio_blocks(audio, start, stop, "float32"):
+        for block in _whole_blocks(audio, start, stop, where):
             wave[found : found + len(block)] = block.mean(axis=1)
             found += len(block)
+        return wave, audio.samplerate
+
+
+def audio_levels(data: bytes, start: int, stop: int, where: str) -> tuple[float, float]:
+    """Return the level (RMS) of samples [start, stop) as `load_audio` gives them, and that of their loudest channel."""
+    with open_audio(data, where) as audio:
+        heard, each = 0.0, np.zeros(audio.channels)
+        for block in _whole_blocks(audio, start, stop, where):
+            heard += float(np.square(block.mean(axis=1), dtype=np.float64).sum())
+            each += np.square(block, dtype=np.float64).sum(axis=0)
+    count = max(stop - start, 1)
+    return math.sqrt(heard / count), math.sqrt(each.max(initial=0.0) / count)
+
+
+def _whole_blocks(audio: soundfile.SoundFile, start: int, stop: int, where: str) -> Iterator[np.ndarray]:
+    """Samples [start, stop) in blocks f32 [n, channels]; raises DataError where some are missing or no numbers."""
+    found = 0
+    for block in audio_blocks(audio, start, stop, "float32"):
+        check_finite(block, start + found, where)
+        yield block
+        found += len(block)
     if found < stop - start:
         raise DataError(
             f"{where}: samples {start} to {stop} are asked for, the audio ends after {start + found}; it is "
             "truncated or not the audio that was indexed: restore it or prepare the source again"
         )
-    check_finite(wave, start, where)
-    return wave, rate
 
 
 def check_finite(wave: np.ndarray, start: int, where: str) -> None:

@@ -13,6 +13,7 @@ from mmoe.data.load.media import audio_blocks, check_finite, open_audio
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
 from mmoe.schema.bounds import check_bound
+from mmoe.schema.channels import heard_channel, to_mono
 
 _FLAC_CHANNELS = 8  # at most
 _WIDE = {"PCM_24", "PCM_32", "FLOAT", "DOUBLE"}  # more than 16 bits a sample; FLAC keeps 24 of them
@@ -45,19 +46,20 @@ def encode_flac(wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> bytes:
 def flac_piece(audio: bytes, start: int, stop: int, where: str) -> bytes:
     """Cut samples [start, stop) out of an audio clip, as FLAC at its own width up to 24 bits; raises DataError.
 
-    Every channel is kept, but for more than FLAC can hold, which are averaged into one, as training hears them.
+    Every channel is kept, unless one is chosen (`hearing`); more than FLAC holds are averaged, as training hears them.
     """
     check_bound("array_bytes", 8 * (stop - start), where, f"has samples {start} to {stop}, too many bytes to cut out")
     with open_audio(audio, where) as file:
         subtype = "PCM_24" if file.subtype in _WIDE else "PCM_16"
         # As integers where the file has them (no rounding); libsndfile does not scale floats to integers.
         dtype = "int32" if file.subtype.startswith("PCM") else "float64"
-        rate, many = file.samplerate, file.channels > _FLAC_CHANNELS
-        blocks = list(audio_blocks(file, start, stop, "float64" if many else dtype))
+        rate, mixes = file.samplerate, file.channels > _FLAC_CHANNELS and heard_channel() == "mix"
+        heard = mixes or heard_channel() != "mix"
+        blocks = list(audio_blocks(file, start, stop, "float64" if mixes else dtype))
     found = sum(map(len, blocks))
     if found < stop - start:
         raise DataError(f"{where} ends after {start + found} of {stop} samples; it is truncated: restore it")
-    wave = np.concatenate([block.mean(axis=1) if many else block for block in blocks])
+    wave = np.concatenate([to_mono(block, where) if heard else block for block in blocks])
     check_finite(wave, start, where)
     with reading("audio clip", where, "convert it to a rate and a width that FLAC can hold, or leave it out"):
-        return encode_flac(wave, rate, "PCM_24" if many else subtype)
+        return encode_flac(wave, rate, "PCM_24" if mixes else subtype)

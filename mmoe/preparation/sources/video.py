@@ -5,7 +5,7 @@ Frames and audio are found by the times in the file, never by number / rate: the
 that begins late, has gaps or ends early is absent from its slices, not silent. Periods without a frame have no
 slice; what is left behind the last whole period is not used. With several video or audio streams, some programs
 read the first and some the one that FFmpeg ranks best; where these differ, `video_stream` or `audio_stream` must say
-which. An audio clip of zeros is kept or left out (`silent_audio`), and counted.
+which. Silent audio is kept or left out (`silent_audio`), and counted.
 
 Members of a clip: ``frame-<slice>.jpg``; ``audio-<run>.flac``, mono, one for each stretch without a gap; ``txt``;
 ``clip.json``, the file, the streams that were chosen, and where the clip starts; ``clocks.npz``. So a clip holds no
@@ -39,6 +39,7 @@ from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.encode import encode_jpeg
 from mmoe.preparation.sources.video_file import AudioRun, VideoFile, audio_between, open_video_file, packet_times
+from mmoe.schema.channels import CANCELLED, SILENT
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
@@ -232,14 +233,15 @@ def _references(times_ns: np.ndarray, origin_ns: int, last: bool, config: VideoC
 
 
 def _audio(media: VideoFile, start_ns: int, last_ns: int, config: VideoConfig, flags: Counter[str]) -> list[AudioRun]:
-    """The runs of audio from `start_ns` up to the last frame; counts a clip that is silent."""
+    """The runs of audio from `start_ns` up to the last frame; counts what is left out, and what mixing made silent."""
     if media.audio is None:
         return []
     runs = audio_between(media, start_ns, last_ns + 1)
-    silent = bool(runs) and not any(run.wave.any() for run in runs)
-    if silent:
-        flags["audio: silent, left out" if config.silent_audio == "leave_out" else "audio: silent, kept"] = 1
-    return [] if silent and config.silent_audio == "leave_out" else runs
+    flags[CANCELLED] += sum(run.silence == CANCELLED for run in runs)
+    if runs and config.silent_audio == "leave_out" and all(run.silence for run in runs):
+        flags[f"{SILENT}, left out"] = 1
+        return []
+    return runs
 
 
 def _whole_pieces(segments: list[Segment], period_ns: int) -> list[Segment]:

@@ -3,6 +3,7 @@
 Times are int64 ns after the start of the chosen video stream, the origin of `VideoFrames.times_ns`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -21,6 +22,7 @@ from mmoe.preparation.clocks import SECOND_NS
 from mmoe.preparation.sources.base import Refused
 from mmoe.preparation.sources.encode import encode_flac
 from mmoe.schema.bounds import check_bound
+from mmoe.schema.channels import find_silence, to_mono
 from mmoe.schema.sample import ALIGNMENT_NS
 
 StreamChoice = int | Literal["best"] | None
@@ -49,13 +51,14 @@ class VideoFile:
 class AudioRun:
     """Holds a piece of audio without a gap: mono f32 `wave` [n] whose first sample is at `start_ns`.
 
-    `file_ns` [n] are the times of the samples by its packets.
+    `file_ns` [n] are the times of the samples by its packets. `silence` is the flag of audio that is silent.
     """
 
     start_ns: int
     rate: int
     wave: np.ndarray
     file_ns: np.ndarray
+    silence: str | None = None
 
     @property
     def times_ns(self) -> np.ndarray:
@@ -165,11 +168,15 @@ def audio_between(media: VideoFile, start_ns: int, stop_ns: int) -> list[AudioRu
 
 
 class _Piece(NamedTuple):
-    """A decoded frame of audio: the time of its first sample by the container, mono f32 [n], the rate in Hz."""
+    """A decoded frame of audio: the time of its first sample by the container, mono f32 [n], the rate in Hz.
+
+    `power` is that of its loudest channel, summed over the samples.
+    """
 
     time_ns: int
     wave: np.ndarray
     rate: int
+    power: float
 
 
 def _run_length(pieces: list[_Piece]) -> int:
@@ -208,7 +215,12 @@ def _run(pieces: list[_Piece], start_ns: int, stop_ns: int) -> list[AudioRun]:
     inside = (whole.times_ns >= start_ns) & (whole.times_ns < stop_ns)
     if not inside.any():
         return []
-    return [AudioRun(int(whole.times_ns[inside][0]), rate, whole.wave[inside], whole.file_ns[inside])]
+    begins = np.cumsum([0, *(len(piece.wave) for piece in pieces)])
+    within = [piece for piece, begin, end in zip(pieces, begins, begins[1:]) if inside[begin:end].any()]
+    count = sum(len(piece.wave) for piece in within)
+    heard = sum(float(np.square(piece.wave, dtype=np.float64).sum()) for piece in within)
+    silence = find_silence(math.sqrt(heard / count), math.sqrt(sum(piece.power for piece in within) / count))
+    return [AudioRun(int(whole.times_ns[inside][0]), rate, whole.wave[inside], whole.file_ns[inside], silence)]
 
 
 def _pieces(media: VideoFile, start_ns: int, stop_ns: int) -> Iterator[_Piece]:
@@ -237,12 +249,14 @@ def _decoded(media: VideoFile, from_ns: int | None) -> Iterator[_Piece]:
             time_ns = end_ns if frame.pts is None else _ns(frame.pts, frame.time_base) - origin_ns
             if time_ns is None:
                 continue  # after a seek, before the first frame with a time
-            yield _Piece(time_ns, _mono(frame, media.file), frame.sample_rate)
+            samples = _samples(frame, media.file)
+            power = float(np.square(samples).sum(axis=0).max())
+            yield _Piece(time_ns, to_mono(samples, where).astype(np.float32), frame.sample_rate, power)
             end_ns = time_ns + frame.samples * SECOND_NS // frame.sample_rate
 
 
-def _mono(frame: av.AudioFrame, file: Path) -> np.ndarray:
-    """The mean of a frame's channels, f32 [n] in [-1, 1]."""
+def _samples(frame: av.AudioFrame, file: Path) -> np.ndarray:
+    """The samples of a frame f64 [n, channels] in [-1, 1]."""
     kind = frame.format.name.removesuffix("p")
     if kind not in _SCALE:
         raise Refused(
@@ -252,4 +266,4 @@ def _mono(frame: av.AudioFrame, file: Path) -> np.ndarray:
     if not frame.format.is_planar:
         samples = samples.reshape(-1, len(frame.layout.channels)).T
     samples = samples - 128 if kind == "u8" else samples
-    return (samples.mean(axis=0) / _SCALE[kind]).astype(np.float32)
+    return samples.T / _SCALE[kind]
