@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmoe.schema.modality import ModalitySpec, Payload, Planned
+from mmoe.tokenizers.rates import resampled_length
 
 if TYPE_CHECKING:
     from mmoe.modalities.document import DocumentBuilder
@@ -24,8 +25,7 @@ class AudioSpec(ModalitySpec):
     def planned(self, segments: np.ndarray, tokenizers: Tokenizers, source: str) -> Planned:
         """Plan the codes of all frames and codebooks."""
         codec = _codec(tokenizers)
-        samples = (segments["stop"] - segments["start"]).astype(np.int64)
-        tokens = codec.num_frames(samples, segments["rate"]) * codec.codebooks
+        tokens = codec.num_frames(_samples(segments, codec), codec.sample_rate) * codec.codebooks
         plan = Planned.without_targets(tokens, 2)  # audio_start, audio_end
         return Planned(plan.tokens, plan.around, plan.tokens, plan.tokens > 0)
 
@@ -41,18 +41,21 @@ class AudioSpec(ModalitySpec):
 
         codec, config = _codec(tokenizers), tokenizers.config.audio
         assert config is not None  # which the codec is loaded by
-        samples = int(payload.segment["stop"] - payload.segment["start"])
-        if payload.shown is None:
-            wave, rate = np.zeros(samples, np.float32), int(payload.segment["rate"])
-        else:
-            wave, rate = payload.wave()
-            wave = np.resize(wave, samples)  # another's audio is cut or repeated to the length that was planned
-        codes, codebook = serialize(codec.encode(wave, rate), config.layout)
+        samples = int(_samples(payload.segment, codec))
+        wave = np.zeros(0, np.float32) if payload.shown is None else payload.wave(codec.sample_rate)
+        wave = np.resize(wave, samples)  # another's audio is cut or repeated to the length that was planned
+        codes, codebook = serialize(codec.encode(wave, codec.sample_rate), config.layout)
         return tokenizers.vocabulary.audio_ids(codes, codebook)
 
     def layout(self, builder: DocumentBuilder, encoded: np.ndarray, payload: Payload) -> None:
         """Append the codes between their structure tokens."""
         builder.audio(encoded, int(payload.segment["offset_ns"]), payload.pair)
+
+
+def _samples(segments: np.ndarray | np.void, codec: AudioCodec) -> np.ndarray:
+    """How many samples segments have at the codec's rate, [n] or of one."""
+    start, stop, rate = (segments[name].astype(np.int64) for name in ("start", "stop", "rate"))
+    return resampled_length(stop, rate, codec.sample_rate) - resampled_length(start, rate, codec.sample_rate)
 
 
 def _codec(tokenizers: Tokenizers) -> AudioCodec:

@@ -11,7 +11,7 @@ from mmoe.data.index.shards import read_stored
 from mmoe.optional import needs
 from mmoe.schema.manifest import SourceManifest
 from mmoe.schema.modality import Modality
-from mmoe.tokenizers.audio import AudioConfig, MelCodec, resample
+from mmoe.tokenizers.audio import AudioConfig, MelCodec
 
 AUDIO_CODEC = "audio_codec.safetensors"
 AUDIO_REPORT = "audio_codec.json"
@@ -36,12 +36,12 @@ def fit_audio_codec(folder: Path, manifest: SourceManifest, config: AudioConfig,
 def _waves(folder: Path, manifest: SourceManifest, name: str, rate: int) -> Iterable[np.ndarray]:
     """Every AUDIO segment of a split as mono f32 [n] at `rate` Hz."""
     with needs("decoding audio"):
-        from mmoe.data.load.media import load_audio
+        from mmoe.data.load.media import load_resampled
     for shard in manifest.splits[name].shards:
         index = ShardIndex.read(folder / shard.path)
         for row in range(len(index)):
             for segment in index.row_segments(row):
                 if segment["modality"] == Modality.AUDIO:
                     stored = read_stored(index, row, int(segment["member"]))
-                    wave, found = load_audio(stored.content, int(segment["start"]), int(segment["stop"]), stored.where)
-                    yield resample(wave, found, rate).numpy()
+                    start, stop = int(segment["start"]), int(segment["stop"])
+                    yield load_resampled(stored.content, start, stop, rate, stored.where)

@@ -216,8 +216,8 @@ class Payload(Protocol):
     def images(self, least: tuple[int, int]) -> np.ndarray:
         """Decode the images that are shown, u8 [frames, H, W, 3], no smaller than `least` (rows, columns)."""
 
-    def wave(self) -> tuple[np.ndarray, int]:
-        """Decode the audio that is shown: f32 [samples] and its rate in Hz."""
+    def wave(self, rate: int) -> np.ndarray:
+        """Decode the audio that is shown, f32 [samples] at `rate` Hz, as it is in its member resampled as a whole."""
 
     def table(self) -> np.ndarray:
         """Decode the table of readings that is shown, [rows, dimensions]."""

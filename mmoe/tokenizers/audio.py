@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,10 +30,9 @@ from mmoe.hashing import canonical_json
 from mmoe.optional import needs
 from mmoe.schema.channels import SILENT_RMS
 from mmoe.tokenizers.kmeans import kmeans, nearest_centroid, sample_rows
-from mmoe.tokenizers.rates import check_rates
+from mmoe.tokenizers.rates import Count, check_rates, resampled_length
 
 Layout = Literal["flat", "delay"]
-Count = TypeVar("Count", int, np.ndarray)
 
 FORMAT = "mmoe mel codec 2"
 FORMAT_1 = "mmoe mel codec 1"  # still read: its `normalize_level` was spelled `normalise_level`
@@ -299,11 +298,6 @@ def _standardize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (frames - mean.repeat(stack)) / std.repeat(stack)
 
 
-def resampled_length(samples: Count, rate: Count | int, target: int) -> Count:
-    """Give ceil(samples * target / rate) in integers; elementwise over numpy arrays."""
-    return -(-(samples * target) // rate)
-
-
 def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
     """Resample a mono wave [n] from `rate` to `target` Hz, f32 [resampled_length(n, rate, target)].
 
@@ -317,10 +311,10 @@ def resample(wave: np.ndarray, rate: int, target: int) -> Tensor:
         raise DataError("a wave holds NaN or infinite samples; repair or leave out the recording")
     length = resampled_length(len(wave), rate, target)
     resampled = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
-    if rate != target and length:
-        # torchaudio rounds the length in float32, which is off by samples for minutes of audio.
-        resampled = _torchaudio().resample(resampled, rate, target)
-        resampled = torch.nn.functional.pad(resampled, (0, length - len(resampled)))  # a negative pad crops
+    if rate != target and len(wave):
+        # torchaudio rounds the length up, and in float32, which is off by samples for minutes of audio.
+        resampled = _torchaudio().resample(resampled, rate, target)[:length]
+        resampled = torch.nn.functional.pad(resampled, (0, length - len(resampled)))
     return resampled
 
 

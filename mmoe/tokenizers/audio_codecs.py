@@ -16,7 +16,8 @@ from torch import Tensor
 from mmoe.errors import ConfigError, DataError
 from mmoe.files import Read, read_file
 from mmoe.optional import require
-from mmoe.tokenizers.audio import AudioCodec, AudioConfig, Count, MelCodec, resample, resampled_length
+from mmoe.tokenizers.audio import AudioCodec, AudioConfig, MelCodec, resample
+from mmoe.tokenizers.rates import Count, resampled_length
 
 
 def load_codec(config: AudioConfig, read: Read = read_file) -> AudioCodec:

@@ -1,16 +1,21 @@
 """Payload loaders against what was written, against each other, and on bytes that are broken."""
 
 import io
+import math
 import struct
+from fractions import Fraction
+from itertools import pairwise
 
 import av
 import numpy as np
 import pytest
 import soundfile
+import torch
+import torchaudio
 from PIL import Image
 
 from mmoe.data.load import media
-from mmoe.data.load.media import audio_info, image_size, load_audio, load_image
+from mmoe.data.load.media import audio_info, image_size, load_audio, load_image, load_resampled
 from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_array
 from mmoe.errors import DataError, Refused
@@ -242,3 +247,24 @@ def test_a_piece_of_an_audio_clip_is_that_of_decoding_it_from_the_start(kind, ra
             piece, _ = load_audio(data, start, start + 1000, "x")
             assert np.abs(piece - whole[start : start + 1000]).max() < 1e-6
             assert np.abs(flac(data, start, start + 1000) - piece).max() < 2**-15
+
+
+@pytest.mark.parametrize(
+    "rate, target",
+    [(44_100, 8000), (48_000, 16_000), (16_000, 8000), (22_050, 24_000), (8000, 44_100), (11_025, 8000), (8000, 8000)],
+)
+def test_audio_resampled_piece_by_piece_is_the_whole_resampled(rate, target):
+    """torchaudio resamples the whole; without what is around a piece its ends differ by up to a fifth of full scale."""
+    rng, count = np.random.default_rng(rate), 2 * rate + 123
+    tone, noise = 0.3 * np.sin(np.arange(count) * 2 * np.pi * 300 / rate), rng.normal(0, 0.1, count)
+    cuts = [0, *sorted(rng.integers(1, count, 9).tolist()), count]
+    for wave in (tone.astype(np.float32), noise.astype(np.float32)):
+        data = compressed(wave, rate, "WAV", subtype="FLOAT")
+        whole = torchaudio.functional.resample(torch.from_numpy(wave), rate, target).numpy()
+        pieces = [load_resampled(data, start, stop, target, "x") for start, stop in pairwise(cuts)]
+        joined = np.concatenate(pieces)
+        assert len(joined) == math.floor(Fraction(count * target, rate) + Fraction(1, 2))
+        assert np.abs(joined - whole[: len(joined)]).max() < 1e-6
+    with pytest.raises(DataError, match=f"the audio ends after {count}"):
+        load_resampled(data, 10, count + 1, target, "x")
+    assert len(load_resampled(data, 0, 1, target, "x")) == math.floor(target / rate + 0.5)

@@ -65,17 +65,14 @@ def test_num_frames_of_arrays(lengths):
     samples, rates = np.array(lengths).T
     frames = CODEC.num_frames(samples, rates).tolist()
     assert frames == [CODEC.num_frames(*length) for length in lengths]
-    # A frame is 40 ms: the exact quotient of integers, rounded up.
-    assert frames == [math.ceil(math.ceil(Fraction(s * 8000, r)) / 320) for s, r in lengths]
+    # A frame is 40 ms: the exact quotient of integers, its samples rounded to the nearest and its frames up.
+    assert frames == [math.ceil(math.floor(Fraction(s * 8000, r) + Fraction(1, 2)) / 320) for s, r in lengths]
 
 
 def test_lengths_are_right_where_torchaudio_rounds_them():
-    samples, rate = 44_100 * 600 + 1, 44_100  # ten minutes and a sample
-    exact = resampled_length(samples, rate, 8000)
-    assert exact == 4_800_001
-    rounded = int(torch.ceil(torch.as_tensor(8000 * samples / rate)))
-    assert rounded != exact  # float32 in torchaudio's own length; drop the padding when this is mended
-    assert len(audio.resample(np.zeros(samples, np.float32), rate, 8000)) == exact
+    for samples, exact in ((44_100 * 600 + 1, 4_800_000), (44_100 * 600 + 3, 4_800_001)):  # about ten minutes
+        assert resampled_length(samples, 44_100, 8000) == exact
+        assert len(audio.resample(np.zeros(samples, np.float32), 44_100, 8000)) == exact
 
 
 def test_every_level_lowers_the_error_on_new_audio():

@@ -309,10 +309,10 @@ class _Payload:
             from mmoe.data.load.media import load_image
         return load_image(self.content(), self.where, least)[None]
 
-    def wave(self) -> tuple[np.ndarray, int]:
+    def wave(self, rate: int) -> np.ndarray:
         with needs("decoding audio"):
-            from mmoe.data.load.media import load_audio
-        return load_audio(self.content(), int(self._held["start"]), int(self._held["stop"]), self.where)
+            from mmoe.data.load.media import load_resampled
+        return load_resampled(self.content(), int(self._held["start"]), int(self._held["stop"]), rate, self.where)
 
     def table(self) -> np.ndarray:
         return self.owner.array(self._held)

@@ -18,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
 from mmoe.schema.bounds import check_bound
+from mmoe.tokenizers.rates import resampled_length, resampling_range
 
 # Images are opened as these alone: Pillow knows 40 kinds, some by running other programs (EPS starts Ghostscript).
 # What phones write as MPO is a JPEG with a second image behind it; PPM stands for PBM, PGM and PNM too.
@@ -179,13 +180,33 @@ def _overcounted(audio: soundfile.SoundFile) -> int:
 
 def load_audio(data: bytes, start: int, stop: int, where: str) -> tuple[np.ndarray, int]:
     """Decode samples [start, stop) as float32 mono [n] in [-1, 1] (channels are averaged), and the rate in Hz."""
-    check_bound("array_bytes", 4 * (stop - start), where, f"has samples {start} to {stop}, too many bytes as float32")
     with open_audio(data, where) as audio:
-        wave, found = np.empty(max(stop - start, 0), np.float32), 0
-        for block in _whole_blocks(audio, start, stop, where):
-            wave[found : found + len(block)] = block.mean(axis=1)
-            found += len(block)
-        return wave, audio.samplerate
+        return _mean_of_channels(audio, start, stop, stop, where), audio.samplerate
+
+
+def load_resampled(data: bytes, start: int, stop: int, rate: int, where: str) -> np.ndarray:
+    """Decode samples [start, stop) as `load_audio` does, at `rate` Hz [n]: as they are in the whole clip resampled.
+
+    The filter needs samples from around the piece; n is the difference of the `resampled_length` of its ends.
+    """
+    from mmoe.tokenizers.audio import resample  # only here: preparation's workers need no torch
+
+    with open_audio(data, where) as audio:
+        found = audio.samplerate
+        first, last = resampling_range(start, stop, found, rate)
+        wave = _mean_of_channels(audio, first, stop, min(last, max(audio.frames, stop)), where)
+    begin, from_begin, to_end = (resampled_length(sample, found, rate) for sample in (first, start, stop))
+    return resample(wave, found, rate)[from_begin - begin : to_end - begin].numpy()
+
+
+def _mean_of_channels(audio: soundfile.SoundFile, start: int, stop: int, last: int, where: str) -> np.ndarray:
+    """Samples [start, last) f32 [n]; fewer where the audio ends before, but not before `stop`."""
+    check_bound("array_bytes", 4 * (last - start), where, f"has samples {start} to {last}, too many bytes as float32")
+    wave, found = np.empty(max(last - start, 0), np.float32), 0
+    for block in _whole_blocks(audio, start, stop, where, last):
+        wave[found : found + len(block)] = block.mean(axis=1)
+        found += len(block)
+    return wave[:found]
 
 
 def audio_levels(data: bytes, start: int, stop: int, where: str) -> tuple[float, float]:
@@ -199,10 +220,15 @@ def audio_levels(data: bytes, start: int, stop: int, where: str) -> tuple[float,
     return math.sqrt(heard / count), math.sqrt(each.max(initial=0.0) / count)
 
 
-def _whole_blocks(audio: soundfile.SoundFile, start: int, stop: int, where: str) -> Iterator[np.ndarray]:
-    """Samples [start, stop) in blocks f32 [n, channels]; raises DataError where some are missing or no numbers."""
+def _whole_blocks(
+    audio: soundfile.SoundFile, start: int, stop: int, where: str, last: int | None = None
+) -> Iterator[np.ndarray]:
+    """Samples [start, stop), and up to `last` where there are more, in blocks f32 [n, channels].
+
+    Raises DataError where some before `stop` are missing, or one is no number.
+    """
     found = 0
-    for block in audio_blocks(audio, start, stop, "float32"):
+    for block in audio_blocks(audio, start, stop if last is None else last, "float32"):
         check_finite(block, start + found, where)
         yield block
         found += len(block)

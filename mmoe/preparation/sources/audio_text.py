@@ -32,7 +32,7 @@ from mmoe.data.load.media import audio_info, overcounted
 from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, folders, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
-from mmoe.preparation.sources.encode import flac_piece
+from mmoe.preparation.sources.encode import flac_piece, range_around
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
@@ -175,15 +175,16 @@ def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, wh
         if getattr(stated, field) not in (None, *found):
             raise _differs(f"{file} has {field} {found[0]}, {where} says {brief(getattr(stated, field))}")
     start, stop = _range(replace(stated, tolerance=stated.tolerance + spare / rate), samples, rate, file, where)
-    member = f"audio{file.suffix.lower()}"
+    member, begin = f"audio{file.suffix.lower()}", 0
     if stated.offset is not None:
-        member, audio = "audio.flac", flac_piece(audio, start, stop, str(file))
+        begin, end = range_around(start, stop, samples, rate)
+        member, audio = "audio.flac", flac_piece(audio, begin, end, str(file))
     return Sample(
         key,
         recording,
         {member: audio, "txt": jsonl.encode_text(words, where)},
         [
-            Segment(Modality.AUDIO, member, stop=stop - start, rate=rate, pair=0),
+            Segment(Modality.AUDIO, member, start - begin, stop - begin, rate=rate, pair=0),
             Segment(Modality.TEXT, "txt", pair=0, text=words),
         ],
     )

@@ -3,6 +3,7 @@
 H, W: height and width in pixels; N: readings, D: dimensions of one; n: samples of an audio clip.
 """
 
+import math
 from io import BytesIO
 
 import numpy as np
@@ -16,6 +17,8 @@ from mmoe.schema.bounds import check_bound
 from mmoe.schema.channels import heard_channel, to_mono
 
 _FLAC_CHANNELS = 8  # at most
+_AROUND_S = 0.01  # more than the filters reach that resample audio to 1000 Hz or more
+_GRID_HZ = 25  # all usual rates are multiples of it
 _WIDE = {"PCM_24", "PCM_32", "FLOAT", "DOUBLE"}  # more than 16 bits a sample; FLAC keeps 24 of them
 
 
@@ -41,6 +44,15 @@ def encode_flac(wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> bytes:
     buffer = BytesIO()
     soundfile.write(buffer, wave, rate, format="FLAC", subtype=subtype)
     return buffer.getvalue()
+
+
+def range_around(start: int, stop: int, samples: int, rate: int) -> tuple[int, int]:
+    """Give what to store of a recording of so many samples, for its piece [start, stop) to be resampled as in it.
+
+    That is `_AROUND_S` on either side, from a place on where samples of every usual rate stand at once.
+    """
+    around, grid = math.ceil(_AROUND_S * rate), rate // math.gcd(rate, _GRID_HZ)
+    return max(0, start - around) // grid * grid, min(samples, stop + around)
 
 
 def flac_piece(audio: bytes, start: int, stop: int, where: str) -> bytes:

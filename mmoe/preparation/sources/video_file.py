@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from mmoe.data.load.containers import open_container, translated
 from mmoe.preparation.clocks import SECOND_NS
 from mmoe.preparation.sources.base import Refused
-from mmoe.preparation.sources.encode import encode_flac
+from mmoe.preparation.sources.encode import encode_flac, range_around
 from mmoe.schema.bounds import check_bound
 from mmoe.schema.channels import find_silence, to_mono
 from mmoe.schema.sample import ALIGNMENT_NS
@@ -158,7 +158,10 @@ def packet_times(media: VideoFile) -> dict[int, np.ndarray]:
 
 
 def audio_between(media: VideoFile, start_ns: int, stop_ns: int) -> list[AudioRun]:
-    """Read the audio in [start_ns, stop_ns): one run without a gap after the other, none where there is no audio."""
+    """Read the audio in [start_ns, stop_ns): one run without a gap after the other, none where there is no audio.
+
+    A run goes on a little to either side, for its pieces to be resampled as in the whole (`range_around`).
+    """
     pieces, runs = list(_pieces(media, start_ns - _PREROLL_NS, stop_ns + _LASTING_NS)), []
     while pieces:
         count = _run_length(pieces)
@@ -170,10 +173,11 @@ def audio_between(media: VideoFile, start_ns: int, stop_ns: int) -> list[AudioRu
 class _Piece(NamedTuple):
     """A decoded frame of audio: the time of its first sample by the container, mono f32 [n], the rate in Hz.
 
-    `power` is that of its loudest channel, summed over the samples.
+    `number` is that of its first sample in the stream; `power` that of its loudest channel, summed over the samples.
     """
 
     time_ns: int
+    number: int
     wave: np.ndarray
     rate: int
     power: float
@@ -220,7 +224,10 @@ def _run(pieces: list[_Piece], start_ns: int, stop_ns: int) -> list[AudioRun]:
     count = sum(len(piece.wave) for piece in within)
     heard = sum(float(np.square(piece.wave, dtype=np.float64).sum()) for piece in within)
     silence = find_silence(math.sqrt(heard / count), math.sqrt(sum(piece.power for piece in within) / count))
-    return [AudioRun(int(whole.times_ns[inside][0]), rate, whole.wave[inside], whole.file_ns[inside], silence)]
+    places = np.flatnonzero(inside) + first.number
+    kept = np.array(range_around(int(places[0]), int(places[-1]) + 1, first.number + samples, rate)) - first.number
+    part = slice(max(0, int(kept[0])), int(kept[1]))
+    return [AudioRun(int(whole.times_ns[part][0]), rate, whole.wave[part], whole.file_ns[part], silence)]
 
 
 def _pieces(media: VideoFile, start_ns: int, stop_ns: int) -> Iterator[_Piece]:
@@ -242,6 +249,7 @@ def _decoded(media: VideoFile, from_ns: int | None) -> Iterator[_Piece]:
     with open_container(media.file, where) as container, translated(where, "set audio_stream to none"):
         stream = container.streams[media.audio]
         origin_ns, base, end_ns = _origin(container.streams[media.video]), stream.time_base, None
+        begin_ns = _origin(stream) - origin_ns
         # Before the first packet there is nothing to seek to, and not every container says so by staying where it is.
         if from_ns is not None and from_ns + origin_ns > _origin(stream):
             container.seek((from_ns + origin_ns) * base.denominator // (base.numerator * SECOND_NS), stream=stream)
@@ -251,7 +259,8 @@ def _decoded(media: VideoFile, from_ns: int | None) -> Iterator[_Piece]:
                 continue  # after a seek, before the first frame with a time
             samples = _samples(frame, media.file)
             power = float(np.square(samples).sum(axis=0).max())
-            yield _Piece(time_ns, to_mono(samples, where).astype(np.float32), frame.sample_rate, power)
+            rate, number = frame.sample_rate, round((time_ns - begin_ns) * frame.sample_rate / SECOND_NS)
+            yield _Piece(time_ns, number, to_mono(samples, where).astype(np.float32), rate, power)
             end_ns = time_ns + frame.samples * SECOND_NS // frame.sample_rate
 
 

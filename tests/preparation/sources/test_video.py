@@ -6,14 +6,20 @@ import os
 import av
 import numpy as np
 import pytest
+import torch
+import torchaudio
 
+from mmoe.data.load.decode import SampleLoader, SourceFiles
 from mmoe.data.load.frames import DAMAGED
-from mmoe.data.load.media import audio_info, load_audio, load_image
+from mmoe.data.load.media import audio_info, load_audio, load_image, load_resampled
+from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import DataError
 from mmoe.preparation.slices import CLOCKS, Clocks
 from mmoe.preparation.sources import video_file
 from mmoe.schema.bounds import BEYOND
 from mmoe.schema.modality import Modality
+from mmoe.tokenizers.audio import AudioConfig
+from mmoe.tokenizers.bundle import TokenizersConfig
 from tests.data.recordings import images, turned, video, write_jsonl
 from tests.data.recordings_robot import LEVEL, level_images
 from tests.data.recordings_video import clicks, ramp, video_bytes, webm_bytes
@@ -109,7 +115,8 @@ def test_clips_hold_their_own_part_alone(tmp_path):
             assert abs(last - 4 * (2000 * number + s.timestamp_ns // MS)) <= 4  # Matroska rounds to a millisecond
             assert last - first + 1 == 2000 or (number, s.slice, first) == (0, 0, 0)
         stored, _ = audio_info(sample.members["audio-0.flac"], "x")
-        assert stored == last + 1 - pieces[0][0]  # from half a second before the first frame to the last frame
+        # From half a second before the first frame to the last frame, with what resampling needs around.
+        assert 0 <= stored - (last + 1 - pieces[0][0]) <= 4 * (10 + 40 + 10)
         assert json.loads(sample.members["clip.json"])["start_ns"] == number * 2000 * MS
     assert only(read("video", tmp_path / "v.mkv", slices=20, audio_stream="none")[0]).flags == {}
 
@@ -222,6 +229,36 @@ def test_every_clip_is_what_decoding_from_the_start_gives(tmp_path, suffix, cont
             theirs = whole[last + 1 - len(heard_wave) : last + 1]
             assert len(heard_wave) == rate // 2 or last < rate // 2
             assert np.abs(heard_wave - theirs).max() < 2**-14
+
+
+def test_audio_of_slices_is_resampled_as_that_of_the_whole_video_is(tmp_path):
+    """Of every clip and slice; the ids of a document are as many as its plan says."""
+    times, rate, target = [40 * i for i in range(150)], 44_100, 8000
+    wave = (4000 * np.random.default_rng(0).normal(size=6 * rate)).astype(np.int16)
+    file = tmp_path / "v.mov"
+    made = {"container": "mov", "codec": "mpeg4"}
+    file.write_bytes(video_bytes(level_images(0, 150), times, [(rate, [(0, wave)])], **made))
+    samples, refused = read("video", file, slices=4)
+    assert not refused and len(samples) == 3
+    whole = torchaudio.functional.resample(torch.from_numpy(wave / np.float32(2**15)), rate, target).numpy()
+    for key, sample in samples.items():
+        for s in by_kind(sample, Modality.AUDIO):
+            piece = load_resampled(sample.members[s.member], s.start, s.stop, target, "x")
+            end = round((int(key[-8:]) + (s.timestamp_ns + s.offset_ns) / MS) * target / 1000) + 1
+            near = [stop for stop in range(end - 1, end + 2) if stop >= len(piece)]  # the samples nearest to that time
+            assert min(np.abs(piece - whole[stop - len(piece) : stop]).max() for stop in near) < 1e-6
+    prepare = {"heldout_share": 0, "audio": {"codebooks": 2, "mel": {"codebook_size": 8}}}
+    manifest, _ = run("video", file, tmp_path / "out", prepare=prepare, slices=4)
+    audio = AudioConfig(path=str(tmp_path / "out/audio_codec.safetensors"), **prepare["audio"])
+    tokenizers = TokenizersConfig(audio=audio).build({"v": manifest})
+    tars = tuple(str(tmp_path / "out" / shard.path) for shard in manifest.splits["train"].shards)
+    loader = SampleLoader([SourceFiles("v", tars)], tokenizers, "auto")
+    for row in range(3):
+        segments = loader.index(0, 0).row_segments(row)
+        segments = segments[segments["modality"] == Modality.AUDIO]
+        planned = Modality.AUDIO.spec.planned(segments, tokenizers, "v").tokens
+        (document,) = loader(DocumentRef(0, 0, row, 0, 0, 4, False, True))
+        assert np.isin(document.token_ids, list(tokenizers.vocabulary.ranges["audio"])).sum() == planned.sum() > 0
 
 
 def test_a_seek_that_leads_too_far_is_made_up_for(tmp_path, monkeypatch):
