@@ -19,10 +19,11 @@ class Decision(IntEnum):
     STOP = 3
 
 
-def agree(wish: Decision, last: bool) -> tuple[Decision, bool]:
-    """Return the strongest `wish` of all ranks, and whether any of them wants this step to be the `last`.
+def agree(wish: Decision, signal: int, last: bool) -> tuple[Decision, int, bool]:
+    """Return the strongest `wish` of all ranks, the `signal` that any of them has, and whether one ends by this step.
 
-    It takes one reduction of two whole numbers, which all ranks of the run enter once a step.
+    Of several signals it gives the largest number, 0 for none. `last` says that this rank wants to end. It takes one
+    reduction of three whole numbers, which all ranks of the run enter once a step.
     """
-    decision, ends = strongest(wish, last)
-    return Decision(decision), bool(ends)
+    decision, number, ends = strongest(wish, signal, last)
+    return Decision(decision), number, bool(ends)

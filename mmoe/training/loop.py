@@ -15,6 +15,7 @@ from mmoe.config.load import dump
 from mmoe.data.load.stream import StepData
 from mmoe.errors import CheckpointError, DivergenceError
 from mmoe.runtime.agreement import ProcessGroupRanks
+from mmoe.runtime.interrupt import INTERRUPTS, answered
 from mmoe.runtime.launch import outlast_sigterm
 from mmoe.runtime.watch import StepWatchdog
 from mmoe.training.callback import Callback, Callbacks, EvaluationResult
@@ -36,21 +37,23 @@ class Trainer:
         self.setting = StepSetting.from_run(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
         self.saved = 0  # the step of the last checkpoint
-        self.stop_requested = False  # by a signal to this process
-        self.interrupted = False  # by one to any process, known to all in the same step
+        self.stop_requested = 0  # the number of a signal to this process that asks for the end
+        self.interrupted = 0  # of one to any process, known to all after the same step
+        self.stopping = False  # the step under way is the last one, for that or for another reason
         self._watch = StepWatchdog(config.parallel.timeout_seconds, run.folder)
         self._rolled_back: set[int] = set()  # steps that were dropped by going back
 
     def train(self) -> None:
         """Train to the end of the session, saving and telling the callbacks on the way, and close them in any case.
 
+        A signal that ended it before is `interrupted`, on every process.
         Raises DivergenceError, any error of a callback, and at the end the OutputError of one. With a process group an
         error leaves SIGTERM ignored: the process is taken to end by it.
         """
         state = self.state
         with _stop_on_interrupt(self), self._watch, self.callbacks.session(self):
             steps = self._steps()
-            while state.step < self.stop_at and not self.interrupted:
+            while state.step < self.stop_at and not self.stopping:
                 result = self._next(steps)
                 if result.decision is Decision.ROLL_BACK:
                     del steps  # its readers end before the stream is set back
@@ -63,6 +66,8 @@ class Trainer:
                         self.save()
             if state.step != self.saved:
                 self.save()
+            if not self.stopping:  # a signal may have come after the last step was agreed on
+                _, self.interrupted, _ = agree(Decision.GO, self.stop_requested, False)
         self._raise_unwritten()
 
     def write_rest(self) -> None:
@@ -116,8 +121,8 @@ class Trainer:
     def _decide(self, wish: Decision, gradients: StepGradients) -> Decision:
         """The decision of all ranks; one that was told to stop, or whose disk is full, makes the step the last."""
         wish = max(wish, self.callbacks.wish(methodcaller("before_update", gradients)))
-        decision, last = agree(wish, self.stop_requested or self.callbacks.unwritten is not None)
-        self.interrupted = last or decision is Decision.STOP
+        decision, self.interrupted, full = agree(wish, self.stop_requested, self.callbacks.unwritten is not None)
+        self.stopping = bool(self.interrupted) or full or decision is Decision.STOP
         return decision
 
     def _roll_back(self) -> None:
@@ -171,19 +176,23 @@ class Trainer:
 
 @contextmanager
 def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the current step, saved; the second one kills it.
+    """The first Ctrl-C (or SIGTERM) is answered at once and ends the run after a step, saved; the second one kills it.
 
     A second SIGTERM does nothing where there are other processes: a scheduler and torchrun may both send one.
     """
 
     def handler(number: int, frame: Any) -> None:
-        trainer.stop_requested = True
+        trainer.stop_requested = number
         alone = number == signal.SIGINT or not dist.is_initialized()
         signal.signal(number, previous[number] if alone else signal.SIG_IGN)
 
-    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    def answer() -> str:
+        return f"stopping after step {min(trainer.state.step + 1, trainer.stop_at)}, saved; again to kill"
+
+    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in INTERRUPTS}
     try:
-        yield
+        with answered(answer):
+            yield
     except Exception:
         if dist.is_initialized():
             previous.pop(signal.SIGTERM)

@@ -79,7 +79,7 @@ KEYS = {
         "monitoring": "log_every_steps tables_every_steps digest_steps peak_flops",
         "monitoring.sinks.jsonl": "kind name",
         "monitoring.sinks.arrays": "kind name records_per_part flush_seconds",
-        "evaluation": "every_steps at_end batches",
+        "evaluation": "every_steps at_end max_documents batches",
     },
 }
 
