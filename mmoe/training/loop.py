@@ -19,7 +19,7 @@ from mmoe.runtime.interrupt import INTERRUPTS, answered
 from mmoe.runtime.launch import outlast_sigterm
 from mmoe.runtime.watch import StepWatchdog
 from mmoe.training.callback import Callback, Callbacks, EvaluationResult
-from mmoe.training.decision import Decision, agree
+from mmoe.training.decision import Agreement, Decision, agree
 from mmoe.training.gradients import StepGradients, StepSetting
 from mmoe.training.run import CONFIG, Run
 from mmoe.training.state import TrainState
@@ -41,6 +41,9 @@ class Trainer:
         self.interrupted = 0  # of one to any process, known to all after the same step
         self.stopping = False  # the step under way is the last one, for that or for another reason
         self._watch = StepWatchdog(config.parallel.timeout_seconds, run.folder)
+        self._clock = time.monotonic  # by which checkpoints are written
+        self._saved_at = self._clock()
+        self._late = False  # a checkpoint is due by the clock of a rank, known to all
         self._rolled_back: set[int] = set()  # steps that were dropped by going back
 
     def train(self) -> None:
@@ -50,7 +53,7 @@ class Trainer:
         Raises DivergenceError, any error of a callback, and at the end the OutputError of one. With a process group an
         error leaves SIGTERM ignored: the process is taken to end by it.
         """
-        state = self.state
+        state, self._saved_at = self.state, self._clock()
         with _stop_on_interrupt(self), self._watch, self.callbacks.session(self):
             steps = self._steps()
             while state.step < self.stop_at and not self.stopping:
@@ -62,12 +65,12 @@ class Trainer:
                 elif result.decision is not Decision.STOP:
                     self.beat("callbacks")
                     self.callbacks.tell(methodcaller("on_step", result))
-                    if self.checkpoints.config.due(state.step, self.last_step):
+                    if self._late or self.checkpoints.config.due(state.step, self.last_step):
                         self.save()
             if state.step != self.saved:
                 self.save()
             if not self.stopping:  # a signal may have come after the last step was agreed on
-                _, self.interrupted, _ = agree(Decision.GO, self.stop_requested, False)
+                self.interrupted = agree(Agreement(signal=self.stop_requested)).signal
         self._raise_unwritten()
 
     def write_rest(self) -> None:
@@ -96,7 +99,7 @@ class Trainer:
         """Write a checkpoint of the step that the run stands at, and tell the callbacks."""
         self.beat("checkpoint")
         path = self.checkpoints.save(self.state.step, self._sections(), {CONFIG: dump(self.run.config)})
-        self.saved = self.state.step
+        self.saved, self._saved_at = self.state.step, self._clock()
         self.callbacks.tell(methodcaller("on_checkpoint", path))
 
     def resume(self, step: int | None = None, check: Callable[[int], None] | None = None) -> None:
@@ -121,9 +124,11 @@ class Trainer:
     def _decide(self, wish: Decision, gradients: StepGradients) -> Decision:
         """The decision of all ranks; one that was told to stop, or whose disk is full, makes the step the last."""
         wish = max(wish, self.callbacks.wish(methodcaller("before_update", gradients)))
-        decision, self.interrupted, full = agree(wish, self.stop_requested, self.callbacks.unwritten is not None)
-        self.stopping = bool(self.interrupted) or full or decision is Decision.STOP
-        return decision
+        late, full = self.checkpoints.config.late(self._clock() - self._saved_at), self.callbacks.unwritten is not None
+        agreed = agree(Agreement(wish, self.stop_requested, full, late))
+        self.interrupted, self._late = agreed.signal, agreed.save
+        self.stopping = bool(agreed.signal) or agreed.last or agreed.decision is Decision.STOP
+        return agreed.decision
 
     def _roll_back(self) -> None:
         dropped = self.state.step + 1
@@ -137,7 +142,7 @@ class Trainer:
         if self.checkpoints.latest_step() is None:
             raise DivergenceError(
                 f"{self.run.folder}: step {dropped} is to be rolled back and there is no checkpoint yet; set a smaller "
-                "checkpoint.every_steps"
+                "checkpoint.every_steps or checkpoint.every_minutes"
             )
         self._load(None, None, lambda states: self.callbacks.roll_back(self.state.step, states))
 

@@ -139,3 +139,29 @@ def train_signaled(configuration, step) -> tuple:
 def test_a_signal_to_one_rank_is_known_to_all_of_them_even_after_the_last_step(two, folder, tmp_path, step, last):
     many = tree(folder, tmp_path / "many", **CHOSEN["dp2"])
     assert two.run(train_signaled, many, step) == [(last, signal.SIGTERM)] * 2
+
+
+class Fast(Log):
+    """Lets an hour pass for one rank before a step."""
+
+    def __init__(self, rank, step):
+        super().__init__()
+        self.rank, self.step = rank, step
+
+    def before_step(self, data):
+        if dist.get_rank() == self.rank and self.trainer.state.step + 1 == self.step:
+            self.trainer._saved_at -= 3600
+        return Decision.GO
+
+
+def train_timed(configuration) -> list[int]:
+    """Checkpoints of four steps, in which for rank 1 an hour passes in the second."""
+    trainer = Trainer(Run.build(configuration), [Fast(1, 2)], 4)
+    trainer.train()
+    return trainer.checkpoints.steps()
+
+
+def test_a_checkpoint_that_is_due_by_the_clock_of_one_rank_is_written_by_all(two, folder, tmp_path):
+    many = tree(folder, tmp_path / "many", **CHOSEN["dp2"])
+    checkpoint = many.checkpoint.model_copy(update={"every_steps": None, "every_minutes": 59.0})
+    assert two.run(train_timed, many.model_copy(update={"checkpoint": checkpoint})) == [[2, 4]] * 2
