@@ -29,6 +29,7 @@ from mmoe.runtime.agreement import ProcessGroupRanks
 from mmoe.runtime.interrupt import answered
 from mmoe.runtime.launch import distributed_context, rank_zero_first, same_config, strongest
 from mmoe.runtime.peak_memory import PeakMemory
+from mmoe.runtime.provenance import record_provenance
 from mmoe.training.callback import Callback
 from mmoe.training.changes import History, record_changes
 from mmoe.training.folder import check_start_over, start_over
@@ -110,6 +111,8 @@ def _train(
         console.print(f"{run.folder} holds no checkpoint: the run begins at step 0", soft_wrap=True)
     rank_zero_first(run.save_config)
     if trainer.state.step < trainer.stop_at:
+        state = trainer.state
+        rank_zero_first(lambda: record_provenance(run.folder, state.session, state.step, state.data))
         trainer.train()
         return trainer
     instead = "a larger training.budget_positions extends it, --fresh starts over"

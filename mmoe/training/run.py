@@ -114,14 +114,33 @@ def saved_fingerprint(state: dict[str, Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Holds a run's config, folder, data and model (weights as initialized, or as loaded)."""
+class RunView:
+    """Holds what a run is besides its model: its config, what follows from that, its folder and its data."""
 
     config: RunConfig
     resolved: ResolvedRun
     folder: Path
     sources: PreparedSources
     tokenizers: Tokenizers
+
+    @classmethod
+    def read(cls, folder: str | Path, overrides: Sequence[str] = ()) -> "RunView":
+        """Read the run in `folder`, to be looked at; of its checkpoints only what is no tensor is read.
+
+        `overrides` may give other addresses. Raises CheckpointError where the tokenizers are not those it has learned.
+        """
+        folder, config = Path(folder), rearrange(read_config(folder, UNWATCHED), overrides)
+        sources, tokenizers = open_sources(config)
+        found = CheckpointManager(folder / "checkpoints", config.checkpoint).document()
+        if found is not None:
+            check_unchanged(saved_fingerprint(found), fingerprint(sources, tokenizers), folder, only="tokenizers.")
+        return cls(absolute(config), ResolvedRun.to_measure(config), folder, sources, tokenizers)
+
+
+@dataclass(frozen=True)
+class Run(RunView):
+    """Holds a run with its model (weights as initialized, or as loaded)."""
+
     model: MultimodalModel
     device: torch.device
     ranks: StepExecutor
