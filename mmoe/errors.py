@@ -9,9 +9,13 @@ from typing import Any
 class MmoeError(Exception):
     """Is the base of all errors whose message is for the user; the CLI prints them without a traceback."""
 
+    exit_code = 1  # of the process that one of them ends
+
 
 class ConfigError(MmoeError):
     """Says why a configuration cannot run: the key, the reason and the remedy."""
+
+    exit_code = 2  # as for a wrong command line: the same command would fail again
 
 
 class DataError(MmoeError):

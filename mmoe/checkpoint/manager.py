@@ -31,7 +31,7 @@ from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.checkpoint.files import check, read_errors, write_errors
 from mmoe.checkpoint.group import checkpoint_ranks
 from mmoe.checkpoint.manifest import Manifest
-from mmoe.checkpoint.reader import find_whole, read_document
+from mmoe.checkpoint.reader import STATE, find_whole, read_document
 from mmoe.checkpoint.retention import retire
 from mmoe.checkpoint.snapshot import Snapshot
 from mmoe.checkpoint.tensors import fill_state
@@ -112,6 +112,14 @@ class CheckpointManager:
             except (CheckpointError, KeyError, OSError):
                 continue
         return None
+
+    def document(self) -> dict[str, Any] | None:
+        """Return what is no tensor of the newest checkpoint that has that whole, as it was written; None without one.
+
+        One process alone may call this. Raises CheckpointError where it is not such a document.
+        """
+        found = self.text(STATE)
+        return None if found is None else read_document(found[0].parent)
 
     def _write(self, snapshot: Snapshot, ranks: ProcessGroupRanks) -> Path:
         """Write and commit `snapshot`, and delete what is not kept beside it; returns its folder."""

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+STATE = "state.json"  # of a checkpoint, all that is not a tensor
+
 
 def find_whole(folder: Path, step: int | None, ranks: ProcessGroupRanks) -> tuple[Path, Manifest]:
     """Find the checkpoint of `step`, or (None) the newest whose files are all as they were written; all ranks agree.
@@ -48,7 +50,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError where it is not such a document.
     """
-    state = path / "state.json"
+    state = path / STATE
     try:
         document = json.loads(state.read_text(encoding="utf-8"))
         check_document(document)

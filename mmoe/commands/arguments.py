@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, e.g. optim.lr.peak=1e-3")]
 Measured = Annotated[
     list[str] | None,
-    typer.Argument(help="moved data or another layout, e.g. data.sources.drive.shards=/new/place parallel.ep=2"),
+    typer.Argument(
+        help="moved data, another layout, how much, e.g. data.sources.drive.shards=/new/place parallel.ep=2"
+    ),
 ]
 Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
 

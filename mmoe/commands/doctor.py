@@ -3,7 +3,6 @@
 import os
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from rich.table import Table
@@ -11,7 +10,6 @@ from rich.text import Text
 
 from mmoe.commands.console import Console, console
 
-PACKAGES = ("mmoe", "torch", "numpy", "pydantic", "tokenizers", "pyarrow")
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processors with bfloat16 arithmetic
 
 
@@ -23,6 +21,7 @@ def doctor() -> None:
 def print_diagnosis(console: Console) -> None:
     """Print versions, the machine and the table of optional packages."""
     from mmoe.optional import OPTIONAL_PACKAGES, status
+    from mmoe.runtime.provenance import versions
 
     for title, rows in (("versions", versions()), ("machine", machine())):
         table = Table(title, "", title_justify="left")
@@ -35,11 +34,6 @@ def print_diagnosis(console: Console) -> None:
         verdict = Text("available", "green") if found.available else found.reason
         table.add_row(name, package.purpose, found.version, verdict)
     console.print(table)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that figures depend on, by name."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def machine() -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mmoe.commands.arguments import Measured
 from mmoe.commands.console import Console, console
+from mmoe.commands.work_progress import evaluation_progress
 from mmoe.errors import MmoeError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def evaluate(
     """Measure a run on its held-out recordings; under torchrun, spread over the processes."""
     from mmoe.config.load import override
     from mmoe.evaluation.evaluate import evaluate as measure
+    from mmoe.runtime.interrupt import answered
     from mmoe.runtime.launch import distributed_context, same_config
     from mmoe.training.run import UNWATCHED, Run, read_config
 
@@ -38,7 +40,7 @@ def evaluate(
     with distributed_context(config.parallel.timeout_seconds, folder):
         same_config(json.dumps(asked))
         run = Run.load(folder, overrides=overrides or ())
-        with watched_progress(run, console) as progress:
+        with answered(lambda: "stopping; again to kill"), watched_progress(run, console) as progress:
             result = measure(run, shards=shards, blank=blanked, shuffle=shuffled, progress=progress)
         if result is not None:
             show(result, console)
@@ -47,11 +49,13 @@ def evaluate(
 @contextmanager
 def watched_progress(run: "Run", console: Console) -> Iterator["MeasureProgress"]:
     """Show how far an evaluation is, on the first rank, and stop it where its ranks do not go on together."""
-    from mmoe.commands.progress import evaluation_progress
     from mmoe.runtime.watch import StepWatchdog
 
     voice = console if run.ranks.first else Console(quiet=True)
-    with StepWatchdog(run.config.parallel.timeout_seconds, run.folder) as watch, evaluation_progress(voice) as draw:
+    with (
+        StepWatchdog(run.config.parallel.timeout_seconds, run.folder) as watch,
+        evaluation_progress(voice, voice.is_terminal) as draw,
+    ):
 
         def progress(what: str, done: int, of: int) -> None:
             watch.beat(done, f"evaluation: {what}")
@@ -96,3 +100,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, reason in result["not_evaluated"].items():
         table.add_row(name, "-", reason)
     console.print(table)
+    for name, samples in result["samples"].items():
+        if 0 < samples["evaluated"] < samples["held_out"]:
+            bound = result["max_documents"]
+            why = f"; evaluation.max_documents is {bound:,}" if bound and bound < samples["held_out"] else ""
+            said = f"{name}: {samples['evaluated']:,} of {samples['held_out']:,} held-out samples were measured{why}"
+            console.print(said, highlight=False, soft_wrap=True)

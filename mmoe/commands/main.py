@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -26,6 +27,7 @@ from mmoe.commands.stages import stages
 from mmoe.commands.train import train
 from mmoe.commands.upcycle import upcycle
 from mmoe.errors import MmoeError
+from mmoe.runtime.interrupt import BY_SIGNAL, Interrupted
 from mmoe.runtime.logging import set_up_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -63,7 +65,7 @@ OUTSIDE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "check the disk",
 }
-INTERRUPTED = 130  # as shells give it for Ctrl-C
+INTERRUPTED = BY_SIGNAL + signal.SIGINT
 
 
 def _print_version(asked: bool) -> None:
@@ -90,7 +92,7 @@ def main() -> None:
     try:
         app()
     except MmoeError as error:
-        _fail(without_secrets(str(error)))
+        _fail(without_secrets(str(error)), error.exit_code)
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
@@ -99,6 +101,8 @@ def main() -> None:
         _fail(f"{what}{os.strerror(error.errno)}; {OUTSIDE[error.errno]}")
     except KeyboardInterrupt:  # before a command has begun
         _fail("interrupted", INTERRUPTED)
+    except Interrupted:
+        raise
     except SystemExit as end:
         if end.code == INTERRUPTED:
             _fail("interrupted", INTERRUPTED)

@@ -4,19 +4,19 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mmoe.commands.arguments import Extending
 from mmoe.commands.console import Console, console, show_record
+from mmoe.commands.work_progress import work_progress
 from mmoe.errors import MmoeError
+from mmoe.runtime.interrupt import answered
 from mmoe.runtime.logging import set_up_logging
 
 if TYPE_CHECKING:
@@ -62,23 +62,28 @@ def prepare(
     tokenizer = TextConfig(path=text_tokenizer).build(DEFAULT_STORAGE.read)
     duplicates: dict[str, object] = {"near": True} if dedup else {}
     duplicates |= {"against": against} if against else {}
-    prepare_and_show(
-        kind,
-        source,
-        output,
-        text_tokenizer=tokenizer,
-        workers=workers,
-        engine=engine,
-        fresh=fresh,
-        options=merge(parse_overrides(options or []), {"prepare": {"dedup": duplicates}} if duplicates else {}),
-    )
+    with answered(_answer):
+        prepare_and_show(
+            kind,
+            source,
+            output,
+            text_tokenizer=tokenizer,
+            workers=workers,
+            engine=engine,
+            fresh=fresh,
+            options=merge(parse_overrides(options or []), {"prepare": {"dedup": duplicates}} if duplicates else {}),
+        )
+
+
+def _answer() -> str:
+    return "stopping; what is finished is kept, and the same command goes on from there; again to kill"
 
 
 def prepare_and_show(*arguments: Any, **options: Any) -> None:
-    """Call `mmoe.preparation.prepare.prepare` with a progress bar, and show what it has made."""
+    """Call `mmoe.preparation.prepare.prepare`, and show how far it is and what it has made."""
     from mmoe.preparation.prepare import prepare
 
-    show_summary(prepare(*arguments, progress=_show_progress, **options).summary, console)
+    show_summary(prepare(*arguments, progress=partial(work_progress, console), **options).summary, console)
 
 
 def show_summary(summary: "Summary", console: Console) -> None:
@@ -96,14 +101,6 @@ def show_summary(summary: "Summary", console: Console) -> None:
         console.print(note)
 
 
-@contextmanager
-def _show_progress(said: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(said, total=total, completed=done)
-        yield lambda count: progress.advance(bar, count)
-
-
 def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig", extensions: tuple[str, ...] = ()) -> None:
     """Make what a config names and the disk does not hold, in a process that ends with it and imports `extensions`.
 
@@ -115,8 +112,9 @@ def prepare_missing(sources: "dict[str, SourceConfig]", text: "TextConfig", exte
     process.start()
     sender.close()
     try:
-        error = answer.recv()
-        process.join()
+        with answered(_answer):
+            error = answer.recv()
+            process.join()
     except EOFError:
         process.join()
         why = "which was killed, often for lack of memory" if (process.exitcode or 0) < 0 else "which says why above"

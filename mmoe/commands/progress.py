@@ -1,14 +1,12 @@
-"""Shows the progress of a training session and of an evaluation as bars."""
+"""Shows the progress of a training session: a bar, or lines in a log."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from rich import progress as bars
 
-from mmoe.commands.console import Console, printable
+from mmoe.commands.console import Console
 from mmoe.monitoring.record import StepRecord
 from mmoe.training.callback import Callback, EvaluationResult
 from mmoe.training.loop import Trainer
@@ -89,37 +87,10 @@ class Progress(Callback):
             self._bar.update(self._task, completed=step)
 
     def close(self) -> None:
-        """Leave the bar as it is, and say so where the run was interrupted."""
+        """Leave the bar as it is, and say so where the run ends before its time."""
+        trainer = self._trainer
         if self._bar:
             self._bar.stop()
-        if self._trainer.interrupted and self._trainer.saved == self._trainer.state.step:
-            self.console.print(f"interrupted: saved at step {self._trainer.saved}; the same command resumes")
-
-
-@contextmanager
-def evaluation_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Show how many batches of each measure are done: a bar on a terminal, in a log file four lines a measure."""
-    if not console.is_terminal:
-        yield lambda what, done, of: _line(console, what, done, of)
-        return
-    columns = (
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console) as bar:
-        tasks: dict[str, Any] = {}
-
-        def draw(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(printable(what), total=of)
-            bar.update(tasks[what], completed=done)
-
-        yield draw
-
-
-def _line(console: Console, what: str, done: int, of: int) -> None:
-    # rounds of several batches may step over a quarter: it is said by the first that is behind it
-    if done == of or 4 * done // of > 4 * (done - 1) // of:
-        console.print(f"{what}: {done} of {of} batches", highlight=False)
+        if (trainer.stopping or trainer.interrupted) and trainer.saved == trainer.state.step:
+            why = "interrupted" if trainer.interrupted else "stopped"
+            self.console.print(f"{why}: saved at step {trainer.saved}; the same command resumes", highlight=False)

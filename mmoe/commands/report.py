@@ -15,7 +15,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], overrides: Ad
 
     with needs("drawing the report"):
         from mmoe.reporting.report import write_report
-    from mmoe.training.run import Run
+    from mmoe.training.run import RunView
 
-    write_report(Run.load(folder, overrides=overrides or ()))
+    write_report(RunView.read(folder, overrides=overrides or ()))
     console.print(f"wrote {folder / 'report.html'}")

@@ -7,6 +7,7 @@ own, and what evaluates and draws is imported once the training has ended. That 
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mmoe.addresses import is_missing
@@ -14,6 +15,7 @@ from mmoe.commands.console import Console
 from mmoe.commands.evaluate import show, watched_progress
 from mmoe.commands.prepare import prepare_missing
 from mmoe.commands.progress import Progress
+from mmoe.commands.work_progress import evaluation_progress
 from mmoe.config.load import dump
 from mmoe.data.plan.mixture import Mixture
 from mmoe.data.plan.prepared import sizes
@@ -24,8 +26,10 @@ from mmoe.optional import status
 from mmoe.parallel.mesh import check_one_process
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.agreement import ProcessGroupRanks
+from mmoe.runtime.interrupt import answered
 from mmoe.runtime.launch import distributed_context, rank_zero_first, same_config, strongest
 from mmoe.runtime.peak_memory import PeakMemory
+from mmoe.runtime.provenance import record_provenance
 from mmoe.training.callback import Callback
 from mmoe.training.changes import History, record_changes
 from mmoe.training.folder import check_start_over, start_over
@@ -43,9 +47,10 @@ def train(
     stop_after: int | None,
     from_step: int | None,
     adjustments: Sequence[str] = (),
-) -> None:
+) -> int:
     """Train to the end of the budget (or `stop_after` steps), then evaluate and report once the run is complete.
 
+    Gives the number of the signal that has interrupted it, saved, or 0.
     `adjustments` (`--set`, ``key=value``) change the rate of a run that has steps already, and are recorded. Under
     torchrun every process calls this, and all of them evaluate the model as it is spread.
     """
@@ -60,9 +65,12 @@ def train(
             rank_zero_first(lambda: check_start_over(folder))  # before anything is prepared
         with run_lock(folder):
             voice = console if ProcessGroupRanks().rank == 0 else Console(quiet=True)
-            run, complete = _train(config, voice, memory, fresh, stop_after, from_step, adjustments)
-        if complete and config.evaluation.at_end:
-            _evaluate(run, voice)
+            trainer = _train(config, voice, memory, fresh, stop_after, from_step, adjustments)
+        complete = trainer.state.step == trainer.last_step
+        if complete and config.evaluation.at_end and not trainer.interrupted:
+            with answered(lambda: f"stopping; {folder} is trained, and the same command evaluates it; again to kill"):
+                _evaluate(trainer.run, voice)
+    return trainer.interrupted
 
 
 def _train(
@@ -73,8 +81,7 @@ def _train(
     stop_after: int | None,
     from_step: int | None,
     adjustments: Sequence[str],
-) -> tuple[Run, bool]:
-    """The run, and whether it has had all its steps."""
+) -> Trainer:
     rank_zero_first(lambda: _prepare(config))
     run = Run.build(config)
     if fresh:
@@ -83,7 +90,8 @@ def _train(
     if config.evaluation.every_steps is not None:
         from mmoe.evaluation.callback import Evaluation
 
-        callbacks.append(Evaluation(config.evaluation))
+        # lines, on a terminal too: the bar of the training stands there
+        callbacks.append(Evaluation(config.evaluation, partial(evaluation_progress, console, drawn=False)))
     progress = Progress(console)
     metrics = MetricsCallback(memory, progress.tell)
     trainer = Trainer(run, [*callbacks, metrics, progress], stop_after)
@@ -103,15 +111,17 @@ def _train(
         console.print(f"{run.folder} holds no checkpoint: the run begins at step 0", soft_wrap=True)
     rank_zero_first(run.save_config)
     if trainer.state.step < trainer.stop_at:
+        state = trainer.state
+        rank_zero_first(lambda: record_provenance(run.folder, state.session, state.step, state.data))
         trainer.train()
-        return run, trainer.state.step == trainer.last_step
+        return trainer
     instead = "a larger training.budget_positions extends it, --fresh starts over"
     if trainer.stop_at < trainer.last_step:
         instead = f"--stop-after {trainer.stop_at} leaves none to do; a later one goes on"
     console.print(f"{run.folder} has its {trainer.state.step} steps already; {instead}", soft_wrap=True)
     if strongest(metrics.unwritten)[0]:
         trainer.write_rest()
-    return run, trainer.state.step == trainer.last_step
+    return trainer
 
 
 def _resume(run: Run, trainer: Trainer, from_step: int | None, adjustments: Sequence[str], console: Console) -> None:

@@ -22,8 +22,9 @@ def train(
 ) -> None:
     """Train a run, or resume it where its folder already holds checkpoints. What is missing is prepared first."""
     from mmoe.commands import session
+    from mmoe.runtime.interrupt import Interrupted
 
-    session.train(
+    interrupted = session.train(
         config_at(config, overrides),
         console,
         fresh=fresh,
@@ -31,3 +32,5 @@ def train(
         from_step=from_step,
         adjustments=adjustments or (),
     )
+    if interrupted:
+        raise Interrupted(interrupted)

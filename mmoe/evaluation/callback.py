@@ -1,8 +1,8 @@
 """Evaluates within training: held-out cross-entropy and action error every n steps, on the model as it is spread."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 
@@ -22,13 +22,18 @@ from mmoe.training.step import StepResult
 class Evaluation(Callback):
     """Measures the run on a bounded, seeded choice of held-out batches, and tells all callbacks.
 
-    Every rank has one. It changes nothing of what training draws, reads and computes.
+    Every rank has one. It changes nothing of what training draws, reads and computes. `shown` is entered for each
+    evaluation and gives what is told of every round of its batches.
     """
 
     name = "evaluation"
 
-    def __init__(self, config: EvaluationConfig) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        shown: Callable[[], AbstractContextManager[MeasureProgress]] = lambda: nullcontext(lambda *_: None),
+    ) -> None:
+        self.config, self._shown = config, shown
 
     def on_start(self, trainer: Trainer) -> None:
         """Keep the trainer, whose model is measured. Raises ConfigError where nothing is held out."""
@@ -47,8 +52,13 @@ class Evaluation(Callback):
         if self.config.every_steps is None or result.step % self.config.every_steps:
             return
         trainer = self._trainer
-        with _random_state_kept():
-            scalars = measure_run(trainer.run, self._heldout, lambda *_: trainer.beat("evaluation"))
+        with _random_state_kept(), self._shown() as show:
+
+            def progress(what: str, done: int, of: int) -> None:
+                trainer.beat("evaluation")
+                show(what, done, of)
+
+            scalars = measure_run(trainer.run, self._heldout, progress)
         trainer.tell_evaluation(EvaluationResult(result.step, scalars))
 
 

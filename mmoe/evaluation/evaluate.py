@@ -83,6 +83,7 @@ def evaluate(
                 "shards": shards,
                 "ablation": donors.record() if donors else None,
                 "samples": _counted(view.sources, found.documents),
+                "max_documents": run.config.evaluation.max_documents,
                 "not_evaluated": not_evaluated,
                 **found.tokens.report(),
                 **_actions(run, view, found.actions, found.features),

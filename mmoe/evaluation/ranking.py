@@ -64,7 +64,8 @@ def rank_candidates(model: Inference, only: list[str], stand_in: StandIn | None 
     """Return by source the number of `rows`, `chance`, and for each score `accuracy` with its 95 % Wilson bound `low`.
 
     A source without such rows, or with one text only, is not in the answer. Rows that do not fit a sequence with
-    every candidate are left out and counted; of more than `MOST_ROWS` a seeded choice is asked about. All ranks ask;
+    every candidate are left out and counted; of more than `MOST_ROWS` (or
+    `evaluation.max_documents`) a seeded choice is asked about. All ranks ask;
     the figures are rank 0's, elsewhere each source's are empty.
     """
     run = model.run
@@ -122,8 +123,9 @@ def _questions(run: Run, decoder: SampleLoader, source: int) -> tuple[list[_Ques
     texts = [start + np.array(ids, np.int64) for ids in numbers]
     questions = []
     rng = np.random.default_rng((run.config.training.seed, source))
-    if len(rows) > MOST_ROWS:
-        rows = [rows[number] for number in np.sort(rng.choice(len(rows), MOST_ROWS, replace=False)).tolist()]
+    most = min(MOST_ROWS, run.config.evaluation.max_documents or MOST_ROWS)
+    if len(rows) > most:
+        rows = [rows[number] for number in np.sort(rng.choice(len(rows), most, replace=False)).tolist()]
     for ref, own, rest, patches in rows if len(texts) > 1 else ():
         candidates = _candidates(own, len(texts), rng)
         if rest + max(len(texts[number]) for number in candidates) > room:

@@ -64,7 +64,7 @@ class MetricsCallback(Callback):
         if not self._first:
             return
         self._count(result)
-        last = result.step == trainer.stop_at or trainer.interrupted
+        last = result.step == trainer.stop_at or trainer.stopping
         tables = last or result.step % config.tables_every_steps == 0
         if digest or tables or self._evaluated or result.step % config.log_every_steps == 0:
             record = self._record(trainer, result, tables)

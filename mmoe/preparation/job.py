@@ -134,6 +134,11 @@ def listing_digest(items: Iterable[Item], input: Path | None, leave_out: tuple[P
     return digest.hexdigest()
 
 
+def names_digest(names: Iterable[str]) -> str:
+    """Return a digest of a set of names."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
 def _add_file(digest: Any, path: Path) -> None:
     try:
         stat = path.stat()

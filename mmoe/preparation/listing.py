@@ -4,11 +4,11 @@ from pathlib import Path
 
 from mmoe.config.base import Config
 from mmoe.data.load.reading import reading
-from mmoe.errors import DataError
+from mmoe.errors import DataError, brief
 from mmoe.preparation.lists import SPLIT_GAP, Refusals
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.files import check_name
-from mmoe.preparation.splits import GAP_NS, Split, split_recordings
+from mmoe.preparation.splits import GAP_NS, Holdout, Split
 
 
 def check_named(input: str | Path) -> None:
@@ -37,19 +37,44 @@ def list_items(source: Source, input: Path, reader: Config, quarantine: Refuse) 
     return list(items.values())
 
 
-def split_items(source: Source, items: list[Item], lost: Refusals, heldout_share: float) -> tuple[Split, Refusals]:
+def split_items(source: Source, items: list[Item], lost: Refusals, holdout: Holdout) -> tuple[Split, Refusals]:
     """Split the items that are not `lost` by side; also return the refusals of those in the gap between the sides."""
     gone = {key for key, *_ in lost}
     left = [item for item in items if item.key not in gone]
-    sides = split_recordings(left, heldout_share, gap=0 if source.clock == "none" else GAP_NS)
+    sides = holdout.split(left, gap=0 if source.clock == "none" else GAP_NS)
     said = "sample {} lies in the gap before the held-out tail of {}"
     return sides, [(item.key, SPLIT_GAP, said.format(item.key, item.recording)) for item in sides.gap]
 
 
-def can_split(source: Source, items: list[Item], lost: Refusals, heldout_share: float) -> bool:
+def check_listed(holdout: Holdout, items: list[Item], listed: Path, input: Path) -> list[str]:
+    """Return in a sentence what the file `listed` names and no item has. Raises DataError where it names none."""
+    if holdout.listed is None:
+        return []
+    strange = sorted(holdout.listed.difference(*({item.key, item.recording} for item in items)))
+    some = ", ".join(brief(name, 60, quoted=False) for name in strange[:5]) + (", ..." if len(strange) > 5 else "")
+    if len(strange) == len(holdout.listed):
+        raise DataError(
+            f"{listed}: none of its {len(strange)} lines is the key or the recording of a sample in {input} ({some}); "
+            "give one key or recording a line, as `mmoe inspect` and the reader name them"
+        )
+    if not strange:
+        return []
+    return [f"{listed}: {len(strange):,} of its {len(holdout.listed):,} names are of no sample in {input}: {some}"]
+
+
+def read_listed(path: Path) -> frozenset[str]:
+    """Read a list of keys or recordings, one a line. Raises DataError where it cannot be read or names nothing."""
+    with reading("list of what is held out", str(path), "give a text file with one key or recording a line"):
+        names = frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines()) - {""}
+    if not names:
+        raise DataError(f"{path} names nothing to hold out; give one key or recording a line")
+    return names
+
+
+def can_split(source: Source, items: list[Item], lost: Refusals, holdout: Holdout) -> bool:
     """Tell whether both sides of the split keep an item once those that are `lost` are gone."""
     try:
-        sides, _ = split_items(source, items, lost, heldout_share)
+        sides, _ = split_items(source, items, lost, holdout)
     except DataError:
         return False
     return bool(sides.heldout and sides.train)

@@ -5,6 +5,7 @@ from pathlib import Path
 from mmoe.errors import DataError
 from mmoe.preparation.chunks import Chunk, StoredChunk
 from mmoe.preparation.source_report import ItemLog, SplitReport
+from mmoe.preparation.splits import Holdout
 
 QUARANTINE = "quarantine.jsonl"  # what could not be read
 REMOVED = "removed.jsonl"  # what could be read and was left out
@@ -35,7 +36,7 @@ def write_lists(
 
 def unfilled(
     reports: dict[str, SplitReport],
-    heldout_share: float,
+    holdout: Holdout,
     refused: ItemLog,
     left_out: ItemLog,
     input: str | Path,
@@ -46,12 +47,13 @@ def unfilled(
     The error names the commonest reason, and where the lists will be.
     """
     taken = {name: report.samples for name, report in reports.items()}
-    empty = "train" if not taken["train"] else "heldout" if heldout_share and not taken["heldout"] else None
+    wanted = [name for name, no in (("train", holdout.everything), ("heldout", holdout.nothing)) if not no]
+    empty = next((name for name in wanted if not taken[name]), None)
     if empty is None:
         return None
     counts, examples = refused.counts + left_out.counts, left_out.examples | refused.examples
     if not counts:
-        more = ", or set prepare.heldout_share=0" if empty == "heldout" else ""
+        more = ", or set prepare.heldout_share=0" if empty == "heldout" and holdout.listed is None else ""
         return DataError(f"{input} gives no sample for the split {empty}; add recordings{more}")
     # The gap follows from the split: whoever has nothing left wants to know what became of the rest.
     named = {reason: count for reason, count in counts.items() if reason != SPLIT_GAP} or counts

@@ -22,7 +22,7 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmoe.addresses import check_address
 from mmoe.config.base import Config
@@ -43,8 +43,8 @@ from mmoe.preparation.chunks import (
 )
 from mmoe.preparation.duplicates import Duplicates
 from mmoe.preparation.engines import Engine, run
-from mmoe.preparation.job import JOB_FORMAT, Job, listing_digest
-from mmoe.preparation.listing import can_split, check_named, list_items, split_items
+from mmoe.preparation.job import JOB_FORMAT, Job, listing_digest, names_digest
+from mmoe.preparation.listing import can_split, check_listed, check_named, list_items, read_listed, split_items
 from mmoe.preparation.lists import (
     QUARANTINE,
     REMOVED,
@@ -62,6 +62,7 @@ from mmoe.preparation.rows import Row, make_sample
 from mmoe.preparation.source_report import SplitReport, Summary, summary
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Item, Source
+from mmoe.preparation.splits import HeldoutBy, Holdout
 from mmoe.preparation.statistics import KNOTS
 from mmoe.schema.bounds import bounded_by
 from mmoe.schema.channels import CANCELLED
@@ -89,9 +90,23 @@ _WORTH_SECONDS = 4.0  # of work, for which a process more is started
 class PrepareConfig(ChunkConfig):
     """Says what preparation decides for any source; given as ``prepare.<key>`` among the reader's options."""
 
-    heldout_share: float = Field(0.15, ge=0, lt=1)  # of recordings, or of the length of each; 0: hold out nothing
+    # Of recordings, or of the length of each; 0: hold out nothing, 1: all, as an official test side.
+    heldout_share: float = Field(0.15, ge=0, le=1)
+    heldout_by: HeldoutBy = "recordings"  # size: the share is that of all bytes, seconds or (without extent) samples
+    heldout_list: str | None = None  # a file with a key or a recording a line, which says instead what is held out
     audio: AudioConfig = AudioConfig()  # the codec fitted to a source with audio, where its kind is mel
     audio_seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "PrepareConfig":
+        if self.heldout_list is not None and self.model_fields_set & {"heldout_share", "heldout_by"}:
+            raise ValueError("heldout_list says what is held out; leave out heldout_share and heldout_by")
+        return self
+
+    def holdout(self) -> Holdout:
+        """Return what is to be held out. Raises DataError for a list that cannot be read."""
+        listed = None if self.heldout_list is None else read_listed(Path(self.heldout_list))
+        return Holdout(self.heldout_share, self.heldout_by, listed)
 
     def chunks(self) -> ChunkConfig:
         """Return the part of the config by which chunks are made."""
@@ -135,6 +150,7 @@ def prepare(
     check_named(input)
     config.filters.check()
     config.dedup.check()
+    holdout = config.holdout()
     if config.video_backend == "decord":
         require("decord", "prepare.video_backend")
     for address in (input, output):
@@ -150,7 +166,8 @@ def prepare(
     with bounded_by(config.bounds):
         try:
             items = list_items(source, Path(input), reader, lambda key, why: listed.append((key, why.reason, str(why))))
-            split_items(source, items, [], config.heldout_share)
+            split_items(source, items, [], holdout)
+            strange = check_listed(holdout, items, Path(config.heldout_list or ""), Path(input))
         except DataError as error:
             raise with_list(error, listed, output) from error
         with reading("source", str(input), "repair its description"):
@@ -166,6 +183,7 @@ def prepare(
             "text tokenizer": text_tokenizer.fingerprint,
             "input": listing_digest(items, None if source.generated else Path(input), (job.folder, output)),
             "against": {source: _digest(source) for source in config.dedup.against},
+            "held-out list": None if holdout.listed is None else names_digest(holdout.listed),
         }
         resumed = job.pin(pins)
         rate = config.audio.mel.sample_rate if config.audio.kind == "mel" else None
@@ -177,7 +195,7 @@ def prepare(
 
         lost: Refusals = job.remember("lost", list)
         while True:
-            sides, gap = split_items(source, items, lost, config.heldout_share)
+            sides, gap = split_items(source, items, lost, holdout)
             plan = job.remember("plan", partial(_plan, make, sides.heldout + sides.train))
             sized = [(side, getattr(sides, side), plan["chunk"]) for side in ("heldout", "train")]
             chunks = [chunk for given in sized for chunk in cut_chunks(*given)]
@@ -191,15 +209,11 @@ def prepare(
             folders = _remove_duplicates(job, remove, chunks, removed, work)
             reports, shards = _assemble(job, folders)
             refused, left_out = write_lists(job.result, [*listed, *lost, *gap], folders, removed)
-            problem = unfilled(reports, config.heldout_share, refused, left_out, input, output)
+            problem = unfilled(reports, holdout, refused, left_out, input, output)
             if problem is None:
                 break
             again = [*lost, *refusals(folders)]
-            if (
-                reports["train"].samples
-                and len(again) > len(lost)
-                and can_split(source, items, again, config.heldout_share)
-            ):
+            if reports["train"].samples and len(again) > len(lost) and can_split(source, items, again, holdout):
                 job.begin_again("lost", again)  # what was held out cannot be read: others are held out instead
                 lost = again
                 continue
@@ -213,13 +227,13 @@ def prepare(
             clock=source.clock,
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
             rig=source.rig,
-            vectors=vector_stats(source, reports["train"], reports["heldout"]),
+            vectors=vector_stats(source, reports["heldout" if holdout.everything else "train"], reports["heldout"]),
             splits={name: reports[name].entry(shards[name]) for name in SPLITS},
             quarantined=dict(sorted(refused.counts.items())),
             removed=dict(sorted(left_out.counts.items())),
         )
         said = summary(kind, reports, refused.counts, left_out.counts, manifest.vectors)
-        said.notes.extend(source.notes)
+        said.notes.extend([*strange, *source.notes])
         if cancelled := sum(report.flags[CANCELLED] for report in reports.values()):
             said.notes.append(
                 f"audio: {cancelled:,} clips are silent, since their channels cancel out when they are mixed; "
@@ -244,9 +258,10 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
     """
     source, reader, config = _settings(kind, options)
     check_named(input)
+    holdout = config.holdout()
     with bounded_by(config.bounds):
         items = list_items(source, Path(input), reader, lambda key, refusal: None)
-        items = split_items(source, items, [], config.heldout_share)[0].train
+        items = split_items(source, items, [], holdout)[0].train
     for item in items:
         try:
             with bounded_by(config.bounds):
@@ -260,7 +275,7 @@ def vector_stats(source: Source, train: SplitReport, heldout: SplitReport) -> di
     """Return the statistics of every vector stream over all rows of the training tables, by modality name.
 
     Actions have the quantiles that bins are cut at. The held-out tables give only what is clipped of them, and how far
-    their values reach.
+    their values reach; of a source that is all held out they are both, and no tokenizer of a run is made of it.
     """
     stats = {}
     for modality, rows in sorted(train.vectors.items()):

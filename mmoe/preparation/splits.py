@@ -2,12 +2,16 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Literal
 
 from mmoe.errors import DataError
 from mmoe.hashing import blake2b
 from mmoe.preparation.sources.base import Item
 
+HeldoutBy = Literal["recordings", "size"]
+
 GAP_NS = 2_000_000_000  # left out between the training part and the held-out tail of one recording
+_NEAR = 0.5  # whole recordings must meet the share by size within this factor, else each gives its tail
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,56 @@ class Split:
     gap: list[Item]
 
 
-def split_recordings(items: list[Item], share: float, gap: int) -> Split:
-    """Hold out about `share` of the recordings as wholes, at least one of them.
+@dataclass(frozen=True)
+class Holdout:
+    """Says what is to be held out: a `share` of the recordings or of their size, or the items that are `listed`."""
 
-    Recordings of the highest rank go first, equal ranks by a keyed hash of their name. Where there are so few
-    that one is more than `share`, and all of them may be cut (`Item.stop` > 0), each gives the last `share` of its
-    extent instead, and what overlaps the `gap` before it (in the unit of the extent) goes to neither side.
+    share: float
+    by: HeldoutBy = "recordings"
+    listed: frozenset[str] | None = None  # keys of items and names of recordings; None: by share
+
+    @property
+    def everything(self) -> bool:
+        """Whether the source is one held-out side, from which nothing is learned."""
+        return self.listed is None and self.share == 1
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all of the source is for training."""
+        return self.listed is None and self.share == 0
+
+    def split(self, items: list[Item], gap: int) -> Split:
+        """Return the `items` by side; see `split_recordings` for the `gap`. Raises DataError."""
+        if self.listed is None:
+            return split_recordings(items, self.share, gap, self.by)
+        held = [item.key in self.listed or item.recording in self.listed for item in items]
+        sides = ([item for item, out in zip(items, held, strict=True) if out is side] for side in (False, True))
+        return Split(*sides, [])
+
+
+def split_recordings(items: list[Item], share: float, gap: int, by: HeldoutBy = "recordings") -> Split:
+    """Hold out about `share` of the recordings as wholes, at least one of them, or `by` size that of all they hold.
+
+    Recordings of the highest rank go first, equal ranks by a keyed hash of their name; by size, those that are larger
+    than what is still to be held out are passed over. The size of an item is its extent, or one where it has none.
+    Where there are so few recordings (by size: so large) that the share is not met, and all of them may be cut
+    (`Item.stop` > 0), each gives the last `share` of its extent instead, and what overlaps the `gap` before it (in the
+    unit of the extent) goes to neither side.
     Raises DataError when there is but one recording and it may not be cut.
     """
     if share == 0 or not items:
         return Split(list(items), [], [])
+    if share == 1:
+        return Split([], list(items), [])
     recordings = {item.recording: item.rank for item in items}
-    if len(recordings) * share < 1 and all(item.stop > 0 for item in items):
+    sizes = _sizes(items, by)
+    drawn = sorted(recordings, key=lambda name: (-recordings[name], _keyed_hash(name), name))
+    held = _draw(drawn, sizes, share, by)
+    if by == "recordings":
+        met = share * len(recordings) >= 1
+    else:
+        met = _NEAR * share <= sum(sizes[name] for name in held) <= share / _NEAR
+    if not met and all(item.stop > 0 for item in items):
         tails = _tails(items, share, gap)
         if tails.heldout or len(recordings) < 2:  # recordings of an item or two have no tail to give
             return tails
@@ -39,10 +81,31 @@ def split_recordings(items: list[Item], share: float, gap: int) -> Split:
             f"the only recording is {next(iter(recordings))!r} and cannot be cut, so nothing can be held out; "
             "add recordings, or set prepare.heldout_share=0"
         )
-    count = min(max(1, round(len(recordings) * share)), len(recordings) - 1)
-    drawn = sorted(recordings, key=lambda name: (-recordings[name], _keyed_hash(name), name))
-    held = set(drawn[:count])
     return Split([i for i in items if i.recording not in held], [i for i in items if i.recording in held], [])
+
+
+def _sizes(items: list[Item], by: HeldoutBy) -> dict[str, float]:
+    """By recording: its share of all there is."""
+    sizes: dict[str, float] = defaultdict(float)
+    for item in items:
+        sizes[item.recording] += max(1, item.stop - item.start) if by == "size" else 0
+    total = sum(sizes.values()) or 1
+    return {name: size / total for name, size in sizes.items()}
+
+
+def _draw(drawn: list[str], sizes: dict[str, float], share: float, by: HeldoutBy) -> set[str]:
+    """The recordings that are held out as wholes, of those `drawn`, in this order; never all of them."""
+    if by == "recordings":
+        return set(drawn[: min(max(1, round(len(drawn) * share)), len(drawn) - 1)])
+    held: set[str] = set()
+    left = share
+    for name in drawn:
+        if sizes[name] <= left and len(held) < len(drawn) - 1:
+            held.add(name)
+            left -= sizes[name]
+    if not held and len(drawn) > 1:
+        held = {min(drawn, key=lambda name: (sizes[name], _keyed_hash(name)))}
+    return held
 
 
 def _tails(items: list[Item], share: float, gap: int) -> Split:

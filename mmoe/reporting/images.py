@@ -16,7 +16,7 @@ from mmoe.optional import needs
 from mmoe.reporting.page import parts
 from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD, Rig
-from mmoe.training.run import Run
+from mmoe.training.run import RunView
 
 # As one stands in the standard rig: the row in front, the row behind.
 AROUND = ("front_left", "front", "front_right", "back_left", "back", "back_right")
@@ -36,7 +36,7 @@ class SliceImages:
     rig: Rig = STANDARD
 
 
-def read_slice(run: Run, source: str, shard: int, row: int, chunk: int) -> SliceImages:
+def read_slice(run: RunView, source: str, shard: int, row: int, chunk: int) -> SliceImages:
     """Read the slice of a held-out row that its action chunk number `chunk` belongs to."""
     files = next(files for files in run.sources.files("heldout") if files.name == source)
     index = ShardIndex.read(files.tars[shard], run.sources.storage)

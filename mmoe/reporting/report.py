@@ -14,7 +14,8 @@ from mmoe.planning.capacity import LAST, advise
 from mmoe.reporting import figures
 from mmoe.reporting.images import read_slice, slice_card
 from mmoe.reporting.page import Section, page, parts, plot
-from mmoe.training.run import Run, model_inputs
+from mmoe.runtime.provenance import read_provenance
+from mmoe.training.run import RunView, model_inputs
 
 REPORT = "report.html"
 
@@ -30,7 +31,7 @@ TRAINING = {
 }
 
 
-def write_report(run: Run) -> None:
+def write_report(run: RunView) -> None:
     """Write ``summary.json`` and ``report.html`` into the run's folder, from its metrics and evaluations.
 
     Images of sample slices are read from the held-out shards. Raises DataError where no step was recorded.
@@ -41,7 +42,7 @@ def write_report(run: Run) -> None:
         write_atomically(run.folder / REPORT, html)
 
 
-def render_report(run: Run, records: RunRecords) -> str:
+def render_report(run: RunView, records: RunRecords) -> str:
     """Render the report of a run as a page of HTML."""
     summary = summarize(records)
     sections = [_training(run, records), _experts(run, records)]
@@ -53,7 +54,7 @@ def render_report(run: Run, records: RunRecords) -> str:
             _slices(run, records),
             _evaluations(records),
         ]
-    sections += [_data(run, records), _config(run)]
+    sections += [_data(run, records), _sessions(run), _config(run)]
     cards = [parts.card(*card) for card in key_figures(summary)]
     return page(str(run.folder), _lead(run, summary), cards, filter(None, sections))
 
@@ -91,7 +92,7 @@ def key_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _training(run: Run, records: RunRecords) -> Section | None:
+def _training(run: RunView, records: RunRecords) -> Section | None:
     terms = {"loss": "total"} | {f"loss_{term.name}": term.title or term.name for term in run.resolved.loss_terms}
     columns = records.reader.columns(*terms, *TRAINING)
     return "Training", (
@@ -103,7 +104,7 @@ def _training(run: Run, records: RunRecords) -> Section | None:
     )
 
 
-def _experts(run: Run, records: RunRecords) -> Section | None:
+def _experts(run: RunView, records: RunRecords) -> Section | None:
     reader = records.reader
     load, gradients = (figures.over_even(reader.tables(name)) for name in ("expert_load", "router_grad_norm"))
     if load is None:
@@ -181,7 +182,7 @@ def _texts(records: RunRecords) -> Section | None:
     return "Cross-entropy and ranking", Markup().join(shown)
 
 
-def _slices(run: Run, records: RunRecords) -> Section | None:
+def _slices(run: RunView, records: RunRecords) -> Section | None:
     cards = [
         slice_card(item, examples["names"], read_slice(run, source, item["shard"], item["row"], item["chunk"]))
         for source, examples in records.plain["examples"].items()
@@ -205,7 +206,7 @@ def _evaluations(records: RunRecords) -> Section | None:
     return "Evaluations", parts.table(heads, rows)
 
 
-def _data(run: Run, records: RunRecords) -> Section | None:
+def _data(run: RunView, records: RunRecords) -> Section | None:
     last = records.reader.last()
     lost, planned, served, bad = (
         {key.partition("/")[2]: value for key, value in last.items() if key.startswith(f"{kind}/")}
@@ -225,11 +226,24 @@ def _data(run: Run, records: RunRecords) -> Section | None:
     return "Data", parts.table(heads, rows)
 
 
-def _config(run: Run) -> Section | None:
+def _sessions(run: RunView) -> Section | None:
+    """Where the numbers come from: a row for each call of `mmoe train`."""
+    rows = []
+    for line in read_provenance(run.folder):
+        code, found = line["code"], line["versions"]
+        commit = (code["commit"] or "of no repository")[:12] + (", changed" if code["dirty"] else "")
+        versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "CUDA") if name in found)
+        where = f"{line['ranks']} on {line['host']}" + (", ..." if line["machines"] > 1 else "")
+        rows.append([line["session"], line["step"], line["time"], commit, versions, where, line["command"]])
+    heads = ["session", "from step", "begun", "commit", "versions", "ranks", "command"]
+    return ("Sessions", parts.table(heads, rows)) if rows else None
+
+
+def _config(run: RunView) -> Section | None:
     return "Configuration", parts.details("the resolved tree", dump(run.config))
 
 
-def _lead(run: Run, summary: dict[str, Any]) -> str:
+def _lead(run: RunView, summary: dict[str, Any]) -> str:
     with torch.device("meta"):  # what is here of the model may be a part of it
         inputs = model_inputs(run.tokenizers)
         model = MultimodalModel(run.config.model, inputs, run.resolved.heads(inputs))

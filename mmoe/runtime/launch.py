@@ -66,8 +66,10 @@ def distributed_context(timeout_seconds: float, run_folder: Path) -> Iterator[in
         after = _first_failure(rank, error)
         record_error(run_folder, rank, error, step=step, after=after)
         _leave_after_error()
+        if isinstance(error, ConfigError):
+            end_restarts()
         if rank > 0:
-            raise SystemExit(1) from error
+            raise SystemExit(error.exit_code if isinstance(error, MmoeError) else 1) from error
         if after is not None:
             raise StoppedError(f"{after}; {run_folder / 'errors.jsonl'} has the errors of all ranks") from error
         raise
@@ -84,6 +86,15 @@ def outlast_sigterm() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_restarts() -> None:
+    """Have torchrun end instead of starting all processes again: what a config says is wrong every time.
+
+    torchrun starts again after any end but 0, whatever its code; SIGTERM is how it is told to end.
+    """
+    if restart_count() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def same_config(text: str) -> None:

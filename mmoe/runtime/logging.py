@@ -51,12 +51,19 @@ def rank_log(folder: Path, rank: int) -> Iterator[None]:
             own.addHandler(terminal)
 
 
-def append(path: Path, line: str) -> None:
-    """Add a line by one write: lines of ranks that write together do not mix on a local disk."""
+def append(path: Path, lines: str) -> None:
+    """Add lines by one write: those of ranks that write together do not mix on a local disk.
+
+    A line that a killed process has left unfinished ends before them, and spoils none of them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode(errors="backslashreplace"))
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        rest = memoryview((b"\n" if torn else b"") + lines.encode(errors="backslashreplace"))
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
     finally:
         os.close(descriptor)
 

@@ -1,6 +1,7 @@
 """Decides what becomes of a step: the strongest wish of any callback on any rank, taken by all ranks."""
 
 from enum import IntEnum
+from typing import NamedTuple
 
 from mmoe.runtime.launch import strongest
 
@@ -19,10 +20,19 @@ class Decision(IntEnum):
     STOP = 3
 
 
-def agree(wish: Decision, last: bool) -> tuple[Decision, bool]:
-    """Return the strongest `wish` of all ranks, and whether any of them wants this step to be the `last`.
+class Agreement(NamedTuple):
+    """Says what all ranks do about a step; of a rank, what it wants to be done."""
 
-    It takes one reduction of two whole numbers, which all ranks of the run enter once a step.
+    decision: Decision = Decision.GO
+    signal: int = 0  # the number of the signal that ends the run, of several the largest; 0: none
+    last: bool = False  # the run ends with this step
+    save: bool = False  # a checkpoint is written after it
+
+
+def agree(wanted: Agreement) -> Agreement:
+    """Return what any rank wants, the strongest wish first: one reduction of four whole numbers.
+
+    All ranks of the run enter it once a step.
     """
-    decision, ends = strongest(wish, last)
-    return Decision(decision), bool(ends)
+    decision, signal, last, save = strongest(*wanted)
+    return Agreement(Decision(decision), signal, bool(last), bool(save))

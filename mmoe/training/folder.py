@@ -14,6 +14,7 @@ from mmoe.files import writes
 FILES = (
     r"config\.yaml",
     r"changes\.jsonl",
+    r"provenance\.jsonl",
     r"metrics\.jsonl",
     r"metrics-undone\.jsonl",
     r"tracked-[\w.-]+\.json",

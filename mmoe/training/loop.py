@@ -15,10 +15,11 @@ from mmoe.config.load import dump
 from mmoe.data.load.stream import StepData
 from mmoe.errors import CheckpointError, DivergenceError
 from mmoe.runtime.agreement import ProcessGroupRanks
+from mmoe.runtime.interrupt import INTERRUPTS, answered
 from mmoe.runtime.launch import outlast_sigterm
 from mmoe.runtime.watch import StepWatchdog
 from mmoe.training.callback import Callback, Callbacks, EvaluationResult
-from mmoe.training.decision import Decision, agree
+from mmoe.training.decision import Agreement, Decision, agree
 from mmoe.training.gradients import StepGradients, StepSetting
 from mmoe.training.run import CONFIG, Run
 from mmoe.training.state import TrainState
@@ -36,21 +37,26 @@ class Trainer:
         self.setting = StepSetting.from_run(run.resolved, run.tokenizers.vocabulary, run.device, run.ranks)
         self.checkpoints = CheckpointManager(run.folder / "checkpoints", config.checkpoint)
         self.saved = 0  # the step of the last checkpoint
-        self.stop_requested = False  # by a signal to this process
-        self.interrupted = False  # by one to any process, known to all in the same step
+        self.stop_requested = 0  # the number of a signal to this process that asks for the end
+        self.interrupted = 0  # of one to any process, known to all after the same step
+        self.stopping = False  # the step under way is the last one, for that or for another reason
         self._watch = StepWatchdog(config.parallel.timeout_seconds, run.folder)
+        self._clock = time.monotonic  # by which checkpoints are written
+        self._saved_at = self._clock()
+        self._late = False  # a checkpoint is due by the clock of a rank, known to all
         self._rolled_back: set[int] = set()  # steps that were dropped by going back
 
     def train(self) -> None:
         """Train to the end of the session, saving and telling the callbacks on the way, and close them in any case.
 
+        A signal that ended it before is `interrupted`, on every process.
         Raises DivergenceError, any error of a callback, and at the end the OutputError of one. With a process group an
         error leaves SIGTERM ignored: the process is taken to end by it.
         """
-        state = self.state
+        state, self._saved_at = self.state, self._clock()
         with _stop_on_interrupt(self), self._watch, self.callbacks.session(self):
             steps = self._steps()
-            while state.step < self.stop_at and not self.interrupted:
+            while state.step < self.stop_at and not self.stopping:
                 result = self._next(steps)
                 if result.decision is Decision.ROLL_BACK:
                     del steps  # its readers end before the stream is set back
@@ -59,10 +65,12 @@ class Trainer:
                 elif result.decision is not Decision.STOP:
                     self.beat("callbacks")
                     self.callbacks.tell(methodcaller("on_step", result))
-                    if self.checkpoints.config.due(state.step, self.last_step):
+                    if self._late or self.checkpoints.config.due(state.step, self.last_step):
                         self.save()
             if state.step != self.saved:
                 self.save()
+            if not self.stopping:  # a signal may have come after the last step was agreed on
+                self.interrupted = agree(Agreement(signal=self.stop_requested)).signal
         self._raise_unwritten()
 
     def write_rest(self) -> None:
@@ -91,7 +99,7 @@ class Trainer:
         """Write a checkpoint of the step that the run stands at, and tell the callbacks."""
         self.beat("checkpoint")
         path = self.checkpoints.save(self.state.step, self._sections(), {CONFIG: dump(self.run.config)})
-        self.saved = self.state.step
+        self.saved, self._saved_at = self.state.step, self._clock()
         self.callbacks.tell(methodcaller("on_checkpoint", path))
 
     def resume(self, step: int | None = None, check: Callable[[int], None] | None = None) -> None:
@@ -116,9 +124,11 @@ class Trainer:
     def _decide(self, wish: Decision, gradients: StepGradients) -> Decision:
         """The decision of all ranks; one that was told to stop, or whose disk is full, makes the step the last."""
         wish = max(wish, self.callbacks.wish(methodcaller("before_update", gradients)))
-        decision, last = agree(wish, self.stop_requested or self.callbacks.unwritten is not None)
-        self.interrupted = last or decision is Decision.STOP
-        return decision
+        late, full = self.checkpoints.config.late(self._clock() - self._saved_at), self.callbacks.unwritten is not None
+        agreed = agree(Agreement(wish, self.stop_requested, full, late))
+        self.interrupted, self._late = agreed.signal, agreed.save
+        self.stopping = bool(agreed.signal) or agreed.last or agreed.decision is Decision.STOP
+        return agreed.decision
 
     def _roll_back(self) -> None:
         dropped = self.state.step + 1
@@ -132,7 +142,7 @@ class Trainer:
         if self.checkpoints.latest_step() is None:
             raise DivergenceError(
                 f"{self.run.folder}: step {dropped} is to be rolled back and there is no checkpoint yet; set a smaller "
-                "checkpoint.every_steps"
+                "checkpoint.every_steps or checkpoint.every_minutes"
             )
         self._load(None, None, lambda states: self.callbacks.roll_back(self.state.step, states))
 
@@ -171,19 +181,23 @@ class Trainer:
 
 @contextmanager
 def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the current step, saved; the second one kills it.
+    """The first Ctrl-C (or SIGTERM) is answered at once and ends the run after a step, saved; the second one kills it.
 
     A second SIGTERM does nothing where there are other processes: a scheduler and torchrun may both send one.
     """
 
     def handler(number: int, frame: Any) -> None:
-        trainer.stop_requested = True
+        trainer.stop_requested = number
         alone = number == signal.SIGINT or not dist.is_initialized()
         signal.signal(number, previous[number] if alone else signal.SIG_IGN)
 
-    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    def answer() -> str:
+        return f"stopping after step {min(trainer.state.step + 1, trainer.stop_at)}, saved; again to kill"
+
+    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in INTERRUPTS}
     try:
-        yield
+        with answered(answer):
+            yield
     except Exception:
         if dist.is_initialized():
             previous.pop(signal.SIGTERM)

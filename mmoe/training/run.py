@@ -51,6 +51,7 @@ def is_run(folder: str | Path) -> bool:
     return any((Path(folder) / name).exists() for name in (CONFIG, "checkpoints"))
 
 
+BOUND = "evaluation.max_documents"
 UNWATCHED = ("training.callbacks=[]", "monitoring.sinks=null")  # of what only a training needs, and its packages
 
 
@@ -80,7 +81,8 @@ def rearrange(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Return the config of a trained run with other addresses, of data that was moved, and a layout to measure in.
 
     Degrees that `overrides` name are taken as they are; else a process group gets a layout that fits it. Unless
-    `overrides` say otherwise weights are gathered anew for every pass (ZeRO-3): none is kept for a backward pass.
+    `overrides` say otherwise weights are gathered anew for every pass (ZeRO-3): none is kept for a backward pass. How
+    much is measured (`evaluation.max_documents`) may change too.
     Raises ConfigError for an override of anything else, since the weights were trained with the rest, and for degrees
     that one process cannot have.
     """
@@ -89,10 +91,10 @@ def rearrange(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         flatten(change_addresses(each, lambda _: "an address").model_dump(mode="json")) for each in (config, changed)
     )
     keys = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-    if others := sorted(key for key in keys if not key.startswith("parallel.")):
+    if others := sorted(key for key in keys if not key.startswith("parallel.") and key != BOUND):
         raise ConfigError(
             f"{', '.join(others)} cannot be changed of a run that is trained; only addresses can, such as "
-            "data.sources.NAME.shards=FOLDER, and the layout, such as parallel.ep=2"
+            f"data.sources.NAME.shards=FOLDER, the layout, such as parallel.ep=2, and {BOUND}"
         )
     named = {item.partition("=")[0] for item in overrides}
     chosen = bool(named & {f"parallel.{axis}" for axis in DEGREES})
@@ -112,14 +114,33 @@ def saved_fingerprint(state: dict[str, Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Holds a run's config, folder, data and model (weights as initialized, or as loaded)."""
+class RunView:
+    """Holds what a run is besides its model: its config, what follows from that, its folder and its data."""
 
     config: RunConfig
     resolved: ResolvedRun
     folder: Path
     sources: PreparedSources
     tokenizers: Tokenizers
+
+    @classmethod
+    def read(cls, folder: str | Path, overrides: Sequence[str] = ()) -> "RunView":
+        """Read the run in `folder`, to be looked at; of its checkpoints only what is no tensor is read.
+
+        `overrides` may give other addresses. Raises CheckpointError where the tokenizers are not those it has learned.
+        """
+        folder, config = Path(folder), rearrange(read_config(folder, UNWATCHED), overrides)
+        sources, tokenizers = open_sources(config)
+        found = CheckpointManager(folder / "checkpoints", config.checkpoint).document()
+        if found is not None:
+            check_unchanged(saved_fingerprint(found), fingerprint(sources, tokenizers), folder, only="tokenizers.")
+        return cls(absolute(config), ResolvedRun.to_measure(config), folder, sources, tokenizers)
+
+
+@dataclass(frozen=True)
+class Run(RunView):
+    """Holds a run with its model (weights as initialized, or as loaded)."""
+
     model: MultimodalModel
     device: torch.device
     ranks: StepExecutor
@@ -167,11 +188,12 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, text)
 
-    def heldout(self, *, isolated: bool, **choices: Any) -> HeldoutBatches:
-        """Plan the held-out batches, which are on the CPU.
+    def heldout(self, *, isolated: bool, most_documents: int | None = None, **choices: Any) -> HeldoutBatches:
+        """Plan the held-out batches, which are on the CPU, of at most `evaluation.max_documents` of each source.
 
-        `isolated`: the text of every pair is a document of its own, else of none. For `choices` see `HeldoutBatches`.
+        `isolated`: the text of every pair is a document of its own, else of none. For the rest see `HeldoutBatches`.
         """
+        bounds = [bound for bound in (most_documents, self.config.evaluation.max_documents) if bound is not None]
         return HeldoutBatches(
             self.config.data,
             self.sources,
@@ -180,5 +202,6 @@ class Run:
             micro_sequences=self.config.training.heldout_sequences,
             label_weights=self.config.losses.ce.label_weights(),
             isolated=isolated,
+            most_documents=min(bounds, default=None),
             **choices,
         )

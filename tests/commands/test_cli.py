@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mmoe import __version__
 from mmoe.commands import main as cli
-from mmoe.errors import DataError, MmoeError
+from mmoe.errors import ConfigError, DataError, MmoeError
 from tests.conftest import REPOSITORY
 
 CONFIG = """
@@ -60,19 +60,19 @@ def test_train_prepares_what_is_missing_evaluates_and_reports(root):
 
 
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    "arguments, sentence, code",
     [
-        (["train", "configs/demo.yaml", "optim.lr.peek=1"], "did you mean optim.lr.peak?"),
-        (["train", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (["train", "configs/demo.yaml", "parallel.offload=true"], "parallel.offload is true, which is FSDP's work"),
-        (["prepare", "txt", "a", "b"], "did you mean text?"),
-        (["evaluate", "nowhere"], "nowhere is not a run; train it first"),
-        (["evaluate", "nowhere", "--blank", "sight"], "'sight' is not a modality; choose from"),
+        (["train", "configs/demo.yaml", "optim.lr.peek=1"], "did you mean optim.lr.peak?", 2),
+        (["train", "nowhere.yaml"], "nowhere.yaml does not exist", 2),
+        (["train", "configs/demo.yaml", "parallel.offload=true"], "parallel.offload is true, which is FSDP's work", 2),
+        (["prepare", "txt", "a", "b"], "did you mean text?", 2),
+        (["evaluate", "nowhere"], "nowhere is not a run; train it first", 2),
+        (["evaluate", "nowhere", "--blank", "sight"], "'sight' is not a modality; choose from", 1),
     ],
 )
-def test_a_fault_is_one_sentence_and_no_traceback(arguments, sentence):
+def test_a_fault_is_one_sentence_and_no_traceback(arguments, sentence, code):
     done = mmoe(*arguments)
-    assert done.returncode == 1 and sentence in " ".join(done.stderr.split())
+    assert done.returncode == code and sentence in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 
@@ -86,6 +86,7 @@ def test_a_fault_is_one_sentence_and_no_traceback(arguments, sentence):
         (IsADirectoryError(errno.EISDIR, "x", "a"), 1, "error a: Is a directory; name a file"),
         (KeyboardInterrupt(), 130, "error interrupted"),
         (SystemExit(130), 130, "error interrupted"),
+        (ConfigError("model.d_model is 0"), 2, "error model.d_model is 0"),
         (DataError("a\x1b[31m [/b] \udcff"), 1, "error a\\x1b[31m [/b] \\udcff"),
     ],
 )

@@ -13,10 +13,12 @@ from rich.console import Console
 
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.commands import session
+from mmoe.commands.report import report
 from mmoe.config.load import dump, load
 from mmoe.errors import CheckpointError, ConfigError, DataError, OutputError
 from mmoe.monitoring.sinks.tensorboard import TensorboardConfig
 from mmoe.recipe.config import RunConfig
+from mmoe.runtime.provenance import read_provenance
 from mmoe.schema.manifest import SourceManifest
 from mmoe.training.loop import Trainer
 from mmoe.training.run import Run, read_config
@@ -283,6 +285,26 @@ def test_a_state_that_is_no_training_is_one_sentence(run):
     with pytest.raises(CheckpointError, match="state of step 9 is not that of a training .KeyError.*--from-step"):
         trainer.resume()
     assert checkpoints(place)[-1] == "step-00000009"
+
+
+def test_a_report_reads_no_weights_counts_the_parameters_and_says_where_the_numbers_come_from(run, monkeypatch):
+    """Every file of tensors is gone; what is counted is what a model in memory has."""
+    configuration, place = run
+    train(configuration, stop_after=5)
+    count = sum(parameter.numel() for parameter in Run.build(configuration).model.parameters())
+    lines = read_provenance(place)
+    assert [(line["session"], line["step"]) for line in lines] == [(0, 0), (1, 4)]
+    assert {name for name in lines[1]["data"] if name.startswith("source ")} == {
+        f"source {name}" for name in configuration.data.sources
+    }
+    for path in (place / "checkpoints").glob("*/*.distcp"):
+        path.unlink()
+    report(place, None)
+    page = (place / "report.html").read_text()
+    assert f"{count:,} parameters" in page and "<h2>Sessions</h2>" in page and lines[1]["time"] in page
+    fit_codec(Path(configuration.tokenizers.audio.path), seed=1)
+    with pytest.raises(CheckpointError, match="tokenizers.audio differs in fingerprint"):
+        report(place, None)
 
 
 def test_off_a_terminal_every_record_is_a_line_with_its_figures(folder, tmp_path):

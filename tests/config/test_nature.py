@@ -75,11 +75,11 @@ KEYS = {
         "tokenizers.audio": "path",
         "parallel": "timeout_seconds",
         "training": "run callbacks",
-        "checkpoint": "every_steps keep",
+        "checkpoint": "every_steps every_minutes keep",
         "monitoring": "log_every_steps tables_every_steps digest_steps peak_flops",
         "monitoring.sinks.jsonl": "kind name",
         "monitoring.sinks.arrays": "kind name records_per_part flush_seconds",
-        "evaluation": "every_steps at_end batches",
+        "evaluation": "every_steps at_end max_documents batches",
     },
 }
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from textwrap import dedent
 
 import pytest
+import torch.distributed as dist
 
 from mmoe.config.load import dump
 from mmoe.monitoring.metrics import state_digest
@@ -112,3 +114,54 @@ def test_an_error_on_one_rank_alone_ends_the_other_which_names_it(folder, tmp_pa
     assert (told[1]["message"], told[1]["after"], told[1]["step"]) == ("RuntimeError: meant", None, 1)
     assert told[0]["after"].startswith("rank 1 failed: RuntimeError: meant"), done.stderr[-2000:]
     assert [path.name for path in tmp_path.glob("closed-*")] == ["closed-close-1"]
+
+
+class Signaled(Log):
+    """Sends its process a signal, on one rank, after a step."""
+
+    def __init__(self, number, rank, step):
+        super().__init__()
+        self.number, self.rank, self.step = number, rank, step
+
+    def on_step(self, result):
+        if result.step == self.step and dist.get_rank() == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+def train_signaled(configuration, step) -> tuple:
+    """(steps done, signal that all know of) of a session of four steps in which rank 1 gets SIGTERM after `step`."""
+    trainer = Trainer(Run.build(configuration), [Signaled(signal.SIGTERM, 1, step)], 4)
+    trainer.train()
+    return trainer.state.step, trainer.interrupted
+
+
+@pytest.mark.parametrize("step, last", [(2, 3), (4, 4)])
+def test_a_signal_to_one_rank_is_known_to_all_of_them_even_after_the_last_step(two, folder, tmp_path, step, last):
+    many = tree(folder, tmp_path / "many", **CHOSEN["dp2"])
+    assert two.run(train_signaled, many, step) == [(last, signal.SIGTERM)] * 2
+
+
+class Fast(Log):
+    """Lets an hour pass for one rank before a step."""
+
+    def __init__(self, rank, step):
+        super().__init__()
+        self.rank, self.step = rank, step
+
+    def before_step(self, data):
+        if dist.get_rank() == self.rank and self.trainer.state.step + 1 == self.step:
+            self.trainer._saved_at -= 3600
+        return Decision.GO
+
+
+def train_timed(configuration) -> list[int]:
+    """Checkpoints of four steps, in which for rank 1 an hour passes in the second."""
+    trainer = Trainer(Run.build(configuration), [Fast(1, 2)], 4)
+    trainer.train()
+    return trainer.checkpoints.steps()
+
+
+def test_a_checkpoint_that_is_due_by_the_clock_of_one_rank_is_written_by_all(two, folder, tmp_path):
+    many = tree(folder, tmp_path / "many", **CHOSEN["dp2"])
+    checkpoint = many.checkpoint.model_copy(update={"every_steps": None, "every_minutes": 59.0})
+    assert two.run(train_timed, many.model_copy(update={"checkpoint": checkpoint})) == [[2, 4]] * 2

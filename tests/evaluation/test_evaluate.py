@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 
 from mmoe.commands.console import Console
 from mmoe.commands.evaluate import show
+from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.actions import read_chunks
 from mmoe.evaluation.evaluate import evaluate, file_name
 from mmoe.evaluation.examples import examples
 from mmoe.schema.modality import Modality
 from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
-from tests.data.synthetic import clip_sample, text_sample, write_source
+from mmoe.training.run import rearrange
+from tests.data.synthetic import MAKERS, clip_sample, text_sample, write_source
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,24 @@ def test_other_shards_are_read_as_the_run_reads_its_own(trained, plain, prepared
     assert (trained.folder / "evaluation-on-clip.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["audio", "clip"])
+def test_a_source_that_is_all_held_out_is_measured_with_the_tokenizers_of_the_run(trained, plain, tmp_path, name):
+    """The same recordings as the run's own held-out ones: the same figures."""
+    rng = np.random.default_rng(list(MAKERS).index(name))
+    made = [MAKERS[name](rng, f"{name}-{i}") for i in range(24)]
+    made = [MAKERS[name](rng, f"{name}-h{i}") for i in range(10)]
+    write_source(tmp_path / "official", {"train": [], "heldout": made})
+    other = evaluate(trained, shards=str(tmp_path / "official"))
+    assert other["samples"] == {name: plain["samples"][name]}
+    for kind, entry in plain["ce_by_source"][name].items():
+        assert other["ce_by_source"][name][kind] == pytest.approx(entry, rel=1e-4)
+    config = trained.config.data
+    source = config.sources[name].model_copy(update={"shards": str(tmp_path / "official")})
+    alone = PreparedSources(config.model_copy(update={"sources": {name: source}}))
+    with pytest.raises(DataError, match="official is held out as a whole .* leave data.sources"):
+        alone.mixture(trained.tokenizers, 1000)
+
+
 def test_a_source_that_cannot_be_shuffled_is_left_out_with_the_reason(build_run, tmp_path):
     rng = np.random.default_rng(0)
     heldout = [clip_sample(rng, f"h{i}", 2) for i in range(3)]
@@ -156,3 +177,28 @@ def test_the_table_names_every_figure(plain):
     text = console.export_text()
     for said in ("CE of text, text", "action error, clip", "hold_last", "recall@1 of 19, clip/vision-text", "by pmi"):
         assert said in text
+
+
+def test_no_more_than_the_bound_of_each_source_is_measured_the_same_choice_each_time_and_that_is_said(trained, plain):
+    """The few that are chosen are measured as they are in a run whose held-out data is these few alone."""
+    evaluation = trained.config.evaluation.model_copy(update={"max_documents": 4})
+    bounded = replace(trained, config=trained.config.model_copy(update={"evaluation": evaluation}))
+    first, again = evaluate(bounded), evaluate(bounded)
+    assert {name: entry["evaluated"] for name, entry in first["samples"].items()} == dict.fromkeys(plain["samples"], 4)
+    assert {name: entry["held_out"] for name, entry in first["samples"].items()} == {
+        name: entry["held_out"] for name, entry in plain["samples"].items()
+    }
+    assert first["val_ce"] == again["val_ce"] and first["val_ce"] != plain["val_ce"]
+    assert first["actions"]["chunks"] < plain["actions"]["chunks"] and first["action_mse_baselines"]["ridge"] > 0
+    console = Console(record=True, file=open(os.devnull, "w"), width=200)
+    show(first, console)
+    assert "clip: 4 of 10 held-out samples were measured; evaluation.max_documents is 4" in console.export_text()
+    show(plain, console)
+    assert "were measured" not in console.export_text()
+
+
+def test_how_much_is_measured_may_be_said_to_the_command(trained):
+    config = rearrange(trained.config, ["evaluation.max_documents=7"])
+    assert config.evaluation.max_documents == 7
+    with pytest.raises(ConfigError, match="evaluation.batches cannot be changed .* and evaluation.max_documents"):
+        rearrange(trained.config, ["evaluation.batches=7"])

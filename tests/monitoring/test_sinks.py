@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmoe.config.load import validate
 from mmoe.errors import ConfigError, DataError, OutputError
@@ -24,6 +25,7 @@ from mmoe.monitoring.record import StepRecord
 from mmoe.monitoring.sinks import Sink
 from mmoe.monitoring.sinks.arrays import ArraysConfig
 from mmoe.monitoring.sinks.jsonl import JsonlConfig
+from mmoe.monitoring.sinks.tensorboard import TensorboardConfig
 from mmoe.recipe.monitoring import MonitoringConfig, SinkContext
 from tests.conftest import REPOSITORY
 
@@ -243,3 +245,30 @@ def test_a_config_names_sinks_by_kind_and_is_told_of_one_that_is_none_and_of_two
         config({"kind": "wandb"})
     dumped = config({"kind": "arrays", "records_per_part": 5}).model_dump(mode="json")
     assert validate(MonitoringConfig, dumped, "test").sinks[0].records_per_part == 5
+
+
+@pytest.mark.parametrize("torn", [0, 1, 9, 30])
+def test_tensorboard_shows_no_point_that_a_run_has_undone_whatever_a_kill_has_left_of_the_last_one(tmp_path, torn):
+    """Steps 1 to 6, of which the last may be cut off; the run goes on after step 3 and ends with 4."""
+
+    def board(begin: int, marks: dict[int, int]) -> None:
+        sink = TensorboardConfig().build(SinkContext(tmp_path, {}))
+        sink.rewind(begin)
+        for step, mark in marks.items():
+            sink.write(record(step, mark))
+        sink.close()
+
+    board(0, {step: step for step in range(1, 7)})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    os.truncate(events, events.stat().st_size - torn)
+    before = shown(tmp_path)
+    assert before[:5] == [(step, step) for step in range(1, 6)] and len(before) == (5 if torn else 6)
+    board(3, {4: 40})
+    assert shown(tmp_path) == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def shown(folder: Path) -> list[tuple[int, float]]:
+    """Step and value of the points of the one curve `mark`, as TensorBoard reads them."""
+    read = EventAccumulator(str(folder / "tensorboard")).Reload()
+    (curve,) = [tag for tag in read.Tags()["scalars"] if "mark" in tag]
+    return [(point.step, point.value) for point in read.Scalars(curve)]

@@ -64,23 +64,41 @@ def test_ssh_ends_all_machines_when_one_fails(tmp_path, bin):
     assert run.returncode == 7  # the failure, not the end that it made
 
 
-def slurm(tmp_path: Path, bin: Path, *, torchrun: str) -> subprocess.Popen:
+def slurm(tmp_path: Path, bin: Path, *options: str, torchrun: str, config: str = "exit 0") -> subprocess.Popen:
+    """`torchrun` and `config` are what these two commands do; what was called is in calls.txt."""
     script(bin / "srun", 'shift; exec "$@"')
     script(bin / "scontrol", 'if [ "$1" = show ]; then printf "node-a\\nnode-b\\n"; else echo "$*" > requeued.txt; fi')
-    python = script(tmp_path / "python", f'echo "$@" > call.txt; {torchrun}')
+    does = f'case "$3" in config) {config};; doctor) exit 0;; esac'
+    noted = 'echo "$@" >> calls.txt; echo "$SRUN_CPUS_PER_TASK $NCCL_DEBUG" > variables.txt'
+    python = script(tmp_path / "python", f"{noted}; {does}; {torchrun}")
     names = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]"}
-    return start(tmp_path, "bash", FOLDER / "slurm.sbatch", "c.yaml", "a=1", PYTHON=str(python), **names)
+    names |= {"SLURM_CPUS_PER_TASK": "12"}
+    return start(tmp_path, "bash", FOLDER / "slurm.sbatch", "c.yaml", "a=1", *options, PYTHON=str(python), **names)
 
 
 @pytest.mark.parametrize("code", [0, 5])
 def test_slurm_ends_as_its_run_ends(tmp_path, bin, code):
-    run = slurm(tmp_path, bin, torchrun=f"exit {code}")
+    run = slurm(tmp_path, bin, "--stop-after", "9", "--set", "b=2", torchrun=f"exit {code}")
     output = run.communicate(timeout=20)[0].decode()
     assert run.returncode == code, output
-    call = (tmp_path / "call.txt").read_text()
+    *before, call = (tmp_path / "calls.txt").read_text().splitlines()
+    assert before == ["-m mmoe doctor", "-m mmoe config c.yaml a=1 b=2"]
+    assert (tmp_path / "variables.txt").read_text() == "12 WARN\n"
     assert "--nnodes=2 --nproc-per-node=8" in call and "--rdzv-endpoint=node-a:29500 --rdzv-id=17.0" in call
-    assert call.endswith("-m mmoe train c.yaml a=1\n")
+    assert call.endswith("-m mmoe train c.yaml a=1 --stop-after 9 --set b=2")
     assert not (tmp_path / "requeued.txt").exists()
+
+
+def test_slurm_starts_nothing_where_the_config_cannot_run(tmp_path, bin):
+    run = slurm(tmp_path, bin, torchrun="exit 0", config="exit 2")
+    output = run.communicate(timeout=20)[0].decode()
+    assert run.returncode == 2 and "the config cannot run" in output
+    assert "torch.distributed.run" not in (tmp_path / "calls.txt").read_text()
+    assert not (tmp_path / "requeued.txt").exists()
+
+
+def test_slurm_gives_a_task_the_whole_memory_of_its_machine():
+    assert "\n#SBATCH --mem=0\n" in (FOLDER / "slurm.sbatch").read_text()
 
 
 def test_slurm_saves_and_requeues_at_the_time_limit(tmp_path, bin):

@@ -500,3 +500,35 @@ def test_what_cannot_be_prepared_is_said_at_once(tmp_path):
         run("text", tmp_path, tmp_path / "new", prepare={"held_share": 0.1})
     with pytest.raises(ConfigError, match="did you mean donkeycar"):
         run("donkey", tmp_path, tmp_path / "new")
+
+
+def test_a_list_says_what_is_held_out_and_names_in_it_that_are_of_no_sample_are_said(tmp_path):
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": f"line {i}"} for i in range(20)])
+    write_jsonl(tmp_path / "in" / "b.jsonl", [{"text": f"other {i}"} for i in range(20)])
+    listed = tmp_path / "test.txt"
+    listed.write_text("a-000007\nb-000001\n\nb-000999\n")
+    manifest, printed = run("text", tmp_path / "in", tmp_path / "out", prepare={"heldout_list": str(listed)})
+    assert keys(tmp_path / "out", manifest, "heldout") == ["a-000007", "b-000001"]
+    assert manifest.splits["train"].samples == 38
+    assert "1 of its 3 names are of no sample in" in printed and ": b-000999" in printed
+    listed.write_text("c\n")
+    with pytest.raises(DataError, match=r"test.txt: none of its 1 lines is the key or the recording .* \(c\)"):
+        run("text", tmp_path / "in", tmp_path / "other", prepare={"heldout_list": str(listed)})
+    listed.write_text("\n")
+    with pytest.raises(DataError, match="test.txt names nothing to hold out"):
+        run("text", tmp_path / "in", tmp_path / "other", prepare={"heldout_list": str(listed)})
+    with pytest.raises(ConfigError, match="heldout_list says what is held out; leave out heldout_share"):
+        run("text", tmp_path / "in", tmp_path / "other", prepare={"heldout_list": str(listed), "heldout_share": 0.1})
+    with pytest.raises(DataError, match="nowhere.txt"):
+        run("text", tmp_path / "in", tmp_path / "other", prepare={"heldout_list": str(tmp_path / "nowhere.txt")})
+
+
+def test_a_source_that_is_held_out_as_a_whole_has_no_training_side_and_no_codec(tmp_path):
+    write_audio(tmp_path / "in")
+    manifest, _ = run("audio_text", tmp_path / "in", tmp_path / "out", prepare={"heldout_share": 1})
+    assert manifest.splits["train"].samples == 0 and manifest.splits["heldout"].samples == 12 and manifest.holds_out
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    write_tub(tmp_path / "tub", drive_records(120))
+    manifest, printed = run("donkeycar", tmp_path / "tub", tmp_path / "drives", prepare={"heldout_share": 1})
+    assert manifest.splits["train"].samples == 0 and manifest.vectors["ACTION"].names == ("steering", "throttle")
+    assert "samples" in printed

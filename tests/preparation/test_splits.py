@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmoe.errors import DataError
 from mmoe.preparation.sources.base import Item
-from mmoe.preparation.splits import split_recordings
+from mmoe.preparation.splits import Holdout, Split, split_recordings
 
 
 def item(key, recording, start=0, stop=0, rank=0):
@@ -89,3 +89,52 @@ def test_recordings_of_one_item_each_are_held_out_whole_where_none_has_a_tail():
     items = [Item(f"k{n}", f"r{n}", str, start=0, stop=30) for n in range(5)]
     sides = split_recordings(items, 0.15, gap=0)
     assert len(sides.heldout) == 1 and len(sides.train) == 4 and not sides.gap
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=2, max_size=40),
+    st.floats(0.02, 0.9),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_by_size_no_more_than_the_share_of_what_there_is_is_held_out_and_nothing_that_would_fit_stays(
+    sizes, share, cut, shuffler
+):
+    items = [
+        piece
+        for r, size in enumerate(sizes)
+        for piece in pieces(f"book {r}", [size - size // 2, size // 2][: 1 + size // 2])
+    ]
+    if not cut:  # the extent says how large they are, and one of them may not be cut
+        items.append(item("whole", "book 0"))
+    sides = split_recordings(items, share, 0, "size")
+    shuffled = list(items)
+    shuffler.shuffle(shuffled)
+    assert keys(split_recordings(shuffled, share, 0, "size").heldout) == keys(sides.heldout)
+    assert keys(sides.train) | keys(sides.heldout) | keys(sides.gap) == keys(items)
+    held, kept = ({i.recording for i in side} for side in (sides.heldout, sides.train))
+    if held & kept:
+        assert cut  # tails: no choice of wholes comes near
+        return
+    size = {name: sum(max(1, i.stop - i.start) for i in items if i.recording == name) for name in held | kept}
+    total, out = sum(size.values()), sum(size[name] for name in held)
+    if out > share * total * (1 + 1e-9):
+        assert len(held) == 1 and out == min(size.values())  # one at least
+    elif len(kept) > 1:
+        assert all(out + size[name] > share * total * (1 - 1e-9) for name in kept)
+
+
+def test_by_size_one_large_recording_beside_small_ones_gives_its_tail_where_it_may_be_cut():
+    """A million bytes beside thirty: by recordings five small ones are held out, by size a tenth of the bytes."""
+    large, small = pieces("large", [1000] * 1000), [i for n in range(30) for i in pieces(f"small{n}", [1])]
+    share = lambda side: sum(i.stop - i.start for i in side) / 1_000_030  # noqa: E731
+    assert share(split_recordings(large + small, 0.1, 0).heldout) < 1e-5
+    assert share(split_recordings(large + small, 0.1, 0, "size").heldout) == pytest.approx(0.1, rel=1e-2)
+
+
+def test_everything_may_be_held_out_and_a_list_says_what_by_key_or_recording():
+    items = [item(f"{r}-{i}", f"drive {r}") for r in range(4) for i in range(3)]
+    assert Holdout(1.0).split(items, 5) == split_recordings(items, 1.0, 5) == Split([], items, [])
+    sides = Holdout(0.5, listed=frozenset({"drive 2", "0-1", "nothing"})).split(items, 5)
+    assert keys(sides.heldout) == {"2-0", "2-1", "2-2", "0-1"} and not sides.gap
+    assert [i.key for i in sides.train] == [i.key for i in items if i.key not in keys(sides.heldout)]

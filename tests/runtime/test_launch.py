@@ -231,3 +231,17 @@ def test_one_process_needs_no_group(tmp_path):
 def test_ranks_are_named_by_their_runs():
     assert name_ranks([3]) == "rank 3"
     assert name_ranks([7, 0, 1, 2, 5]) == "ranks 0-2, 5, 7"
+
+
+def test_a_config_error_ends_torchrun_with_its_own_code_and_no_restart(tmp_path):
+    body = """
+    from mmoe.errors import ConfigError
+    with open(f"attempts-{rank}", "a") as file:
+        file.write("1")
+    dist.barrier()
+    raise ConfigError("parallel.ep is 3; set it to 2")
+    """
+    run = Torchrun(tmp_path, body, "--max-restarts=3")
+    assert run.wait() != 0
+    assert [(tmp_path / f"attempts-{rank}").read_text() for rank in (0, 1)] == ["1", "1"], run.output
+    assert "parallel.ep is 3; set it to 2" in run.output

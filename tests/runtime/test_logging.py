@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mmoe.commands import console
-from mmoe.runtime.logging import rank_log, set_up_logging
+from mmoe.runtime.logging import append, rank_log, set_up_logging
 from tests.conftest import REPOSITORY
 
 
@@ -78,3 +78,13 @@ def test_what_a_terminal_refuses_ends_the_command():
             [sys.executable, "-c", work], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1 and done.stderr == "error No space left on device; make room, or name another folder\n"
+
+
+def test_a_line_that_a_kill_has_cut_off_spoils_no_line_after_it(tmp_path):
+    path = tmp_path / "logs" / "errors.jsonl"
+    append(path, "one\n")
+    with path.open("a") as file:
+        file.write('{"tor')
+    append(path, "two\nthree\n")
+    append(path, "four\n")
+    assert path.read_text().splitlines() == ["one", '{"tor', "two", "three", "four"]

@@ -144,7 +144,7 @@ def test_a_stop_drops_the_step_and_saves_what_was_before_it(folder, tmp_path):
     log = Log()
     run = trainer(config(folder, tmp_path / "run"), Wishes(Decision.STOP, step=3), Wishes(Decision.SKIP, 3), log)
     run.train()
-    assert run.interrupted and run.state.step == 2 and run.checkpoints.latest_step() == 2
+    assert run.stopping and not run.interrupted and run.state.step == 2 and run.checkpoints.latest_step() == 2
     assert [what for _, what in log.calls][-2:] == ["on_checkpoint step-00000002", "close"]
     resumed = trainer(config(folder, tmp_path / "run"))
     resumed.resume()

@@ -20,6 +20,7 @@ from mmoe.runtime.peak_memory import PeakMemory
 from mmoe.schema.batch import Values
 from mmoe.schema.modality import Modality
 from mmoe.training.callback import Callback
+from mmoe.training.decision import Decision
 from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
 from tests.data.synthetic import MAKERS, MEL, write_sources
@@ -206,6 +207,40 @@ def test_a_run_that_was_moved_is_loaded_where_it_lies(folder, tmp_path):
     assert loaded.folder == tmp_path / "after"
     for name, weight in one.run.model.state_dict().items():
         assert torch.equal(weight, loaded.model.state_dict()[name])
+
+
+class Tick(Callback):
+    """Moves the clock of a trainer by `seconds` before every step, and nothing else does."""
+
+    name = "tick"
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.saved = seconds, 0.0, []
+
+    def on_start(self, trainer):
+        trainer._clock = lambda: self.now
+        trainer._saved_at = 0.0
+
+    def before_step(self, data):
+        self.now += self.seconds
+        return Decision.GO
+
+    def on_checkpoint(self, path):
+        self.saved.append(int(path.name.rpartition("-")[2]))
+
+
+@pytest.mark.parametrize(
+    "steps, minutes, saved",
+    [(None, 1.0, [3, 6, 8]), (4, 1.0, [3, 4, 7, 8]), (4, None, [4, 8]), (None, None, [8]), (None, 0.4, [*range(1, 9)])],
+)
+def test_a_checkpoint_is_due_by_steps_of_the_run_and_by_minutes_since_the_last_one(
+    folder, tmp_path, steps, minutes, saved
+):
+    tick = Tick(25)
+    changes = {"checkpoint__every_steps": steps, "checkpoint__every_minutes": minutes, "checkpoint__keep": 9}
+    run = trainer(config(folder, tmp_path / "run", model__moe=None, **changes), tick)
+    run.train()
+    assert tick.saved == saved == run.checkpoints.steps()
 
 
 def test_ctrl_c_saves_and_leaves_and_the_next_session_resumes(folder, tmp_path):

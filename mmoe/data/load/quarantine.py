@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmoe.errors import DataError
 from mmoe.files import writes
+from mmoe.runtime.logging import append
 from mmoe.schema.quarantined import Quarantined
 
 ENDED_WORKER = "the decoding of a sample ended its process"  # how the reason begins of one that is not tried again
@@ -41,9 +42,7 @@ class Quarantine:
             records = [item._asdict() | {"source": self.names[item.source]} for item in quarantined]
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             with writes(self.path, "the run goes on from its last checkpoint"):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(lines)
+                append(self.path, lines)
         for item in quarantined:
             self._new[item.source, 1] += 1
             self._examples.setdefault(item.source, item.reason)

@@ -73,6 +73,11 @@ def sizes(config: DataConfig, manifests: dict[str, SourceManifest], tokenizers: 
     """Return the size of each source in positions of one epoch: from the config, else from the source's manifest."""
     found = []
     for name, source in config.sources.items():
+        if name in manifests and not manifests[name].splits["train"].samples:
+            raise DataError(
+                f"{source.shards} is held out as a whole (prepare.heldout_share=1), so there is nothing to train on; "
+                f"leave data.sources.{name} out, and measure on it by `mmoe evaluate RUN --shards {source.shards}`"
+            )
         positions = source.positions
         if positions is None:
             if tokenizers is None or name not in manifests:

@@ -1,0 +1,67 @@
+"""Answers Ctrl-C and SIGTERM at once, and says by which code a process ends that one of them has ended."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+BY_SIGNAL = 128  # a process that a signal has ended, saved or not, ends with this and the signal's number, as in shells
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(SystemExit):
+    """Ends a command that a signal has interrupted, saved and said: nothing is to be printed of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(BY_SIGNAL + number)
+
+
+_sockets: set[int] = set()  # of this process, that signals are written to
+
+
+@contextmanager
+def answered(sentence: Callable[[], str]) -> Iterator[None]:
+    """Log `sentence` as a warning at the first Ctrl-C or SIGTERM that Python handles; the rest is left to its handler.
+
+    A handler runs between two steps of the main thread, which may be in one long call: a backward pass, an exchange.
+    The number of a signal is written to a socket at once, and a thread of its own, which waits for it, says the
+    sentence. Enter it in the main thread; where contexts lie in one another, the inner one answers.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    _sockets.add(sender.fileno())
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_answer, args=(receiver, sentence), name="interrupt", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        _sockets.discard(sender.fileno())
+        sender.shutdown(socket.SHUT_RDWR)  # `close` alone would leave it open in forked children
+        sender.close()
+        thread.join()
+        receiver.close()
+
+
+def _answer(receiver: socket.socket, sentence: Callable[[], str]) -> None:
+    told = False
+    while number := receiver.recv(1):
+        if not told and number[0] in INTERRUPTS:
+            logger.warning(sentence())
+            told = True
+
+
+def _leave_parent_alone() -> None:
+    """A forked child has handlers and socket of its parent, who is not to answer the child's signals."""
+    before = signal.set_wakeup_fd(-1)
+    if before not in _sockets:
+        signal.set_wakeup_fd(before)
+
+
+os.register_at_fork(after_in_child=_leave_parent_alone)
