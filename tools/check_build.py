@@ -46,8 +46,11 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 
 def warned(output: str) -> list[str]:
-    """List the Python warnings in what a build has printed, each once; its notes to this machine are none."""
-    return list(dict.fromkeys(re.findall(r"\b\w*Warning: .*", output)))
+    """List what a build has warned of, each once: warnings of Python, as setuptools and `build` write them down.
+
+    What it says of the machine (`warning: byte-compiling is disabled`) is none.
+    """
+    return list(dict.fromkeys(re.findall(r"^WARNING .*|\b\w+Warning: .*", output, re.MULTILINE)))
 
 
 def required(requirements: list[str], extra: bool) -> set[str]:
