@@ -19,6 +19,7 @@ from mmoe.commands.evaluate import evaluate
 from mmoe.commands.export import export
 from mmoe.commands.fit_tokenizer import fit_tokenizer
 from mmoe.commands.generate import generate
+from mmoe.commands.init import init
 from mmoe.commands.inspect import inspect
 from mmoe.commands.prepare import prepare
 from mmoe.commands.report import report
@@ -30,6 +31,7 @@ from mmoe.runtime.logging import set_up_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
+    init,
     prepare,
     fit_tokenizer,
     config,

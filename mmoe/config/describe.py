@@ -61,14 +61,14 @@ def _comments(kind: type) -> dict[str, str]:
 def _mapping(node: Config | Mapping[str, Any], indent: str) -> Iterator[str]:
     for name, value in _items(node):
         comment = _comment(node, name, value) if isinstance(node, Config) else ""
-        key = _inline(name)
+        key = inline(name)
         if isinstance(value, Config) or (
             isinstance(value, Mapping) and any(isinstance(v, Config) for v in value.values())
         ):
             yield _line(f"{indent}{key}:", comment)
             yield from _mapping(value, f"{indent}  ")
         else:
-            yield _line(f"{indent}{key}: {_inline(value)}", comment)
+            yield _line(f"{indent}{key}: {inline(value)}", comment)
 
 
 def _items(node: Config | Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -84,11 +84,12 @@ def _comment(node: Config, name: str, value: Any) -> str:
     if not field.is_required() and not isinstance(value, Config):
         default = field.get_default(call_default_factory=True)
         if default != value:
-            said.append(f"default {_inline(default)}")
+            said.append(f"default {inline(default)}")
     return "; ".join(text for text in said if text)
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
+    """Write a value as YAML on one line, as `load` reads it again."""
     plain = _plain(value)
     text = yaml.dump(plain, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=1 << 20, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")

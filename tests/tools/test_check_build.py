@@ -9,7 +9,7 @@ warning: build_py: byte-compiling is disabled, skipping.
 copying mmoe/warnings.py -> build/lib/mmoe
 """
 DEPRECATED = """\
-/build-env/setuptools/config/_apply_pyprojecttoml.py:82: SetuptoolsDeprecationWarning: `license` as a table is deprecated
+/env/setuptools/config.py:82: SetuptoolsDeprecationWarning: `license` as a table is deprecated
 WARNING `project.license` as a TOML table is deprecated
 !!
         By 2027-Feb-18, you need to update your project and remove deprecated calls
