@@ -15,6 +15,8 @@ Measured = Annotated[
 ]
 Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
 
+AUTO = "auto"  # in place of a kind
+
 Extending = Annotated[
     list[str] | None,
     typer.Option("--extension", metavar="MODULE", help="module that registers a reader or a modality; repeatable"),

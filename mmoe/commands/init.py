@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 
-from mmoe.commands.arguments import Extending
+from mmoe.commands.arguments import AUTO, Extending
 from mmoe.commands.console import console
 from mmoe.errors import ConfigError
-
-AUTO = "auto"
 
 
 def init(

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from inspect import signature
 from typing import Annotated, NoReturn
 
 import typer
@@ -22,6 +23,7 @@ from mmoe.commands.generate import generate
 from mmoe.commands.init import init
 from mmoe.commands.inspect import inspect
 from mmoe.commands.prepare import prepare
+from mmoe.commands.reader_help import ReaderCommand
 from mmoe.commands.report import report
 from mmoe.commands.stages import stages
 from mmoe.commands.train import train
@@ -47,7 +49,7 @@ for command in (
     clock_report,
     doctor,
 ):
-    app.command()(command)
+    app.command(cls=ReaderCommand if "kind" in signature(command).parameters else None)(command)
 
 # What the machine refuses, and no fault of the program: it ends in a sentence.
 OUTSIDE = {

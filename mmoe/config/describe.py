@@ -4,8 +4,10 @@ import inspect
 import io
 import tokenize
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -29,6 +31,38 @@ def meaning(kind: type[Config], name: str) -> str:
         if name in inspect.get_annotations(declared):
             return _comments(declared).get(name, "")
     return ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """Describes a key of a config: its dotted name, its default as YAML (None: it must be given), and its meaning."""
+
+    name: str
+    default: str | None
+    meaning: str
+
+
+def options(of: Config | type[Config], prefix: str = "") -> Iterator[Option]:
+    """Describe every key of a config, and of those inside it; the values of an object stand in place of defaults."""
+    kind = of if isinstance(of, type) else type(of)
+    for name, field in kind.model_fields.items():
+        required = of is kind and field.is_required()
+        value = field.get_default(call_default_factory=True) if isinstance(of, type) else getattr(of, name)
+        if isinstance(value, Config):
+            yield from options(value, f"{prefix}{name}.")
+        else:
+            choices = "|".join(map(str, _choices(field.annotation)))
+            said = f"{meaning(kind, name)} [{choices}]" if choices else meaning(kind, name)
+            yield Option(f"{prefix}{name}", None if required else inline(value), said)
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The values that a key may have by name."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for each in get_args(annotation):
+            yield from _choices(each)
 
 
 @cache

@@ -90,7 +90,7 @@ class PrepareConfig(ChunkConfig):
 
     heldout_share: float = Field(0.15, ge=0, lt=1)  # of recordings, or of the length of each; 0: hold out nothing
     audio: AudioConfig = AudioConfig()  # the codec fitted to a source with audio, where its kind is mel
-    audio_seed: int = Field(0, ge=0)
+    audio_seed: int = Field(0, ge=0)  # of that fit
 
     def chunks(self) -> ChunkConfig:
         """Return the part of the config by which chunks are made."""

@@ -51,8 +51,8 @@ class LeRobotConfig(EpisodeConfig):
     """
 
     state: str | None = "observation.state"  # null: none
-    action: str | None = "action"
-    video_backend: VideoBackend = "auto"
+    action: str | None = "action"  # null: none
+    video_backend: VideoBackend = "auto"  # decord: what it is proven to read, the rest is refused
     image_quality: int = Field(95, ge=1, le=100)  # JPEG, of the frames taken from videos
 
 
