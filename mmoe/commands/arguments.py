@@ -22,6 +22,8 @@ Extending = Annotated[
     typer.Option("--extension", metavar="MODULE", help="module that registers a reader or a modality; repeatable"),
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else, for a program to read")]
+
 
 def config_at(path: Path, overrides: list[str] | None) -> "RunConfig":
     """Read the config in a YAML file, or that of the run whose folder is given, and apply the overrides."""

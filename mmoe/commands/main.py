@@ -12,6 +12,7 @@ from rich.text import Text
 from mmoe import __version__
 from mmoe.addresses import without_secrets
 from mmoe.commands.clock_report import clock_report
+from mmoe.commands.compare import compare
 from mmoe.commands.config import config
 from mmoe.commands.console import console, errors, show_record
 from mmoe.commands.doctor import doctor
@@ -44,6 +45,7 @@ for command in (
     evaluate,
     generate,
     report,
+    compare,
     export,
     upcycle,
     clock_report,
