@@ -49,7 +49,7 @@ console, errors = Console(), Console(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON, alone and as it is; figures that are not finite are null, which JSON has no numbers for."""
+    """Print a value as JSON, alone and as it is; what is not finite is null, since JSON has no number for it."""
     typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
 
 

@@ -30,8 +30,8 @@ Rows = dict[str, list[Any]]
 class Comparison:
     """Holds what runs have in common to be compared by: rows with a value for each run, in the order of `runs`.
 
-    `config` has the keys that differ, `steps` the records of steps that all runs recorded, `end` the last record of each,
-    `evaluation` its measures on held-out data, and `lacking` what a run has not, a sentence each.
+    `config` has the keys that differ, `steps` the records of steps that all runs recorded, `end` the last record
+    of each, `evaluation` its measures on held-out data, and `lacking` what a run has not, a sentence each.
     """
 
     runs: list[str]
