@@ -17,13 +17,14 @@ from mmoe.errors import PackageError, brief, did_you_mean
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """Describes an optional package: what for, how it is imported, and how it is installed."""
+    """Describes an optional package: what for, how it is imported, how it is installed, and what in a config asks for it."""
 
     purpose: str
     module: str
     distribution: str  # its name on the package index
     install: str  # the arguments of `pip install`
     condition: Callable[[], str | None] | None = None  # what the machine must have: None, or what it lacks
+    key: str = ""  # that chooses it, with a value, or an option of a command; empty: no config does
 
 
 @dataclass(frozen=True)
@@ -54,33 +55,70 @@ def _no_grouped_gemm() -> str | None:
 
 OPTIONAL_PACKAGES = {
     "cuda": OptionalPackage("NVIDIA GPUs", "torch.cuda", "torch", "torch", _no_cuda),
-    "decord": OptionalPackage("video decoding (Linux x86-64)", "decord", "decord", "-e '.[media]'"),
-    "pyav": OptionalPackage("video decoding, everywhere", "av", "av", "-e '.[media]'"),
-    "pillow": OptionalPackage("images", "PIL", "pillow", "-e '.[media]'"),
-    "soundfile": OptionalPackage("files of audio", "soundfile", "soundfile", "-e '.[media]'"),
-    "torchaudio": OptionalPackage("resampling and making of audio", "torchaudio", "torchaudio", "-e '.[media]'"),
-    "plotly": OptionalPackage("pages to look at", "plotly", "plotly", "-e '.[report]'"),
-    "webdataset": OptionalPackage("reading shards as others do", "webdataset", "webdataset", "-e '.[dev]'"),
-    "tensorboard": OptionalPackage("scalar logs", "tensorboard", "tensorboard", "-e '.[trackers]'"),
-    "wandb": OptionalPackage("scalar logs", "wandb", "wandb", "-e '.[trackers]'"),
-    "trackio": OptionalPackage("scalar logs", "trackio", "trackio", "-e '.[trackers]'"),
-    "transformers": OptionalPackage(
-        "EnCodec, DAC, Mimi; parity tests", "transformers", "transformers", "-e '.[codecs]'"
+    "decord": OptionalPackage(
+        "video decoding (Linux x86-64)", "decord", "decord", "-e '.[media]'", key="data.video_backend: decord"
     ),
-    "s3fs": OptionalPackage("shards on S3", "s3fs", "s3fs", "-e '.[remote]'"),
+    "pyav": OptionalPackage("video decoding, everywhere", "av", "av", "-e '.[media]'", key="data.video_backend: pyav"),
+    "pillow": OptionalPackage("images", "PIL", "pillow", "-e '.[media]'", key="data.sources.NAME.kind: image_caption"),
+    "soundfile": OptionalPackage(
+        "files of audio", "soundfile", "soundfile", "-e '.[media]'", key="data.sources.NAME.kind: audio_text"
+    ),
+    "torchaudio": OptionalPackage(
+        "resampling and making of audio", "torchaudio", "torchaudio", "-e '.[media]'", key="tokenizers.audio.kind: mel"
+    ),
+    "plotly": OptionalPackage("pages to look at", "plotly", "plotly", "-e '.[report]'", key="evaluation.at_end: true"),
+    "webdataset": OptionalPackage("reading shards as others do", "webdataset", "webdataset", "-e '.[dev]'"),
+    "tensorboard": OptionalPackage(
+        "scalar logs", "tensorboard", "tensorboard", "-e '.[trackers]'", key="monitoring.sinks: [{kind: tensorboard}]"
+    ),
+    "wandb": OptionalPackage(
+        "scalar logs", "wandb", "wandb", "-e '.[trackers]'", key="monitoring.sinks: [{kind: wandb}]"
+    ),
+    "trackio": OptionalPackage(
+        "scalar logs", "trackio", "trackio", "-e '.[trackers]'", key="monitoring.sinks: [{kind: trackio}]"
+    ),
+    "transformers": OptionalPackage(
+        "EnCodec, DAC, Mimi; parity tests",
+        "transformers",
+        "transformers",
+        "-e '.[codecs]'",
+        key="tokenizers.audio.kind: encodec",
+    ),
+    "s3fs": OptionalPackage("shards on S3", "s3fs", "s3fs", "-e '.[remote]'", key="data.sources.NAME.shards: s3://..."),
     "moto": OptionalPackage("a local S3 to measure and test with", "moto", "moto", "-e '.[dev]'"),
-    "aiohttp": OptionalPackage("shards on web servers", "aiohttp", "aiohttp", "-e '.[remote]'"),
-    "gcsfs": OptionalPackage("shards on Google Cloud Storage", "gcsfs", "gcsfs", "-e '.[remote]'"),
-    "ray": OptionalPackage("preparation on a cluster", "ray", "ray", "-e '.[prepare]'"),
-    "datasketch": OptionalPackage("near-duplicate texts", "datasketch", "datasketch", "-e '.[prepare]'"),
-    "imagehash": OptionalPackage("near-duplicate images", "imagehash", "imagehash", "-e '.[prepare]'"),
-    "py3langid": OptionalPackage("languages of texts", "py3langid", "py3langid", "-e '.[prepare]'"),
-    "triton": OptionalPackage("fused GPU kernels", "triton", "triton", "triton", _no_cuda),
-    "flash-attn": OptionalPackage("attention on GPUs", "flash_attn", "flash-attn", "-e '.[gpu]'", _no_cuda),
-    "transformer-engine": OptionalPackage("FP8", "transformer_engine", "transformer-engine", "-e '.[gpu]'", _no_cuda),
-    "torchao": OptionalPackage("FP8, an option", "torchao", "torchao", "torchao", _no_cuda),
+    "aiohttp": OptionalPackage(
+        "shards on web servers", "aiohttp", "aiohttp", "-e '.[remote]'", key="data.sources.NAME.shards: https://..."
+    ),
+    "gcsfs": OptionalPackage(
+        "shards on Google Cloud Storage", "gcsfs", "gcsfs", "-e '.[remote]'", key="data.sources.NAME.shards: gs://..."
+    ),
+    "ray": OptionalPackage(
+        "preparation on a cluster", "ray", "ray", "-e '.[prepare]'", key="mmoe prepare --engine ray"
+    ),
+    "datasketch": OptionalPackage(
+        "near-duplicate texts", "datasketch", "datasketch", "-e '.[prepare]'", key="prepare.dedup.near: true"
+    ),
+    "imagehash": OptionalPackage(
+        "near-duplicate images", "imagehash", "imagehash", "-e '.[prepare]'", key="prepare.dedup.near: true"
+    ),
+    "py3langid": OptionalPackage(
+        "languages of texts", "py3langid", "py3langid", "-e '.[prepare]'", key="prepare.filters.text.languages: [en]"
+    ),
+    "transformer-engine": OptionalPackage(
+        "expert GEMM",
+        "transformer_engine",
+        "transformer-engine",
+        "-e '.[gpu]'",
+        _no_cuda,
+        key="model.moe.expert_backend: transformer_engine",
+    ),
     "megablocks": OptionalPackage(
-        "expert GEMM, an option", "megablocks", "megablocks", "'megablocks[gg]'", _no_grouped_gemm
+        "expert GEMM",
+        "megablocks",
+        "megablocks",
+        "'megablocks[gg]'",
+        _no_grouped_gemm,
+        key="model.moe.expert_backend: megablocks",
     ),
 }
 

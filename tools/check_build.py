@@ -45,6 +45,14 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+def warned(output: str) -> list[str]:
+    """List what a build has warned of, each once: warnings of Python, as setuptools and `build` write them down.
+
+    What it says of the machine (`warning: byte-compiling is disabled`) is none.
+    """
+    return list(dict.fromkeys(re.findall(r"^WARNING .*|\b\w+Warning: .*", output, re.MULTILINE)))
+
+
 def required(requirements: list[str], extra: bool) -> set[str]:
     """Name the packages that are required: by an extra, or always."""
     return {re.split(r"[^\w-]", line)[0].lower() for line in requirements if ("extra ==" in line) is extra} - {"mmoe"}
@@ -65,7 +73,7 @@ def main() -> int:
     (ROOT / "build").mkdir(exist_ok=True)  # on this disk: torch takes gigabytes
     with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="check-") as name:
         folder = Path(name)
-        run(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT)
+        warnings = warned(run(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT))
         (wheel,), (sdist,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
         run(sys.executable, "-m", "venv", folder / "venv")
         python, mmoe = folder / "venv/bin/python", folder / "venv/bin/mmoe"
@@ -78,6 +86,7 @@ def main() -> int:
         brought = required(from_wheel["others"], extra=False)  # torch itself requires Jinja2
         extras = sorted(required(from_wheel["requires"], extra=True) & set(from_wheel["names"]) - brought)
         checks = {
+            "warnings of the build": (warnings, not warnings),
             "imported from the environment": (from_wheel["at"], from_wheel["at"].startswith(str(folder / "venv"))),
             "packages of extras": (extras, not extras),
             "py.typed": ("mmoe/py.typed" in from_wheel["files"],) * 2,

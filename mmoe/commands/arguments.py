@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmoe.commands.console import errors
+from mmoe.runtime.logging import set_up_logging
+
 if TYPE_CHECKING:
     from mmoe.recipe.config import RunConfig
 
@@ -17,9 +20,23 @@ Measured = Annotated[
 ]
 Addresses = Annotated[list[str] | None, typer.Argument(help="moved data, e.g. data.sources.drive.shards=/new/place")]
 
+AUTO = "auto"  # in place of a kind
+
 Extending = Annotated[
     list[str] | None,
     typer.Option("--extension", metavar="MODULE", help="module that registers a reader or a modality; repeatable"),
+]
+
+
+def _messages_aside(asked: bool) -> bool:
+    if asked:  # what the rooms say goes to stderr, so that stdout is the JSON alone
+        set_up_logging(lambda message, level: errors.print(message, highlight=False, soft_wrap=True))
+    return asked
+
+
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", callback=_messages_aside, help="print JSON and nothing else, for a program to read"),
 ]
 
 

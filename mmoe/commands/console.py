@@ -4,11 +4,14 @@ Names of sources, files and keys come from elsewhere. `[bold]` in one is six cha
 image, and an escape sequence is shown and not obeyed. Our own styles are given as arguments or as `Text`.
 """
 
+import json
 import logging
+import math
 import unicodedata
 from typing import Any
 
 import rich.console
+import typer
 from rich.text import Text
 
 _KEPT = "\n\t"
@@ -43,6 +46,19 @@ def _escape(character: str) -> str:
 
 
 console, errors = Console(), Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, alone and as it is; what is not finite is null, since JSON has no number for it."""
+    typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_record(message: str, level: int) -> None:

@@ -3,37 +3,59 @@
 import os
 import platform
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from mmoe.commands.console import Console, console
+from mmoe.commands.arguments import AsJson
+from mmoe.commands.console import Console, console, print_json
 
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and Arm processors with bfloat16 arithmetic
 
 
-def doctor() -> None:
-    """Show what this machine has: versions, cores, memory, GPU, and every optional package."""
-    print_diagnosis(console)
-
-
-def print_diagnosis(console: Console) -> None:
-    """Print versions, the machine and the table of optional packages."""
-    from mmoe.optional import OPTIONAL_PACKAGES, status
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine has: versions, cores, memory, GPU, and the packages that a config can ask for."""
     from mmoe.runtime.provenance import versions
 
-    for title, rows in (("versions", versions()), ("machine", machine())):
-        table = Table(title, "", title_justify="left")
-        for name, value in rows.items():
+    found = {"versions": versions(), "machine": machine(), "packages": packages()}
+    if as_json:
+        print_json(found)
+    else:
+        show_diagnosis(found, console)
+
+
+def show_diagnosis(found: dict[str, Any], console: Console) -> None:
+    """Print versions, the machine and the table of optional packages by the key that asks for each."""
+    for title in ("versions", "machine"):
+        table = Table(title, "")
+        for name, value in found[title].items():
             table.add_row(name, value)
-        console.print(table)
-    table = Table("backend", "for", "version", "status")
-    for name, package in OPTIONAL_PACKAGES.items():
-        found = status(name)
-        verdict = Text("available", "green") if found.available else found.reason
-        table.add_row(name, package.purpose, found.version, verdict)
+        _print(table, console)
+    table = Table("what asks for it", "package", "is it here")
+    for each in found["packages"]:
+        verdict = Text(each["version"] or "available", "green") if each["available"] else each["reason"]
+        table.add_row(each["key"], each["name"], verdict)
+    _print(table, console)
+
+
+def _print(table: Table, console: Console) -> None:
+    for column in table.columns:
+        column.overflow = "fold"
     console.print(table)
+
+
+def packages() -> list[dict[str, Any]]:
+    """Say of every optional package that a config can ask for what for, by which key, and whether it is usable."""
+    from mmoe.optional import OPTIONAL_PACKAGES, status
+
+    return [
+        {"key": package.key, "purpose": package.purpose} | asdict(status(name))
+        for name, package in OPTIONAL_PACKAGES.items()
+        if package.key
+    ]
 
 
 def machine() -> dict[str, str]:

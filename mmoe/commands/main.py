@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+from inspect import signature
 from typing import Annotated, NoReturn
 
 import typer
@@ -12,6 +13,7 @@ from rich.text import Text
 from mmoe import __version__
 from mmoe.addresses import without_secrets
 from mmoe.commands.clock_report import clock_report
+from mmoe.commands.compare import compare
 from mmoe.commands.config import config
 from mmoe.commands.console import console, errors, show_record
 from mmoe.commands.doctor import doctor
@@ -20,8 +22,10 @@ from mmoe.commands.evaluate import evaluate
 from mmoe.commands.export import export
 from mmoe.commands.fit_tokenizer import fit_tokenizer
 from mmoe.commands.generate import generate
+from mmoe.commands.init import init
 from mmoe.commands.inspect import inspect
 from mmoe.commands.prepare import prepare
+from mmoe.commands.reader_help import ReaderCommand
 from mmoe.commands.report import report
 from mmoe.commands.stages import stages
 from mmoe.commands.train import train
@@ -32,6 +36,7 @@ from mmoe.runtime.logging import set_up_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
+    init,
     prepare,
     fit_tokenizer,
     config,
@@ -42,12 +47,13 @@ for command in (
     evaluate,
     generate,
     report,
+    compare,
     export,
     upcycle,
     clock_report,
     doctor,
 ):
-    app.command()(command)
+    app.command(cls=ReaderCommand if "kind" in signature(command).parameters else None)(command)
 
 # What the machine refuses, and no fault of the program: it ends in a sentence.
 OUTSIDE = {

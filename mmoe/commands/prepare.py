@@ -29,7 +29,7 @@ GRACE_SECONDS = 10.0  # for a preparation to end by the Ctrl-C that has ended it
 
 
 def prepare(
-    kind: Annotated[str, typer.Argument(help="reader, e.g. text, donkeycar, nuscenes; see docs/guide.md")],
+    kind: Annotated[str, typer.Argument(help="reader; `mmoe prepare KIND --help` lists its options")],
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="file or folder of raw recordings; - for a simulation")
     ],

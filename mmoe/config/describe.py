@@ -4,8 +4,10 @@ import inspect
 import io
 import tokenize
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -29,6 +31,38 @@ def meaning(kind: type[Config], name: str) -> str:
         if name in inspect.get_annotations(declared):
             return _comments(declared).get(name, "")
     return ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """Describes a key of a config: its dotted name, its default as YAML (None: it must be given), and its meaning."""
+
+    name: str
+    default: str | None
+    meaning: str
+
+
+def options(of: Config | type[Config], prefix: str = "") -> Iterator[Option]:
+    """Describe every key of a config, and of those inside it; the values of an object stand in place of defaults."""
+    kind = of if isinstance(of, type) else type(of)
+    for name, field in kind.model_fields.items():
+        required = of is kind and field.is_required()
+        value = field.get_default(call_default_factory=True) if isinstance(of, type) else getattr(of, name)
+        if isinstance(value, Config):
+            yield from options(value, f"{prefix}{name}.")
+        else:
+            choices = "|".join(map(str, _choices(field.annotation)))
+            said = f"{meaning(kind, name)} [{choices}]" if choices else meaning(kind, name)
+            yield Option(f"{prefix}{name}", None if required else inline(value), said)
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The values that a key may have by name."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for each in get_args(annotation):
+            yield from _choices(each)
 
 
 @cache
@@ -61,14 +95,14 @@ def _comments(kind: type) -> dict[str, str]:
 def _mapping(node: Config | Mapping[str, Any], indent: str) -> Iterator[str]:
     for name, value in _items(node):
         comment = _comment(node, name, value) if isinstance(node, Config) else ""
-        key = _inline(name)
+        key = inline(name)
         if isinstance(value, Config) or (
             isinstance(value, Mapping) and any(isinstance(v, Config) for v in value.values())
         ):
             yield _line(f"{indent}{key}:", comment)
             yield from _mapping(value, f"{indent}  ")
         else:
-            yield _line(f"{indent}{key}: {_inline(value)}", comment)
+            yield _line(f"{indent}{key}: {inline(value)}", comment)
 
 
 def _items(node: Config | Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -84,11 +118,12 @@ def _comment(node: Config, name: str, value: Any) -> str:
     if not field.is_required() and not isinstance(value, Config):
         default = field.get_default(call_default_factory=True)
         if default != value:
-            said.append(f"default {_inline(default)}")
+            said.append(f"default {inline(default)}")
     return "; ".join(text for text in said if text)
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
+    """Write a value as YAML on one line, as `load` reads it again."""
     plain = _plain(value)
     text = yaml.dump(plain, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=1 << 20, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")

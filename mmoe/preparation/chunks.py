@@ -45,8 +45,8 @@ class ChunkConfig(Config):
     It is kept apart from what else preparation decides, so that the processes that make chunks need no torch.
     """
 
-    shard_bytes: int = Field(256 << 20, gt=0)
-    shard_rows: int = Field(10_000, gt=0)
+    shard_bytes: int = Field(256 << 20, gt=0)  # of one shard, about
+    shard_rows: int = Field(10_000, gt=0)  # most samples of one shard
     video_backend: VideoBackend = "auto"  # decord: stored videos it is proven to read, the others are refused
     audio_channel: AudioChannel = "mix"  # heard of audio with several: their mean, left, right, or a number from 0
     filters: FilterConfig = FilterConfig()

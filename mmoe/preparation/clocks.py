@@ -139,7 +139,7 @@ def check_alignment(
 class SkewPolicy(Config):
     """Says what happens to captured members further from the reference than the source's budget."""
 
-    budget_ns: int
+    budget_ns: int  # that a member may be from the reference
     # strict: error; flag: keep and count; drop: leave the member out of its slice and count.
     policy: Literal["strict", "flag", "drop"] = "strict"
 

@@ -25,8 +25,8 @@ class TextFilters(Config):
     """Holds the thresholds by which samples are left out for their texts, joined by line ends."""
 
     replacement_share: float | None = Field(0.01, ge=0, le=1)  # most U+FFFD of all characters
-    min_characters: int | None = Field(None, ge=1)
-    max_characters: int | None = Field(None, ge=1)
+    min_characters: int | None = Field(None, ge=1)  # of all texts of a sample
+    max_characters: int | None = Field(None, ge=1)  # of all texts of a sample
     digit_run: int | None = Field(None, ge=1)  # longest run of digits
     duplicate_lines: float | None = Field(None, ge=0, le=1)  # share of characters in lines that stood before
     ngram: int = Field(3, ge=1)  # words, for the next

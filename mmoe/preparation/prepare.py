@@ -95,7 +95,7 @@ class PrepareConfig(ChunkConfig):
     heldout_by: HeldoutBy = "recordings"  # size: the share is that of all bytes, seconds or (without extent) samples
     heldout_list: str | None = None  # a file with a key or a recording a line, which says instead what is held out
     audio: AudioConfig = AudioConfig()  # the codec fitted to a source with audio, where its kind is mel
-    audio_seed: int = Field(0, ge=0)
+    audio_seed: int = Field(0, ge=0)  # of that fit
 
     @model_validator(mode="after")
     def _one_way(self) -> "PrepareConfig":

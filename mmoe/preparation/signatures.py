@@ -34,7 +34,7 @@ class DedupConfig(Config):
     `against` are prepared sources whose samples are not to occur again, nor their held-out ones in training.
     """
 
-    against: tuple[Address, ...] = ()
+    against: tuple[Address, ...] = ()  # prepared sources whose samples are not to occur again
     near: bool = False  # also near duplicates; exact ones always
     text_similarity: float = Field(0.7, gt=0, lt=1)  # of the runs of characters of both texts, the share common to both
     shingle: int = Field(8, ge=1)  # characters a run; short runs make all texts of few words alike

@@ -19,7 +19,7 @@ _WORD = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 class Rig(Config):
     """Names cameras in order: the number of a camera is its place."""
 
-    cameras: tuple[str, ...]
+    cameras: tuple[str, ...]  # names: a camera's number is its place
 
     @field_validator("cameras")
     @classmethod

@@ -69,13 +69,13 @@ FIRST_SLICE_NS = 50 * MS
 class SimulatedDriveConfig(Config):
     """Describes a set of simulated recordings; each is a pure function of `seed` and its number."""
 
-    recordings: int = Field(1000, ge=1)
-    seed: int = Field(0, ge=0)
+    recordings: int = Field(1000, ge=1)  # that are made
+    seed: int = Field(0, ge=0)  # of all that is drawn
     slices: tuple[int, int] = (2, 8)  # fewest and most time slices of a recording
-    slice_period_ns: int = 500 * MS
+    slice_period_ns: int = 500 * MS  # from one time slice to the next
     height: int = 32  # of an image, pixels
-    width: int = 64
-    camera_fps: int = Field(4, ge=1, le=20)
+    width: int = 64  # of an image, pixels
+    camera_fps: int = Field(4, ge=1, le=20)  # images a second
 
     @model_validator(mode="after")
     def _check(self) -> "SimulatedDriveConfig":

@@ -50,7 +50,8 @@ class Source:
 
     `clock` and `skew_budget_ns` are those of `SourceManifest`; `vector_names` names the dimensions by modality name.
     A `generated` source reads no input. `rig` names the cameras, unless the config does by a key `rig`. Where names and
-    period depend on what `input` holds, `describe` reads them.
+    period depend on what `input` holds, `describe` reads them. `suggest` looks at an input for options that it needs
+    and the defaults do not say, for the first recipe that `mmoe init` writes.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Source:
     generated: bool = False
     rig: Rig = STANDARD
     describe: Callable[[Path, Any], Vectors] | None = None
+    suggest: Callable[[Path], dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
 
     def described(self, input: Path, config: Config) -> "Source":

@@ -34,6 +34,7 @@ _POSE = ("x", "y", "z", "roll", "pitch", "yaw")
 class BridgeConfig(EpisodeConfig):
     """Says how Bridge episodes are read."""
 
+    # By number of a view, the camera whose token and embedding it takes; null: none.
     cameras: dict[str, str | None] = Field(
         {"0": "front", "1": "front_left", "2": "front_right", "3": "back"}, min_length=1
     )

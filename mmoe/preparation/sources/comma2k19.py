@@ -86,13 +86,13 @@ class Comma2k19Config(Config):
     """Says how comma2k19 segments are cut into clips."""
 
     slices: int = Field(8, ge=1)  # time slices of a clip
-    slice_period_ns: int = Field(500 * MS, ge=PERIOD_NS)
+    slice_period_ns: int = Field(500 * MS, ge=PERIOD_NS)  # from one time slice to the next
     lookahead: int = Field(20, ge=1, le=_FURTHEST)  # actions after a clip in its table
     max_gap_ns: int = Field(
         100 * MS, ge=0, le=400 * MS
     )  # age of a speed, steering or inertial reading beyond which it is absent
     skew: Annotated[SkewPolicy, completed_from(_SKEW)] = _SKEW
-    causal: bool = True
+    causal: bool = True  # readings as of their slice or before; false: interpolated
     repeats: Literal["refuse", "drop"] = "refuse"  # drop: only readings that equal the one before, time and value
     image_quality: int = Field(92, ge=1, le=100)  # JPEG, of the frames taken from the video
 

@@ -36,7 +36,7 @@ class EpisodeConfig(Config):
     rig: Rig = STANDARD
     cameras: dict[str, str | None] | None = None  # by view, the camera whose token and embedding it takes; null: none
     slices: int = Field(10, ge=1)  # time slices of a clip
-    rows_per_slice: int = Field(1, ge=1)
+    rows_per_slice: int = Field(1, ge=1)  # from one time slice to the next
     lookahead: int = Field(50, ge=0)  # rows after a clip's last slice in its action table
 
     @model_validator(mode="after")

@@ -53,10 +53,27 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterato
     files.pass_over(unnamed, path, "captions.jsonl (or another table of captions) and the images in it", quarantine)
 
 
+def suggest(path: Path) -> dict[str, Any]:
+    """Name the column with the longest text in the first row, where none has the name of a caption."""
+    rows = folders.find_description(path, files.listing(path, _unheard), _FORM, _unheard).rows
+    row = next((row for _, row in rows), {})
+    texts = {
+        name: value for name, value in row.items() if name not in ("image", "file_name") and isinstance(value, str)
+    }
+    default = ImageCaptionConfig.model_fields["captions"].default
+    return {} if not texts or default[0] in texts else {"captions": [max(texts, key=lambda name: len(texts[name]))]}
+
+
+def _unheard(key: str, why: Refused) -> None:
+    """What is refused is told when the recordings are listed."""
+
+
 def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:
     caption, image = jsonl.text_of(row, field, where), jsonl.read_named(path, row, "image", where)
     file = path / row["image"]
     return captioned(key, recording, image, file.suffix, str(file), caption, where)
 
 
-SOURCE = Source(kind="image_caption", clock="none", skew_budget_ns=0, config=ImageCaptionConfig, items=items)
+SOURCE = Source(
+    kind="image_caption", clock="none", skew_budget_ns=0, config=ImageCaptionConfig, items=items, suggest=suggest
+)

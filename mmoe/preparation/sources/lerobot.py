@@ -9,6 +9,7 @@ clock is synthetic and says nothing of how far sensors were apart. A name that o
 episode, and how the ends are padded, is said in `episodes.py`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,8 +51,8 @@ class LeRobotConfig(EpisodeConfig):
     """
 
     state: str | None = "observation.state"  # null: none
-    action: str | None = "action"
-    video_backend: VideoBackend = "auto"
+    action: str | None = "action"  # null: none
+    video_backend: VideoBackend = "auto"  # decord: what it is proven to read, the rest is refused
     image_quality: int = Field(95, ge=1, le=100)  # JPEG, of the frames taken from videos
 
 
@@ -116,15 +117,38 @@ def describe(path: Path, config: LeRobotConfig) -> Vectors:
 _VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 
 
-def _open(path: Path, config: LeRobotConfig) -> _Dataset:
+def suggest(path: Path) -> dict[str, Any]:
+    """Name the cameras of a dataset that has several as its features are named, and leave out vectors it has not."""
+    features = _info(path)["features"]
+    absent = {key: None for key in ("state", "action") if LeRobotConfig.model_fields[key].default not in features}
+    images = _images(features)
+    if len(images) < 2:
+        return absent
+    names = [re.sub(r"[^a-z0-9]+", "_", _member(key)).strip("_") for key in images]
+    cameras = [name if name[:1].isalpha() else f"camera_{name}" for name in names]
+    if len(set(cameras)) < len(cameras):
+        cameras = [f"camera_{number}" for number in range(len(images))]
+    return absent | {"rig": {"cameras": cameras}, "cameras": dict(zip(images, cameras, strict=True))}
+
+
+def _info(path: Path) -> dict[str, Any]:
     file = path / "meta/info.json"
     info = jsonl.load_json(file, "give the folder of a LeRobot dataset")
     with reading("description of a LeRobot dataset", str(file), "restore it"):
-        version, features = info["codebase_version"], info["features"]
+        version = info["codebase_version"]
         if version != VERSION:
             raise DataError(f"{path} is a LeRobot dataset {version}; only {VERSION} is read: {_CONVERT}")
         _check_info(info)
-    images = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+    return info
+
+
+def _images(features: dict[str, Any]) -> list[str]:
+    return [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+
+
+def _open(path: Path, config: LeRobotConfig) -> _Dataset:
+    info = _info(path)
+    features, images = info["features"], _images(info["features"])
     if len(images) > 1 and config.cameras is None:
         raise DataError(
             f"{path} has the cameras {', '.join(images)}; say by the option cameras which camera of the rig "
@@ -332,5 +356,11 @@ def _video(file: Path, backend: VideoBackend) -> VideoFrames:
 
 
 SOURCE = Source(
-    kind="lerobot", clock="synthetic", skew_budget_ns=0, config=LeRobotConfig, items=items, describe=describe
+    kind="lerobot",
+    clock="synthetic",
+    skew_budget_ns=0,
+    config=LeRobotConfig,
+    items=items,
+    describe=describe,
+    suggest=suggest,
 )

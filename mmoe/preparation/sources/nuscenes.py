@@ -68,7 +68,7 @@ class NuscenesConfig(Config):
     """Says how nuScenes scenes are cut into clips."""
 
     slices: int = Field(4, ge=1)  # time slices of a clip
-    causal: bool = True
+    causal: bool = True  # the last reading before a slice; false: the nearest
     reference: Channel = "CAM_BACK_LEFT"  # ends the sweep; without `causal`, CAM_FRONT is as good
     skew: Annotated[SkewPolicy, completed_from(_SKEW)] = _SKEW
     camera_gap_ns: int = Field(150 * MS, ge=0)  # from the reference, beyond which a key frame is that of another slice

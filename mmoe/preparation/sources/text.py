@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,6 +81,27 @@ def items(path: Path, config: TextReaderConfig, quarantine: Refuse) -> Iterator[
                 "restore it or remove it"
             )
             quarantine(stem, Refused("unreadable file", message))
+
+
+def suggest(path: Path) -> dict[str, Any]:
+    """Name the field with the longest text in the first row of the first table, where none is called as by default."""
+    default = TextReaderConfig.model_fields["field"].default
+    for file in [path] if path.is_file() else listing(path, lambda key, why: None):
+        if row := _first_row(file):
+            texts = {name: value for name, value in row.items() if isinstance(value, str)}
+            return {} if default in row or not texts else {"field": max(texts, key=lambda name: len(texts[name]))}
+    return {}
+
+
+def _first_row(file: Path) -> dict[str, Any]:
+    """The first row of a table; empty for a file that is none, or has none."""
+    if _kind(file) == ".parquet":
+        with reading("parquet file", str(file), "restore it or remove it"), _parquet(file) as table:
+            return next((batch.to_pylist()[0] for batch in table.iter_batches(batch_size=1)), {})
+    if _kind(file) == ".jsonl":
+        with reading("text file", str(file), "restore it or remove it"), _open(file) as stream:
+            return next((parse_row(line, file, at, str(file)) for at, line in lines(stream) if line.strip()), {})
+    return {}
 
 
 def cut_text(data: bytes, max_bytes: int) -> Iterator[tuple[int, int]]:
@@ -255,4 +277,4 @@ def _column(file: Path, group: int, field: str) -> pa.ChunkedArray:
         return table.read_row_group(group, columns=[field])[field]
 
 
-SOURCE = Source(kind="text", clock="none", skew_budget_ns=0, config=TextReaderConfig, items=items)
+SOURCE = Source(kind="text", clock="none", skew_budget_ns=0, config=TextReaderConfig, items=items, suggest=suggest)

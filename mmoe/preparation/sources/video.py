@@ -63,11 +63,11 @@ class VideoConfig(Config):
     """Says which streams of a video are read, and how it is cut into clips."""
 
     slices: int = Field(8, ge=1)  # time slices of a clip
-    slice_period_ns: int = Field(500 * MS, ge=20 * MS)
-    video_stream: int | Literal["best"] | None = None  # number in the file
-    audio_stream: int | Literal["best", "none"] | None = None
-    silent_audio: Literal["keep", "leave_out"] = "keep"
-    video_backend: VideoBackend = "auto"
+    slice_period_ns: int = Field(500 * MS, ge=20 * MS)  # from one time slice to the next
+    video_stream: int | Literal["best"] | None = None  # number in the file; null: the one every program takes
+    audio_stream: int | Literal["best", "none"] | None = None  # number in the file; null: the one every program takes
+    silent_audio: Literal["keep", "leave_out"] = "keep"  # of an audio clip that is all zeros
+    video_backend: VideoBackend = "auto"  # decord: what it is proven to read, the rest is refused
     image_quality: int = Field(95, ge=1, le=100)  # JPEG, 4:4:4
 
 
