@@ -75,6 +75,9 @@ OPTIONAL_PACKAGES = {
     "datasketch": OptionalPackage("near-duplicate texts", "datasketch", "datasketch", "-e '.[prepare]'"),
     "imagehash": OptionalPackage("near-duplicate images", "imagehash", "imagehash", "-e '.[prepare]'"),
     "py3langid": OptionalPackage("languages of texts", "py3langid", "py3langid", "-e '.[prepare]'"),
+    "google-crc32c": OptionalPackage(
+        "checksums of tfrecord files", "google_crc32c", "google-crc32c", "-e '.[prepare]'"
+    ),
     "triton": OptionalPackage("fused GPU kernels", "triton", "triton", "triton", _no_cuda),
     "flash-attn": OptionalPackage("attention on GPUs", "flash_attn", "flash-attn", "-e '.[gpu]'", _no_cuda),
     "transformer-engine": OptionalPackage("FP8", "transformer_engine", "transformer-engine", "-e '.[gpu]'", _no_cuda),
