@@ -25,8 +25,8 @@ from mmoe.data.load.reading import reading
 from mmoe.errors import DataError, counted_as, did_you_mean
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source, Vectors
 from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, stored_kind, windows
-from mmoe.preparation.sources.rlds_features import STEPS, Feature, TfdsSplit, read_step_features, read_splits
-from mmoe.preparation.sources.tfrecord import DAMAGED, Record, ListValues, records
+from mmoe.preparation.sources.rlds_features import STEPS, Feature, TfdsSplit, read_splits, read_step_features
+from mmoe.preparation.sources.tfrecord import DAMAGED, ListValues, Record, records
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample
 
