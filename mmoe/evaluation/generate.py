@@ -121,7 +121,7 @@ def generate(
         builder.text(np.r_[start.text, generated].astype(np.int64), NO_PAIR)
         return builder.finish()
 
-    check_length(run, len(document([])) + max_tokens)
+    check_fits(run, len(document([])) + max_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)
     generated: list[int] = []
     with inference(run):
@@ -151,7 +151,7 @@ def speak(run: Run, path: Path, *, prompt: str = "", seconds: float = 2.0, sampl
     with needs("writing audio"):
         import soundfile
     start = _Prompt(None, None, text)
-    check_length(run, 3 + len(text) + frames * codec.codebooks)
+    check_fits(run, 3 + len(text) + frames * codec.codebooks)
 
     def document(generated: list[int]) -> Document:
         builder = start.builder(run)
@@ -247,7 +247,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read ({error.strerror}); give the path of a readable file") from error
 
 
-def check_length(run: Run, needed: int) -> None:
+def check_fits(run: Run, needed: int) -> None:
     """Raise ConfigError where so many positions fit no sequence of the run."""
     room = run.config.data.sequence_length
     if needed > room:

@@ -15,7 +15,7 @@ from mmoe.data.load.decode import SampleLoader
 from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError, DataError, brief, did_you_mean
 from mmoe.evaluation.actions import chunk_starts, predict_actions, row_chunks
-from mmoe.evaluation.generate import check_length, document_batch, read_image
+from mmoe.evaluation.generate import check_fits, document_batch, read_image
 from mmoe.evaluation.inference import inference
 from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.schema.batch import IGNORE
@@ -157,7 +157,7 @@ def predict_clip(run: Run, source: str, key: str) -> list[PredictedChunk]:
 
 def _predicted(run: Run, source: str, document: Document) -> np.ndarray:
     """The chunks [m, H, A] of a document, in the source's units."""
-    check_length(run, len(document))
+    check_fits(run, len(document))
     batch = document_batch(run, document, run.sources.names.index(source))
     starts, parts = chunk_starts(batch)
     with inference(run) as model:
