@@ -104,6 +104,13 @@ OPTIONAL_PACKAGES = {
     "py3langid": OptionalPackage(
         "languages of texts", "py3langid", "py3langid", "-e '.[prepare]'", key="prepare.filters.text.languages: [en]"
     ),
+    "google-crc32c": OptionalPackage(
+        "checksums of tfrecord files",
+        "google_crc32c",
+        "google-crc32c",
+        "-e '.[prepare]'",
+        key="data.sources.NAME.kind: rlds",
+    ),
     "transformer-engine": OptionalPackage(
         "expert GEMM",
         "transformer_engine",

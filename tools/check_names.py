@@ -31,6 +31,7 @@ SHARED = {
     "SOURCE": ROW,
     "SPEC": ROW,
     "items": ROW,
+    "describe": ROW,
     "logger": "the module's own",
     "C": "a type variable: a config",
     "Count": "a type variable: an int, or an array of them",

@@ -29,6 +29,10 @@ class Console(rich.console.Console):
         """Make `text` printable; every string that is printed passes here, cells of tables included."""
         return super().render_str(printable(text), **options)
 
+    def verbatim(self, text: str) -> None:
+        """Print `text` as it is, but for what `printable` escapes: nothing is wrapped, and tabs stay."""
+        self.file.write(printable(text) + "\n")
+
 
 def printable(text: str) -> str:
     """Write control characters, unpaired surrogates and marks that turn the direction of text as escapes."""

@@ -3,7 +3,7 @@
 Shape suffixes: M chunks, m chunks of a batch, H steps of a chunk, A action dimensions (the union over sources).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmoe.data.storage.store import Storage
 from mmoe.evaluation.inference import Inference
 from mmoe.schema.batch import PackedBatch
 from mmoe.schema.modality import Modality
+from mmoe.tokenizers.actions import ActionTokenizer
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.training.run import Run
 
@@ -58,6 +59,32 @@ class Chunks:
         )
 
 
+@dataclass(frozen=True)
+class LoggedChunk:
+    """Holds an action chunk as it was logged: its segment, `rows` [H, A] in the source's units, which are `inside`.
+
+    `before` [1, A] is the row logged before the first one, None where there is none; `time_ns` is clip time.
+    """
+
+    segment: np.void
+    rows: np.ndarray
+    inside: np.ndarray
+    before: np.ndarray | None
+    time_ns: int
+
+
+def row_chunks(index: ShardIndex, row: int, tokenizer: ActionTokenizer, storage: Storage) -> Iterator[LoggedChunk]:
+    """Read the action chunks of one row of a shard, in order."""
+    segments = index.row_segments(row)
+    actions = segments[segments["modality"] == Modality.ACTION]
+    tables = {member: _table(storage, index, row, member) for member in set(actions["member"].tolist())}
+    for segment in actions:
+        table, start = tables[int(segment["member"])], int(segment["start"])
+        rows, inside = tokenizer.chunk_of(table, start, int(segment["stop"]))
+        before = table[start - 1 : start] if start > 0 else None
+        yield LoggedChunk(segment, rows, inside, before, int(segment["timestamp_ns"] + segment["offset_ns"]))
+
+
 def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) -> Chunks:
     """Read every chunk of a split from the action tables alone; no image or audio is opened."""
     dims, chunk = tokenizers.dims[Modality.ACTION], tokenizers.config.action.chunk
@@ -69,23 +96,16 @@ def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) ->
         for shard, tar in enumerate(files.tars):
             index = ShardIndex.read(tar, sources.storage)
             for row in range(len(index)):
-                segments = index.row_segments(row)
-                actions = segments[segments["modality"] == Modality.ACTION]
-                tables = {
-                    member: _table(sources.storage, index, row, member) for member in set(actions["member"].tolist())
-                }
-                for count, segment in enumerate(actions):
-                    table, start = tables[int(segment["member"])], int(segment["start"])
-                    rows, inside = tokenizer.chunk_of(table, start, int(segment["stop"]))
+                for count, logged in enumerate(row_chunks(index, row, tokenizer, sources.storage)):
                     target, mask = np.zeros((chunk, dims.size)), np.zeros((chunk, dims.size), bool)
-                    target[:, columns], mask[:, columns] = tokenizer.normalize(rows), inside
+                    target[:, columns], mask[:, columns] = tokenizer.normalize(logged.rows), logged.inside
                     last = np.zeros(dims.size)
-                    if start > 0:
-                        last[columns] = tokenizer.normalize(table[start - 1 : start])[0]
+                    if logged.before is not None:
+                        last[columns] = tokenizer.normalize(logged.before)[0]
                     keys.append((number, shard, row, count))
                     recording.append(index.recordings[row])
-                    time_ns = int(segment["timestamp_ns"] + segment["offset_ns"])
-                    parts.append((np.where(mask, target, 0.0), mask, last, start > 0, number, time_ns))
+                    known = logged.before is not None
+                    parts.append((np.where(mask, target, 0.0), mask, last, known, number, logged.time_ns))
     shape = (0, chunk, dims.size)
     if not parts:
         empty = np.zeros(0, np.int64)

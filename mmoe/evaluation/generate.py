@@ -112,7 +112,9 @@ def generate(
     texts = tokenizers.vocabulary.ranges["text"]
     legal = torch.tensor([Structure.EOS, *texts])
     start = _Prompt(
-        _image(run, image), _audio(run, audio), texts.start + tokenizers.text.encode(prompt).astype(np.int64)
+        None if image is None else read_image(run, image),
+        _audio(run, audio),
+        texts.start + tokenizers.text.encode(prompt).astype(np.int64),
     )
 
     def document(generated: list[int]) -> Document:
@@ -120,7 +122,7 @@ def generate(
         builder.text(np.r_[start.text, generated].astype(np.int64), NO_PAIR)
         return builder.finish()
 
-    _check_room(run, len(document([])) + max_tokens)
+    check_fits(run, len(document([])) + max_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)
     generated: list[int] = []
     with inference(run):
@@ -150,7 +152,7 @@ def speak(run: Run, path: Path, *, prompt: str = "", seconds: float = 2.0, sampl
     with needs("writing audio"):
         import soundfile
     start = _Prompt(None, None, text)
-    _check_room(run, 3 + len(text) + frames * codec.codebooks)
+    check_fits(run, 3 + len(text) + frames * codec.codebooks)
 
     def document(generated: list[int]) -> Document:
         builder = start.builder(run)
@@ -192,28 +194,34 @@ def _sample_codes(
     return deserialize(flat, len(flat) // codec.codebooks, codec.codebooks, config.layout)
 
 
-def _logits(run: Run, document: Document, at: int) -> Tensor:
-    """What the model expects after position `at` of the document: [V]."""
+def document_batch(run: Run, document: Document, source: int = 0) -> PackedBatch:
+    """Make the batch that holds this document alone, as one of the source of this number."""
     patches = len(document.values[Modality.VISION][1]) if Modality.VISION in document.values else 0
     size = {"sequence_length": len(document), "patches_per_sequence": patches}
     collate = make_collator(
         run.config.data.model_copy(update=size), run.tokenizers, run.config.losses.ce.label_weights()
     )
-    origin = DocumentRef(0, 0, 0, 0, 0, 1, False, True)
-    batch: PackedBatch = collate([[(origin, [document])]], groups=[0]).to(run.device)
-    return run.model.logits(run.model(batch).hidden[0, at][None])[0]
+    origin = DocumentRef(source, 0, 0, 0, 0, 1, False, True)
+    return collate([[(origin, [document])]], groups=[0]).to(run.device)
 
 
-def _image(run: Run, path: Path | None) -> tuple[np.ndarray, np.ndarray] | None:
-    if path is None:
-        return None
+def _logits(run: Run, document: Document, at: int) -> Tensor:
+    """What the model expects after position `at` of the document: [V]."""
+    return run.model.logits(run.model(document_batch(run, document)).hidden[0, at][None])[0]
+
+
+def read_image(run: Run, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image file as the model is given it: patches and their positions.
+
+    Raises ConfigError for a run that never saw an image, DataError for a file that cannot be read.
+    """
     if not run.tokenizers.value_dims[Modality.VISION]:
         raise ConfigError(f"{run.folder} was trained without images, so it cannot read {path}; leave --image out")
     with needs("decoding images"):
-        from mmoe.data.load.media import load_image
-    pixels = load_image(_read(path), str(path))
-    vision = run.tokenizers.vision
-    rows, columns = vision.grid(*pixels.shape[:2])
+        from mmoe.data.load.media import image_size, load_image
+    data, vision = _read(path), run.tokenizers.vision
+    rows, columns = vision.grid(*image_size(data, str(path)))
+    pixels = load_image(data, str(path), (rows * vision.config.patch, columns * vision.config.patch))
     frames = np.repeat(pixels[None], vision.config.tubelet, axis=0)
     return vision.encode(frames, rows, columns), vision.positions(rows, columns)
 
@@ -244,7 +252,8 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read ({error.strerror}); give the path of a readable file") from error
 
 
-def _check_room(run: Run, needed: int) -> None:
+def check_fits(run: Run, needed: int) -> None:
+    """Raise ConfigError where so many positions fit no sequence of the run."""
     room = run.config.data.sequence_length
     if needed > room:
         raise ConfigError(

@@ -44,6 +44,13 @@ def test_ordinary_text_and_our_own_styles_are_left_alone():
     assert printed(Text("error", "bold red"), "of [this]") == "error of [this]\n"
 
 
+def test_what_is_printed_verbatim_is_neither_wrapped_nor_rendered():
+    file = io.StringIO()
+    text = "[b]bold[/b] :car: a\tb  \n" + "x y " * 100 + "größer 東京"
+    Console(file=file, width=20, force_terminal=True).verbatim(f"{text}\x1b[2J\r\x00")
+    assert file.getvalue() == f"{text}\\x1b[2J\\r\\x00\n"
+
+
 def test_no_other_console_is_made_anywhere():
     """A console of rich itself reads markup in what it prints."""
     sources = [

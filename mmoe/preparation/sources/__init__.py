@@ -14,6 +14,7 @@ _BUILT_IN = (
     "nuscenes",
     "bridge",
     "lerobot",
+    "rlds",
     "simulated_drive",
 )
 

@@ -19,8 +19,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
-from mmoe.data.load.media import image_size
-from mmoe.errors import ConfigError
+from mmoe.data.load.media import image_format, image_size
+from mmoe.errors import ConfigError, Refused
 from mmoe.preparation.clocks import SkewPolicy
 from mmoe.preparation.slices import CLOCKS, Clocks, ReadingChoice, SensorStream, build_slices
 from mmoe.preparation.sources.encode import encode_table
@@ -67,13 +67,21 @@ class View:
 class Episode:
     """Holds the N rows of an episode: `times_ns` [N] from its start, `tables` [N, D] by STATE and ACTION, `texts` [N].
 
-    D is the number of dimensions of a table.
+    D is the number of dimensions of a table. A table of actions may end before the episode does.
     """
 
     name: str
     times_ns: np.ndarray
     tables: dict[Modality, np.ndarray]
     texts: list[str] = field(default_factory=list)  # the instruction that holds at each row
+
+
+def stored_kind(images: list[bytes], where: str) -> str:
+    """Return the suffix of a view's images as they are stored, one for all; raise DataError where there is none."""
+    kinds = {image_format(image, where) for image in images}
+    if len(kinds) > 1:
+        raise Refused("unreadable image or video", f"{where}: images of kinds {sorted(kinds)}; store one kind")
+    return kinds.pop()
 
 
 def windows(rows: int, config: EpisodeConfig) -> Iterator[range]:
@@ -103,7 +111,9 @@ def clip(key: str, episode: Episode, rows: range, views: list[View], config: Epi
     first, last = max(rows[0] - 1, 0), min(rows[-1] + 1 + config.lookahead, len(episode_ns))
     spans = {Modality.STATE: (rows[0], rows[-1] + 1), Modality.ACTION: (first, last)}
     for modality, table in episode.tables.items():
-        start, stop = spans[modality]
+        start, stop = spans[modality][0], min(spans[modality][1], len(table))
+        if start >= stop:
+            continue  # the last action came before
         member = {Modality.STATE: "state.npy", Modality.ACTION: "actions.npy"}[modality]
         members[member] = encode_table(table[start:stop])
         choice: ReadingChoice = "first" if modality is Modality.ACTION else "last"

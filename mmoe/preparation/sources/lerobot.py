@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from mmoe.data.load.frames import DAMAGED, VideoFrames
-from mmoe.data.load.media import image_format
 from mmoe.data.load.reading import reading
 from mmoe.data.load.video import VideoBackend
 from mmoe.errors import DataError, brief
@@ -31,7 +30,7 @@ from mmoe.preparation.clocks import check_clock, nearest, seconds_to_ns
 from mmoe.preparation.sources import jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source, Vectors
 from mmoe.preparation.sources.encode import encode_jpeg
-from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, windows
+from mmoe.preparation.sources.episodes import Episode, EpisodeConfig, View, clip, stored_kind, windows
 from mmoe.preparation.sources.files import open_regular
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import ALIGNMENT_NS, Sample
@@ -316,10 +315,7 @@ def _stored_view(column: pa.ChunkedArray, rows: range, name: str, where: str) ->
         row = next(row for row, image in zip(rows, images) if not isinstance(image, bytes))
         message = f"{where}: row {row} holds no image; embed the images or use videos"
         raise Refused("missing image", message)
-    kinds = {image_format(image, where) for image in images}
-    if len(kinds) > 1:
-        raise Refused("unreadable image or video", f"{where}: images of kinds {sorted(kinds)}; store one kind")
-    return kinds.pop(), images, None
+    return stored_kind(images, where), images, None
 
 
 def _video_view(

@@ -9,6 +9,7 @@ from mmoe.data.plan.planner import DocumentRef
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.modality import Modality
 from tests.data.recordings import write_jsonl
+from tests.data.recordings_rlds import episode, write_rlds
 from tests.data.recordings_robot import level_images, write_bridge, write_lerobot
 from tests.data.recordings_video import ramp, video_bytes
 from tests.data.streams import setup
@@ -28,15 +29,24 @@ def write_videos(folder):
 WRITERS = {
     "bridge": lambda folder: write_bridge(folder, [{"steps": n, "cameras": [0, 2]} for n in (5, 3, 7, 2)]),
     "lerobot": lambda folder: write_lerobot(folder, [5, 3, 7, 2]),
+    "rlds": lambda folder: write_rlds(folder, {"train": [[episode(e, n) for e, n in enumerate((5, 3, 6, 2))]]}),
     "video": write_videos,
 }
+OPTIONS = {"rlds": {"rate_hz": 5}}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_what_is_decoded_is_what_was_planned(tmp_path, kind):
     WRITERS[kind](tmp_path / "in")
     small = {"audio": {"codebooks": 2, "mel": {"codebook_size": 8}}}
-    run(kind, tmp_path / "in", tmp_path / kind, slices=3, prepare=small | {"heldout_share": 0.3})
+    run(
+        kind,
+        tmp_path / "in",
+        tmp_path / kind,
+        slices=3,
+        **OPTIONS.get(kind, {}),
+        prepare=small | {"heldout_share": 0.3},
+    )
     _, sources, tokenizers = setup(tmp_path, names=(kind,))
     decoder = SampleLoader(sources.files("train"), tokenizers, "pyav")
     seen = np.zeros(len(Modality), int)
