@@ -234,6 +234,13 @@ def test_a_wrong_column_is_one_sentence_with_the_columns_that_are_there(tmp_path
     )
 
 
+def test_each_of_several_caption_columns_must_be_there(tmp_path):
+    write_table(tmp_path / "rows.csv", {"image": ["x.png"], "caption": ["1"], "title": [""]})
+    read("image_caption", tmp_path, columns={"caption": ("caption", "title")})
+    with pytest.raises(DataError, match=r"has no column 'titel'; did you mean title\?"):
+        read("image_caption", tmp_path, columns={"caption": ("caption", "titel")})
+
+
 def test_a_wrong_column_of_json_names_those_of_the_row(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"txt": "x", "id": 1}))
     _, refused = read("text", tmp_path)
