@@ -37,7 +37,7 @@ from mmoe.preparation.sources.columnar import Cell
 from mmoe.preparation.sources.encode import flac_piece
 from mmoe.preparation.sources.media_bytes import read_media
 from mmoe.preparation.sources.ranges import plain_suffix
-from mmoe.preparation.sources.tables import SUFFIXES
+from mmoe.preparation.sources.tables import SUFFIXES, check_columns
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
@@ -125,6 +125,11 @@ def _rows(
 
 def _manifest(path: Path, config: AudioTextConfig, form: folders.RowForm, quarantine: Refuse) -> Iterator[Item]:
     stem, column = path.stem.replace(".", "_"), form.given or "audio_filepath"
+    try:
+        check_columns(path, (column,), form.options[0])
+        check_columns(path, form.texts, form.options[1])
+    except Refused as refusal:
+        raise DataError(str(refusal)) from None
     for number, (where, row) in enumerate(jsonl.rows(path, quarantine)):
         key = f"{stem}-{number:06d}"
         try:

@@ -3,9 +3,11 @@
 A table comes in parts (row groups, record batches), and each process keeps the columns of the last part that it was
 asked for: as preparation makes samples in the order of the list, every part is read once. Arrow files are mapped into
 memory, not read. An image or audio clip is a cell of bytes, or of ``{bytes, path}`` as Hugging Face's features Image
-and Audio store it; what lists a table reads the paths alone, not the bytes.
+and Audio store it; what lists a table reads the paths alone, not the bytes. The numbers of its feature ClassLabel are
+read as the names that they stand for.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,7 +51,7 @@ def read_row(file: Path, part: int, row: int, columns: Iterable[str]) -> dict[st
     remedy = f"the file is damaged: {_REMEDY}"
     with counted_as("unreadable file"), reading("row", row_place(file, part, row), remedy):
         content = _part(file, _stamp(file), part)
-        return {name: content.column(name)[row].as_py() for name in columns if name in content.names}
+        return {name: content.value(name, row) for name in columns if name in content.names}
 
 
 def row_place(file: Path, part: int, row: int) -> str:
@@ -62,9 +64,12 @@ def read_schema(file: Path) -> pa.Schema:
     with reading("parquet file" if _is_parquet(file) else "Arrow file", str(file), _REMEDY):
         if _is_parquet(file):
             with _parquet(file) as table:
-                return table.schema_arrow
-        with _arrow(file) as reader:
-            return reader.schema
+                schema = table.schema_arrow
+        else:
+            with _arrow(file) as reader:
+                schema = reader.schema
+        _ = schema.names  # decoded when they are asked for: they may be no UTF-8
+        return schema
 
 
 def part_rows(file: Path) -> Iterator[int]:
@@ -90,7 +95,7 @@ def cell_rows(file: Path, key: str, media: str, columns: tuple[str, ...]) -> Ite
     for part, count in enumerate(part_rows(file)):
         content = _part(file, _stamp(file), part)
         with counted_as("unreadable file"), reading("row", f"{file}, part {part}", f"the file is damaged: {_REMEDY}"):
-            lists = {name: content.column(name).to_pylist() for name in columns if name in content.names}
+            lists = {name: content.values(name) for name in columns if name in content.names}
             paths, stored = content.paths(media)
         for row in range(count):
             cell = Cell(file, part, row, media, f"{key}-{number:06d}", paths[row])
@@ -99,8 +104,24 @@ def cell_rows(file: Path, key: str, media: str, columns: tuple[str, ...]) -> Ite
             number += 1
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Tell whether a column of this type holds text."""
+def holds_text(schema: pa.Schema, column: str) -> bool:
+    """Tell whether a column holds text, or the numbers of classes whose names `datasets` keeps in the schema."""
+    return _is_text(schema.field(column).type) or bool(_class_names(schema, column))
+
+
+def _class_names(schema: pa.Schema, column: str) -> list[str]:
+    """The names of the classes that a column numbers: Hugging Face's feature ClassLabel."""
+    stored = (schema.metadata or {}).get(b"huggingface")
+    if stored is None or not pa.types.is_integer(schema.field(column).type):
+        return []
+    try:
+        feature = json.loads(stored)["info"]["features"][column]
+        return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else []
+    except (ValueError, LookupError, TypeError):  # said by something else than `datasets`
+        return []
+
+
+def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
@@ -111,6 +132,7 @@ class _Part:
     def __init__(self, file: Path, number: int, batch: pa.RecordBatch | None) -> None:
         self._file, self._number, self._batch = file, number, batch
         self._columns: dict[str, pa.Array | pa.ChunkedArray] = {}
+        self._classes: dict[str, list[str]] = {}
         self._schema = batch.schema if batch is not None else read_schema(file)
         self.names = self._schema.names
 
@@ -121,10 +143,21 @@ class _Part:
             self._columns[name] = column
         return self._columns[name]
 
+    def value(self, name: str, row: int) -> Any:
+        return self._named(name, self.column(name)[row].as_py())
+
+    def values(self, name: str) -> list[Any]:
+        return [self._named(name, value) for value in self.column(name).to_pylist()]
+
+    def _named(self, column: str, value: Any) -> Any:
+        """The name of a class in place of its number, where the table has names and there is such a class."""
+        names = self._classes.setdefault(column, _class_names(self._schema, column)) if type(value) is int else []
+        return names[value] if names and 0 <= value < len(names) else value
+
     def paths(self, media: str) -> tuple[list[str | None], bool]:
         """Read the paths in a column, None where there is none, and whether it can hold bytes besides."""
         kind = self._schema.field(media).type
-        if is_text(kind):
+        if _is_text(kind):
             return self.column(media).to_pylist(), False
         if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
             return [None] * len(self), True
@@ -142,9 +175,8 @@ class _Part:
     def _leaf(self, name: str) -> pa.ChunkedArray:
         """A column of a row group, or with a dot what stands in it under that name."""
         with _parquet(self._file) as table:
-            group = table.metadata.row_group(self._number)
-            chunks = [group.column(number) for number in range(group.num_columns)]
-            size = sum(c.total_uncompressed_size for c in chunks if f"{c.path_in_schema}.".startswith(f"{name}."))
+            # Of all columns: pyarrow ends the process where one is asked for and its statistics are damaged.
+            size = table.metadata.row_group(self._number).total_byte_size
             check_bound("file_bytes", size, f"{self._file}, row group {self._number}", "has too many bytes")
             return table.read_row_group(self._number, columns=[name]).column(0)
 

@@ -99,6 +99,10 @@ def describe_table(table: Path, form: RowForm, quarantine: Refuse) -> Described:
 
 
 def _own(own: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
+    try:
+        _check_columns(own, (form.given or form.field,), form)
+    except Refused as refusal:
+        raise DataError(str(refusal)) from None
     for where, row in jsonl.rows(own, quarantine):
         if form.given is None:
             yield where, row
@@ -107,6 +111,13 @@ def _own(own: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
             yield where, {**row, form.field: jsonl.text_of(row, form.given, where)}
         except Refused as refusal:
             quarantine(where, refusal)
+
+
+def _check_columns(table: Path, media: tuple[str, ...], form: RowForm) -> None:
+    """Raise `Refused` where a table lacks the image or audio clip, or what is said of it."""
+    tables.check_columns(table, media, form.options[0])
+    for wanted in [(name,) for name in form.texts] if form.exact else [form.texts]:
+        tables.check_columns(table, wanted, form.options[1])
 
 
 def _is_described(file: Path, form: RowForm, texts: dict[Path, Path]) -> bool:
@@ -153,9 +164,7 @@ def _table(table: Path, root: Path, form: RowForm, quarantine: Refuse) -> Descri
         known = (form.given,)
     elif tables.is_columnar(table):
         known = (form.field, "file_name")  # a table that holds the bytes may say besides what they were called
-    tables.check_columns(table, known, form.options[0])
-    for wanted in [(name,) for name in form.texts] if form.exact else [form.texts]:
-        tables.check_columns(table, wanted, form.options[1])
+    _check_columns(table, known, form)
     media = next((name for name in known if names is None or name in names), known[0])
     folder = table.parent.relative_to(root).as_posix()
     stem = tables.table_stem(table, root)

@@ -29,6 +29,7 @@ DELIMITED = (".csv", ".tsv")
 SUFFIXES = (".jsonl", *DELIMITED, *COLUMNAR)
 _TABLE = re.compile(r"(\.jsonl|\.csv|\.tsv)(\.gz|\.zst)?$|\.(parquet|arrow)$", re.IGNORECASE)
 _STEM = re.compile(r"\.txt(\.gz|\.zst)?$|" + _TABLE.pattern, re.IGNORECASE)  # what is left off at the end
+_MOST_NAMES = 50  # of columns in a message
 NO_COLUMN = "no such column"  # the reason of a `Refused` table
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"  # beside the data, by datasets
 
@@ -103,8 +104,12 @@ def column_names(file: Path) -> tuple[str, ...] | None:
 
 
 def check_columns(file: Path, wanted: Sequence[str], option: str) -> None:
-    """Raise `Refused` where a table has none of the columns `wanted`, which the reader's `option` names."""
+    """Raise `Refused` where a table has none of the columns `wanted`, which the reader's `option` names.
+
+    Rows of JSON are asked one after another, until one has a column.
+    """
     names = column_names(file)
+    names = _names_in_rows(file, wanted) if names is None else names
     if names is None or any(name in names for name in wanted):
         return
     hint = did_you_mean(wanted[0], names) or "."
@@ -117,7 +122,8 @@ def check_columns(file: Path, wanted: Sequence[str], option: str) -> None:
 
 def check_text(file: Path, column: str, option: str) -> None:
     """Raise `Refused` where the column of a columnar table holds something else than text."""
-    if is_columnar(file) and not columnar.is_text(kind := columnar.read_schema(file).field(column).type):
+    if is_columnar(file) and not columnar.holds_text(columnar.read_schema(file), column):
+        kind = columnar.read_schema(file).field(column).type
         message = f"{file}: column {column!r} holds {kind}, not text; set the option {option} to a text column"
         raise Refused(NO_COLUMN, message)
 
@@ -224,6 +230,16 @@ class _ColumnRow:
 
     def load(self, columns: Iterable[str]) -> dict[str, Any]:
         return columnar.read_row(self.file, self.part, self.row, columns)
+
+
+def _names_in_rows(file: Path, wanted: Sequence[str]) -> tuple[str, ...] | None:
+    """The names in a row that has one of the `wanted`, else those of all rows; None where no row can be read."""
+    names: dict[str, None] = {}
+    for _, row in jsonl.rows(file, lambda key, refusal: None):
+        if any(name in row for name in wanted):
+            return tuple(row)
+        names |= dict.fromkeys(list(row)[: max(0, _MOST_NAMES - len(names))])
+    return tuple(names) or None
 
 
 def _data_files(state: Path) -> list[Path]:

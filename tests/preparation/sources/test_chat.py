@@ -292,4 +292,5 @@ def test_a_table_without_messages_is_answered_with_its_columns(tmp_path):
         read("chat", tmp_path)
     (tmp_path / "a.parquet").unlink()
     write_jsonl(tmp_path / "a.jsonl", [{"message": [USER, ASSISTANT]}])
-    assert "did you mean message? the row has message" in str(read("chat", tmp_path)[1]["a-000000"])
+    with pytest.raises(DataError, match=said):
+        read("chat", tmp_path)

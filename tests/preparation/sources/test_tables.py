@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,7 +11,7 @@ from mmoe.errors import DataError
 from mmoe.preparation.sources import columnar
 from mmoe.schema.bounds import Bounds, bounded_by
 from tests.data.recordings import images, png, wav
-from tests.data.recordings_tables import hub_table, save_splits, save_to_disk, write_stream, write_table
+from tests.data.recordings_tables import MEDIA, hub_table, save_splits, save_to_disk, write_stream, write_table
 from tests.preparation.sources.test_sources import read, texts
 from tests.preparation.test_prepare import SMALL_CODEC, run
 
@@ -241,10 +242,35 @@ def test_each_of_several_caption_columns_must_be_there(tmp_path):
         read("image_caption", tmp_path, columns={"caption": ("caption", "titel")})
 
 
-def test_a_wrong_column_of_json_names_those_of_the_row(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"txt": "x", "id": 1}))
-    _, refused = read("text", tmp_path)
+def test_a_row_of_json_without_the_column_names_those_that_it_has(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"txt": "x", "id": 1}\n{"text": "y"}\n')
+    samples, refused = read("text", tmp_path)
+    assert list(samples) == ["a-000001"]
     assert "'text' is missing; did you mean txt? the row has txt, id" in str(refused["a-000000"])
+
+
+@pytest.mark.parametrize("place", ["a.jsonl", "captions.jsonl", "metadata.jsonl", "a.csv"])
+def test_classes_and_captions_are_read_in_any_place(tmp_path, place):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    write_table(tmp_path / place, {"image": ["a.png"], "label": ["cat"], "caption": ["x"]})
+    samples, refused = read("image_caption", tmp_path, columns={"image": "image", "caption": "label"})
+    assert not refused and texts(samples["a"]) == ["cat"]
+    with pytest.raises(DataError, match=r"'lable'; did you mean label\? Set the option columns.caption to one of"):
+        read("image_caption", tmp_path, columns={"caption": "lable"})
+    with pytest.raises(DataError, match=r"'photo'. Set the option columns.image to one of image, label, caption"):
+        read("image_caption", tmp_path, columns={"image": "photo"})
+
+
+def test_numbers_of_classes_are_read_as_their_names(tmp_path):
+    cells = [{"bytes": content, "path": None} for content in PICTURES[:3]]
+    table = pa.table({"image": pa.array(cells, MEDIA), "label": pa.array([1, 0, 7], pa.int64())})
+    feature = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    said = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": feature}}})}
+    pq.write_table(table.replace_schema_metadata(said), tmp_path / "x.parquet")
+    samples, refused = read("image_caption", tmp_path, columns={"caption": "label"})
+    assert [texts(s) for s in samples.values()] == [["dog"], ["cat"]]
+    assert "'label' is 7, not a string" in str(refused["x-000002"])
+    assert [texts(s) for s in read("text", tmp_path, columns={"text": "label"})[0].values()] == [["dog"], ["cat"]]
 
 
 def test_addresses_are_not_fetched(tmp_path):
