@@ -1,6 +1,7 @@
 """Lays out one document: where every position, label, vector and span goes.
 
     text            bos TEXT eos
+    dialogue        bos {TEXT, given or predicted} eos
     image, caption  bos image_start VISION image_end TEXT eos
     audio, text     bos audio_start AUDIO audio_end TEXT eos
     clip            bos video_start {slice} video_end eos
@@ -123,10 +124,10 @@ class DocumentBuilder:
         self._append(ids, Modality.AUDIO, predicted=True, offset_ns=offset_ns)
         self.structure(Structure.AUDIO_END, predicted=len(ids) > 0)
 
-    def text(self, ids: np.ndarray, pair: int, text_hash: int = 0) -> None:
-        """Append a text, `ids` [n]; `text_hash` tells it from the texts of other pairs."""
+    def text(self, ids: np.ndarray, pair: int, text_hash: int = 0, given: bool = False) -> None:
+        """Append a text, `ids` [n], to be predicted or `given`; `text_hash` tells it from the texts of other pairs."""
         self._span(pair, len(ids), Modality.TEXT, text_hash)
-        self._append(ids, Modality.TEXT, predicted=True)
+        self._append(ids, Modality.TEXT, predicted=not given)
 
     def vectors(
         self,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmoe.schema.modality import ModalitySpec, Planned
+from mmoe.schema.sample import GIVEN
 
 if TYPE_CHECKING:
     from mmoe.schema.manifest import SegmentGroup
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TextSpec(ModalitySpec):
-    """Makes every token of a text a target."""
+    """Makes every token of a text a target, but of a text that is given."""
 
     name = "TEXT"
 
@@ -25,7 +26,7 @@ class TextSpec(ModalitySpec):
         """Plan the ranges of stored ids."""
         tokens = (segments["stop"] - segments["start"]).astype(np.int64)
         plan = Planned.without_targets(tokens)
-        return Planned(tokens, plan.around, tokens, plan.closing)
+        return Planned(tokens, plan.around, np.where(segments["rate"] == GIVEN, 0, tokens), plan.closing)
 
     def positions(self, group: SegmentGroup, tokenizers: Tokenizers, source: str) -> int:
         """Count the ids."""

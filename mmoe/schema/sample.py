@@ -28,6 +28,7 @@ class Camera(IntEnum):
 NO_CAMERA = -1  # of an image that no camera of a rig took, such as a photograph
 NO_SLICE = -1
 NO_PAIR = -1
+GIVEN = 1  # the `rate` of a text that is read and not predicted: what a user said to an assistant
 ALIGNMENT_NS = 1_000_000  # that the time of a reading may be from the time in its file
 
 # One row per segment; the same fields stand in the shard index. See `Segment` for their meaning.
@@ -61,7 +62,7 @@ class Segment:
     ========= ================================================================ =======================
     modality  start, stop                                                      geometry
     ========= ================================================================ =======================
-    TEXT      unused by readers (the writer sets the range of token ids)       -
+    TEXT      unused by readers (the writer sets the range of token ids)       rate: 0, or GIVEN
     VISION    frame indices of a video in presentation order; 0, 1 for an image height, width in pixels
     AUDIO     samples at `rate`                                                rate in Hz
     INERTIAL  rows of a float ``.npy`` [N, D]; one token a segment: its last row -

@@ -117,7 +117,7 @@ def test_the_column_of_the_captions_is_found(here):
     table = here / "images/metadata.csv"
     table.write_text(table.read_text().replace("file_name,text", "file_name,prompt"))
     mmoe("init", "auto", "images")
-    assert load(RunConfig, "images.yaml").data.sources["images"].options["captions"] == ["prompt"]
+    assert load(RunConfig, "images.yaml").data.sources["images"].options["columns"] == {"caption": "prompt"}
 
 
 def test_nothing_is_written_over(here):
@@ -148,7 +148,7 @@ def test_the_column_of_the_texts_is_found(here, name):
         pa = pytest.importorskip("pyarrow")
         pq.write_table(pa.Table.from_pylist(rows), here / name)
     mmoe("init", "text", name, "prepare.heldout_share=0")
-    assert load(RunConfig, "rows.yaml").data.sources["rows"].options["field"] == "body"
+    assert load(RunConfig, "rows.yaml").data.sources["rows"].options["columns"] == {"text": "body"}
 
 
 def test_what_no_reader_takes_and_what_several_take_is_said_with_the_kinds(here):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fuzz.harness import campaign
 
-TARGETS = ("tables", "audio", "images", "videos", "shards", "datasets", "rlds")
+TARGETS = ("tables", "audio", "images", "videos", "shards", "datasets", "rlds", "rows")
 QUICK, MANY = 60, int(os.environ.get("MMOE_FUZZ_INPUTS", 2500))
 
 

@@ -482,7 +482,7 @@ def test_equal_samples_of_a_source_are_kept_once(tmp_path):
     write_captions(tmp_path / "images", 6)
     rows = [json.loads(line) for line in (tmp_path / "images/captions.jsonl").read_text().splitlines()]
     write_jsonl(tmp_path / "images/captions.jsonl", [row | {"more": f"again {row['caption']}"} for row in rows])
-    manifest, _ = run("image_caption", tmp_path / "images", tmp_path / "out2", captions=["caption", "more"])
+    manifest, _ = run("image_caption", tmp_path / "images", tmp_path / "out2", columns={"caption": ["caption", "more"]})
     assert not manifest.removed and sum(split.samples for split in manifest.splits.values()) == 12
 
 

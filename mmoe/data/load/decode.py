@@ -18,6 +18,7 @@ from mmoe.errors import DataError
 from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.optional import needs
 from mmoe.schema.modality import Modality
+from mmoe.schema.sample import GIVEN
 from mmoe.tokenizers.bundle import Tokenizers
 from mmoe.tokenizers.vocabulary import Structure
 
@@ -156,9 +157,13 @@ class _Row:
     def text_part(self) -> list[Document]:
         builder = DocumentBuilder.from_tokenizers(self.tokenizers)
         builder.structure(Structure.BOS)
-        builder.text(self.text_start + self.index.row_text(self.ref.row)[self.ref.first : self.ref.last], pair=-1)
+        ids = self.text_start + self.index.row_text(self.ref.row)
+        for segment in self.segments:
+            start, stop = max(segment["start"], self.ref.first), min(segment["stop"], self.ref.last)
+            if start < stop:
+                builder.text(ids[start:stop], pair=-1, given=segment["rate"] == GIVEN)
         if self.ref.is_last:
-            builder.structure(Structure.EOS, predicted=True)
+            builder.structure(Structure.EOS, predicted=self.segments["rate"][-1] != GIVEN)
         return [builder.finish()]
 
     def document(self, text_ids: np.ndarray | None) -> list[Document]:
@@ -182,11 +187,12 @@ class _Row:
             pair = int(segment["pair"]) if self.ref.isolated else -1
             if kind is Modality.TEXT:
                 ids = text_ids if text_ids is not None else self._text(segment)
+                given = bool(segment["rate"] == GIVEN)
                 if pair >= 0:
-                    isolated.append(self._isolated(ids, pair, int(segment["text_hash"])))
+                    isolated.append(self._isolated(ids, pair, int(segment["text_hash"]), given))
                 else:
-                    builder.text(ids, pair=-1)
-                    ends_with_text = len(ids) > 0
+                    builder.text(ids, pair=-1, given=given)
+                    ends_with_text = len(ids) > 0 and not given
                 continue
             ends_with_text = False
             payload = self._payload(segment, at, chosen, pair)
@@ -197,11 +203,11 @@ class _Row:
         builder.structure(Structure.EOS, predicted=ends_with_text and not has_slices)
         return [builder.finish(), *isolated]
 
-    def _isolated(self, ids: np.ndarray, pair: int, text_hash: int) -> Document:
+    def _isolated(self, ids: np.ndarray, pair: int, text_hash: int, given: bool) -> Document:
         builder = DocumentBuilder.from_tokenizers(self.tokenizers)
         builder.structure(Structure.BOS)
-        builder.text(ids, pair, text_hash)
-        builder.structure(Structure.EOS, predicted=len(ids) > 0)
+        builder.text(ids, pair, text_hash, given)
+        builder.structure(Structure.EOS, predicted=len(ids) > 0 and not given)
         return builder.finish()
 
     def _text(self, segment: np.void) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmoe.addresses import join_address, local_path
 from mmoe.data.index.shard_index import SegmentTable
-from mmoe.data.plan.measure import Measures, epoch_positions, measure_index, measure_slices
+from mmoe.data.plan.measure import Measures, epoch_positions, measure_index, measure_slices, targets_before
 from mmoe.data.storage.store import Storage
 from mmoe.errors import ConfigError, DataError
 from mmoe.hashing import INCREMENT, mixed_u64
@@ -147,10 +147,11 @@ class PlannedSource:
         whole = np.flatnonzero(outcome == FITS)
         last = np.where(measures.text_only, length - 2, np.maximum(measures.slices, 1))[whole]
         pieces = [_Pieces(whole, np.zeros_like(whole), last, _counts(measures.take(whole), isolated[whole]))]
+        borders = np.concatenate([[0], np.cumsum(self.shard_rows[shards])])
         if (outcome == CUT_TEXT).any():
-            pieces.append(self._cut_texts(np.flatnonzero(outcome == CUT_TEXT), length))
+            chosen = np.flatnonzero(outcome == CUT_TEXT)
+            pieces.append(self._cut_texts(chosen, measures.take(chosen), tables, borders, rows))
         if (outcome == CUT_SLICES).any():
-            borders = np.concatenate([[0], np.cumsum(self.shard_rows[shards])])
             cut, dropped = self._cut_clips(np.flatnonzero(outcome == CUT_SLICES), tables, borders, rows, isolated)
             pieces.append(cut)
             outcome[dropped] = SLICE_TOO_LONG
@@ -189,19 +190,34 @@ class PlannedSource:
             )
         return table
 
-    def _cut_texts(self, documents: np.ndarray, length: np.ndarray) -> "_Pieces":
-        """Texts longer than a sequence, cut where it is full."""
-        room, tokens = self.limits.sequence_length - 2, length[documents] - 2
+    def _cut_texts(
+        self,
+        documents: np.ndarray,
+        measures: Measures,
+        tables: tuple[SegmentTable, ...],
+        borders: np.ndarray,
+        rows: np.ndarray,
+    ) -> "_Pieces":
+        """Texts longer than a sequence, with their `measures`, cut where it is full."""
+        room, tokens = self.limits.sequence_length - 2, measures.length - 2
         number = -(-tokens // room)
-        document, tokens = np.repeat(documents, number), np.repeat(tokens, number)
-        first = (np.arange(len(document)) - np.repeat(np.cumsum(number) - number, number)) * room
+        text, tokens = np.repeat(np.arange(len(documents)), number), np.repeat(tokens, number)
+        first = (np.arange(len(text)) - np.repeat(np.cumsum(number) - number, number)) * room
         last = np.minimum(first + room, tokens)
         ends = last == tokens  # only there stands eos
-        counts = np.zeros((len(document), columns()), np.int64)
+        targets = last - first
+        partly = measures.labels[:, Modality.TEXT] < measures.length - 2  # some of their tokens are given
+        for shard, table in enumerate(tables) if partly.any() else ():
+            place = rows[documents[text]]
+            here = np.flatnonzero(partly[text] & (borders[shard] <= place) & (place < borders[shard + 1]))
+            own = place[here] - borders[shard]
+            targets[here] = targets_before(table, own, last[here]) - targets_before(table, own, first[here])
+        counts = np.zeros((len(text), columns()), np.int64)
         counts[:, POSITIONS] = last - first + 1 + ends
         counts[:, COST] = counts[:, POSITIONS] ** 2
-        counts[:, labels().start + Modality.STRUCTURE], counts[:, labels().start + Modality.TEXT] = ends, last - first
-        return _Pieces(document, first, last, counts)
+        counts[:, labels().start + Modality.STRUCTURE] = ends & (measures.labels[text, Modality.STRUCTURE] > 0)
+        counts[:, labels().start + Modality.TEXT] = targets
+        return _Pieces(documents[text], first, last, counts)
 
     def _cut_clips(
         self,

@@ -13,6 +13,7 @@ from mmoe.errors import ConfigError
 from mmoe.schema.counts import count_names
 from mmoe.schema.manifest import SplitEntry
 from mmoe.schema.modality import BUILT_IN, Modality, Planned
+from mmoe.schema.sample import GIVEN
 from mmoe.tokenizers.bundle import Tokenizers
 
 
@@ -104,19 +105,20 @@ def measure_documents(
     isolated_tokens = np.where(pair_text, tokens, 0)
     rest = length - total(isolated_tokens)
 
+    said = text & (plan.labels > 0)  # and not given
     # A text that follows an image of its slice with no structure token between them: its first token is the
     # target of a VISION position, which carries no label.
-    unlabeled = text & in_slice & same_slice & vision[before] & (tokens > 0)
+    unlabeled = said & in_slice & same_slice & vision[before]
     labels = np.zeros((rows, len(Modality)), np.int64)
     for code in _present(kind[plan.labels > 0]):
         labels[:, code] = total(np.where(kind == code, plan.labels - unlabeled, 0))
     # A text predicts the structure token behind it where it ends its slice or document: not before an action.
     ends = np.ones(len(segments), bool)
     ends[:-1] = ~same_slice[1:]
-    labels[:, Modality.STRUCTURE] = total((text & ends & (tokens > 0)) | plan.closing)
+    labels[:, Modality.STRUCTURE] = total((said & ends) | plan.closing)
     isolated_labels = labels.copy()
     isolated_labels[:, Modality.TEXT] += total(unlabeled & pair_text)
-    isolated_labels[:, Modality.STRUCTURE] += total(pair_text & ~ends)
+    isolated_labels[:, Modality.STRUCTURE] += total(pair_text & said & ~ends)
     return Measures(
         length=length,
         isolated=length + 2 * pairs,
@@ -134,6 +136,18 @@ def measure_index(table: SegmentTable, tokenizers: Tokenizers, source: str) -> M
     """Measure every row of a shard."""
     row = np.repeat(np.arange(len(table)), np.diff(table.segment_offsets))
     return measure_documents(table.segments, row, len(table), tokenizers, source)
+
+
+def targets_before(table: SegmentTable, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Count the targets among the first `tokens` [n] text tokens of the rows [n], which hold nothing but text."""
+    length = table.segments["stop"] - table.segments["start"]
+    predicted = np.append(table.segments["rate"] != GIVEN, False)
+    upto = np.concatenate([[0], np.cumsum(length)])  # tokens before each segment of the table, and targets
+    targets = np.concatenate([[0], np.cumsum(length * predicted[:-1])])
+    first = table.segment_offsets[rows]
+    at = upto[first] + tokens
+    segment = np.searchsorted(upto, at, side="right") - 1
+    return targets[segment] + (at - upto[segment]) * predicted[segment] - targets[first]
 
 
 def measure_slices(

@@ -5,6 +5,7 @@ from mmoe.preparation.sources.base import Source
 
 _BUILT_IN = (
     "text",
+    "chat",
     "image_caption",
     "audio_text",
     "webdataset",

@@ -8,6 +8,7 @@ folder, ``transcripts.jsonl``  rows ``{"audio": path, "text": words}``, optional
 folder, ``*.trans.txt``        lines ``<id> WORDS`` beside ``<id>.flac``, as in LibriSpeech: <speaker>/<chapter>/
 folder, ``metadata.csv`` or    rows with ``file_name`` and ``transcription``, ``text`` or ``sentence``, as in Hugging
 ``.jsonl``, ``.txt`` files     Face's audiofolder; LJSpeech's; a text beside each file: see `folders`
+folder or file, other tables   rows with ``audio`` (or ``file_name``), paths or the bytes, and a text: see `tables`
 file ``.jsonl``                rows ``{"audio_filepath": path, "text": words, "duration": s}`` as in the manifests of
                                NeMo and k2, optional `offset` in seconds (the row is then a piece of the file),
                                `speaker`; paths are relative to the manifest
@@ -32,17 +33,36 @@ from mmoe.data.load.media import audio_info, overcounted
 from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, folders, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
+from mmoe.preparation.sources.columnar import Cell
 from mmoe.preparation.sources.encode import flac_piece, range_around
+from mmoe.preparation.sources.media_bytes import read_media
+from mmoe.preparation.sources.ranges import plain_suffix
+from mmoe.preparation.sources.tables import SUFFIXES, check_columns
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
 _SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".m4a", ".sph")
-_FORM = folders.RowForm("transcripts.jsonl", "audio", ("text", "transcription", "sentence"), _SUFFIXES)
+_FORM = folders.RowForm(
+    "transcripts.jsonl",
+    "audio",
+    ("text", "transcription", "sentence"),
+    _SUFFIXES,
+    ("columns.audio", "columns.text"),
+    ("take", "speaker", "samples", "sample_rate"),
+)
+
+
+class AudioTextColumns(Config):
+    """Says which columns of a row are the audio clip (a path, or its bytes) and its words."""
+
+    audio: str | None = None  # null: audio, in a manifest audio_filepath, in a table of others file_name
+    text: str | None = None  # null: text, transcription or sentence
 
 
 class AudioTextConfig(Config):
     """Says how audio clips with their words are read."""
 
+    columns: AudioTextColumns = AudioTextColumns()
     # What is held out as a whole of a tree <speaker>/<chapter>/; a speaker on both sides makes the task easier.
     tree_recording: Literal["speaker", "chapter"] = "speaker"
     duration_tolerance_s: float = Field(0.01, ge=0)  # manifests round: two decimals are off by up to this
@@ -61,50 +81,67 @@ class _Stated:
 
 def items(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[Item]:
     """List one item per described audio clip, for the file or folder at `path`."""
+    form = _FORM.asked(config.columns.audio, None if config.columns.text is None else (config.columns.text,))
     if path.is_file():
-        return _manifest(path, config, quarantine)
+        if plain_suffix(path) in SUFFIXES and plain_suffix(path) != ".jsonl":
+            return _rows(path.parent, [], folders.describe_table(path, form, quarantine), form, quarantine)
+        return _manifest(path, config, form, quarantine)
     found = files.listing(path, quarantine)
     transcripts = [file for file in found if file.name.lower().endswith(".trans.txt")]
     if transcripts and not (path / _FORM.own).is_file():
         return _tree(path, found, transcripts, config, quarantine)
-    return _rows(path, found, quarantine)
-
-
-def _rows(path: Path, found: list[Path], quarantine: Refuse) -> Iterator[Item]:
     try:
-        described = folders.find_description(path, found, _FORM, quarantine)
+        described = folders.find_description(path, found, form, quarantine)
     except DataError as error:
         more = "a tree with *.trans.txt, or a manifest (a .jsonl file with audio_filepath, text and duration), does too"
         raise DataError(f"{error}; {more}") from None
+    return _rows(path, found, described, form, quarantine)
+
+
+def _rows(
+    root: Path, found: list[Path], described: folders.Described, form: folders.RowForm, quarantine: Refuse
+) -> Iterator[Item]:
     named, keys = set(described.tables), files.FileKeys()
     for where, row in described.rows:
+        audio: Any = row.get("audio")
         try:
-            name, take = jsonl.name_of(row, "audio", where), _take(row, where)
+            take = _take(row, where)
+            if isinstance(audio, Cell):
+                key = own = keys.free(audio.key)
+                named |= {audio.file.parent / audio.path} if audio.path else set()
+            else:
+                name = jsonl.name_of(row, "audio", where)
+                named.add(root / name)
+                key, own = keys.key(name)
         except Refused as refusal:
             quarantine(where, refusal)
             continue
-        named.add(path / name)
-        key, own = keys.key(name)
         recording = f"take-{take}" if take is not None else _speaker(row) or own
         stated = _Stated(samples=row.get("samples"), sample_rate=row.get("sample_rate"))
-        make = partial(_sample, key, recording, path / row["audio"], row.get("text"), stated, where)
+        make = partial(_sample, key, recording, root, audio, row, form.texts, stated, where)
         yield Item(key, recording, make, rank=take or 0)
-    _without_words((file for file in found if file not in named), path, quarantine)
+    _without_words((file for file in found if file not in named), root, quarantine)
 
 
-def _manifest(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[Item]:
-    stem = path.stem.replace(".", "_")
+def _manifest(path: Path, config: AudioTextConfig, form: folders.RowForm, quarantine: Refuse) -> Iterator[Item]:
+    stem, column = path.stem.replace(".", "_"), form.given or "audio_filepath"
+    try:
+        check_columns(path, (column,), form.options[0])
+        check_columns(path, form.texts, form.options[1])
+    except Refused as refusal:
+        raise DataError(str(refusal)) from None
     for number, (where, row) in enumerate(jsonl.rows(path, quarantine)):
         key = f"{stem}-{number:06d}"
         try:
-            name = jsonl.text_of(row, "audio_filepath", where)
+            name = jsonl.text_of(row, column, where)
             duration, offset = _seconds(row, "duration", where), _seconds(row, "offset", where)
         except Refused as refusal:
             quarantine(key, refusal)
             continue
         stated = _Stated(duration=duration, offset=offset, tolerance=config.duration_tolerance_s)
         recording = _speaker(row) or name  # pieces of one file belong together
-        yield Item(key, recording, partial(_sample, key, recording, path.parent / name, row.get("text"), stated, where))
+        make = partial(_sample, key, recording, path.parent, name, row, form.texts, stated, where)
+        yield Item(key, recording, make)
 
 
 def _tree(
@@ -134,7 +171,9 @@ def _tree(
             file = audio.get(place, place.with_name(f"{place.name}.flac"))
             named.add(file)
             key, _ = keys.key(file.relative_to(path).as_posix())
-            yield Item(key, recording, partial(_sample, key, recording, file, words, _Stated(), where))
+            said, below = {"text": words}, file.relative_to(path).as_posix()
+            make = partial(_sample, key, recording, path, below, said, ("text",), _Stated(), where)
+            yield Item(key, recording, make)
     _without_words((file for file in found if file not in named), path, quarantine)
 
 
@@ -166,19 +205,29 @@ def _seconds(row: dict[str, Any], field: str, where: str) -> float | None:
     return value
 
 
-def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, where: str) -> Sample:
-    words = jsonl.text_of({"text": text} if text is not None else {}, "text", where)
-    audio = files.read_bytes(file, where)
-    samples, rate = audio_info(audio, str(file))
-    spare = 0 if stated == _Stated() else overcounted(audio, str(file))  # which a row may have from the header too
+def _sample(
+    key: str,
+    recording: str,
+    root: Path,
+    value: str | Cell,
+    row: dict[str, Any],
+    texts: tuple[str, ...],
+    stated: _Stated,
+    where: str,
+) -> Sample:
+    words = jsonl.text_of(row, jsonl.chosen(row, None, texts), where)
+    media = read_media(value, root, where)
+    audio, file = media.content, media.name
+    samples, rate = audio_info(audio, file)
+    spare = 0 if stated == _Stated() else overcounted(audio, file)  # which a row may have from the header too
     for field, found in (("samples", (samples, samples + spare)), ("sample_rate", (rate,))):
         if getattr(stated, field) not in (None, *found):
             raise _differs(f"{file} has {field} {found[0]}, {where} says {brief(getattr(stated, field))}")
     start, stop = _range(replace(stated, tolerance=stated.tolerance + spare / rate), samples, rate, file, where)
-    member, begin = f"audio{file.suffix.lower()}", 0
+    member, begin = f"audio{media.suffix}", 0
     if stated.offset is not None:
         begin, end = range_around(start, stop, samples, rate)
-        member, audio = "audio.flac", flac_piece(audio, begin, end, str(file))
+        member, audio = "audio.flac", flac_piece(audio, begin, end, file)
     return Sample(
         key,
         recording,
@@ -190,7 +239,7 @@ def _sample(key: str, recording: str, file: Path, text: Any, stated: _Stated, wh
     )
 
 
-def _range(stated: _Stated, samples: int, rate: int, file: Path, where: str) -> tuple[int, int]:
+def _range(stated: _Stated, samples: int, rate: int, file: str, where: str) -> tuple[int, int]:
     """The samples [start, stop) of the file that are meant; refused where the file does not hold them."""
     length, offset = samples / rate, stated.offset or 0.0
     if stated.duration is None:

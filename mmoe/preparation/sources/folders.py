@@ -8,24 +8,24 @@ our own ``.jsonl`` in the root  as the reader has them
                                 imagefolder and audiofolder of Hugging Face's datasets
 ``metadata.csv`` with ``|``     ``id|text`` or ``id|text|normalized text``, no head, and ``wavs/<id>.wav``: LJSpeech
 a ``.txt`` beside each file     its content: ``0001.jpg``, ``0001.txt``
+any other tables                as `tables` reads them, with a column of paths relative to the table, or of the bytes
+                                themselves: Hugging Face's parquet and `save_to_disk`, CSV
 =============================== ================================================================================
 
 The first of them that is there is taken; what the others would say is listed with the files that nothing describes.
 """
 
-import csv
-import io
 import posixpath
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmoe.errors import DataError
-from mmoe.preparation.sources import files, jsonl
+from mmoe.preparation.sources import files, jsonl, ranges, tables
 from mmoe.preparation.sources.base import Refuse, Refused
-from mmoe.schema.bounds import bounds
+from mmoe.preparation.sources.columnar import Cell
 
 _NUMBERS = ("samples", "sample_rate", "take")  # columns of CSV that are whole numbers to a reader
 _DIGITS = re.compile("[0-9]{1,18}")
@@ -35,21 +35,34 @@ DescribedRows = Iterator[tuple[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class RowForm:
-    """Says how a reader's rows are written: in the file `own`, with the path in `field` and its text in `texts[0]`.
+    """Says how a reader's rows are written: in the file `own`, with the image or audio clip in `field`.
 
-    In tables of others the first of the columns `texts` that a row has is its text. `suffixes` are those of the files
-    that may have a ``.txt`` beside them, in lower case.
+    In other tables it may stand in ``file_name`` instead, or in the column `given` by the user alone. `texts` are the
+    columns that its text may stand in, all of which must be there where they are `exact`, given by the user; `more` are
+    those of other things that the reader asks for. `suffixes` are those of the files that may have a ``.txt`` beside
+    them, in lower case. `options` names what sets `given` and `texts`.
     """
 
     own: str
     field: str
     texts: tuple[str, ...]
     suffixes: tuple[str, ...]
+    options: tuple[str, str]
+    more: tuple[str, ...] = ()
+    given: str | None = None
+    exact: bool = False
+
+    def asked(self, media: str | None, texts: tuple[str, ...] | None) -> "RowForm":
+        """Return the form with the columns that a user gives; None: as it is."""
+        return replace(self, given=media, texts=texts or self.texts, exact=texts is not None)
 
 
 @dataclass(frozen=True)
 class Described:
-    """Holds the rows that describe files of a folder, with their places, and the files that the rows stand in."""
+    """Holds the rows that describe images or audio clips, with their places, and the files that the rows stand in.
+
+    A row has a path in its reader's field, relative to the folder that was searched, or the `Cell` of the bytes.
+    """
 
     rows: DescribedRows
     tables: frozenset[Path]
@@ -57,22 +70,54 @@ class Described:
 
 def find_description(root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> Described:
     """Find what describes the files `found` below `root`; raise DataError, naming what would, where nothing does."""
-    if (own := root / form.own).is_file():
-        return Described(jsonl.rows(own, quarantine), frozenset([own]))
+    own = root / form.own
+    if own.is_file():
+        return Described(_own(own, form, quarantine), frozenset([own]))
     named = [file for file in found if file.name.lower() in ("metadata.jsonl", "metadata.csv")]
     with_lines = {file.parent for file in named if file.suffix.lower() == ".jsonl"}
-    tables = [file for file in named if file.suffix.lower() == ".jsonl" or file.parent not in with_lines]
-    if tables:
-        rows = (row for table in tables for row in _table(table, root, found, form, quarantine))
-        return Described(rows, frozenset(tables))
+    metadata = [file for file in named if file.suffix.lower() == ".jsonl" or file.parent not in with_lines]
+    if metadata:
+        return Described(_described(metadata, root, found, form, quarantine), frozenset(metadata))
     texts = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".txt"}
     pairs = [(file, texts[file.with_suffix("")]) for file in found if _is_described(file, form, texts)]
     if pairs:
         return Described(_beside(pairs, root, form, quarantine), frozenset(text for _, text in pairs))
+    stored = tables.find_tables(found, root, quarantine)
+    if stored.tables:
+        others = sorted(stored.tables)
+        return Described(_described(others, root, found, form, quarantine), stored.tables | stored.described)
     raise DataError(
         f"{root} holds neither {form.own} nor metadata.jsonl or metadata.csv with a column file_name, nor a .txt "
-        f"beside any {form.field} file: nothing says what is in them; write one of these"
+        f"beside any {form.field} file, nor another table (.jsonl, .csv, .tsv, .parquet, .arrow): nothing says what is "
+        "in them; write one of these"
     )
+
+
+def describe_table(table: Path, form: RowForm, quarantine: Refuse) -> Described:
+    """Read the rows of one table, whatever it is called."""
+    return Described(_described([table], table.parent, [], form, quarantine), frozenset([table]))
+
+
+def _own(own: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
+    try:
+        _check_columns(own, (form.given or form.field,), form)
+    except Refused as refusal:
+        raise DataError(str(refusal)) from None
+    for where, row in jsonl.rows(own, quarantine):
+        if form.given is None:
+            yield where, row
+            continue
+        try:
+            yield where, {**row, form.field: jsonl.text_of(row, form.given, where)}
+        except Refused as refusal:
+            quarantine(where, refusal)
+
+
+def _check_columns(table: Path, media: tuple[str, ...], form: RowForm) -> None:
+    """Raise `Refused` where a table lacks the image or audio clip, or what is said of it."""
+    tables.check_columns(table, media, form.options[0])
+    for wanted in [(name,) for name in form.texts] if form.exact else [form.texts]:
+        tables.check_columns(table, wanted, form.options[1])
 
 
 def _is_described(file: Path, form: RowForm, texts: dict[Path, Path]) -> bool:
@@ -89,64 +134,79 @@ def _beside(pairs: list[tuple[Path, Path]], root: Path, form: RowForm, quarantin
         yield str(text), {form.field: file.relative_to(root).as_posix(), form.texts[0]: content}
 
 
-def _table(table: Path, root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
-    if table.suffix.lower() == ".jsonl":
-        read = jsonl.rows(table, quarantine)
-    else:
-        read = _csv(table, root, found, form, quarantine)
-    folder = table.parent.relative_to(root).as_posix()
-    for where, row in read:
-        column = form.field if form.field in row and "file_name" not in row else "file_name"
+def _described(given: list[Path], root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
+    """The rows of tables; those that lack a column are refused, and where all do that is the error."""
+    lacking: list[tuple[str, Refused]] = []
+    for table in given:
+        place = table.relative_to(root).as_posix()
         try:
-            name = posixpath.join(folder, jsonl.text_of(row, column, where))
+            if _is_ljspeech(table):
+                yield from _ljspeech(table, root, found, form, quarantine)
+            else:
+                yield from _table(table, root, form, quarantine)
+        except Refused as refusal:
+            if refusal.reason == tables.NO_COLUMN:
+                lacking.append((place, refusal))
+            else:
+                quarantine(place, refusal)
+        except DataError as error:
+            quarantine(place, Refused("unreadable file", str(error)))
+    if len(lacking) == len(given):
+        raise DataError(str(lacking[0][1]))
+    for place, why in lacking:
+        quarantine(place, why)
+
+
+def _table(table: Path, root: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
+    names = tables.column_names(table)
+    known: tuple[str, ...] = ("file_name", form.field)
+    if form.given is not None:
+        known = (form.given,)
+    elif tables.is_columnar(table):
+        known = (form.field, "file_name")  # a table that holds the bytes may say besides what they were called
+    _check_columns(table, known, form)
+    media = next((name for name in known if names is None or name in names), known[0])
+    folder = table.parent.relative_to(root).as_posix()
+    stem = tables.table_stem(table, root)
+    for where, row in tables.light_rows(table, stem, media, (*form.texts, *form.more), quarantine):
+        column = next((name for name in known if name in row), known[-1])
+        try:
+            value = row[column] if isinstance(row.get(column), Cell) else _joined(folder, row, column, where)
         except Refused as refusal:
             quarantine(where, refusal)
             continue
-        text = next((row[column] for column in form.texts if row.get(column) is not None), None)
-        yield where, {**row, form.field: name, **({} if text is None else {form.texts[0]: text})}
+        if names is not None and ranges.plain_suffix(table) in tables.DELIMITED:
+            row = {name: _value(name, cell) for name, cell in row.items()}
+        yield where, {**row, form.field: value}
 
 
-def _csv(table: Path, root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
-    try:
-        text = jsonl.decode_text(files.read_regular(table), table, 0)
-    except (OSError, Refused) as error:
-        raise DataError(f"{table} cannot be read ({error}); repair it") from error
-    head = text.partition("\n")[0]
-    if "file_name" not in head and "|" in head:
-        yield from _ljspeech(table, text, root, found, form, quarantine)
-        return
-    csv.field_size_limit(bounds().row_bytes)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    place = table.relative_to(root).as_posix()
-    try:
-        for row in reader:
-            where = f"{table}, line {reader.line_num}"
-            if None in row or None in row.values():
-                message = f"{where} has not as many cells as the head; repair or remove it"
-                quarantine(f"{place}-line-{reader.line_num}", Refused("malformed row", message))
-            else:
-                yield where, {name: _value(name, cell) for name, cell in row.items() if cell}
-    except csv.Error as error:
-        message = f"{table}, line {reader.line_num} is not CSV ({error}), and nothing after it is read; repair it"
-        quarantine(f"{place}-line-{reader.line_num}", Refused("malformed row", message))
+def _joined(folder: str, row: dict[str, Any], column: str, where: str) -> str:
+    return posixpath.join(folder, jsonl.text_of(row, column, where))
 
 
-def _value(column: str, cell: str) -> str | int:
+def _value(column: str, cell: Any) -> Any:
     return int(cell) if column in _NUMBERS and _DIGITS.fullmatch(cell) else cell
 
 
-def _ljspeech(
-    table: Path, text: str, root: Path, found: list[Path], form: RowForm, quarantine: Refuse
-) -> DescribedRows:
+def _is_ljspeech(table: Path) -> bool:
+    if table.name.lower() != "metadata.csv":
+        return False
+    with files.open_regular(table) as stream:
+        head = stream.readline(1 << 16)
+    return b"|" in head and b"file_name" not in head
+
+
+def _ljspeech(table: Path, root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
+    text = jsonl.decode_text(files.read_regular(table), table, 0)
     wavs = table.parent / "wavs"
     clips = {file.stem: file for file in found if file.suffix.lower() in form.suffixes and file.parent == wavs}
-    place = table.relative_to(root).as_posix()
+    stem = tables.table_stem(table, root)
     for number, line in enumerate(text.split("\n"), start=1):  # a line of text may hold other breaks
         where, cells = f"{table}, line {number}", line.rstrip("\r").split("|")
         if not line.strip():
             continue
         if len(cells) not in (2, 3) or cells[0] not in clips:
             why = f"names no file in {wavs}" if len(cells) in (2, 3) else "is not id|text|normalized text"
-            quarantine(f"{place}-line-{number}", Refused("malformed row", f"{where} {why}; repair or remove it"))
+            quarantine(f"{stem}-line-{number}", Refused("malformed row", f"{where} {why}; repair or remove it"))
             continue
         yield where, {form.field: clips[cells[0]].relative_to(root).as_posix(), form.texts[0]: cells[-1]}

@@ -1,10 +1,12 @@
 """Reads images with captions: a folder with ``captions.jsonl``, rows ``{"image": path, "caption": text, ...}``.
 
 What may stand in the place of that file, `mmoe.preparation.sources.folders` says: Hugging Face's ``metadata.csv`` with
-``file_name`` and ``text`` (or ``caption``), or a ``.txt`` beside each image.
+``file_name`` and ``text`` (or ``caption``), a ``.txt`` beside each image, or tables that hold the images themselves.
+The input may also be one table.
 
-A sample is one image and one caption, its two sides a contrastive pair. An image is a recording, so all its
-captions fall on one side of the split. Files of the folder that no row names are refused, so that they are counted.
+A sample is one image and one caption, its two sides a contrastive pair; a list of captions gives a sample each. An
+image is a recording, so all its captions fall on one side of the split. Files of the folder that no row names are
+refused, so that they are counted.
 """
 
 from collections.abc import Iterator
@@ -12,66 +14,82 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from mmoe.config.base import Config
-from mmoe.preparation.sources import files, folders, jsonl
+from mmoe.preparation.sources import files, folders, jsonl, tables
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
+from mmoe.preparation.sources.columnar import Cell
+from mmoe.preparation.sources.media_bytes import read_media
 from mmoe.schema.sample import Sample
 
-_FORM = folders.RowForm(
-    "captions.jsonl", "image", ("caption", "text"), (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-)
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+_FORM = folders.RowForm("captions.jsonl", "image", ("caption", "text"), _SUFFIXES, ("columns.image", "columns.caption"))
+
+
+class ImageCaptionColumns(Config):
+    """Says which columns of a row are the image (a path, or its bytes) and its captions."""
+
+    image: str | None = None  # null: image, or in a table of others file_name
+    caption: str | tuple[str, ...] | None = None  # of several, those after the first may be absent; null: caption, text
 
 
 class ImageCaptionConfig(Config):
-    """Says which fields of a row are the captions of its image."""
+    """Says how images and their captions are found."""
 
-    captions: tuple[str, ...] = Field(("caption",), min_length=1)  # fields of a row; null or absent after the first
+    columns: ImageCaptionColumns = ImageCaptionColumns()
 
 
 def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterator[Item]:
-    """List one item per image and caption; the second field's captions have keys ending in ``-1``, and so on."""
-    found, keys = files.listing(path, quarantine), files.FileKeys()
-    described = folders.find_description(path, found, _FORM, quarantine)
+    """List one item per image and caption; the second column's captions have keys ending in ``-1``, and so on."""
+    keys, given = files.FileKeys(), config.columns.caption
+    captions = (given,) if isinstance(given, str) else given
+    form = _FORM.asked(config.columns.image, captions)
+    if path.is_file():
+        root, found, described = path.parent, [], folders.describe_table(path, form, quarantine)
+    else:
+        root, found = path, files.listing(path, quarantine)
+        described = folders.find_description(root, found, form, quarantine)
     named = set(described.tables)
     for where, row in described.rows:
-        try:
-            name = jsonl.name_of(row, "image", where)
-        except Refused as refusal:
-            quarantine(where, refusal)
-            continue
-        named.add(path / name)
-        first, image = keys.key(name)
-        for number, field in enumerate(config.captions):
-            if number and row.get(field) is None:
+        image = row.get("image")
+        if isinstance(image, Cell):
+            first = recording = keys.free(image.key)
+            named |= {image.file.parent / image.path} if image.path else set()
+        else:
+            try:
+                name = jsonl.name_of(row, "image", where)
+            except Refused as refusal:
+                quarantine(where, refusal)
                 continue
-            key = keys.free(f"{first}-{number}") if number else first
-            yield Item(key, image, partial(_sample, path, where, row, field, key, image))
+            named.add(root / name)
+            first, recording = keys.key(name)
+        columns = captions or (jsonl.chosen(row, None, _FORM.texts),)
+        for place, (number, column, said) in enumerate(_captions(row, columns)):
+            key = keys.free(f"{first}-{number}" if number else first) if place else first
+            spoken = {**row, column: said} if said is not row.get(column) else row
+            yield Item(key, recording, partial(_sample, root, where, spoken, column, key, recording))
     unnamed = (file for file in found if file not in named)
     files.pass_over(unnamed, path, "captions.jsonl (or another table of captions) and the images in it", quarantine)
 
 
 def suggest(path: Path) -> dict[str, Any]:
-    """Name the column with the longest text in the first row, where none has the name of a caption."""
-    rows = folders.find_description(path, files.listing(path, _unheard), _FORM, _unheard).rows
-    row = next((row for _, row in rows), {})
-    texts = {
-        name: value for name, value in row.items() if name not in ("image", "file_name") and isinstance(value, str)
-    }
-    default = ImageCaptionConfig.model_fields["captions"].default
-    return {} if not texts or default[0] in texts else {"captions": [max(texts, key=lambda name: len(texts[name]))]}
+    """Name the column with the longest text of the first table, where none has the name of a caption."""
+    found = [path] if path.is_file() else files.listing(path, lambda key, refusal: None)
+    column = tables.suggest_text(found, _FORM.texts, ("image", "file_name"))
+    return {} if column is None else {"columns": {"caption": column}}
 
 
-def _unheard(key: str, why: Refused) -> None:
-    """What is refused is told when the recordings are listed."""
+def _captions(row: dict[str, Any], columns: tuple[str, ...]) -> Iterator[tuple[int, str, Any]]:
+    """The captions of a row with the number and the name of their column, which may hold a list of them."""
+    for number, column in enumerate(columns):
+        said = row.get(column)
+        if number == 0 or said is not None:
+            yield from ((number, column, each) for each in (said if isinstance(said, list) and said else [said]))
 
 
-def _sample(path: Path, where: str, row: dict[str, Any], field: str, key: str, recording: str) -> Sample:
-    caption, image = jsonl.text_of(row, field, where), jsonl.read_named(path, row, "image", where)
-    file = path / row["image"]
-    return captioned(key, recording, image, file.suffix, str(file), caption, where)
+def _sample(root: Path, where: str, row: dict[str, Any], column: str, key: str, recording: str) -> Sample:
+    caption, image = jsonl.text_of(row, column, where), read_media(row["image"], root, where)
+    return captioned(key, recording, image.content, image.suffix, image.name, caption, where)
 
 
 SOURCE = Source(

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmoe.errors import DataError, brief
+from mmoe.errors import DataError, brief, did_you_mean
 from mmoe.preparation.sources.base import Refuse, Refused
-from mmoe.preparation.sources.files import open_regular, read_bytes, read_regular
+from mmoe.preparation.sources.files import read_bytes, read_regular
+from mmoe.preparation.sources.ranges import open_stream
 from mmoe.schema.bounds import BEYOND, bounds, check_bound
 
 BOM = b"\xef\xbb\xbf"
@@ -24,7 +25,7 @@ def rows(path: Path, quarantine: Refuse) -> Iterator[tuple[str, dict[str, Any]]]
     Raises DataError when the file cannot be read.
     """
     try:
-        with open_regular(path) as stream:
+        with open_stream(path) as stream:
             for number, (start, line) in enumerate(lines(stream), start=1):
                 where = f"{path}, line {number}"
                 try:
@@ -34,7 +35,7 @@ def rows(path: Path, quarantine: Refuse) -> Iterator[tuple[str, dict[str, Any]]]
                     quarantine(f"{path.stem}-line-{number}", refusal)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); a folder of this kind needs it, one JSON object a line"
+            f"{path} cannot be read ({error.strerror or error}); a folder of this kind needs it, one JSON object a line"
         ) from error
 
 
@@ -121,12 +122,26 @@ def load_json(file: Path, remedy: str) -> Any:
 
 def text_of(row: dict[str, Any], field: str, where: str) -> str:
     """Return the string in `field` of a row, not blank; raise `Refused` for anything else."""
-    if not isinstance(row.get(field), str):
-        found = "is missing" if field not in row else f"is {brief(row[field])}, not a string"
+    if field not in row:
+        hint = did_you_mean(field, row) or ";"
+        there = brief(", ".join(row) or "nothing", quoted=False)
+        raise Refused("malformed row", f"{where}: {field!r} is missing{hint} the row has {there}; repair or remove it")
+    if row[field] is None:
+        raise Refused("empty text", f"{where}: {field!r} is null; give it a text or remove the line")
+    if not isinstance(row[field], str):
+        found = f"is {brief(row[field])}, not a string"
         raise Refused("malformed row", f"{where}: {field!r} {found}; repair or remove the line")
     if not row[field].strip():
         raise Refused("empty text", f"{where}: {field!r} is blank; give it a text or remove the line")
     return row[field]
+
+
+def chosen(row: dict[str, Any], given: str | None, known: tuple[str, ...]) -> str:
+    """Name the field of a row that is meant: the one that was given, else the first of the `known` that says something.
+
+    Where none does it is the first of them, which the message of a refusal will name.
+    """
+    return given or next((name for name in known if row.get(name) is not None), known[0])
 
 
 def number_of(row: dict[str, Any], field: str, where: str, what: str = "a number") -> float:

@@ -2,8 +2,8 @@
 
 A key ends at the first dot of a name's last path component; the rest, lower-cased, is the field. A sample is the one
 image (``.jpg .jpeg .png .webp``) and the text of a key: the ``.txt`` where there is one, else the string that the
-``.json`` has under `caption`. Other members are not read. An image is a recording of its own. Tars may number their
-samples alike: keys begin with the tar's path, in which dots become underscores.
+``.json`` has under `columns.caption`. Other members are not read. An image is a recording of its own. Tars may
+number their samples alike: keys begin with the tar's path, in which dots become underscores.
 
 Only headers are read to list a tar; a sample is then three range reads at most. So tars must not be compressed, and
 a URL that would run a command (``pipe:``) is no path and is not understood. Samples that WebDataset's rule for keys
@@ -34,11 +34,17 @@ _GLOB = re.compile(r"(\*\*/|\*|\?|\[[^\]]+\])")
 _META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
 
 
+class WebDatasetColumns(Config):
+    """Says which field of a ``.json`` member is the caption."""
+
+    caption: str = "caption"
+
+
 class WebDatasetConfig(Config):
     """Says which tars of a folder are read, and where captions stand."""
 
     tars: str = "**/*.tar"  # which files of a folder, as a glob
-    caption: str = "caption"  # field of the .json members
+    columns: WebDatasetColumns = WebDatasetColumns()
 
 
 @dataclass
@@ -95,7 +101,7 @@ def _tar_items(tar: Path, name: str, config: WebDatasetConfig, quarantine: Refus
             quarantine(full, refusal)
             continue
         chosen = {name: found[0].members[name] for name in (image, text)}
-        yield Item(full, full, partial(_sample, tar, full, chosen, config.caption))
+        yield Item(full, full, partial(_sample, tar, full, chosen, config.columns.caption))
 
 
 def _groups(tar: Path, name: str, quarantine: Refuse) -> Iterator[_Group]:

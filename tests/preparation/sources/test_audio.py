@@ -156,9 +156,9 @@ def test_an_audio_clip_whose_length_differs_from_its_row_is_refused(tmp_path, st
 )
 def test_malformed_rows_of_a_manifest_are_refused(tmp_path, row):
     soundfile.write(tmp_path / "a.wav", tone(0, RATE), RATE)
-    write_jsonl(tmp_path / "m.jsonl", [row])
+    write_jsonl(tmp_path / "m.jsonl", [row, {"audio_filepath": "a.wav", "text": "x"}])
     samples, refused = read("audio_text", tmp_path / "m.jsonl")
-    assert not samples and refused["m-000000"].reason == "malformed row"
+    assert list(samples) == ["m-000001"] and refused["m-000000"].reason == "malformed row"
 
 
 def test_a_folder_without_words_is_an_error(tmp_path):

@@ -98,8 +98,8 @@ def test_ljspeech_is_read_by_its_normalized_text(tmp_path):
         "wavs/LJ001-0001": 'Printed in fourteen fifty-five, "then"',
         "wavs/LJ001-0002": "sh\u2028ort",
     }
-    assert sorted(refused) == ["metadata.csv-line-4", "metadata.csv-line-5", "wavs_22k/LJ001-0001.wav"]
-    assert "names no file" in str(refused["metadata.csv-line-4"])
+    assert sorted(refused) == ["metadata-line-4", "metadata-line-5", "wavs_22k/LJ001-0001.wav"]
+    assert "names no file" in str(refused["metadata-line-4"])
 
 
 def test_a_text_beside_each_file_is_its_text(tmp_path):
@@ -118,7 +118,7 @@ def test_rows_that_cannot_be_used_are_refused_alone_and_counted(tmp_path):
     samples, refused = read("image_caption", tmp_path)
     assert texts(samples) == {"a": "one", "b+2": "last"}
     place = tmp_path / "metadata.csv"
-    assert sorted(refused) == [f"{place}, line 4", "b", "metadata.csv-line-3", "metadata.csv-line-5"]
+    assert sorted(refused) == [f"{place}, line 4", "b", "metadata-line-3", "metadata-line-5"]
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,one\nb.png,"open')
     samples, refused = read("image_caption", tmp_path)
     assert texts(samples) == {"a": "one"}

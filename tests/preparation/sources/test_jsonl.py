@@ -24,7 +24,7 @@ BAD = {
     "deep": ('{"text": "x", "n": ' + "[" * 64 + "]" * 64 + "}", BEYOND),
     "cut": ('{"text": "x"', "malformed row"),
     "list": ("[1]", "malformed row"),
-    "nothing": ('{"text": null}', "malformed row"),
+    "nothing": ('{"text": null}', "empty text"),
 }
 
 

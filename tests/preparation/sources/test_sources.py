@@ -140,7 +140,7 @@ def test_further_captions_are_samples_of_the_same_recording(tmp_path):
     (tmp_path / "p.png").write_bytes(png(images(1)[0]))
     rows = [{"image": "p.png", "caption": "A", "second": "B"}, {"image": "q.png", "caption": "C", "second": None}]
     write_jsonl(tmp_path / "captions.jsonl", rows)
-    samples, refused = read("image_caption", tmp_path, captions=("caption", "second"))
+    samples, refused = read("image_caption", tmp_path, columns={"caption": ("caption", "second")})
     assert {key: texts(s) for key, s in samples.items()} == {"p": ["A"], "p-1": ["B"]}
     assert {s.recording for s in samples.values()} == {"p"}
     assert refused["q"].reason == "missing file" and "q.png cannot be read" in str(refused["q"])
@@ -177,7 +177,7 @@ def test_further_captions_that_would_have_the_key_of_another_image_get_one_of_th
         (tmp_path / name).write_bytes(png(images(1)[0]))
     rows = [{"image": "a-1.png", "caption": "other"}, {"image": "a.png", "caption": "first", "more": "second"}]
     write_jsonl(tmp_path / "captions.jsonl", rows)
-    samples, refused = read("image_caption", tmp_path, captions=("caption", "more"))
+    samples, refused = read("image_caption", tmp_path, columns={"caption": ("caption", "more")})
     assert not refused and {key: s.segments[-1].text for key, s in samples.items()} == {
         "a-1": "other",
         "a": "first",

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmoe.preparation.sources import text as reader
-from mmoe.preparation.sources.text import _Forward
+from mmoe.errors import DataError
+from mmoe.preparation.sources import ranges
+from mmoe.preparation.sources.ranges import Forward
 from tests.preparation.sources.test_sources import read, texts
 
 LINES = [f"Zeile {i}: 吾輩は猫である。\r\n" * (1 + i % 3) for i in range(200)]
@@ -48,8 +49,10 @@ def test_compressed_files_give_the_documents_of_plain_ones(tmp_path, suffix, fra
 def test_a_compressed_file_is_decompressed_once_for_the_list_and_once_for_the_samples(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl.zst").write_bytes(zstd(b"".join(b'{"text": "row %d"}\n' % i for i in range(500))))
     opened = []
-    monkeypatch.setattr(reader, "_open", lambda file, original=reader._open: opened.append(file) or original(file))
-    reader._forward.cache_clear()
+    monkeypatch.setattr(
+        ranges, "open_stream", lambda file, original=ranges.open_stream: opened.append(file) or original(file)
+    )
+    ranges.forward.cache_clear()
     samples, _ = read("text", tmp_path)
     assert [texts(s) for s in samples.values()] == [[f"row {i}"] for i in range(500)] and len(opened) == 2
 
@@ -59,7 +62,7 @@ def test_a_compressed_file_is_decompressed_once_for_the_list_and_once_for_the_sa
 def test_ranges_may_be_asked_for_in_any_order(tmp_path, ranges):
     data = random.Random(0).randbytes(4500)
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(data))
-    forward = _Forward(tmp_path / "x.txt.gz")
+    forward = Forward(tmp_path / "x.txt.gz")
     for start, length in ranges:
         assert forward.read(start, start + length) == data[start : start + length]
 
@@ -89,16 +92,20 @@ def test_a_parquet_column_is_read_by_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pq.ParquetFile, "read_row_group", lambda self, group, **k: reads.append(group) or original(self, group, **k)
     )
-    samples, refused = read("text", tmp_path, field="content")
+    samples, refused = read("text", tmp_path, columns={"text": "content"})
     for name in kinds:
         mine = [s for key, s in samples.items() if s.recording == f"{name}.v1.parquet"]
         assert [texts(s)[0] for s in mine] == [row for row in rows if row and row.strip()]
         assert {refused[f"{name}_v1-{i:06d}"].reason for i in (7, 31)} == {"empty text"}
     assert reads == [0, 1, 2] * 3
-    _, refused = read("text", tmp_path)
-    assert "has no column 'text'; set the option field to one of id, content" in str(refused["plain_v1"])
-    _, refused = read("text", tmp_path, field="id")
-    assert refused["plain_v1"].reason == "no such column" and "holds int64, not text" in str(refused["plain_v1"])
+    with pytest.raises(DataError, match=r"has no column 'text'. Set the option columns.text to one of id, content"):
+        read("text", tmp_path)
+    with pytest.raises(DataError, match=r"has no column 'contents'; did you mean content\? Set the option"):
+        read("text", tmp_path, columns={"text": "contents"})
+    (tmp_path / "other.jsonl").write_text('{"id": "of another table"}')
+    samples, refused = read("text", tmp_path, columns={"text": "id"})
+    assert list(samples) == ["other-000000"] and {r.reason for r in refused.values()} == {"no such column"}
+    assert "holds int64, not text" in str(refused["plain_v1"])
 
 
 def test_a_broken_parquet_file_is_refused_alone(tmp_path):

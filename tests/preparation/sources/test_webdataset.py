@@ -75,7 +75,7 @@ def test_captions_may_stand_in_json(tmp_path):
         "x/d": "malformed row",
         "x/e": "empty text",
     }
-    assert texts(read("webdataset", tmp_path, caption="title")[0]["x/c"]) == ["c"]
+    assert texts(read("webdataset", tmp_path, columns={"caption": "title"})[0]["x/c"]) == ["c"]
 
 
 def test_shards_with_equal_numbering_do_not_collide(tmp_path):

@@ -1,0 +1,281 @@
+"""Rows are rows, whatever they are stored as: JSON, CSV, parquet, Arrow; texts, paths or bytes in their columns."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe.errors import DataError
+from mmoe.preparation.sources import columnar
+from mmoe.schema.bounds import Bounds, bounded_by
+from tests.data.recordings import images, png, wav
+from tests.data.recordings_tables import MEDIA, hub_table, save_splits, save_to_disk, write_stream, write_table
+from tests.preparation.sources.test_sources import read, texts
+from tests.preparation.test_prepare import SMALL_CODEC, run
+
+KINDS = ("jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "parquet", "stream.arrow", "file.arrow")
+SAID = ["plain", 'a "quoted", cell;\twith\nlines\r\nand commas', "吾輩は猫である", " two spaces ", "5", '"', "last"]
+PICTURES = [png(pixels) for pixels in images(7)]
+CLIPS = [wav((np.arange(900) * (n + 3)) % 2000 - 1000) for n in range(7)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_of_any_table_gives_the_texts_that_were_written(tmp_path, kind):
+    write_table(tmp_path / f"rows.{kind}", {"id": [str(i) for i in range(7)], "body": SAID})
+    samples, refused = read("text", tmp_path, columns={"text": "body"})
+    assert not refused and [texts(s)[0] for s in samples.values()] == SAID
+    assert {s.recording for s in samples.values()} == {f"rows.{kind}"}
+    assert [key[-7:] for key in samples] == [f"-{i:06d}" for i in range(7)]
+    alone, _ = read("text", tmp_path / f"rows.{kind}", columns={"text": "body"})
+    assert {k: s.members for k, s in alone.items()} == {k: s.members for k, s in samples.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", ["image_caption", "audio_text"])
+def test_paths_in_a_column_of_any_table_are_read_relative_to_it(tmp_path, kind, source):
+    media, suffix, contents = ("photo", "png", PICTURES) if source == "image_caption" else ("clip", "wav", CLIPS)
+    for number, content in enumerate(contents):
+        (tmp_path / f"set/files/{number}.{suffix}").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"set/files/{number}.{suffix}").write_bytes(content)
+    write_table(tmp_path / f"set/rows.{kind}", {media: [f"files/{n}.{suffix}" for n in range(7)], "said": SAID})
+    columns = {"image_caption": {"image": media, "caption": "said"}, "audio_text": {"audio": media, "text": "said"}}
+    samples, refused = read(source, tmp_path, columns=columns[source])
+    assert not refused and list(samples) == [f"set/files/{n}" for n in range(7)]
+    assert [texts(s)[0] for s in samples.values()] == SAID
+    assert [next(iter(s.members.values())) for s in samples.values()] == contents
+    if not kind.startswith("jsonl"):
+        alone, _ = read(source, tmp_path / f"set/rows.{kind}", columns=columns[source])
+        assert [s.members for s in alone.values()] == [s.members for s in samples.values()]
+
+
+@pytest.mark.parametrize("stored", ["parquet", "saved", "splits"])
+@pytest.mark.parametrize("cell", ["both", "bytes", "plain"])
+@pytest.mark.parametrize("source", ["image_caption", "audio_text"])
+def test_bytes_in_tables_of_the_hub_are_the_members(tmp_path, stored, cell, source):
+    folder = tmp_path / "in"
+    media, member, contents = (
+        ("image", "image.png", PICTURES) if source == "image_caption" else ("audio", "audio.wav", CLIPS)
+    )
+    cells = {
+        "both": [{"bytes": content, "path": f"{n}.bin"} for n, content in enumerate(contents)],
+        "bytes": [{"bytes": content, "path": None} for content in contents],
+        "plain": contents,
+    }[cell]
+    table = hub_table({media: cells, "text": SAID}, **({} if cell == "plain" else {media: media.title()}))
+    if stored == "parquet":
+        (folder / "data").mkdir(parents=True)
+        pq.write_table(table, folder / "data/train-00000-of-00001.parquet", row_group_size=3)
+        stem = "data/train-00000-of-00001"
+    elif stored == "saved":
+        save_to_disk(folder, table, shards=1)
+        stem = "data-00000-of-00001"
+    else:
+        save_splits(folder, {"test": table.slice(0, 2), "train": table.slice(2)})
+        stem = None
+    samples, refused = read(source, folder)
+    assert not refused
+    assert [s.members[member] for s in samples.values()] == contents
+    assert [texts(s)[0] for s in samples.values()] == SAID
+    assert [s.recording for s in samples.values()] == list(samples)
+    if stem is not None:
+        assert list(samples) == [f"{stem}-{n:06d}" for n in range(7)]
+    else:
+        assert [key.partition("/")[0] for key in samples] == ["test"] * 2 + ["train"] * 5
+    found, _ = run(source, folder, tmp_path / "out", prepare=SMALL_CODEC | {"heldout_share": 0.3})
+    assert sum(split.samples for split in found.splits.values()) == 7 and not found.quarantined
+
+
+def test_a_list_of_captions_gives_a_sample_each_of_one_recording(tmp_path):
+    cells = [{"bytes": content, "path": None} for content in PICTURES[:3]]
+    table = hub_table({"image": cells, "caption": [["a", "b", "c"], ["d"], []]}, image="Image")
+    pq.write_table(table, tmp_path / "x.parquet")
+    samples, refused = read("image_caption", tmp_path / "x.parquet")
+    assert {key: texts(s)[0] for key, s in samples.items()} == {
+        "x-000000": "a",
+        "x-000000+2": "b",
+        "x-000000+3": "c",
+        "x-000001": "d",
+    }
+    assert {s.recording for s in samples.values()} == {"x-000000", "x-000001"}
+    assert {key: r.reason for key, r in refused.items()} == {"x-000002": "malformed row"}
+
+
+def test_a_table_is_listed_without_the_bytes_in_it_and_each_part_is_read_once(tmp_path, monkeypatch):
+    cells = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(PICTURES)]
+    pq.write_table(hub_table({"image": cells, "text": SAID}, image="Image"), tmp_path / "x.parquet", row_group_size=3)
+    asked = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, group, columns: asked.append((group, *columns)) or original(self, group, columns=columns),
+    )
+    columnar._part.cache_clear()
+    read("image_caption", tmp_path)
+    listed = [(group, name) for group in range(3) for name in ("text", "image.path")]
+    assert asked == [*listed, *((group, "image") for group in range(3))]
+
+
+def test_a_path_in_place_of_the_bytes_is_read_beside_the_table(tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    cells = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "gone.png"}, {"bytes": None, "path": None}, None]
+    save_to_disk(tmp_path, hub_table({"image": cells, "text": list("abcd")}, image="Image"), shards=1)
+    samples, refused = read("image_caption", tmp_path)
+    assert [s.members["image.png"] for s in samples.values()] == [PICTURES[0]]
+    assert [r.reason for r in refused.values()] == ["missing file", "malformed row", "malformed row"]
+
+
+def test_a_saved_set_is_what_its_state_names(tmp_path):
+    save_to_disk(tmp_path / "set", hub_table({"text": SAID}), shards=3)
+    write_stream(tmp_path / "set/cache-0123456789abcdef.arrow", hub_table({"text": ["of a map"]}))
+    samples, refused = read("text", tmp_path)
+    assert [texts(s)[0] for s in samples.values()] == SAID
+    assert list(refused) == ["set/cache-0123456789abcdef.arrow"]
+    (tmp_path / "set/data-00001-of-00003.arrow").unlink()
+    samples, refused = read("text", tmp_path)
+    assert len(samples) == 5 and refused["set/data-00001-of-00003.arrow"].reason == "missing file"
+    (tmp_path / "set/state.json").write_text("{}")
+    samples, refused = read("text", tmp_path)
+    assert not samples and "does not name the tables" in str(refused["set/state.json"])
+
+
+def test_a_truncated_arrow_file_gives_what_it_has_and_a_damaged_one_is_refused(tmp_path):
+    write_stream(tmp_path / "cut.arrow", hub_table({"text": SAID}))
+    whole = (tmp_path / "cut.arrow").read_bytes()
+    (tmp_path / "cut.arrow").write_bytes(whole[: len(whole) * 3 // 4])
+    (tmp_path / "none.arrow").write_bytes(b"not Arrow at all")
+    samples, refused = read("text", tmp_path)
+    assert [texts(s)[0] for s in samples.values()] == SAID[: len(samples)] and len(samples) in (3, 6)
+    assert {key: r.reason for key, r in refused.items()} == {"cut": "unreadable file", "none": "unreadable file"}
+    (tmp_path / "other.jsonl").write_text('{"text": "whole"}')
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole), 4):
+            damaged[at] = rng.integers(256)
+        (tmp_path / "cut.arrow").write_bytes(damaged)
+        samples, refused = read("text", tmp_path)
+        assert "other-000000" in samples and "none" in refused
+
+
+def test_odd_rows_of_csv_are_refused_with_their_lines(tmp_path):
+    lines = [
+        b"\xef\xbb\xbfid,text",
+        b"0,first",
+        b"1,two,three",
+        b"",
+        b"2,caf\xe9",
+        b'3,"over',
+        b'two lines"',
+        b'4,"x"y',
+        b"5,",
+        b"6",
+        b'7,"never closed',
+        b"8,lost",
+    ]
+    (tmp_path / "a.csv").write_bytes(b"\r\n".join(lines))
+    samples, refused = read("text", tmp_path)
+    assert {key: texts(s)[0] for key, s in samples.items()} == {
+        "a-000000": "first",
+        "a-000001": "over\r\ntwo lines",
+    }
+    assert {key: r.reason for key, r in refused.items()} == {
+        "a-line-3": "malformed row",
+        "a-line-5": "text is not UTF-8",
+        "a-line-8": "malformed row",
+        "a-000002": "malformed row",
+        "a-line-10": "malformed row",
+        "a-line-11": "malformed row",
+    }
+    place = tmp_path / "a.csv"
+    assert str(refused["a-line-3"]).startswith(f"{place}, line 3 has 3 cells, and the head names 2 columns")
+    assert str(refused["a-line-5"]).startswith(f"{place}, line 5: byte 41 (0xe9) is not UTF-8")
+    assert (place.read_bytes()[41]) == 0xE9
+    assert str(refused["a-line-11"]).startswith(f"{place}, lines 11 to 12 are not CSV")
+    assert "line 9: 'text' is missing" in str(refused["a-000002"])
+
+
+def test_heads_of_csv_say_what_separates_and_must_name_each_column_once(tmp_path):
+    (tmp_path / "a.csv").write_text("id;text\n1;one, and more\n")
+    (tmp_path / "b.csv").write_text("text,text\nx,y\n")
+    (tmp_path / "c.csv").write_bytes("text\nx\n".encode("utf-16"))
+    (tmp_path / "d.csv").write_text("")
+    (tmp_path / "e.csv").write_text(",text\n0,index of pandas\n")
+    samples, refused = read("text", tmp_path)
+    assert [texts(s)[0] for s in samples.values()] == ["one, and more", "index of pandas"]
+    reasons = {"b": "malformed row", "c": "text is not UTF-8", "d": "no such column"}
+    assert {key: r.reason for key, r in refused.items()} == reasons and "names the column 'text' twice" in str(
+        refused["b"]
+    )
+    with bounded_by(Bounds(row_bytes=100)):
+        (tmp_path / "e.csv").write_text('text\nshort\n"' + "long\n" * 50 + '"\n' + "x" * 200 + "\nshort too\n")
+        samples, refused = read("text", tmp_path / "e.csv")
+    assert texts(samples["e-000000"]) == ["short"] and {r.reason for r in refused.values()} >= {"beyond the bounds"}
+
+
+WRONG = {
+    "text": ({"text": "boby"}, {"body": ["x"], "id": ["1"]}, "'boby'; did you mean body?", "columns.text"),
+    "image_caption": ({"caption": "captoin"}, {"image": ["x"], "caption": ["1"]}, "'captoin'; did", "columns.caption"),
+    "audio_text": ({"audio": "wave"}, {"audio": ["x"], "text": ["1"]}, "'wave'.", "columns.audio"),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "stream.arrow"])
+@pytest.mark.parametrize("source", WRONG)
+def test_a_wrong_column_is_one_sentence_with_the_columns_that_are_there(tmp_path, source, kind):
+    columns, content, said, option = WRONG[source]
+    write_table(tmp_path / f"in/rows.{kind}", content)
+    with pytest.raises(DataError) as caught:
+        run(source, tmp_path / "in", tmp_path / "out", columns=columns)
+    message = str(caught.value)
+    assert f"has no column {said}" in message and message.endswith(
+        f"Set the option {option} to one of {', '.join(content)}"
+    )
+
+
+def test_each_of_several_caption_columns_must_be_there(tmp_path):
+    write_table(tmp_path / "rows.csv", {"image": ["x.png"], "caption": ["1"], "title": [""]})
+    read("image_caption", tmp_path, columns={"caption": ("caption", "title")})
+    with pytest.raises(DataError, match=r"has no column 'titel'; did you mean title\?"):
+        read("image_caption", tmp_path, columns={"caption": ("caption", "titel")})
+
+
+def test_a_row_of_json_without_the_column_names_those_that_it_has(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"txt": "x", "id": 1}\n{"text": "y"}\n')
+    samples, refused = read("text", tmp_path)
+    assert list(samples) == ["a-000001"]
+    assert "'text' is missing; did you mean txt? the row has txt, id" in str(refused["a-000000"])
+
+
+@pytest.mark.parametrize("place", ["a.jsonl", "captions.jsonl", "metadata.jsonl", "a.csv"])
+def test_classes_and_captions_are_read_in_any_place(tmp_path, place):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    write_table(tmp_path / place, {"image": ["a.png"], "label": ["cat"], "caption": ["x"]})
+    samples, refused = read("image_caption", tmp_path, columns={"image": "image", "caption": "label"})
+    assert not refused and texts(samples["a"]) == ["cat"]
+    with pytest.raises(DataError, match=r"'lable'; did you mean label\? Set the option columns.caption to one of"):
+        read("image_caption", tmp_path, columns={"caption": "lable"})
+    with pytest.raises(DataError, match=r"'photo'. Set the option columns.image to one of image, label, caption"):
+        read("image_caption", tmp_path, columns={"image": "photo"})
+
+
+def test_numbers_of_classes_are_read_as_their_names(tmp_path):
+    cells = [{"bytes": content, "path": None} for content in PICTURES[:3]]
+    table = pa.table({"image": pa.array(cells, MEDIA), "label": pa.array([1, 0, 7], pa.int64())})
+    feature = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    said = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": feature}}})}
+    pq.write_table(table.replace_schema_metadata(said), tmp_path / "x.parquet")
+    samples, refused = read("image_caption", tmp_path, columns={"caption": "label"})
+    assert [texts(s) for s in samples.values()] == [["dog"], ["cat"]]
+    assert "'label' is 7, not a string" in str(refused["x-000002"])
+    assert [texts(s) for s in read("text", tmp_path, columns={"text": "label"})[0].values()] == [["dog"], ["cat"]]
+
+
+def test_addresses_are_not_fetched(tmp_path):
+    write_table(tmp_path / "rows.csv", {"image": ["https://example.org/a.png"], "caption": ["x"]})
+    _, refused = read("image_caption", tmp_path)
+    assert [r.reason for r in refused.values()] == ["missing file"] and "nothing is downloaded" in str(
+        *refused.values()
+    )
