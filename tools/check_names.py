@@ -32,6 +32,7 @@ SHARED = {
     "SPEC": ROW,
     "items": ROW,
     "describe": ROW,
+    "suggest": ROW,
     "logger": "the module's own",
     "C": "a type variable: a config",
     "Count": "a type variable: an int, or an array of them",

@@ -18,11 +18,11 @@ from mmoe.monitoring.summary import RunRecords
 from mmoe.recipe.upgrade import upgrade_config
 from mmoe.training.run import CONFIG, is_run
 
-STEPS = 5  # at which records are compared
+AT_MOST = 5  # at which records are compared
 _OWN = "training.run"  # differs between any two runs
 _FIGURES = ("loss", "grad_norm", "lr")  # of a record, beside the terms of its loss
 
-Rows = dict[str, list[Any]]
+Beside = dict[str, list[Any]]
 """Values by name, one for each run: None where a run has none."""
 
 
@@ -35,10 +35,10 @@ class Comparison:
     """
 
     runs: list[str]
-    config: Rows
-    steps: dict[int, Rows]
-    end: Rows
-    evaluation: Rows
+    config: Beside
+    steps: dict[int, Beside]
+    end: Beside
+    evaluation: Beside
     lacking: dict[str, list[str]]
 
 
@@ -83,7 +83,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     )
 
 
-def _rows(columns: Sequence[dict[str, Any]]) -> Rows:
+def _rows(columns: Sequence[dict[str, Any]]) -> Beside:
     names = dict.fromkeys(name for column in columns for name in column)
     return {name: [column.get(name) for column in columns] for name in names}
 
@@ -95,13 +95,13 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / CONFIG} does not exist; a checkpoint of the run has a copy") from None
 
 
-def _at_equal_steps(runs: list[_Run], present: list[_Run]) -> dict[int, Rows]:
+def _at_equal_steps(runs: list[_Run], present: list[_Run]) -> dict[int, Beside]:
     """The records of a few steps that all of `present` recorded, the last of these among them."""
     steps = [run.read(lambda folder: RunReader(folder).columns()["step"], None) for run in present]
     if len(present) < 2 or any(found is None for found in steps):
         return {}
     common = reduce(np.intersect1d, steps)
-    chosen = common[np.unique(np.linspace(len(common) - 1, 0, STEPS).round().astype(int))] if len(common) else common
+    chosen = common[np.unique(np.linspace(len(common) - 1, 0, AT_MOST).round().astype(int))] if len(common) else common
     wanted = set(chosen.tolist())
     records = {id(run): _records(run.folder, wanted) if run in present else {} for run in runs}
     return {step: _rows([_figures(records[id(run)].get(step, {})) for run in runs]) for step in sorted(wanted)}

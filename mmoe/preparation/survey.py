@@ -67,7 +67,7 @@ def survey(kind: str, input: str | Path, options: dict[str, Any] | None = None) 
         raise DataError(
             f"{input}: nothing in it can be prepared as {kind}; {found.example or 'it holds nothing of this kind'}"
         )
-    split_items(source, items, [], prepare.heldout_share)
+    split_items(source, items, [], prepare.holdout())
     return found
 
 

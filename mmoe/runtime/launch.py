@@ -187,7 +187,7 @@ def _join(timeout_seconds: float) -> str:
 
 
 def _first_failure(rank: int, error: Exception) -> str | None:
-    """What failed before the error: what its watch knows of one that has left a watch, what the store does of another."""
+    """What failed before the error, as its watch or (of an error outside a watch) the store knows."""
     if not dist.is_initialized():
         return None
     known = getattr(error, "after", None)

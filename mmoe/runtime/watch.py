@@ -262,7 +262,7 @@ class _Watcher(threading.Thread):
             os._exit(1)
 
     def _failure(self) -> str:
-        """What failed first, within the watch or (a process that will not come, or has left) outside it; "" if nothing."""
+        """What failed first, within the watch or outside it (of a process that has not come, or has left); else ""."""
         for key in (self._key("failed"), FAILED):
             if self.store.check([key]):
                 return self.store.get(key).decode()

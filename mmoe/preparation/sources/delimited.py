@@ -26,7 +26,7 @@ class TableHead:
 
 
 @dataclass(frozen=True)
-class Record:
+class DelimitedRecord:
     """Holds a row of a table: bytes [start, stop) of it from `line` on, and its cells, or why it has none."""
 
     start: int
@@ -41,7 +41,7 @@ def read_head(file: Path) -> TableHead:
         return _head(file, _Lines(stream, file))
 
 
-def records(file: Path) -> Iterator[Record]:
+def delimited_records(file: Path) -> Iterator[DelimitedRecord]:
     """Yield the rows of a table in their order; raise `Refused` where its first line does not name the columns."""
     with ranges.open_stream(file) as stream:
         lines = _Lines(stream, file)
@@ -61,7 +61,7 @@ def records(file: Path) -> Iterator[Record]:
                 cells = _broken(file, line, lines.number, error)
             except Refused as refusal:
                 cells = refusal
-            yield Record(start, lines.at, line, cells)
+            yield DelimitedRecord(start, lines.at, line, cells)
 
 
 def parse_record(data: bytes, head: TableHead, file: Path, start: int, where: str) -> dict[str, str]:

@@ -135,7 +135,7 @@ def list_rows(file: Path, stem: str, quarantine: Refuse) -> Iterator[TableRow]:
         yield from (_ColumnRow(file, part, row, number) for number, (part, row) in enumerate(numbers))
     elif ranges.plain_suffix(file) in DELIMITED:
         head = delimited.read_head(file)
-        for record in delimited.records(file):
+        for record in delimited.delimited_records(file):
             if isinstance(record.cells, Refused):
                 quarantine(f"{stem}-line-{record.line}", record.cells)
             else:
@@ -156,7 +156,7 @@ def light_rows(
     if is_columnar(file):
         yield from columnar.cell_rows(file, stem, media, columns)
     elif ranges.plain_suffix(file) in DELIMITED:
-        for record in delimited.records(file):
+        for record in delimited.delimited_records(file):
             if isinstance(record.cells, Refused):
                 quarantine(f"{stem}-line-{record.line}", record.cells)
             else:
