@@ -38,7 +38,7 @@ def with_count(data: bytes, samples: int) -> bytes:
     head[2] = _BIT_RATE << 4 | head[2] & 0x0C
     side = (17 if mono else 32) if is_mpeg_1 else (9 if mono else 17)  # bytes that stand before the count
     frame = bytes(head) + bytes(side) + b"Info" + struct.pack(">II", 1, count)
-    return frame.ljust(_frame_bytes(head), b"\0") + data[begin:]
+    return frame.ljust(_frame_bytes(bytes(head)), b"\0") + data[begin:]
 
 
 def _behind_tag(data: bytes) -> int:
