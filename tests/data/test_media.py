@@ -16,6 +16,7 @@ from PIL import Image
 
 from mmoe.data.load import media
 from mmoe.data.load.media import audio_info, image_size, load_audio, load_image, load_resampled
+from mmoe.data.load.mp3 import with_count
 from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_array
 from mmoe.errors import DataError, Refused
@@ -218,6 +219,31 @@ def test_an_mp3_whose_header_counts_up_to_two_frames_too_many_is_read(mode):
     with pytest.raises(DataError, match="the audio ends after .* it is truncated"):
         cut = made[: len(made) * 2 // 3]
         load_audio(cut, 0, audio_info(cut, "x")[0], "x")
+
+
+def uncounted(mp3):
+    """The MP3 without its first frame, which counts the others."""
+    return mp3[mp3.index(mp3[:2], max(mp3.find(b"Xing"), mp3.find(b"Info"))) :]
+
+
+@pytest.mark.parametrize("rate", [44_100, 16_000])
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_that_does_not_count_its_frames_is_read_to_its_end(rate, mode):
+    """libsndfile guesses by the first bit rate and the size: a fifth of the audio was read, or all was refused."""
+    bare = uncounted(compressed(varied(4, rate), rate, "MP3", bitrate_mode=mode, compression_level=0.5))
+    cover = b"ID3\x03\0\0" + bytes([0, 0, 100, 0]) + bytes(100 << 7)
+    for data in (bare, cover + bare, bare + b"TAG" + bytes(125), cover + bare + b"TAG" + bytes(125)):
+        theirs = decoded_by_ffmpeg(data)
+        samples, found = audio_info(data, "x")
+        assert found == rate and len(theirs) - samples in (0, 529)  # what a decoder is late by, which may be taken off
+        assert np.abs(load_audio(data, 0, samples, "x")[0] - theirs[-samples:]).max() < 1e-4
+        piece, _ = load_audio(data, 3 * rate, 3 * rate + 999, "x")
+        assert np.abs(piece - theirs[-samples:][3 * rate : 3 * rate + 999]).max() < 1e-4
+    second = bare.index(bare[:2], len(bare) // 2)
+    torn = audio_info(bare[:second] + bytes(500) + bare[second:], "x")[0]
+    assert abs(torn - samples) <= 4 * 1152  # decoders find the next frame, and lose a few
+    cut = bare[: len(bare) // 2]
+    assert audio_info(cut, "x")[0] < 0.8 * samples and with_count(b"\xff\xfb", 0) == b"\xff\xfb"
 
 
 def flac(data, start, stop):

@@ -15,6 +15,7 @@ import soundfile
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from mmoe.data.load.mp3 import with_count
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
 from mmoe.schema.bounds import check_bound
@@ -120,7 +121,7 @@ def open_audio(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
     """Open an audio clip and check its header: what it states is within the bounds, and fits into its bytes."""
     with (
         reading("audio clip", where, "give a whole WAV, FLAC, OGG or MP3 file, or leave it out"),
-        soundfile.SoundFile(io.BytesIO(data)) as audio,
+        _opened(data) as audio,
     ):
         if audio.samplerate < 1:
             raise ValueError(f"a sample rate of {audio.samplerate} Hz")
@@ -131,6 +132,14 @@ def open_audio(data: bytes, where: str) -> Iterator[soundfile.SoundFile]:
         if audio.frames < 0 or audio.frames * width * audio.channels > len(data):
             raise ValueError(f"its header states {audio.frames} samples, which {len(data)} bytes cannot hold")
         yield audio
+
+
+def _opened(data: bytes) -> soundfile.SoundFile:
+    audio = soundfile.SoundFile(io.BytesIO(data))
+    if audio.format == "MP3" and (counted := with_count(data, audio.frames)) is not data:
+        audio.close()
+        return soundfile.SoundFile(io.BytesIO(counted))
+    return audio
 
 
 def audio_blocks(audio: soundfile.SoundFile, start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
