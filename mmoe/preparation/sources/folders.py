@@ -94,7 +94,9 @@ def find_description(root: Path, found: list[Path], form: RowForm, quarantine: R
 
 
 def describe_table(table: Path, form: RowForm, quarantine: Refuse) -> Described:
-    """Read the rows of one table, whatever it is called."""
+    """Read the rows of one table, whatever it is called; raise DataError for a file that is none."""
+    if not tables.is_table(table):
+        raise DataError(f"{table} is no table ({', '.join(tables.SUFFIXES)}); give one, or a folder")
     return Described(_described([table], table.parent, [], form, quarantine), frozenset([table]))
 
 
@@ -151,6 +153,9 @@ def _described(given: list[Path], root: Path, found: list[Path], form: RowForm, 
                 quarantine(place, refusal)
         except DataError as error:
             quarantine(place, Refused("unreadable file", str(error)))
+        except OSError as error:
+            message = f"{table} cannot be read ({error}); restore it or remove it"
+            quarantine(place, Refused("unreadable file", message))
     if len(lacking) == len(given):
         raise DataError(str(lacking[0][1]))
     for place, why in lacking:

@@ -273,6 +273,24 @@ def test_numbers_of_classes_are_read_as_their_names(tmp_path):
     assert [texts(s) for s in read("text", tmp_path, columns={"text": "label"})[0].values()] == [["dog"], ["cat"]]
 
 
+@pytest.mark.parametrize("kind", ["csv.gz", "jsonl.gz", "parquet", "stream.arrow"])
+def test_a_table_of_images_that_is_damaged_costs_itself(tmp_path, kind):
+    for number, content in enumerate(PICTURES[:2]):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    write_table(tmp_path / "whole.csv", {"image": ["0.png"], "caption": ["x"]})
+    write_table(tmp_path / f"cut.{kind}", {"image": ["1.png"] * 900, "caption": [f"a caption {n}" for n in range(900)]})
+    whole = (tmp_path / f"cut.{kind}").read_bytes()
+    (tmp_path / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    samples, refused = read("image_caption", tmp_path)
+    assert texts(samples["0"]) == ["x"] and "unreadable file" in {refusal.reason for refusal in refused.values()}
+
+
+def test_a_file_that_is_no_table_is_said(tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    with pytest.raises(DataError, match=r"a.png is no table \(.jsonl, .csv, .tsv, .parquet, .arrow\); give one"):
+        read("image_caption", tmp_path / "a.png")
+
+
 def test_addresses_are_not_fetched(tmp_path):
     write_table(tmp_path / "rows.csv", {"image": ["https://example.org/a.png"], "caption": ["x"]})
     _, refused = read("image_caption", tmp_path)
