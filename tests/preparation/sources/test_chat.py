@@ -269,6 +269,7 @@ BAD = {
     "no list": ("hello", "malformed row", "is 'hello', not a list of messages"),
     "empty": ([], "malformed row", "not a list of messages"),
     "role": ([USER, {"role": "teacher", "content": "x"}], "unknown role", "the role 'teacher' is not known"),
+    "roles": ([{"role": ["user"], "content": "x"}, ASSISTANT], "unknown role", "the role ['user'] is not known"),
     "nobody": ([USER, USER], "nothing to learn", "no message is the assistant's"),
     "blank": ([USER, {"role": "assistant", "content": " "}], "empty text", "a message of the assistant is blank"),
     "null": ([USER, {"role": "assistant", "content": None}], "malformed row", "neither a text nor an image"),
