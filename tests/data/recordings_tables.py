@@ -53,7 +53,7 @@ def save_splits(folder: Path, splits: dict[str, pa.Table]) -> None:
 
 
 def write_table(path: Path, columns: dict[str, list]) -> None:
-    """The columns as what the name of the file says: .jsonl, .csv, .tsv (with .gz too), .parquet, .arrow, .feather."""
+    """The columns as the name of the file says: .json, .jsonl, .csv, .tsv (with .gz too), .parquet, .arrow."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.name.partition(".")[2]
     if kind == "parquet":
@@ -66,7 +66,9 @@ def write_table(path: Path, columns: dict[str, list]) -> None:
     else:
         rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         with (gzip.open if kind.endswith("gz") else open)(path, "wt", newline="", encoding="utf-8") as file:
-            if kind.startswith("jsonl"):
+            if kind == "json":
+                json.dump(rows, file, indent=1)
+            elif kind.startswith("jsonl"):
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             else:
                 writer = csv.DictWriter(file, list(columns), delimiter="\t" if kind.startswith("tsv") else ",")

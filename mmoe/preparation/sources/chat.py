@@ -122,7 +122,7 @@ def _turns(row: dict[str, Any], column: str, where: str) -> list[_Turn]:
         if each.get("tool_calls") or each.get("function_call"):
             message = f"{where}: a message calls tools, which is no text to learn; remove the row"
             raise Refused("tool call", message)
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             known = ", ".join(_ROLES)
             message = f"{where}: the role {brief(role)} is not known; rename it to one of {known}, or remove the row"
             raise Refused("unknown role", message)

@@ -93,8 +93,9 @@ def cell_rows(file: Path, key: str, media: str, columns: tuple[str, ...]) -> Ite
     """
     number = 0
     for part, count in enumerate(part_rows(file)):
-        content = _part(file, _stamp(file), part)
-        with counted_as("unreadable file"), reading("row", f"{file}, part {part}", f"the file is damaged: {_REMEDY}"):
+        where = row_place(file, part, 0)
+        with counted_as("unreadable file"), reading("row", where, f"the file is damaged: {_REMEDY}"):
+            content = _part(file, _stamp(file), part)
             lists = {name: content.values(name) for name in columns if name in content.names}
             paths, stored = content.paths(media)
         for row in range(count):
@@ -133,14 +134,16 @@ class _Part:
         self._file, self._number, self._batch = file, number, batch
         self._columns: dict[str, pa.Array | pa.ChunkedArray] = {}
         self._classes: dict[str, list[str]] = {}
-        self._schema = batch.schema if batch is not None else read_schema(file)
+        if batch is not None:
+            self._schema, self._rows = batch.schema, batch.num_rows
+        else:
+            with _parquet(file) as table:
+                self._schema, self._rows = table.schema_arrow, table.metadata.row_group(number).num_rows
         self.names = self._schema.names
 
     def column(self, name: str) -> pa.Array | pa.ChunkedArray:
         if name not in self._columns:
-            column = self._leaf(name) if self._batch is None else self._batch.column(name)
-            column.validate(full=True)  # what a damaged file says of lengths would be believed
-            self._columns[name] = column
+            self._columns[name] = self._checked(self._leaf(name) if self._batch is None else self._batch.column(name))
         return self._columns[name]
 
     def value(self, name: str, row: int) -> Any:
@@ -160,17 +163,17 @@ class _Part:
         if _is_text(kind):
             return self.column(media).to_pylist(), False
         if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
-            return [None] * len(self), True
+            return [None] * self._rows, True
         inside = self._batch.column(media) if self._batch is not None else self._leaf(f"{media}.path")
-        named = pc.struct_field(inside, "path")
-        named.validate(full=True)
+        named = self._checked(pc.struct_field(inside, "path"))
         return named.to_pylist(), kind.get_field_index("bytes") >= 0
 
-    def __len__(self) -> int:
-        if self._batch is not None:
-            return self._batch.num_rows
-        with _parquet(self._file) as table:
-            return table.metadata.row_group(self._number).num_rows
+    def _checked(self, column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+        """The column, where what it says of itself is true: a damaged one would be believed its lengths and offsets."""
+        column.validate(full=True)
+        if len(column) != self._rows:
+            raise ValueError(f"a column has {len(column)} rows, its part {self._rows}")
+        return column
 
     def _leaf(self, name: str) -> pa.ChunkedArray:
         """A column of a row group, or with a dot what stands in it under that name."""

@@ -88,13 +88,15 @@ def find_description(root: Path, found: list[Path], form: RowForm, quarantine: R
         return Described(_described(others, root, found, form, quarantine), stored.tables | stored.described)
     raise DataError(
         f"{root} holds neither {form.own} nor metadata.jsonl or metadata.csv with a column file_name, nor a .txt "
-        f"beside any {form.field} file, nor another table (.jsonl, .csv, .tsv, .parquet, .arrow): nothing says what is "
-        "in them; write one of these"
+        f"beside any {form.field} file, nor another table ({', '.join(tables.SUFFIXES)}): nothing says what is in "
+        "them; write one of these"
     )
 
 
 def describe_table(table: Path, form: RowForm, quarantine: Refuse) -> Described:
-    """Read the rows of one table, whatever it is called."""
+    """Read the rows of one table, whatever it is called; raise DataError for a file that is none."""
+    if not tables.is_table(table):
+        raise DataError(f"{table} is no table ({', '.join(tables.SUFFIXES)}); give one, or a folder")
     return Described(_described([table], table.parent, [], form, quarantine), frozenset([table]))
 
 
@@ -137,13 +139,14 @@ def _beside(pairs: list[tuple[Path, Path]], root: Path, form: RowForm, quarantin
 def _described(given: list[Path], root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
     """The rows of tables; those that lack a column are refused, and where all do that is the error."""
     lacking: list[tuple[str, Refused]] = []
+    any_row = False
     for table in given:
         place = table.relative_to(root).as_posix()
         try:
-            if _is_ljspeech(table):
-                yield from _ljspeech(table, root, found, form, quarantine)
-            else:
-                yield from _table(table, root, form, quarantine)
+            read = _ljspeech(table, root, found, form, quarantine) if _is_ljspeech(table) else None
+            for described in read or _table(table, root, form, quarantine):
+                any_row = True
+                yield described
         except Refused as refusal:
             if refusal.reason == tables.NO_COLUMN:
                 lacking.append((place, refusal))
@@ -151,7 +154,10 @@ def _described(given: list[Path], root: Path, found: list[Path], form: RowForm, 
                 quarantine(place, refusal)
         except DataError as error:
             quarantine(place, Refused("unreadable file", str(error)))
-    if len(lacking) == len(given):
+        except OSError as error:
+            message = f"{table} cannot be read ({error}); restore it or remove it"
+            quarantine(place, Refused("unreadable file", message))
+    if lacking and not any_row:
         raise DataError(str(lacking[0][1]))
     for place, why in lacking:
         quarantine(place, why)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import mmap
+import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -10,12 +12,13 @@ from typing import Any, BinaryIO
 
 from mmoe.errors import DataError, brief, did_you_mean
 from mmoe.preparation.sources.base import Refuse, Refused
-from mmoe.preparation.sources.files import read_bytes, read_regular
+from mmoe.preparation.sources.files import open_regular, read_bytes, read_regular
 from mmoe.preparation.sources.ranges import open_stream
 from mmoe.schema.bounds import BEYOND, bounds, check_bound
 
 BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|[^][{},:"\s]+', re.DOTALL)
 _EXACT = 2**53  # integers beyond it are no count, number or time
 
 
@@ -56,6 +59,36 @@ def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if start == 0 and line.startswith(BOM):
             start, line = len(BOM), line[len(BOM) :]
         yield start, line.rstrip(b"\r\n")
+
+
+def listed_rows(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield bytes [start, stop) of every item of the list that a file of JSON holds; of the file, little is in memory.
+
+    Raises `Refused` for a file that holds something else, and after the items of one that is cut off; OSError.
+    """
+    with open_regular(path) as stream:
+        if not os.fstat(stream.fileno()).st_size:
+            raise Refused("malformed row", f"{path} is empty; restore it or remove it")
+        check_utf16(stream.read(64), path)
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            depth, start = 0, 0
+            for found in _TOKENS.finditer(content, len(BOM) * (content[: len(BOM)] == BOM)):
+                mark = found[0][:1]
+                if depth == 0 and mark != b"[":
+                    message = f"{path} holds no list of rows; give one, or a JSON object a line as .jsonl"
+                    raise Refused("malformed row", message)
+                if mark in (b"[", b"{"):
+                    depth += 1
+                    start = found.start() if depth == 2 else start
+                elif mark in (b"]", b"}"):
+                    depth -= 1
+                    if depth == 0:
+                        return
+                    if depth == 1:
+                        yield start, found.end()
+                elif depth == 1:
+                    yield found.span()
+    raise Refused("unreadable file", f"{path} ends within its list; it is truncated: restore it or remove it")
 
 
 def parse_row(data: bytes, file: Path | str, offset: int, where: str) -> dict[str, Any]:

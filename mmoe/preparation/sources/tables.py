@@ -3,13 +3,14 @@
 ======================== ==========================================================================================
 file                     rows
 ======================== ==========================================================================================
-``.jsonl``               one JSON object a line
+``.jsonl``, ``.json``    one JSON object a line; a list of objects
 ``.csv``, ``.tsv``       one line, or more in quotes, under a head that names the columns: see `delimited`
 ``.parquet``, ``.arrow`` as they are stored: see `columnar`
 ======================== ==========================================================================================
 
-The first three may be compressed (``.gz``, ``.zst``). In a folder that `datasets.save_to_disk` wrote, ``state.json``
-says which ``.arrow`` files are the data; others are caches of its library and are refused, so that they are counted.
+All but ``.json``, ``.parquet`` and ``.arrow`` may be compressed (``.gz``, ``.zst``). In a folder that
+`datasets.save_to_disk` wrote, ``state.json`` says which ``.arrow`` files are the data; others are caches of its
+library and are refused, so that they are counted.
 
 A row is read when its sample is made, of a columnar table only the columns that are asked for.
 """
@@ -26,8 +27,8 @@ from mmoe.preparation.sources.base import Refuse, Refused
 
 COLUMNAR = (".parquet", ".arrow")
 DELIMITED = (".csv", ".tsv")
-SUFFIXES = (".jsonl", *DELIMITED, *COLUMNAR)
-_TABLE = re.compile(r"(\.jsonl|\.csv|\.tsv)(\.gz|\.zst)?$|\.(parquet|arrow)$", re.IGNORECASE)
+SUFFIXES = (".jsonl", ".json", *DELIMITED, *COLUMNAR)
+_TABLE = re.compile(r"(\.jsonl|\.csv|\.tsv)(\.gz|\.zst)?$|\.(json|parquet|arrow)$", re.IGNORECASE)
 _STEM = re.compile(r"\.txt(\.gz|\.zst)?$|" + _TABLE.pattern, re.IGNORECASE)  # what is left off at the end
 _MOST_NAMES = 50  # of columns in a message
 NO_COLUMN = "no such column"  # the reason of a `Refused` table
@@ -92,12 +93,13 @@ def find_tables(found: list[Path], root: Path, quarantine: Refuse) -> Tables:
                 message = f"{file} is missing, named by {state}; restore it, or save the set again"
                 quarantine(file.relative_to(root).as_posix(), Refused("missing file", message))
         tables = [file for file in tables if file.parent != state.parent or file in named]
-    described |= {file for file in found if file.name == _INFO and any(t.parent == file.parent for t in tables)}
-    return Tables(frozenset(tables), frozenset(described))
+    beside = {file.parent for file in tables if is_columnar(file)}
+    described |= {file for file in found if file.name == _INFO and file.parent in beside}
+    return Tables(frozenset(tables) - described, frozenset(described))
 
 
 def column_names(file: Path) -> tuple[str, ...] | None:
-    """Read the names of a table's columns; None where each row has its own (``.jsonl``)."""
+    """Read the names of a table's columns; None where each row has its own (JSON)."""
     if is_columnar(file):
         return tuple(columnar.read_schema(file).names)
     return delimited.read_head(file).names if ranges.plain_suffix(file) in DELIMITED else None
@@ -140,6 +142,8 @@ def list_rows(file: Path, stem: str, quarantine: Refuse) -> Iterator[TableRow]:
                 quarantine(f"{stem}-line-{record.line}", record.cells)
             else:
                 yield _RecordRow(file, record.start, record.stop, record.line, head)
+    elif ranges.plain_suffix(file) == ".json":
+        yield from (_LineRow(file, start, stop) for start, stop in jsonl.listed_rows(file))
     else:
         with ranges.open_stream(file) as stream:
             for start, line in jsonl.lines(stream):
@@ -162,7 +166,7 @@ def light_rows(
             else:
                 yield f"{file}, line {record.line}", dict(record.cells)
     else:
-        yield from jsonl.rows(file, quarantine)
+        yield from _json_rows(file, stem, quarantine)
 
 
 def suggest_text(found: Iterable[Path], known: tuple[str, ...], others: tuple[str, ...] = ()) -> str | None:
@@ -255,11 +259,24 @@ class _ColumnRow:
 def _names_in_rows(file: Path, wanted: Sequence[str]) -> tuple[str, ...] | None:
     """The names in a row that has one of the `wanted`, else those of all rows; None where no row can be read."""
     names: dict[str, None] = {}
-    for _, row in jsonl.rows(file, lambda key, refusal: None):
+    for _, row in _json_rows(file, "", lambda key, refusal: None):
         if any(name in row for name in wanted):
             return tuple(row)
         names |= dict.fromkeys(list(row)[: max(0, _MOST_NAMES - len(names))])
     return tuple(names) or None
+
+
+def _json_rows(file: Path, stem: str, quarantine: Refuse) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The (place, row) of every row of JSON in a file."""
+    if ranges.plain_suffix(file) != ".json":
+        yield from jsonl.rows(file, quarantine)
+        return
+    for number, (start, stop) in enumerate(jsonl.listed_rows(file)):
+        row = _LineRow(file, start, stop)
+        try:
+            yield row.where, row.load(())
+        except Refused as refusal:
+            quarantine(f"{stem}-{number:06d}", refusal)
 
 
 def _data_files(state: Path) -> list[Path]:

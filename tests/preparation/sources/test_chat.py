@@ -77,6 +77,10 @@ def write_jsonl_rows(folder, rows):
     write_jsonl(folder / "rows.jsonl", rows)
 
 
+def write_json(folder, rows):
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
 def write_parquet(folder, rows):
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=2)
 
@@ -89,7 +93,7 @@ def write_saved(folder, rows):
     save_to_disk(folder, pa.Table.from_pylist(rows), shards=1)
 
 
-@pytest.mark.parametrize("write", [write_jsonl_rows, write_parquet, write_arrow, write_saved])
+@pytest.mark.parametrize("write", [write_jsonl_rows, write_json, write_parquet, write_arrow, write_saved])
 @pytest.mark.parametrize("form", ["messages", "conversations", "turns"])
 def test_rows_of_any_table_are_written_with_markers_and_only_the_assistant_is_learned(tmp_path, write, form):
     assert spelled(SHORT)[0].decode() == WRITTEN
@@ -265,6 +269,7 @@ BAD = {
     "no list": ("hello", "malformed row", "is 'hello', not a list of messages"),
     "empty": ([], "malformed row", "not a list of messages"),
     "role": ([USER, {"role": "teacher", "content": "x"}], "unknown role", "the role 'teacher' is not known"),
+    "roles": ([{"role": ["user"], "content": "x"}, ASSISTANT], "unknown role", "the role ['user'] is not known"),
     "nobody": ([USER, USER], "nothing to learn", "no message is the assistant's"),
     "blank": ([USER, {"role": "assistant", "content": " "}], "empty text", "a message of the assistant is blank"),
     "null": ([USER, {"role": "assistant", "content": None}], "malformed row", "neither a text nor an image"),

@@ -15,7 +15,7 @@ from tests.data.recordings_tables import MEDIA, hub_table, save_splits, save_to_
 from tests.preparation.sources.test_sources import read, texts
 from tests.preparation.test_prepare import SMALL_CODEC, run
 
-KINDS = ("jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "parquet", "stream.arrow", "file.arrow")
+KINDS = ("json", "jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "parquet", "stream.arrow", "file.arrow")
 SAID = ["plain", 'a "quoted", cell;\twith\nlines\r\nand commas', "吾輩は猫である", " two spaces ", "5", '"', "last"]
 PICTURES = [png(pixels) for pixels in images(7)]
 CLIPS = [wav((np.arange(900) * (n + 3)) % 2000 - 1000) for n in range(7)]
@@ -45,7 +45,7 @@ def test_paths_in_a_column_of_any_table_are_read_relative_to_it(tmp_path, kind, 
     assert not refused and list(samples) == [f"set/files/{n}" for n in range(7)]
     assert [texts(s)[0] for s in samples.values()] == SAID
     assert [next(iter(s.members.values())) for s in samples.values()] == contents
-    if not kind.startswith("jsonl"):
+    if not kind.startswith("jsonl"):  # which alone is a manifest
         alone, _ = read(source, tmp_path / f"set/rows.{kind}", columns=columns[source])
         assert [s.members for s in alone.values()] == [s.members for s in samples.values()]
 
@@ -197,6 +197,27 @@ def test_odd_rows_of_csv_are_refused_with_their_lines(tmp_path):
     assert "line 9: 'text' is missing" in str(refused["a-000002"])
 
 
+def test_a_list_of_json_gives_its_objects_and_the_rest_is_counted(tmp_path):
+    rows = ['{"text": "a ] } \\" \\\\", "n": [[1], {"x": {}}]}', "null", '"]"', "-1.5e3", "[]", '{"text": "b"}']
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf\n[" + " ,\n".join(rows).encode() + b"]\n")
+    (tmp_path / "cut.json").write_text('[{"text": "c"}, {"text": "d"')
+    (tmp_path / "other.json").write_text('{"text": "no list"}')
+    (tmp_path / "none.json").write_text("")
+    (tmp_path / "wide.json").write_bytes('[{"text": "e"}]'.encode("utf-16"))
+    samples, refused = read("text", tmp_path)
+    found = {key: texts(s)[0] for key, s in samples.items()}
+    assert found == {"a-000000": 'a ] } " \\', "a-000005": "b", "cut-000000": "c"}
+    assert {key: r.reason for key, r in refused.items()} == {
+        **{f"a-{n:06d}": "malformed row" for n in (1, 2, 3, 4)},
+        "cut": "unreadable file",
+        "other": "malformed row",
+        "none": "malformed row",
+        "wide": "text is not UTF-8",
+    }
+    assert "is a JSON NoneType, not an object" in str(refused["a-000001"])
+    assert "holds no list of rows; give one" in str(refused["other"])
+
+
 def test_heads_of_csv_say_what_separates_and_must_name_each_column_once(tmp_path):
     (tmp_path / "a.csv").write_text("id;text\n1;one, and more\n")
     (tmp_path / "b.csv").write_text("text,text\nx,y\n")
@@ -271,6 +292,24 @@ def test_numbers_of_classes_are_read_as_their_names(tmp_path):
     assert [texts(s) for s in samples.values()] == [["dog"], ["cat"]]
     assert "'label' is 7, not a string" in str(refused["x-000002"])
     assert [texts(s) for s in read("text", tmp_path, columns={"text": "label"})[0].values()] == [["dog"], ["cat"]]
+
+
+@pytest.mark.parametrize("kind", ["csv.gz", "jsonl.gz", "parquet", "stream.arrow"])
+def test_a_table_of_images_that_is_damaged_costs_itself(tmp_path, kind):
+    for number, content in enumerate(PICTURES[:2]):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    write_table(tmp_path / "whole.csv", {"image": ["0.png"], "caption": ["x"]})
+    write_table(tmp_path / f"cut.{kind}", {"image": ["1.png"] * 900, "caption": [f"a caption {n}" for n in range(900)]})
+    whole = (tmp_path / f"cut.{kind}").read_bytes()
+    (tmp_path / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    samples, refused = read("image_caption", tmp_path)
+    assert texts(samples["0"]) == ["x"] and "unreadable file" in {refusal.reason for refusal in refused.values()}
+
+
+def test_a_file_that_is_no_table_is_said(tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    with pytest.raises(DataError, match=r"a.png is no table \(.jsonl, .json, .csv, .tsv, .parquet, .arrow\); give one"):
+        read("image_caption", tmp_path / "a.png")
 
 
 def test_addresses_are_not_fetched(tmp_path):
