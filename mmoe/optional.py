@@ -17,7 +17,7 @@ from mmoe.errors import PackageError, brief, did_you_mean
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """Describes an optional package: what for, how it is imported, how it is installed, and what in a config asks for it."""
+    """Describes an optional package: what for, how it is imported, how it is installed, what asks for it."""
 
     purpose: str
     module: str
