@@ -79,13 +79,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
     A slip is a character that is wrong, missing or too much, or two that changed places. None where none is near.
     """
-    names = [each for each in known if len(each) <= _LONGEST_NAME]
-    name = name[:_LONGEST_NAME]
+    name, names = name[:_LONGEST_NAME].lower(), {each.lower(): each for each in known if len(each) <= _LONGEST_NAME}
     for each in difflib.get_close_matches(name, names, n=5):
-        if _slips(name.lower(), each.lower()) <= max(len(name), len(each)) // 4:
-            return each
+        if _slips(name, each) <= max(len(name), len(each)) // 4:
+            return names[each]
     holding = [each for each in names if len(name) > 3 and f"_{name}_" in f"_{each}_"]
-    return holding[0] if len(holding) == 1 else None
+    return names[holding[0]] if len(holding) == 1 else None
 
 
 def _slips(a: str, b: str) -> int:
