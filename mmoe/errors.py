@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_LONGEST_NAME = 100  # of names that are compared
+
 
 class MmoeError(Exception):
     """Is the base of all errors whose message is for the user; the CLI prints them without a traceback."""
@@ -72,5 +74,31 @@ def brief(value: Any, most: int = 100, quoted: bool = True) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Say which of the `known` names is meant: ``; did you mean <prefix>near?``, empty where none is near."""
-    near = difflib.get_close_matches(name[:100], [each for each in known if len(each) <= 100], n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+    near = nearest(name, known)
+    return f"; did you mean {prefix}{near}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Find the name that is meant: one slip in four characters away, or the only one with these words in it.
+
+    A slip is a character that is wrong, missing or too much, or two that changed places. None where none is near.
+    """
+    name, names = name[:_LONGEST_NAME].lower(), {each.lower(): each for each in known if len(each) <= _LONGEST_NAME}
+    for each in difflib.get_close_matches(name, names, n=5):
+        if _slips(name, each) <= max(len(name), len(each)) // 4:
+            return names[each]
+    holding = [each for each in names if len(name) > 3 and f"_{name}_" in f"_{each}_"]
+    return names[holding[0]] if len(holding) == 1 else None
+
+
+def _slips(a: str, b: str) -> int:
+    """The restricted edit distance with transpositions (Damerau 1964, as optimal string alignment)."""
+    before, last = list[int](), list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        row = [i]
+        for j, y in enumerate(b, start=1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]

@@ -1,6 +1,5 @@
 """Files that are whole or not there, written aside and renamed into place; and what is near one that is missing."""
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from mmoe.addresses import local_path
-from mmoe.errors import DataError, MissingFileError, OutputError
+from mmoe.errors import DataError, MissingFileError, OutputError, nearest
 
 Read = Callable[[str, str], bytes]
 """Reads a whole file by its address; the second argument says what it is, for messages. `read_file` or a storage's."""
@@ -47,8 +46,8 @@ def said_nearest(path: str | Path) -> str:
             names = [entry.name for entry in islice(entries, _MOST_SIBLINGS)]
     except OSError:  # it may not be listed
         names = []
-    near = difflib.get_close_matches(missing.name, names, n=1)
-    found = missing.parent / near[0] if near else missing.parent
+    near = nearest(missing.name, names)
+    found = missing.parent / near if near else missing.parent
     return f" (the nearest that exists is {found if Path(path).is_absolute() else os.path.relpath(found)})"
 
 

@@ -1,16 +1,19 @@
 """Defines `mmoe estimate`, which computes what a step of many ranks costs, without data or devices."""
 
 import time
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from mmoe.commands.arguments import Overrides, config_at
-from mmoe.commands.console import Console, console
+from mmoe.commands.arguments import AsJson, Overrides, config_at
+from mmoe.commands.console import Console, console, print_json
 
 if TYPE_CHECKING:
+    from mmoe.models.flops import ParameterCounts
     from mmoe.planning.dry_run import RankCost
     from mmoe.planning.dry_run_plan import Plan
 
@@ -25,6 +28,7 @@ def estimate(
     imbalance: Annotated[float, typer.Option(help="the busiest rank of ep over the mean")] = 1.0,
     documents: Annotated[int, typer.Option(min=1, help="documents that fill a sequence")] = 1,
     vocabulary: Annotated[int | None, typer.Option(min=1, help="ids; default: the tokenizer's, or 2^17")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Parameters, memory, collectives and operations of ranks that need not exist: a dry run, and closed forms."""
     from mmoe.planning.dry_run_plan import Plan
@@ -32,17 +36,60 @@ def estimate(
     started = time.perf_counter()
     plan = Plan.from_config(config_at(config, overrides), world_size, imbalance, documents, vocabulary)
     ranks = plan.ranks(rank or [])
+    if as_json:
+        print_json(figures(plan, plan.costs(ranks)))
+        return
     _introduce(plan, console)
     for cost in plan.costs(ranks):
         _show(plan, cost, console)
     console.print(f"{len(ranks)} of {world_size} ranks in {time.perf_counter() - started:.0f} s")
 
 
-def _introduce(plan: "Plan", console: Console) -> None:
+def figures(plan: "Plan", costs: "Iterable[RankCost]") -> dict[str, Any]:
+    """Return what is assumed and what each rank holds, sends and computes: bytes, and operations of a step."""
+    from mmoe.planning.communication_traffic import ranks_of
+
+    return {
+        "world_size": plan.dims.world,
+        "parallel": asdict(plan.dims),
+        "batch": asdict(plan.run.batch),
+        "assumed": {
+            "inputs": asdict(plan.assumed.inputs),
+            "documents": asdict(plan.documents),
+            "load": asdict(plan.load),
+        },
+        "parameters": asdict(_parameters(plan)),
+        "ranks": [
+            {
+                "rank": cost.rank,
+                "stage": cost.stage,
+                "parameters": cost.parameters,
+                "micro_batches": cost.micro_batches,
+                "kept": cost.kept,
+                "memory": cost.memory,
+                "memory_formula": asdict(plan.memory(cost.rank)),
+                "traffic": [
+                    {**kind._asdict(), "ranks": ranks_of(plan.dims, kind.axis), "calls": calls, "bytes": size}
+                    for kind, calls, size in cost.traffic.rows()
+                ],
+                "traffic_is_formula": plan.traffic(cost.rank) == cost.traffic,
+                "flops": cost.flops,
+                "flops_formula": plan.flops(cost.rank),
+                "model_flops": plan.model_flops(cost),
+            }
+            for cost in costs
+        ],
+    }
+
+
+def _parameters(plan: "Plan") -> "ParameterCounts":
     from mmoe.models.flops import ParameterCounts
 
-    inputs = plan.assumed.inputs
-    counts = ParameterCounts.from_config(plan.run.model, inputs, plan.run.heads(inputs))
+    return ParameterCounts.from_config(plan.run.model, plan.assumed.inputs, plan.run.heads(plan.assumed.inputs))
+
+
+def _introduce(plan: "Plan", console: Console) -> None:
+    counts = _parameters(plan)
     console.print(plan.dims.table())
     console.print(plan.run.batch.table())
     console.print(f"assumed: {plan.assumed.sentence()}; {plan.documents.sentence()}", soft_wrap=True)

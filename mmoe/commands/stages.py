@@ -1,14 +1,15 @@
 """Defines `mmoe stages`, which shows what a config's stages take from its sources."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from mmoe.commands.arguments import Overrides, config_at
-from mmoe.commands.console import Console, console
+from mmoe.commands.arguments import AsJson, Overrides, config_at
+from mmoe.commands.console import Console, console, print_json
 
 if TYPE_CHECKING:
     from mmoe.recipe.config import RunConfig
@@ -16,9 +17,43 @@ if TYPE_CHECKING:
 WARNING = Text("warning", "yellow")
 
 
-def stages(config: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None) -> None:
+def stages(
+    config: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None, as_json: AsJson = False
+) -> None:
     """Show what each stage will take from each source, before anything runs: shares, positions, epochs."""
-    show_stages(config_at(config, overrides), console)
+    found = config_at(config, overrides)
+    if as_json:
+        print_json(forecast(found))
+    else:
+        show_stages(found, console)
+
+
+def forecast(config: "RunConfig") -> dict[str, Any]:
+    """Return stages by source, in positions, with the run's steps and the warnings."""
+    from mmoe.planning.data import mixture_of
+
+    mixture = mixture_of(config.data, config.tokenizers, config.training.budget_positions)
+    batch = config.batch.global_batch_positions
+    return {
+        "steps": config.batch.iterations,
+        "global_batch_positions": batch,
+        "budget_positions": config.training.budget_positions,
+        "stages": [
+            {
+                "name": stage.name,
+                "start": stage.start,
+                "stop": stage.stop,
+                "first_step": stage.start // batch,
+                "temperature": stage.config.temperature,
+                "sources": [
+                    {"name": source.name, **asdict(plan)}
+                    for source, plan in zip(mixture.sources, mixture.expected(stage), strict=True)
+                ],
+            }
+            for stage in mixture.stages
+        ],
+        "warnings": mixture.warnings(),
+    }
 
 
 def show_stages(config: "RunConfig", console: Console) -> None:

@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Address, Config, Options
 from mmoe.config.load import absolute, dump, load, merge, parse_overrides, read_layers
-from mmoe.errors import ConfigError, did_you_mean
+from mmoe.errors import ConfigError, did_you_mean, nearest
 
 
 class Rate(Config):
@@ -131,6 +131,44 @@ def test_a_name_is_proposed_only_where_one_is_near(tmp_path):
     assert str(caught.value) == f"{tmp_path / 'a.yaml'}: zzzzzz is not a known key"
     assert did_you_mean("stps", ["steps", "optim"]) == "; did you mean steps?"
     assert did_you_mean("qqq", ["steps", "optim"]) == ""
+
+
+NAMES = [
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "peak",
+    "seed",
+    "speed",
+    "power",
+    "intermediate_size",
+    "head_dim",
+    "decord",
+]
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("n_layer", "n_layers"),
+        ("num_layers", "n_layers"),
+        ("layers", "n_layers"),
+        ("peek", "peak"),
+        ("decrod", "decord"),
+        ("PEAK", "peak"),
+        ("intermediate-size", "intermediate_size"),
+        ("spead", "speed"),
+        ("size", "intermediate_size"),
+    ],
+)
+def test_a_near_word_is_proposed(name, meant):
+    assert nearest(name, NAMES) == meant
+
+
+# flower is no power, pow and header are cut or mixed up beyond one slip in four; two names have the word heads.
+@pytest.mark.parametrize("name", ["banana", "flower", "pow", "header", "hidden_size", "heads", "dim", "x", ""])
+def test_a_far_word_gets_no_proposal(name):
+    assert nearest(name, NAMES) is None
 
 
 def test_of_many_faults_the_first_are_told(tmp_path):

@@ -82,8 +82,8 @@ class MoEConfig(Config):
         if width % (multiple := EXPERT_ENGINES.find(self.expert_backend).multiple):
             others = EXPERT_ENGINES.kinds_that(lambda engine: width % engine.multiple == 0)
             raise ValueError(
-                f"{key} is {width}, but moe.expert_backend {self.expert_backend} needs a multiple of {multiple}; "
-                f"round it or set moe.expert_backend to {others}"
+                f"{key} is {width}, but model.moe.expert_backend {self.expert_backend} needs a multiple of {multiple}; "
+                f"round it or set model.moe.expert_backend to {others}"
             )
 
     def _check_groups(self) -> None:
