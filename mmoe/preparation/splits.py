@@ -45,9 +45,11 @@ class Holdout:
         """Return the `items` by side; see `split_recordings` for the `gap`. Raises DataError."""
         if self.listed is None:
             return split_recordings(items, self.share, gap, self.by)
-        held = [item.key in self.listed or item.recording in self.listed for item in items]
-        sides = ([item for item, out in zip(items, held, strict=True) if out is side] for side in (False, True))
-        return Split(*sides, [])
+        sides = Split([], [], [])
+        for item in items:
+            held = item.key in self.listed or item.recording in self.listed
+            (sides.heldout if held else sides.train).append(item)
+        return sides
 
 
 def split_recordings(items: list[Item], share: float, gap: int, by: HeldoutBy = "recordings") -> Split:

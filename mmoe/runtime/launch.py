@@ -67,7 +67,7 @@ def distributed_context(timeout_seconds: float, run_folder: Path) -> Iterator[in
         record_error(run_folder, rank, error, step=step, after=after)
         _leave_after_error()
         if isinstance(error, ConfigError):
-            end_restarts()
+            _end_restarts(rank)
         if rank > 0:
             raise SystemExit(error.exit_code if isinstance(error, MmoeError) else 1) from error
         if after is not None:
@@ -86,15 +86,6 @@ def outlast_sigterm() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_restarts() -> None:
-    """Have torchrun end instead of starting all processes again: what a config says is wrong every time.
-
-    torchrun starts again after any end but 0, whatever its code; SIGTERM is how it is told to end.
-    """
-    if restart_count() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def same_config(text: str) -> None:
@@ -193,6 +184,22 @@ def _first_failure(rank: int, error: Exception) -> str | None:
     known = getattr(error, "after", None)
     first = first_failure(default_store(), FAILED, rank, error, known or "")
     return known if hasattr(error, "after") else first
+
+
+def _end_restarts(rank: int) -> None:
+    """Have this machine's torchrun end instead of starting all processes again: what a config says is wrong every time.
+
+    torchrun starts again after any end but 0, whatever its code; SIGTERM is how it is told to end. One rank of a
+    machine sends it: a second one would break into its closing.
+    """
+    if restart_count() >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return
+    first = str(rank)
+    if dist.is_initialized():
+        with suppress(dist.DistError):  # the store may be gone with what made the error
+            first = default_store().compare_set(f"ended/{os.environ['GROUP_RANK']}", "", str(rank)).decode()
+    if first == str(rank):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _leave_after_error() -> None:

@@ -233,7 +233,7 @@ def test_ranks_are_named_by_their_runs():
     assert name_ranks([7, 0, 1, 2, 5]) == "ranks 0-2, 5, 7"
 
 
-def test_a_config_error_ends_torchrun_with_its_own_code_and_no_restart(tmp_path):
+def test_a_config_error_ends_torchrun_without_a_restart(tmp_path):
     body = """
     from mmoe.errors import ConfigError
     with open(f"attempts-{rank}", "a") as file:
