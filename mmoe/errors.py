@@ -74,11 +74,11 @@ def brief(value: Any, most: int = 100, quoted: bool = True) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Say which of the `known` names is meant: ``; did you mean <prefix>near?``, empty where none is near."""
-    near = nearest(name, known)
+    near = near_name(name, known)
     return f"; did you mean {prefix}{near}?" if near else ""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def near_name(name: str, known: Iterable[str]) -> str | None:
     """Find the name that is meant: one slip in four characters away, or the only one with these words in it.
 
     A slip is a character that is wrong, missing or too much, or two that changed places. None where none is near.

@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from mmoe.addresses import local_path
-from mmoe.errors import DataError, MissingFileError, OutputError, nearest
+from mmoe.errors import DataError, MissingFileError, OutputError, near_name
 
 Read = Callable[[str, str], bytes]
 """Reads a whole file by its address; the second argument says what it is, for messages. `read_file` or a storage's."""
@@ -37,7 +37,7 @@ _MOST_SIBLINGS = 10_000  # that a name is compared with
 
 
 def said_nearest(path: str | Path) -> str:
-    """Say in parentheses what exists nearest to a missing path: a name like it beside it, else the folder above."""
+    """Say in parentheses what exists near_name to a missing path: a name like it beside it, else the folder above."""
     missing = Path(os.path.abspath(path))  # noqa: PTH100  # links are not followed: the user does not know their ends
     while not os.path.isdir(missing.parent):  # noqa: PTH112  # false, not an error, where it may not be looked at
         missing = missing.parent
@@ -46,9 +46,9 @@ def said_nearest(path: str | Path) -> str:
             names = [entry.name for entry in islice(entries, _MOST_SIBLINGS)]
     except OSError:  # it may not be listed
         names = []
-    near = nearest(missing.name, names)
+    near = near_name(missing.name, names)
     found = missing.parent / near if near else missing.parent
-    return f" (the nearest that exists is {found if Path(path).is_absolute() else os.path.relpath(found)})"
+    return f" (the near_name that exists is {found if Path(path).is_absolute() else os.path.relpath(found)})"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Address, Config, Options
 from mmoe.config.load import absolute, dump, load, merge, parse_overrides, read_layers
-from mmoe.errors import ConfigError, did_you_mean, nearest
+from mmoe.errors import ConfigError, did_you_mean, near_name
 
 
 class Rate(Config):
@@ -162,13 +162,13 @@ NAMES = [
     ],
 )
 def test_a_near_word_is_proposed(name, meant):
-    assert nearest(name, NAMES) == meant
+    assert near_name(name, NAMES) == meant
 
 
 # flower is no power, pow and header are cut or mixed up beyond one slip in four; two names have the word heads.
 @pytest.mark.parametrize("name", ["banana", "flower", "pow", "header", "hidden_size", "heads", "dim", "x", ""])
 def test_a_far_word_gets_no_proposal(name):
-    assert nearest(name, NAMES) is None
+    assert near_name(name, NAMES) is None
 
 
 def test_of_many_faults_the_first_are_told(tmp_path):
