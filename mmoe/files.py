@@ -37,7 +37,7 @@ _MOST_SIBLINGS = 10_000  # that a name is compared with
 
 
 def said_nearest(path: str | Path) -> str:
-    """Say in parentheses what exists near_name to a missing path: a name like it beside it, else the folder above."""
+    """Say in parentheses what exists nearest to a missing path: a name like it beside it, else the folder above."""
     missing = Path(os.path.abspath(path))  # noqa: PTH100  # links are not followed: the user does not know their ends
     while not os.path.isdir(missing.parent):  # noqa: PTH112  # false, not an error, where it may not be looked at
         missing = missing.parent
@@ -48,7 +48,7 @@ def said_nearest(path: str | Path) -> str:
         names = []
     near = near_name(missing.name, names)
     found = missing.parent / near if near else missing.parent
-    return f" (the near_name that exists is {found if Path(path).is_absolute() else os.path.relpath(found)})"
+    return f" (the nearest that exists is {found if Path(path).is_absolute() else os.path.relpath(found)})"
 
 
 @contextmanager
