@@ -170,7 +170,7 @@ def test_resized_and_recompressed_images_are_found(tmp_path):
         rows.append({"image": f"images/q{i:02d}.jpg", "caption": "the same, smaller"})
     rows[2]["more"] = "the same image said twice is kept twice"
     write_jsonl(tmp_path / "in" / "captions.jsonl", rows)
-    options = {"captions": ["caption", "more"], "prepare": {**NEAR["prepare"], "heldout_share": 0}}
+    options = {"columns": {"caption": ["caption", "more"]}, "prepare": {**NEAR["prepare"], "heldout_share": 0}}
     manifest = run("image_caption", tmp_path / "in", tmp_path / "out", options)
     assert manifest.splits["train"].samples == 13
     pairs = {line["key"][-3:]: line["duplicate_of"][-3:] for line in removed(tmp_path / "out")}
