@@ -65,7 +65,7 @@ class ModelConfig(Config):
             raise ValueError(f"head_dim is {self.head_width}, but rotary positions turn pairs; make it even")
         if self.moe is not None and not any(map(self.moe.in_layer, range(self.n_layers))):
             raise ValueError(
-                f"model.moe.layer_freq {self.moe.layer_freq} and model.moe.first_k_dense {self.moe.first_k_dense} leave "
+                f"model.moe.layer_freq {self.moe.layer_freq} and first_k_dense {self.moe.first_k_dense} leave "
                 f"none of the {self.n_layers} layers with experts; lower them or set model.moe to null"
             )
         if self.moe is not None:

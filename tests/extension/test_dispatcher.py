@@ -186,7 +186,7 @@ def test_a_capacity_factor_chooses_among_the_built_in_ones() -> None:
         ({"expert_backend": "loops"}, "moe.expert_backend: 'loops' is not a kind of expert engine; did you mean loop"),
         (
             {"expert_backend": "wide"},
-            "intermediate_size is 32, but model.moe.expert_backend wide needs a multiple of 64; round it or set .* or loop",
+            "intermediate_size is 32, but model.moe.expert_backend wide needs a multiple of 64; round it or .* or loop",
         ),
         (
             {"expert_backend": "wide", "intermediate_size": 64},
