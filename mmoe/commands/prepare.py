@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmoe.commands.arguments import Extending
+from mmoe.commands.completion import complete_kind
 from mmoe.commands.console import Console, console, show_record
 from mmoe.errors import MmoeError
 from mmoe.runtime.logging import set_up_logging
@@ -29,7 +30,9 @@ GRACE_SECONDS = 10.0  # for a preparation to end by the Ctrl-C that has ended it
 
 
 def prepare(
-    kind: Annotated[str, typer.Argument(help="reader; `mmoe prepare KIND --help` lists its options")],
+    kind: Annotated[
+        str, typer.Argument(help="reader; `mmoe prepare KIND --help` lists its options", autocompletion=complete_kind)
+    ],
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="file or folder of raw recordings; - for a simulation")
     ],
