@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from mmoe.commands.arguments import Extending
+from mmoe.commands.completion import complete_kind
 from mmoe.commands.console import console
 from mmoe.errors import ConfigError
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 def clock_report(
     path: Annotated[str, typer.Argument(help="prepared source, or raw recordings with --kind")],
     options: Annotated[list[str] | None, typer.Argument(help="reader options, with --kind")] = None,
-    kind: Annotated[str | None, typer.Option(help="reader of raw recordings, as in prepare")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="reader of raw recordings, as in prepare", autocompletion=complete_kind)
+    ] = None,
     html: Annotated[Path, typer.Option(help="page with the histograms")] = Path("clock-report.html"),
     extensions: Extending = None,
 ) -> None:

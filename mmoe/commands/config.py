@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from mmoe.commands.arguments import Overrides, config_at
+from mmoe.commands.completion import complete_config
 from mmoe.commands.console import console
 
 
 def config(
-    config: Annotated[Path, typer.Argument(help="a YAML file, or the folder of a run")], overrides: Overrides = None
+    config: Annotated[Path, typer.Argument(help="a YAML file, or the folder of a run", autocompletion=complete_config)],
+    overrides: Overrides = None,
 ) -> None:
     """Print a config as it is resolved: every key, with its meaning and, where it differs, its default."""
     from mmoe.config.describe import described

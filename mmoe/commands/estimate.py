@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from mmoe.commands.arguments import AsJson, Overrides, config_at
+from mmoe.commands.completion import complete_config
 from mmoe.commands.console import Console, console, print_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,12 @@ GIB = 2**30
 
 
 def estimate(
-    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/moe_10b.yaml, or a run's folder")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="a YAML file, e.g. configs/moe_10b.yaml, or a run's folder", autocompletion=complete_config
+        ),
+    ],
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
     rank: Annotated[list[int] | None, typer.Option(help="repeatable; default: one a stage")] = None,

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from mmoe.commands.arguments import Extending
+from mmoe.commands.completion import complete_kind
 from mmoe.commands.console import console
 
 
 def fit_tokenizer(
-    kind: Annotated[str, typer.Argument(help="reader, as in prepare")],
+    kind: Annotated[str, typer.Argument(help="reader, as in prepare", autocompletion=complete_kind)],
     source: Annotated[str, typer.Argument(metavar="INPUT", help="folder or file of raw recordings")],
     output: Annotated[Path, typer.Argument(metavar="FILE", help="the tokenizer's JSON")],
     options: Annotated[list[str] | None, typer.Argument(help="reader options, e.g. recordings=100")] = None,

@@ -7,12 +7,19 @@ from typing import Annotated
 import typer
 
 from mmoe.commands.arguments import AUTO, Extending
+from mmoe.commands.completion import complete_kind_or_auto
 from mmoe.commands.console import console
 from mmoe.errors import ConfigError
 
 
 def init(
-    kind: Annotated[str, typer.Argument(help="reader, as in prepare; auto: the one that takes what INPUT holds")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="reader, as in prepare; auto: the one that takes what INPUT holds",
+            autocompletion=complete_kind_or_auto,
+        ),
+    ],
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="file or folder of raw recordings; - for a simulation")
     ],

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from mmoe.commands.arguments import AsJson, Overrides, config_at
+from mmoe.commands.completion import complete_config
 from mmoe.commands.console import Console, console, print_json
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _WORK = ("attention", "vision")  # whose balance is told
 
 
 def inspect(
-    config: Annotated[Path, typer.Argument(help="a YAML file, its sources prepared")],
+    config: Annotated[Path, typer.Argument(help="a YAML file, its sources prepared", autocompletion=complete_config)],
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to plan")] = 20,
     replicas: Annotated[int, typer.Option(min=1, help="data replicas to deal to")] = 1,

@@ -34,7 +34,7 @@ from mmoe.errors import MmoeError
 from mmoe.runtime.interrupt import BY_SIGNAL, Interrupted
 from mmoe.runtime.logging import set_up_logging
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
     init,
     prepare,

@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from mmoe.commands.arguments import Extending
+from mmoe.commands.completion import complete_kind
 from mmoe.commands.console import Console, console, show_record
 from mmoe.commands.work_progress import work_progress
 from mmoe.errors import MmoeError
@@ -29,7 +30,9 @@ GRACE_SECONDS = 10.0  # for a preparation to end by the Ctrl-C that has ended it
 
 
 def prepare(
-    kind: Annotated[str, typer.Argument(help="reader; `mmoe prepare KIND --help` lists its options")],
+    kind: Annotated[
+        str, typer.Argument(help="reader; `mmoe prepare KIND --help` lists its options", autocompletion=complete_kind)
+    ],
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="file or folder of raw recordings; - for a simulation")
     ],

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe.commands.arguments import AsJson, Overrides, config_at
+from mmoe.commands.completion import complete_config
 from mmoe.commands.console import Console, console, print_json
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ WARNING = Text("warning", "yellow")
 
 
 def stages(
-    config: Annotated[Path, typer.Argument(help="a YAML file")], overrides: Overrides = None, as_json: AsJson = False
+    config: Annotated[Path, typer.Argument(help="a YAML file", autocompletion=complete_config)],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what each stage will take from each source, before anything runs: shares, positions, epochs."""
     found = config_at(config, overrides)

@@ -6,11 +6,17 @@ from typing import Annotated
 import typer
 
 from mmoe.commands.arguments import Overrides, config_at
+from mmoe.commands.completion import complete_config
 from mmoe.commands.console import console
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/demo.yaml, or a run's folder to resume")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="a YAML file, e.g. configs/demo.yaml, or a run's folder to resume", autocompletion=complete_config
+        ),
+    ],
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete what the run's folder holds")] = False,
     stop_after: Annotated[int | None, typer.Option(min=1, help="end this session after that many steps in all")] = None,

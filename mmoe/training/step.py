@@ -1,5 +1,6 @@
 """Does one optimizer step: forward, losses, backward, a decision, clip, update."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,11 +108,12 @@ def _check_finite(gradients: StepGradients, routing: RoutingWindow, step: int, r
     if gradients.norm.isfinite():
         return
     terms = ", ".join(f"{name} {float(value):.4g}" for name, value in gradients.report.terms.items())
+    lower = f"optim.lr.peak={run.config.optim.lr.peak / 2:g}"
     raise DivergenceError(
         f"{run.folder}: the gradient norm of step {step} is {float(gradients.norm)} ({terms})"
-        f"{_broken_router(routing)}; "
-        "no weight was changed: begin another run (training.run) with a lower optim.lr.peak or a longer "
-        f"warmup, from the weights of this one by training.start_from.weights={run.folder}"
+        f"{_broken_router(routing)}; no weight was changed: go on from its last checkpoint at a lower rate by "
+        f"`mmoe train {shlex.quote(str(run.folder))} --set {lower}`, from an earlier one by --from-step too, or where "
+        f"it has none begin anew with {lower}"
     )
 
 

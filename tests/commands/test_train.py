@@ -4,18 +4,22 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from mmoe.checkpoint.manager import CheckpointManager
 from mmoe.commands import session
+from mmoe.commands.main import app
 from mmoe.commands.report import report
 from mmoe.config.load import dump, load
-from mmoe.errors import CheckpointError, ConfigError, DataError, OutputError
+from mmoe.errors import CheckpointError, ConfigError, DataError, DivergenceError, OutputError
 from mmoe.monitoring.sinks.tensorboard import TensorboardConfig
 from mmoe.recipe.config import RunConfig
 from mmoe.runtime.provenance import read_provenance
@@ -83,6 +87,28 @@ def test_from_step_goes_back_and_is_refused_where_there_is_no_such_checkpoint(ru
     assert "at step 2" in train(configuration, stop_after=3, from_step=2)
     assert checkpoints(place) == ["step-00000002", "step-00000003", "step-00000004.left"]
     assert "at step 3" in train(configuration, stop_after=3)
+
+
+def test_a_diverged_run_goes_on_at_a_lower_rate_by_the_command_that_it_names(run, monkeypatch):
+    configuration, place = run
+    step = Trainer.train_step
+
+    def diverging(trainer, *arguments):
+        if trainer.state.step == 5 and trainer.run.config.optim.lr.peak == configuration.optim.lr.peak:
+            with torch.no_grad():
+                trainer.state.model.decoder.norm.weight.fill_(float("nan"))
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", diverging)
+    with pytest.raises(DivergenceError, match="the gradient norm of step 6 is nan") as caught:
+        train(configuration, stop_after=8)
+    command = shlex.split(re.search("`mmoe (train [^`]*)`", str(caught.value))[1])
+    with pytest.raises(DivergenceError, match="step 6 is nan"):  # at the same rate the same comes again
+        CliRunner().invoke(app, command[:2], catch_exceptions=False)
+    done = CliRunner().invoke(app, [*command, "--stop-after", "8"], catch_exceptions=False)
+    assert done.exit_code == 0 and steps(place) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert read_config(place).optim.lr.peak == configuration.optim.lr.peak / 2
+    assert np.isfinite([json.loads(line)["loss"] for line in (place / "metrics.jsonl").read_text().splitlines()]).all()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(run, caplog):
