@@ -9,7 +9,7 @@ import json
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -145,6 +145,7 @@ class ChunkMaker:
     tokenizer: TextTokenizer
     vector_names: dict[str, tuple[str, ...]]
     audio_rate: int | None = None  # Hz, of the codec that is to be fitted
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, chunk: Chunk) -> int:
         """Write the folder of the chunk, and return the number of its items."""
@@ -163,7 +164,8 @@ class ChunkMaker:
 
     def row(self, item: Item) -> Row | Refused:
         """Make the sample of an item and check it; what is wrong with it is returned, not raised."""
-        return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.audio_rate)
+        backend = self.config.video_backend
+        return make_row(item, self.tokenizer, backend, self.vector_names, self.audio_rate, self.categories)
 
 
 @dataclass(frozen=True)

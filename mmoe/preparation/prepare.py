@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -168,7 +168,8 @@ def prepare(
         }
         resumed = job.pin(pins)
         rate = config.audio.mel.sample_rate if config.audio.kind == "mel" else None
-        make = ChunkMaker(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
+        names = source.vector_names
+        make = ChunkMaker(job.folder / "chunks", config.chunks(), text_tokenizer, names, rate, source.categories)
 
         def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
             assert workers is not None  # decided before there is work
@@ -213,6 +214,7 @@ def prepare(
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
             rig=source.rig,
             vectors=vector_stats(source, reports["train"], reports["heldout"]),
+            categories=category_counts(source, reports["train"]),
             splits={name: reports[name].entry(shards[name]) for name in SPLITS},
             quarantined=dict(sorted(refused.counts.items())),
             removed=dict(sorted(left_out.counts.items())),
@@ -223,7 +225,7 @@ def prepare(
             said.notes.append(SYNTHETIC)
         if Modality.ACTION in reports["train"].vectors:
             rows = reports["train"].vectors[Modality.ACTION].sample()
-            said.notes.append(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
+            said.notes.append(_round_trip(manifest, rows))
         if reports["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
             said.notes.append(fit_audio_codec(job.result, manifest, config.audio, config.audio_seed))
         manifest.save(job.result)
@@ -261,13 +263,44 @@ def vector_stats(source: Source, train: SplitReport, heldout: SplitReport) -> di
         action = modality is Modality.ACTION
         names, period = source.vector_names[modality.name], source.action_period_ns if action else 0
         stats[modality.name] = rows.stats(names, period, KNOTS if action else 0, heldout.vectors.get(modality))
+        if action and source.categories:  # no value of these is a glitch, however rare
+            stats[modality.name] = _unfenced(stats[modality.name], source.categories)
     return stats
 
 
-def _round_trip(stats: VectorStats, rows: np.ndarray) -> str:
-    tokenizer = ActionTokenizer(ActionConfig(mode="discrete"), stats)
-    errors = ", ".join(f"{name} {error:.2g}" for name, error in tokenizer.round_trip_error(rows).items())
-    return f"actions: root mean square error of {tokenizer.config.bins} uniform bins: {errors}"
+def _unfenced(stats: VectorStats, dimensions: Collection[str]) -> VectorStats:
+    kept = [name in dimensions for name in stats.names]
+    low, high = (
+        tuple(end if keep else fence for end, fence, keep in zip(ends, fences, kept))
+        for ends, fences in ((stats.minimum, stats.low), (stats.maximum, stats.high))
+    )
+    clipped = {
+        split: tuple(0 if keep else count for count, keep in zip(counts, kept))
+        for split, counts in stats.clipped.items()
+    }
+    return stats.model_copy(update={"low": low, "high": high, "clipped": clipped})
+
+
+def category_counts(source: Source, train: SplitReport) -> dict[str, dict[str, int]]:
+    """Count the training rows that have each named value, by dimension of the actions; of many rows an estimate."""
+    if Modality.ACTION not in train.vectors:
+        return {}
+    summary, names = train.vectors[Modality.ACTION], source.vector_names[Modality.ACTION.name]
+    rows = summary.sample()
+    found = {}
+    for name, values in source.categories.items():
+        counts = np.bincount(rows[:, names.index(name)].astype(np.int64), minlength=len(values))
+        found[name] = dict(zip(values, np.rint(counts * (summary.count / len(rows))).astype(np.int64).tolist()))
+    return found
+
+
+def _round_trip(manifest: SourceManifest, rows: np.ndarray) -> str:
+    tokenizer = ActionTokenizer(
+        ActionConfig(mode="discrete"), manifest.vectors[Modality.ACTION.name], manifest.categories
+    )
+    errors = tokenizer.round_trip_error(rows[:, tokenizer.columns]).items()
+    said = ", ".join(f"{name} {error:.2g}" for name, error in errors)
+    return f"actions: root mean square error of {tokenizer.config.bins} uniform bins: {said or 'all are named values'}"
 
 
 def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config, PrepareConfig]:
