@@ -86,6 +86,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     for source, errors in result["actions"].get("by_source", {}).items():
         beside = ", ".join(f"{who} {errors[who]:.4f}" for who in ("mean", "hold_last", "ridge"))
         table.add_row(f"action error, {source}", f"{errors['model']:.4f}", beside)
+    for source, dimensions in result["categories"].items():
+        for name, entry in dimensions.items():
+            beside = f"always {entry['frequent']} {entry['most_frequent']:.3f}, {entry['labels']} labels"
+            table.add_row(f"accuracy of {name}, {source}", f"{entry['accuracy']:.3f}", beside)
     for name, entry in result["retrieval"]["by"].items():
         pool = entry if entry["r1"] is not None else entry["smaller_pool"]
         if pool is None:

@@ -102,15 +102,16 @@ def _numbers(text: str) -> list[float]:
 
 def _show(chunks: list["PredictedChunk"]) -> None:
     """Print the actions of chunks as columns, one line a step; what was logged stands in brackets."""
-    names = chunks[0].names
-    lines = [["seconds", "step", *names]]
+    lines = [["seconds", "step", *chunks[0].names, *chunks[0].named]]
     for chunk in chunks:
         for step, actions in enumerate(chunk.predicted):
             seconds = f"{(chunk.time_ns + step * chunk.period_ns) / 1e9:.3f}" if chunk.period_ns or not step else "?"
-            cells = [f"{value:.5g}" for value in actions]
+            cells = [f"{value:.5g}" for value in actions] + [said[step] for said in chunk.named.values()]
             if chunk.logged is not None:
-                cells = [f"{cell} ({value:.5g})" for cell, value in zip(cells, chunk.logged[step])]
-            lines.append([seconds, str(step), *(cell.replace("(nan)", "(-)") for cell in cells)])
+                logged = ["-" if value != value else f"{value:.5g}" for value in chunk.logged[step].tolist()]
+                logged += [said[step] for said in chunk.logged_named.values()]
+                cells = [f"{cell} ({was})" for cell, was in zip(cells, logged)]
+            lines.append([seconds, str(step), *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         console.verbatim("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))

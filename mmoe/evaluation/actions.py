@@ -63,12 +63,14 @@ class Chunks:
 class LoggedChunk:
     """Holds an action chunk as it was logged: its segment, `rows` [H, A] in the source's units, which are `inside`.
 
-    `before` [1, A] is the row logged before the first one, None where there is none; `time_ns` is clip time.
+    `named` [H, C] are the numbers of named values, -1 where the recording has ended. `before` [1, A] is the row logged
+    before the first one, None where there is none; `time_ns` is clip time.
     """
 
     segment: np.void
     rows: np.ndarray
     inside: np.ndarray
+    named: np.ndarray
     before: np.ndarray | None
     time_ns: int
 
@@ -80,9 +82,12 @@ def row_chunks(index: ShardIndex, row: int, tokenizer: ActionTokenizer, storage:
     tables = {member: _table(storage, index, row, member) for member in set(actions["member"].tolist())}
     for segment in actions:
         table, start = tables[int(segment["member"])], int(segment["start"])
-        rows, inside = tokenizer.chunk_of(table, start, int(segment["stop"]))
-        before = table[start - 1 : start] if start > 0 else None
-        yield LoggedChunk(segment, rows, inside, before, int(segment["timestamp_ns"] + segment["offset_ns"]))
+        place = table, start, int(segment["stop"])
+        rows, inside = tokenizer.chunk_of(*place)
+        named = tokenizer.categories_of(*place)
+        before = table[start - 1 : start, tokenizer.columns] if start > 0 else None
+        time_ns = int(segment["timestamp_ns"] + segment["offset_ns"])
+        yield LoggedChunk(segment, rows, inside, named, before, time_ns)
 
 
 def read_chunks(sources: PreparedSources, tokenizers: Tokenizers, split: str) -> Chunks:
@@ -164,7 +169,7 @@ def _from_bins(
     for number, (start, part) in enumerate(zip(starts.tolist(), parts.tolist())):
         name = run.sources.names[part[0]]
         tokenizer, columns = run.tokenizers.actions[name], dims.columns[name]
-        ids = bins(start, start + tokenizer.tokens).reshape(chunk, tokenizer.dims)
+        ids = bins(start, start + tokenizer.number_tokens).reshape(chunk, tokenizer.dims)
         values[number][:, columns] = tokenizer.normalize(tokenizer.decode(np.maximum(ids, 0)))
         there[number][:, columns] = ids >= 0
     return values, there

@@ -20,6 +20,7 @@ from mmoe.evaluation import ablation
 from mmoe.evaluation.ablation import Ablation
 from mmoe.evaluation.actions import align, chunk_starts, error_tables, places, predict_actions, read_chunks
 from mmoe.evaluation.baselines import Baselines, read_features
+from mmoe.evaluation.categories import CategoryScores
 from mmoe.evaluation.cross_entropy import TokenScores
 from mmoe.evaluation.examples import examples
 from mmoe.evaluation.features import FeatureRows
@@ -87,6 +88,7 @@ def evaluate(
                 "not_evaluated": not_evaluated,
                 **found.tokens.report(),
                 **_actions(run, view, found.actions, found.features),
+                "categories": found.categories.report(),
                 "retrieval": report_retrieval(found.pairs, view.sources.names, run.config.training.seed),
                 "ranking": found.ranking,
                 "seconds": time.perf_counter() - started,
@@ -112,6 +114,7 @@ class _Measured:
 
     documents: set[tuple[int, int, int]]
     tokens: TokenScores
+    categories: CategoryScores
     actions: list[tuple[np.ndarray, np.ndarray]]
     features: FeatureRows | None
     pairs: list[PairEmbeddings]
@@ -123,6 +126,7 @@ class _Measured:
     ) -> "_Measured":
         """Run the model over everything that is held out of the sources `only`; all ranks together."""
         tokens = TokenScores(run.tokenizers.vocabulary, run.sources.names)
+        categories = CategoryScores(run.tokenizers, run.sources.manifests)
         actions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         pairs: dict[tuple[int, int], PairEmbeddings] = {}
         # The baselines are those of the whole data, whatever the model may see of it.
@@ -132,12 +136,14 @@ class _Measured:
             heldout = run.heldout(isolated=False, only=only, stand_in=taken)
             for number, batch, hidden in model.outputs(heldout, "tokens and actions"):
                 tokens.add(batch, *model.label_log_probabilities(hidden, batch))
+                categories.add(model, hidden, batch)
                 starts, parts = chunk_starts(batch)
                 if len(starts):
                     actions[number] = parts, predict_actions(model, hidden, batch, starts, parts)
                     if features is not None:
                         features.add(batch)
             tokens.sum_over(model.total)
+            categories.sum_over(model.total)
             for at, (name, most) in enumerate(_enough_pairs(run.sources, only).items()):
                 isolated = run.heldout(isolated=True, only=[name], stand_in=taken, most_documents=most)
                 for number, batch, hidden in model.outputs(isolated, f"retrieval, {name}"):
@@ -145,7 +151,7 @@ class _Measured:
                     pairs[at, number] = PairEmbeddings.from_batch(batch, *sides)
             ranking = rank_candidates(model, only, taken)
             gathered = model.in_order(actions), features, model.in_order(pairs)
-            return cls(heldout.documents, tokens, *gathered, ranking)
+            return cls(heldout.documents, tokens, categories, *gathered, ranking)
 
 
 def _broken(value: Any) -> bool:
@@ -167,7 +173,7 @@ def _actions(
     features: FeatureRows | None,
 ) -> dict[str, Any]:
     """`action_mse`, `action_mse_baselines` and the tables behind them; null where the sources log no actions."""
-    if not measured:
+    if not measured or not view.tokenizers.dims[Modality.ACTION].size:
         return {"action_mse": None, "action_mse_baselines": None, "actions": {}, "examples": {}}
     chunks = read_chunks(view.sources, view.tokenizers, "heldout")
     parts, predictions = (np.concatenate(column) for column in zip(*measured))
@@ -214,9 +220,10 @@ def _other_shards(run: Run, shards: str) -> Run:
 
 
 def _content(manifest: SourceManifest) -> tuple[str, set[str], Rig, dict[str, tuple[str, ...]]]:
-    """What two prepared folders must share to be read alike: kind, modalities, rig, dimension names by modality."""
+    """What two prepared folders must share to be read alike: kind, modalities, rig, names of dimensions and values."""
     modalities = {group.modality for split in manifest.splits.values() for group in split.groups}
-    return manifest.kind, modalities, manifest.rig, {name: stats.names for name, stats in manifest.vectors.items()}
+    names = {name: stats.names for name, stats in manifest.vectors.items()}
+    return manifest.kind, modalities, manifest.rig, names | {name: tuple(v) for name, v in manifest.categories.items()}
 
 
 def _enough_pairs(sources: PreparedSources, only: list[str]) -> dict[str, int]:

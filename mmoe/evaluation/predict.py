@@ -4,7 +4,7 @@ Shape suffixes: m chunks, H steps of a chunk, A action dimensions of the source.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from mmoe.data.plan.planner import DocumentRef
 from mmoe.errors import ConfigError, DataError, brief, did_you_mean
 from mmoe.evaluation.actions import chunk_starts, predict_actions, row_chunks
 from mmoe.evaluation.generate import check_fits, document_batch, read_image
-from mmoe.evaluation.inference import inference
+from mmoe.evaluation.inference import Inference, inference
 from mmoe.modalities.document import Document, DocumentBuilder
 from mmoe.schema.batch import IGNORE
 from mmoe.schema.modality import Modality
@@ -32,15 +32,18 @@ SPLITS_TO_SEARCH = ("heldout", "train")  # for a clip: first what the run has ne
 class PredictedChunk:
     """Holds the actions [H, A] from one instant on, in the source's units.
 
-    `time_ns` is the instant in clip time, `period_ns` lies between steps (0: it is not known). `logged` are the actions
-    that the recording holds, NaN behind its end; None where there is no recording.
+    `time_ns` is the instant in clip time, `period_ns` lies between steps (0: it is not known). `named` are values that
+    are no numbers, H by dimension. `logged` and `logged_named` are what the recording holds, NaN and "-" behind its
+    end; None and empty where there is no recording.
     """
 
     names: tuple[str, ...]
     time_ns: int
     period_ns: int
     predicted: np.ndarray
+    named: dict[str, list[str]] = field(default_factory=dict)
     logged: np.ndarray | None = None
+    logged_named: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,17 @@ def predict_slice(
         tokenizers.dims[Modality.ACTION],
     )
     if tokenizers.discrete_actions:
-        builder.action_bins(np.full(tokenizer.tokens, IGNORE), 0)
+        builder.action_ids(np.full(tokenizer.tokens, IGNORE), 0)
     else:
         shape = (chunk, union.size)
-        builder.action(np.zeros(shape, np.float32), np.zeros(shape, bool), 0)
+        named = np.full(tokenizer.tokens - tokenizer.number_tokens, IGNORE)
+        builder.action(np.zeros(shape, np.float32), np.zeros(shape, bool), named, 0)
     builder.close_slice(predicted=False)
     builder.structure(Structure.VIDEO_END)
     builder.structure(Structure.EOS)
-    (predicted,) = _predicted(run, source, builder.finish())
+    ((predicted, said),) = _predicted(run, source, builder.finish())
     period_ns = run.sources.manifests[source].vectors[Modality.ACTION.name].period_ns
-    return PredictedChunk(tokenizer.names, 0, period_ns, predicted)
+    return PredictedChunk(tokenizer.names, 0, period_ns, predicted, said)
 
 
 def predict_clip(run: Run, source: str, key: str) -> list[PredictedChunk]:
@@ -145,9 +149,13 @@ def predict_clip(run: Run, source: str, key: str) -> list[PredictedChunk]:
     found = []
     for part in parts:
         mine = [chunk for chunk in chunks if part.first <= chunk.segment["slice"] < part.last]
-        for predicted, chunk in zip(_predicted(run, source, loader(part)[0]), mine, strict=True):
+        for (predicted, said), chunk in zip(_predicted(run, source, loader(part)[0]), mine, strict=True):
             logged = np.where(chunk.inside, chunk.rows, np.nan)
-            found.append(PredictedChunk(tokenizer.names, chunk.time_ns, period_ns, predicted, logged))
+            named = {
+                name: [values[number] if number >= 0 else "-" for number in numbers]
+                for (name, values), numbers in zip(tokenizer.categories.items(), chunk.named.T.tolist())
+            }
+            found.append(PredictedChunk(tokenizer.names, chunk.time_ns, period_ns, predicted, said, logged, named))
     if not found:
         raise ConfigError(
             f"{key} of {source} has no action to predict, or no slice of it fits a sequence; name another"
@@ -155,16 +163,31 @@ def predict_clip(run: Run, source: str, key: str) -> list[PredictedChunk]:
     return found
 
 
-def _predicted(run: Run, source: str, document: Document) -> np.ndarray:
-    """The chunks [m, H, A] of a document, in the source's units."""
+def _predicted(run: Run, source: str, document: Document) -> list[tuple[np.ndarray, dict[str, list[str]]]]:
+    """The chunks of a document: actions [H, A] in the source's units, and named values by dimension."""
     check_fits(run, len(document))
     batch = document_batch(run, document, run.sources.names.index(source))
     starts, parts = chunk_starts(batch)
     with inference(run) as model:
         hidden: Tensor = run.model(batch).hidden
         chunks = predict_actions(model, hidden, batch, starts, parts)
+        named = [_named(run, model, source, hidden.flatten(0, 1)[start:]) for start in starts.tolist()]
     columns = run.tokenizers.dims[Modality.ACTION].columns[source]
-    return run.tokenizers.actions[source].denormalize(chunks[:, :, columns])
+    return list(zip(run.tokenizers.actions[source].denormalize(chunks[:, :, columns]), named))
+
+
+def _named(run: Run, model: Inference, source: str, states: Tensor) -> dict[str, list[str]]:
+    """The likeliest values, by dimension, of the chunk that begins at the first of the `states` [n, D]."""
+    tokenizer = run.tokenizers.actions[source]
+    if not tokenizer.categories:
+        return {}
+    scores = model.logits(states[tokenizer.number_tokens : tokenizer.tokens]).cpu().numpy()
+    scores = scores.reshape(tokenizer.config.chunk, len(tokenizer.categories), -1)
+    found = {}
+    for column, (name, values) in enumerate(tokenizer.categories.items()):
+        likeliest = scores[:, column, run.tokenizers.category_ids(name, values)].argmax(1)
+        found[name] = [values[number] for number in likeliest.tolist()]
+    return found
 
 
 def _acting(run: Run, source: str) -> str:

@@ -155,14 +155,18 @@ class DocumentBuilder:
         n = len(values)
         self._targets.setdefault(name, []).append((values, np.arange(self._length - n, self._length)))
 
-    def action(self, target: np.ndarray, mask: np.ndarray, offset_ns: int) -> None:
-        """Append a continuous chunk [H, A], predicted from the hidden state of one `action` token."""
+    def action(self, target: np.ndarray, mask: np.ndarray, ids: np.ndarray, offset_ns: int) -> None:
+        """Append a continuous chunk [H, A], predicted from the hidden state of one `action` token, and then `ids`.
+
+        They are those of named values, as in `action_ids`.
+        """
         self._actions.append((self._length, target, mask))
-        self._append([Structure.ACTION], Modality.ACTION, offset_ns=offset_ns)
+        self._own.append((self._length + 1, ids))
+        self._append(np.full(1 + len(ids), Structure.ACTION), Modality.ACTION, offset_ns=offset_ns)
         self.structure(Structure.ACTION_END)
 
-    def action_bins(self, ids: np.ndarray, offset_ns: int) -> None:
-        """Discrete actions: one `action` token a bin; its label (-100 for padding) is the bin's id itself."""
+    def action_ids(self, ids: np.ndarray, offset_ns: int) -> None:
+        """Discrete actions: one `action` token an element; its label (-100 for padding) is the element's id itself."""
         self._own.append((self._length, ids))
         self._append(np.full(len(ids), Structure.ACTION), Modality.ACTION, offset_ns=offset_ns)
         self.structure(Structure.ACTION_END)

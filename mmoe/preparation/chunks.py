@@ -9,7 +9,7 @@ import json
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -147,6 +147,7 @@ class ChunkMaker:
     tokenizer: TextTokenizer
     vector_names: dict[str, tuple[str, ...]]
     audio_rate: int | None = None  # Hz, of the codec that is to be fitted
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, chunk: Chunk) -> int:
         """Write the folder of the chunk, and return the number of its items."""
@@ -165,8 +166,9 @@ class ChunkMaker:
 
     def row(self, item: Item) -> Row | Refused:
         """Make the sample of an item and check it; what is wrong with it is returned, not raised."""
+        backend = self.config.video_backend
         with hearing(self.config.audio_channel):
-            return make_row(item, self.tokenizer, self.config.video_backend, self.vector_names, self.audio_rate)
+            return make_row(item, self.tokenizer, backend, self.vector_names, self.audio_rate, self.categories)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from mmoe.addresses import check_address
@@ -63,13 +62,11 @@ from mmoe.preparation.source_report import SplitReport, Summary, summary
 from mmoe.preparation.sources import SOURCES
 from mmoe.preparation.sources.base import Item, Source
 from mmoe.preparation.splits import HeldoutBy, Holdout
-from mmoe.preparation.statistics import KNOTS
+from mmoe.preparation.vectors import category_counts, round_trip, vector_stats
 from mmoe.schema.bounds import bounded_by
 from mmoe.schema.channels import CANCELLED
 from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.modality import Modality
-from mmoe.schema.vectors import VectorStats
-from mmoe.tokenizers.actions import ActionConfig, ActionTokenizer
 from mmoe.tokenizers.audio import AudioConfig
 from mmoe.tokenizers.text import TextTokenizer
 
@@ -187,7 +184,8 @@ def prepare(
         }
         resumed = job.pin(pins)
         rate = config.audio.mel.sample_rate if config.audio.kind == "mel" else None
-        make = ChunkMaker(job.folder / "chunks", config.chunks(), text_tokenizer, source.vector_names, rate)
+        names = source.vector_names
+        make = ChunkMaker(job.folder / "chunks", config.chunks(), text_tokenizer, names, rate, source.categories)
 
         def work(task: Callable, todo: Sequence, done: int, total: int, said: str) -> None:
             assert workers is not None  # decided before there is work
@@ -228,6 +226,7 @@ def prepare(
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
             rig=source.rig,
             vectors=vector_stats(source, reports["heldout" if holdout.everything else "train"], reports["heldout"]),
+            categories=category_counts(source, reports["heldout" if holdout.everything else "train"]),
             splits={name: reports[name].entry(shards[name]) for name in SPLITS},
             quarantined=dict(sorted(refused.counts.items())),
             removed=dict(sorted(left_out.counts.items())),
@@ -243,7 +242,7 @@ def prepare(
             said.notes.append(SYNTHETIC)
         if Modality.ACTION in reports["train"].vectors:
             rows = reports["train"].vectors[Modality.ACTION].sample()
-            said.notes.append(_round_trip(manifest.vectors[Modality.ACTION.name], rows))
+            said.notes.append(round_trip(manifest, rows))
         if reports["train"].extent.segments(Modality.AUDIO) and config.audio.kind == "mel":
             said.notes.append(fit_audio_codec(job.result, manifest, config.audio, config.audio_seed))
         manifest.save(job.result)
@@ -269,26 +268,6 @@ def training_texts(kind: str, input: str | Path, options: dict[str, Any] | None 
         except DataError:
             continue  # `prepare` counts it and says why
         yield from (segment.text for segment in sample.segments if segment.modality is Modality.TEXT)
-
-
-def vector_stats(source: Source, train: SplitReport, heldout: SplitReport) -> dict[str, VectorStats]:
-    """Return the statistics of every vector stream over all rows of the training tables, by modality name.
-
-    Actions have the quantiles that bins are cut at. The held-out tables give only what is clipped of them, and how far
-    their values reach; of a source that is all held out they are both, and no tokenizer of a run is made of it.
-    """
-    stats = {}
-    for modality, rows in sorted(train.vectors.items()):
-        action = modality is Modality.ACTION
-        names, period = source.vector_names[modality.name], source.action_period_ns if action else 0
-        stats[modality.name] = rows.stats(names, period, KNOTS if action else 0, heldout.vectors.get(modality))
-    return stats
-
-
-def _round_trip(stats: VectorStats, rows: np.ndarray) -> str:
-    tokenizer = ActionTokenizer(ActionConfig(mode="discrete"), stats)
-    errors = ", ".join(f"{name} {error:.2g}" for name, error in tokenizer.round_trip_error(rows).items())
-    return f"actions: root mean square error of {tokenizer.config.bins} uniform bins: {errors}"
 
 
 def _settings(kind: str, options: dict[str, Any] | None) -> tuple[Source, Config, PrepareConfig]:

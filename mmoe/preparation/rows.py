@@ -7,7 +7,7 @@ import errno
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,16 +73,18 @@ def make_row(
     video_backend: VideoBackend,
     vector_names: dict[str, tuple[str, ...]],
     audio_rate: int | None = None,
+    categories: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Row | Refused:
     """Make the item's sample and check it; anything wrong with the data is returned, not raised.
 
-    `audio_rate` is the rate that the codec which is to be fitted resamples audio clips to, in Hz.
+    `audio_rate` is the rate that the codec which is to be fitted resamples audio clips to, in Hz; `categories` are as
+    `Source` has them.
     """
     try:
         sample = make_sample(item)
         with _translated(item.key):
             _check_rates(sample, audio_rate)
-            return build_row(_as_heard(sample), tokenizer, video_backend, vector_names)
+            return build_row(_as_heard(sample), tokenizer, video_backend, vector_names, categories or {})
     except Refused as refusal:
         return refusal
 
@@ -123,7 +125,11 @@ def _translated(key: str) -> Iterator[None]:
 
 
 def build_row(
-    sample: Sample, tokenizer: TextTokenizer, video_backend: VideoBackend, vector_names: dict[str, tuple[str, ...]]
+    sample: Sample,
+    tokenizer: TextTokenizer,
+    video_backend: VideoBackend,
+    vector_names: dict[str, tuple[str, ...]],
+    categories: Mapping[str, tuple[str, ...]],
 ) -> Row:
     """Check every payload of the sample and tokenize its texts; raise `Refused` for what is wrong."""
     with counted_as("malformed sample"):
@@ -139,6 +145,8 @@ def build_row(
                     proven.add(member)
             elif table is not None:
                 _check_dimensions(table, vector_names.get(modality.name, ()), where)
+                if modality is Modality.ACTION:
+                    _check_categories(table, vector_names[modality.name], categories, where)
                 vectors.setdefault(modality, []).append(table.astype(np.float32))
 
     text_ids = tokenizer.encode_batch([s.text for s in sample.segments if s.modality is Modality.TEXT])
@@ -213,6 +221,20 @@ def _check_dimensions(table: np.ndarray, names: tuple[str, ...], where: str) -> 
             f"{where} has {table.shape[1]} dimensions, the source names {len(names)} ({', '.join(names)}); "
             "correct the log or the reader"
         )
+
+
+def _check_categories(
+    table: np.ndarray, names: tuple[str, ...], categories: Mapping[str, tuple[str, ...]], where: str
+) -> None:
+    for name, values in categories.items():
+        column = table[:, names.index(name)]
+        wrong = ~np.isin(column, np.arange(len(values)))
+        if wrong.any():
+            found = f"{where}: {name} is {column[wrong][0]:g} in row {int(wrong.argmax())}"
+            raise DataError(
+                f"{found}, but its categories have the numbers 0 to {len(values) - 1} ({', '.join(values)}); correct "
+                "the log or the option categories"
+            )
 
 
 def _check_payload(segments: list[Segment], data: bytes, where: str, flags: Counter[str]) -> np.ndarray | None:

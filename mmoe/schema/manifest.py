@@ -102,6 +102,8 @@ class SourceManifest(Config):
     skew_budget_ns: int  # |offset_ns| that captured members may have; 0 without a clock
     rig: Rig = STANDARD  # whose numbers are the cameras of segments
     vectors: dict[str, VectorStats]  # by modality name: "ACTION", "STATE", "INERTIAL"
+    # By dimension of actions whose numbers 0, 1, ... have names: how many rows that are trained on have each, about.
+    categories: dict[str, dict[str, int]] = Field(default_factory=dict)
     splits: dict[str, SplitEntry]
     quarantined: dict[str, int]  # reason -> samples refused
     removed: dict[str, int] = Field(default_factory=dict)  # reason -> readable samples left out: filters, duplicates
@@ -123,6 +125,13 @@ class SourceManifest(Config):
         present = {group.modality for split in self.splits.values() for group in split.groups}
         if lacking := sorted((present & set(VECTORS)) - self.vectors.keys()):
             raise ValueError(f"vectors has no statistics of {lacking[0]}, of which there are segments")
+        return self
+
+    @model_validator(mode="after")
+    def _of_actions(self) -> "SourceManifest":
+        names = self.vectors["ACTION"].names if "ACTION" in self.vectors else ()
+        if lacking := [name for name in self.categories if name not in names]:
+            raise ValueError(f"categories has {lacking[0]}, which is no dimension of the actions")
         return self
 
     @classmethod

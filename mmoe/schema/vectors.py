@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from mmoe.config.base import Config
 
+_BY_DIMENSION = ("names", "mean", "std", "q01", "q99", "quantiles", "low", "high", "minimum", "maximum")
+
 
 class VectorStats(Config):
     """Holds statistics by dimension of an ACTION, STATE or INERTIAL stream over the training split.
@@ -27,6 +29,13 @@ class VectorStats(Config):
     minimum: tuple[float, ...] = ()  # of all rows of all splits, as float32: no row of the source is below it
     maximum: tuple[float, ...] = ()
     clipped: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+
+    def take(self, columns: list[int]) -> "VectorStats":
+        """Return the statistics of these dimensions."""
+        held = {field: getattr(self, field) for field in _BY_DIMENSION}
+        chosen = {field: tuple(values[column] for column in columns) for field, values in held.items() if values}
+        clipped = {split: tuple(counts[c] for c in columns) for split, counts in self.clipped.items()}
+        return self.model_copy(update={**chosen, "clipped": clipped})
 
     @model_validator(mode="after")
     def _one_value_a_name(self) -> "VectorStats":

@@ -1,5 +1,6 @@
 """Turns actions into chunks of rows, normalized by quantiles or cut into bins."""
 
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import numpy as np
@@ -22,19 +23,29 @@ class ActionConfig(Config):
 
 
 class ActionTokenizer:
-    """Rows [N, A] of a source's action table <-> numbers about [-1, 1], or bins.
+    """Rows [N, A] of the numbers of a source's action table <-> numbers about [-1, 1], or bins.
 
     Normalization takes (q01, q99) of the training split to (-1, 1), as openpi does. Where the standard
     deviation exceeds half that range (a brake that is nearly always 0) it is the half range instead; a
     constant dimension becomes 0. Glitches are clipped to the fences of the statistics, nothing else is.
+
+    Dimensions of `categories` hold the numbers of named values. They are ids of their own whatever the mode, and no
+    part of `names` and `dims`, of normalized rows and of bins: those are of the other columns, `columns` of a table.
 
     `uniform` bins share that range between them; the outer two are open. `quantile` bins hold equal shares of
     the training rows, a frequent value alone in one, and each stands for the mean of its rows; both are as exact as
     the quantiles in `stats`, between which rows are taken to be spread evenly.
     """
 
-    def __init__(self, config: ActionConfig, stats: VectorStats) -> None:
+    def __init__(
+        self, config: ActionConfig, stats: VectorStats, categories: Mapping[str, Collection[str]] | None = None
+    ) -> None:
         """Raises ConfigError for quantile bins where `stats` lacks the quantiles."""
+        named = categories or {}
+        self.categories = {name: tuple(named[name]) for name in stats.names if name in named}
+        self.columns = np.flatnonzero([name not in named for name in stats.names])
+        self._named_columns = np.flatnonzero([name in named for name in stats.names])
+        self._whole, stats = Fences(stats), stats.take(self.columns.tolist())
         self.config, self.names, self.fences = config, stats.names, Fences(stats)
         low, high = np.array(stats.q01), np.array(stats.q99)
         mean, std = np.array(stats.mean), np.array(stats.std)
@@ -47,16 +58,28 @@ class ActionTokenizer:
 
     @property
     def dims(self) -> int:
-        """Count the dimensions of an action."""
+        """Count the dimensions of an action that are numbers."""
         return len(self.names)
 
     @property
-    def tokens(self) -> int:
-        """Positions one chunk takes: one, or one for each row and dimension."""
+    def number_tokens(self) -> int:
+        """Positions that the numbers of one chunk take: one, or one for each row and dimension."""
         return 1 if self.config.mode == "continuous" else self.config.chunk * self.dims
 
+    @property
+    def tokens(self) -> int:
+        """Positions one chunk takes: those of its numbers, then one for each row and dimension of named values."""
+        return self.number_tokens + self.config.chunk * len(self.categories)
+
+    def categories_of(self, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Return the named values i64 [H, C] of the chunk as `chunk_of` has it, by their numbers; -1 after `stop`."""
+        found = np.full((self.config.chunk, len(self.categories)), -1, np.int64)
+        present = rows[start : min(start + self.config.chunk, stop), self._named_columns]
+        found[: len(present)] = present  # whole numbers, as preparation has seen
+        return found
+
     def chunk_of(self, rows: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the chunk [H, A] that begins at row `start` of `rows` [N, A], and its mask [H, A].
+        """Return the chunk [H, A] that begins at row `start` of `rows` [N, columns], and its mask [H, A].
 
         The episode ends before row `stop`; from there on the chunk is 0 and the mask False. Raises DataError
         for NaN and for what preparation did not see, naming the dimension.
@@ -64,7 +87,8 @@ class ActionTokenizer:
         if not 0 <= start <= stop <= len(rows):
             raise ValueError(f"a chunk from row {start} of an episode that ends at {stop} of {len(rows)} rows")
         present = rows[start : min(start + self.config.chunk, stop)]
-        self.fences.check(present)
+        self._whole.check(present)
+        present = present[:, self.columns]
         target = np.zeros((self.config.chunk, self.dims), np.float32)
         target[: len(present)] = present
         mask = np.zeros(target.shape, bool)
@@ -81,8 +105,10 @@ class ActionTokenizer:
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """Rows [..., A] -> bins i64 [..., A]."""
-        columns = [np.searchsorted(b, rows[..., a], side="right") for a, b in enumerate(self._borders)]
-        return np.stack(columns, axis=-1).astype(np.int64)
+        bins = np.zeros(rows.shape, np.int64)
+        for a, borders in enumerate(self._borders):
+            bins[..., a] = np.searchsorted(borders, rows[..., a], side="right")
+        return bins
 
     def decode(self, bins: np.ndarray) -> np.ndarray:
         """Bins [..., A] -> f32 [..., A], what each bin stands for."""
@@ -104,10 +130,12 @@ class ActionTokenizer:
         if self.config.binning == "uniform":
             edges = self._center[:, None] + np.linspace(-1, 1, bins + 1) * self._half[:, None]
             return edges[:, 1:-1], (edges[:, :-1] + edges[:, 1:]) / 2
-        if not stats.quantiles:
+        if self.dims and not stats.quantiles:
             raise ConfigError(
                 "tokenizers.action.binning quantile needs the quantiles of the actions, which the manifest of a source "
                 "does not hold; prepare the source again or set tokenizers.action.binning to uniform"
             )
+        if not self.dims:
+            return np.zeros((0, bins - 1)), np.zeros((0, bins))
         columns = [quantile_bins(knots, bins) for knots in np.array(stats.quantiles)]
         return np.stack([borders for borders, _ in columns]), np.stack([values for _, values in columns])

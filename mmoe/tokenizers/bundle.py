@@ -1,5 +1,6 @@
 """Builds the tokenizers of a run once, from the config and the manifests of its sources."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,7 @@ class Tokenizers:
         self.audio = load_codec(config.audio, read) if config.audio is not None else None
         self.rig = Rig.union(manifest.rig for manifest in manifests.values())
         self.cameras = {name: self.rig.numbers(manifest.rig) for name, manifest in manifests.items()}
+        self.categories = _categories(manifests)
         self.dims = {kind: _union(manifests, kind) for kind in VECTOR_MODALITIES}
         # Of STRUCTURE there are no segments; an action is a target, and no vector of the input.
         entering = [kind for kind in Modality if kind not in (Modality.STRUCTURE, Modality.ACTION)]
@@ -70,6 +72,11 @@ class Tokenizers:
         self.value_dims = {kind: size for kind, size in sizes.items() if kind in _VALUED or size}
         self.actions: dict[str, ActionTokenizer] = {}
         self.normalizers: dict[tuple[str, Modality], VectorNormalizer] = {}
+        if self.categories and not self.discrete_actions and not self.dims[Modality.ACTION].size:
+            raise ConfigError(
+                "tokenizers.action.mode is continuous, but no source has an action that is a number, only named "
+                "values; set tokenizers.action.mode=discrete"
+            )
         for name, manifest in manifests.items():
             if self.audio is None and _holds({name: manifest}, Modality.AUDIO):
                 raise ConfigError(
@@ -81,7 +88,7 @@ class Tokenizers:
                 if stats is None:
                     continue
                 if kind is Modality.ACTION:
-                    self.actions[name] = ActionTokenizer(config.action, stats)
+                    self.actions[name] = ActionTokenizer(config.action, stats, manifest.categories)
                 else:
                     self.normalizers[name, kind] = VectorNormalizer(stats)
 
@@ -94,7 +101,13 @@ class Tokenizers:
             audio_codebook_size=self.audio.codebook_size if self.audio else 0,
             action_bins=self.config.action.bins if self.discrete_actions else 0,
             further=(*further_cameras(self.rig), *modality_tokens()),
+            categories=self.categories,
         )
+
+    def category_ids(self, dimension: str, values: Iterable[str]) -> np.ndarray:
+        """Return the ids of named values of a dimension of actions: i64 [values]."""
+        first = self.vocabulary.ranges["category"].start
+        return np.array([first + self.categories.index(f"{dimension}={value}") for value in values], np.int64)
 
     @cached_property
     def camera_ids(self) -> np.ndarray:
@@ -111,14 +124,28 @@ def _holds(manifests: dict[str, SourceManifest], kind: Modality) -> bool:
     return any(split.segments(kind.name) for m in manifests.values() for split in m.splits.values())
 
 
-def _union(manifests: dict[str, SourceManifest], kind: Modality) -> VectorDims:
-    names: list[str] = []
+def _categories(manifests: dict[str, SourceManifest]) -> tuple[str, ...]:
+    """The named values of all sources, as the vocabulary has them: of one dimension together."""
+    found: dict[str, dict[str, None]] = {}
     for manifest in manifests.values():
-        stats = manifest.vectors.get(kind.name)
-        names += [n for n in (stats.names if stats else ()) if n not in names]
-    columns = {
-        source: np.array([names.index(n) for n in manifest.vectors[kind.name].names], dtype=np.int64)
-        for source, manifest in manifests.items()
-        if kind.name in manifest.vectors
-    }
+        for dimension, values in manifest.categories.items():
+            found.setdefault(dimension, {}).update(dict.fromkeys(values))
+    for source, manifest in manifests.items():
+        stats = manifest.vectors.get(Modality.ACTION.name)
+        if mixed := [name for name in found if stats and name in stats.names and name not in manifest.categories]:
+            raise ConfigError(
+                f"{mixed[0]} is a number in the actions of source {source}, and a named value in those of another; "
+                "prepare both with the same option categories"
+            )
+    return tuple(f"{dimension}={value}" for dimension, values in found.items() for value in values)
+
+
+def _union(manifests: dict[str, SourceManifest], kind: Modality) -> VectorDims:
+    held: dict[str, list[str]] = {}
+    for source, manifest in manifests.items():
+        if kind.name in manifest.vectors:
+            named = manifest.categories if kind is Modality.ACTION else {}
+            held[source] = [name for name in manifest.vectors[kind.name].names if name not in named]
+    names = list(dict.fromkeys(name for mine in held.values() for name in mine))
+    columns = {source: np.array([names.index(n) for n in mine], dtype=np.int64) for source, mine in held.items()}
     return VectorDims(tuple(names), columns)

@@ -58,11 +58,12 @@ def _camera_token(name: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Lays out ranges of token ids by name: ``structure | placeholder | text | audio | action | further``.
+    """Lays out ranges of token ids by name: ``structure | placeholder | text | audio | action | further | category``.
 
     `audio_codebooks` x `audio_codebook_size` ids belong to the audio codec (codebook major) and
     `action_bins` to discrete actions; 0 leaves the range empty. `further` names structure tokens that only some runs
-    have, first those of cameras (`further_cameras`). Raises ConfigError where a name stands for two tokens.
+    have, first those of cameras (`further_cameras`), and `categories` the values of actions that are no numbers, as
+    ``dimension=value``. Raises ConfigError where a name stands for two tokens.
     """
 
     text_size: int
@@ -70,6 +71,7 @@ class Vocabulary:
     audio_codebook_size: int = 0
     action_bins: int = 0
     further: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [*(token.name.lower() for token in (*Structure, *Placeholder)), *self.further]
@@ -86,6 +88,7 @@ class Vocabulary:
             "audio": self.audio_codebooks * self.audio_codebook_size,
             "action": self.action_bins,
             "further": len(self.further),
+            "category": len(self.categories),
         }
         ranges, start = {}, 0
         for name, size in sizes.items():
@@ -96,7 +99,7 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Count all ids."""
-        return self.ranges["further"].stop
+        return self.ranges["category"].stop
 
     def audio_ids(self, codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
         """Ids of codec `codes` [n] drawn from codebook number `codebook` [n]."""
@@ -121,6 +124,8 @@ class Vocabulary:
             return f"<{Placeholder(token).name.lower()}>"
         if token in self.ranges["further"]:
             return self.further[token - self.ranges["further"].start]
+        if token in self.ranges["category"]:
+            return self.categories[token - self.ranges["category"].start]
         for name in ("text", "audio", "action"):
             if token in self.ranges[name]:
                 local = token - self.ranges[name].start
@@ -131,7 +136,7 @@ class Vocabulary:
 
     def modality_of(self, tokens: np.ndarray) -> np.ndarray:
         """Modality (u8) of predicted ids: TEXT, AUDIO, ACTION by range, STRUCTURE for everything else."""
-        edges = [self.ranges[name].start for name in ("text", "audio", "action", "further")]
-        inside = (Modality.TEXT, Modality.AUDIO, Modality.ACTION)
-        kinds = np.array([Modality.STRUCTURE, *inside, Modality.STRUCTURE], dtype=np.uint8)
+        edges = [self.ranges[name].start for name in ("text", "audio", "action", "further", "category")]
+        inside = (Modality.TEXT, Modality.AUDIO, Modality.ACTION, Modality.STRUCTURE, Modality.ACTION)
+        kinds = np.array([Modality.STRUCTURE, *inside], dtype=np.uint8)
         return kinds[np.searchsorted(edges, tokens, side="right")]

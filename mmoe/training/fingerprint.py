@@ -48,6 +48,8 @@ def _of_source(manifest: SourceManifest) -> dict[str, Any]:
     }
     if manifest.rig != STANDARD:  # so that checkpoints from before there were others say nothing else
         parts["cameras"] = _digest(manifest.rig.cameras)
+    if manifest.categories:
+        parts["categories"] = _digest({name: list(values) for name, values in manifest.categories.items()})
     for name, split in manifest.splits.items():
         shards = [(shard.rows, shard.bytes, shard.digest) for shard in split.shards]
         parts[f"{name} samples"] = f"{split.samples} in {len(shards)} shards, {_digest(shards)}"

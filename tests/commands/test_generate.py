@@ -11,6 +11,7 @@ from mmoe.errors import ConfigError
 from mmoe.evaluation.predict import PredictedChunk
 from mmoe.training.run import Run
 
+SAID, WAS = {"click": ["banana", "A"]}, {"click": ["A", "-"]}
 RUN = SimpleNamespace(tokenizers=SimpleNamespace(actions={"arm": None}))
 
 
@@ -63,14 +64,14 @@ def test_actions_are_columns_with_the_names_of_the_dimensions(monkeypatch):
 
 def test_a_clip_shows_what_was_logged_beside_it(monkeypatch):
     logged = np.array([[0.25], [np.nan]])
-    chunks = [PredictedChunk(("gas",), at * 10**9, 0, np.array([[0.5], [1.5]]), logged) for at in (0, 2)]
+    chunks = [PredictedChunk(("gas",), at * 10**9, 0, np.array([[0.5], [1.5]]), SAID, logged, WAS) for at in (0, 2)]
     printed, asked = generate(monkeypatch, "--clip", "arm:ep:1", predict_clip=chunks)
     assert [line.split() for line in printed.splitlines()] == [
-        ["seconds", "step", "gas"],
-        ["0.000", "0", "0.5", "(0.25)"],
-        ["?", "1", "1.5", "(-)"],
-        ["2.000", "0", "0.5", "(0.25)"],
-        ["?", "1", "1.5", "(-)"],
+        ["seconds", "step", "gas", "click"],
+        ["0.000", "0", "0.5", "(0.25)", "banana", "(A)"],
+        ["?", "1", "1.5", "(-)", "A", "(-)"],
+        ["2.000", "0", "0.5", "(0.25)", "banana", "(A)"],
+        ["?", "1", "1.5", "(-)", "A", "(-)"],
     ]
     assert asked == [(("arm", "ep:1"), {})]
 

@@ -111,10 +111,25 @@ def clip_sample(rng: np.random.Generator, key: str, slices: int | None = None) -
     return Sample(key, key, members, segments)
 
 
+def button_sample(rng: np.random.Generator, key: str) -> Sample:
+    """A clip whose second action is which of the `BUTTONS` is pressed."""
+    sample = clip_sample(rng, key)
+    table = np.load(io.BytesIO(sample.members["actions.npy"]))
+    table[:, 1] = np.digitize(table[:, 1], (-0.5, 0.2))
+    sample.members["actions.npy"] = npy(table)
+    return sample
+
+
+BUTTONS = {"gas": {"none": 5, "A": 7, "B": 8}}
 MAKERS = {"text": text_sample, "image": image_sample, "audio": audio_sample, "clip": clip_sample}
 
 
-def write_source(folder: Path, splits: dict[str, list[Sample]], rows_per_shard: int = 7) -> SourceManifest:
+def write_source(
+    folder: Path,
+    splits: dict[str, list[Sample]],
+    rows_per_shard: int = 7,
+    categories: dict[str, dict[str, int]] | None = None,
+) -> SourceManifest:
     """Write samples as a prepared source with byte-level text."""
     tokenizer = TextTokenizer.bytes()
     entries = {}
@@ -139,6 +154,7 @@ def write_source(folder: Path, splits: dict[str, list[Sample]], rows_per_shard: 
         clock="synthetic",
         skew_budget_ns=0,
         vectors={name: stats for name, stats in STATS.items() if name in present},
+        categories=categories or {},
         splits=entries,
         quarantined={},
     )

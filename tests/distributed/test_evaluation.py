@@ -24,7 +24,7 @@ from mmoe.training.callback import Callback
 from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
 from tests.conftest import REPOSITORY
-from tests.data.synthetic import MAKERS, fit_codec, write_source
+from tests.data.synthetic import BUTTONS, MAKERS, button_sample, fit_codec, write_source
 from tests.training.test_trainer import config
 
 EXACT = {
@@ -45,12 +45,12 @@ FOUR = {"pp2,ep2": {"pp": 2, "ep": 2}, "tp2,ep2": {"tp": 2, "ep": 2}, "cp2,ep4":
 def folder(tmp_path_factory):
     """Sources of every kind; of the text only one document is held out, so that a replica has no batch of it."""
     root = tmp_path_factory.mktemp("evaluation")
-    for number, (name, make) in enumerate(MAKERS.items()):
+    for number, (name, make) in enumerate((MAKERS | {"clip": button_sample}).items()):
         rng, heldout = np.random.default_rng(number), 1 if name == "text" else 7
         samples = {
             s: [make(rng, f"{name}-{s[0]}{i}") for i in range(n)] for s, n in (("train", 16), ("heldout", heldout))
         }
-        write_source(root / name, samples)
+        write_source(root / name, samples, categories=BUTTONS if name == "clip" else None)
     fit_codec(root / "codec.safetensors")
     return root
 
@@ -109,6 +109,7 @@ def check(pool, place: Path, expected: dict, layout: dict) -> None:
 def test_two_ranks_measure_what_one_process_does(two, trained, layout, actions):
     place, expected = trained[actions]
     assert expected["action_mse"] > 0 and expected["ranking"]["audio"]["rows"] == 7
+    assert 0 < expected["categories"]["clip"]["gas"]["accuracy"] < 1
     assert expected["samples"]["text"] == {"held_out": 1, "evaluated": 1}
     check(two, place, expected, LAYOUTS[layout])
 

@@ -1,6 +1,7 @@
 """Whole runs on several ranks: the same steps as one process, and checkpoints that go on in another layout."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from mmoe.schema.counts import Counts, columns
 from mmoe.schema.modality import Modality
 from mmoe.training.loop import Trainer
 from mmoe.training.run import Run
-from tests.data.synthetic import write_sources
+from tests.data.synthetic import BUTTONS, button_sample, write_source, write_sources
 from tests.models.random_batch import random_batch
 from tests.training.test_trainer import config
 
@@ -42,6 +43,10 @@ FIGURES = ("loss", "grad_norm", "loss_ce", "loss_contrastive", "loss_action", "d
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     write_sources(root)
+    rng = np.random.default_rng(9)
+    pressed = {s: [button_sample(rng, f"{s}{i}") for i in range(n)] for s, n in (("train", 24), ("heldout", 6))}
+    shutil.rmtree(root / "clip")
+    write_source(root / "clip", pressed, categories=BUTTONS)
     return root
 
 

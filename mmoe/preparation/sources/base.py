@@ -1,12 +1,13 @@
 """Defines what a reader of raw recordings hands to preparation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmoe.config.base import Config
-from mmoe.errors import Refused
+from mmoe.errors import ConfigError, Refused, did_you_mean
+from mmoe.schema.modality import Modality
 from mmoe.schema.rig import STANDARD, Rig
 from mmoe.schema.sample import Sample
 
@@ -51,7 +52,8 @@ class Source:
     `clock` and `skew_budget_ns` are those of `SourceManifest`; `vector_names` names the dimensions by modality name.
     A `generated` source reads no input. `rig` names the cameras, unless the config does by a key `rig`. Where names and
     period depend on what `input` holds, `describe` reads them. `suggest` looks at an input for options that it needs
-    and the defaults do not say, for the first recipe that `mmoe init` writes.
+    and the defaults do not say, for the first recipe that `mmoe init` writes. `categories` names the values 0, 1, ...
+    of dimensions of actions that are no quantities; a config gives them by a key `categories`.
     """
 
     kind: str
@@ -66,12 +68,23 @@ class Source:
     describe: Callable[[Path, Any], Vectors] | None = None
     suggest: Callable[[Path], dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def described(self, input: Path, config: Config) -> "Source":
-        """Return this source with the rig of this config, and the vector names and the action period of this input."""
-        source = replace(self, rig=getattr(config, "rig", self.rig))
-        if self.describe is None:
-            return source
-        vectors = self.describe(input, config)
-        period_ns = vectors.action_period_ns
-        return replace(source, vector_names=vectors.names, action_period_ns=period_ns, notes=vectors.notes)
+        """Return this source with rig and categories of this config, and vector names and action period of this input.
+
+        Raises ConfigError for categories of what is no dimension of its actions.
+        """
+        categories = getattr(config, "categories", self.categories)
+        source = replace(self, rig=getattr(config, "rig", self.rig), categories=categories)
+        if self.describe is not None:
+            vectors = self.describe(input, config)
+            period_ns = vectors.action_period_ns
+            source = replace(source, vector_names=vectors.names, action_period_ns=period_ns, notes=vectors.notes)
+        names = source.vector_names.get(Modality.ACTION.name, ())
+        for name in source.categories:
+            if name not in names:
+                hint = did_you_mean(name, names) or ";"
+                known = ", ".join(names) or "none"
+                raise ConfigError(f"categories.{name}: the actions have no dimension {name}{hint} they have {known}")
+        return source

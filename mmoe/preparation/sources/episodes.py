@@ -38,6 +38,15 @@ class EpisodeConfig(Config):
     slices: int = Field(10, ge=1)  # time slices of a clip
     rows_per_slice: int = Field(1, ge=1)  # from one time slice to the next
     lookahead: int = Field(50, ge=0)  # rows after a clip's last slice in its action table
+    # By dimension of the action whose numbers 0, 1, ... are no quantities, what they mean: {"button": [none, A, B]}.
+    categories: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _different(self) -> "EpisodeConfig":
+        for dimension, values in self.categories.items():
+            if len(set(values)) < max(2, len(values)):
+                raise ValueError(f"categories.{dimension}: give two or more names, all different, not {list(values)}")
+        return self
 
     @model_validator(mode="after")
     def _in_the_rig(self) -> "EpisodeConfig":
