@@ -64,6 +64,7 @@ def checks(summary: dict) -> list[tuple[str, float, str, bool]]:
     found = [
         ("packing efficiency", summary["packing_efficiency"], ">=", 0.97),
         ("action error / mean baseline", mse / baselines["mean"], "<=", 0.35),
+        ("action error / holding the last action", mse / baselines["hold_last"], "<=", 0.7),
         ("action error / ridge baseline", mse / baselines["ridge"], "<", 1.0),
         ("error with other images / action error", shuffled / mse, ">=", 2.0),
         ("error with other images / mean baseline", shuffled / baselines["mean"], ">=", 0.8),
