@@ -79,7 +79,7 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def near_name(name: str, known: Iterable[str]) -> str | None:
-    """Find the name that is meant: one slip in four characters away, or the only one with these words in it.
+    """Find the name that is meant: one slip in four characters away, or the only one that begins so or has these words.
 
     A slip is a character that is wrong, missing or too much, or two that changed places. None where none is near.
     """
@@ -87,7 +87,7 @@ def near_name(name: str, known: Iterable[str]) -> str | None:
     for each in difflib.get_close_matches(name, names, n=5):
         if _slips(name, each) <= max(len(name), len(each)) // 4:
             return names[each]
-    holding = [each for each in names if len(name) > 3 and f"_{name}_" in f"_{each}_"]
+    holding = [each for each in names if len(name) > 3 and (each.startswith(name) or f"_{name}_" in f"_{each}_")]
     return names[holding[0]] if len(holding) == 1 else None
 
 

@@ -30,7 +30,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["prepare ", "fit-tokenizer ", "clock-report PATH --kind "])
 def test_kinds_are_proposed(command):
     assert proposed(f"mmoe {command}") == SOURCES.kinds()
-    assert proposed(f"mmoe {command}li") == [] and proposed(f"mmoe {command}le") == ["lerobot"]
+    assert proposed(f"mmoe {command}zz") == [] and proposed(f"mmoe {command}le") == ["lerobot"]
     assert proposed("mmoe init a") == ["auto", "audio_text"]
 
 

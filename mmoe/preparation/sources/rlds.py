@@ -43,12 +43,12 @@ class RldsConfig(EpisodeConfig):
     """
 
     rate_hz: float | None = Field(None, gt=0, le=_FASTEST)  # steps a second, which no file says; it must be given
-    splits: tuple[str, ...] = Field(("train",), min_length=1)
+    splits: tuple[str, ...] = Field(("train",), min_length=1)  # that are read, held out or not as any recordings
     state: tuple[str, ...] = ("observation/state",)  # joined into one vector; []: none
-    action: tuple[str, ...] = ("action",)
+    action: tuple[str, ...] = ("action",)  # joined likewise
     instruction: str | None = "language_instruction"  # null: none
-    state_names: tuple[str, ...] | None = None  # of the dimensions, all of them
-    action_names: tuple[str, ...] | None = None
+    state_names: tuple[str, ...] | None = None  # of the dimensions, all of them; null: numbered
+    action_names: tuple[str, ...] | None = None  # of the dimensions, all of them; null: numbered
     last_action: bool = False  # whether a step marked is_last has an action
 
 

@@ -46,7 +46,7 @@ _BORDERS = tuple(
 class TextColumns(Config):
     """Says which column of a table is the text."""
 
-    text: str = "text"
+    text: str = "text"  # one document a row
 
 
 class TextReaderConfig(Config):

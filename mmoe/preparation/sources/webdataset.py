@@ -37,7 +37,7 @@ _META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
 class WebDatasetColumns(Config):
     """Says which field of a ``.json`` member is the caption."""
 
-    caption: str = "caption"
+    caption: str = "caption"  # the field that holds the text
 
 
 class WebDatasetConfig(Config):
