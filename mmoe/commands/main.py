@@ -30,9 +30,10 @@ from mmoe.commands.report import report
 from mmoe.commands.stages import stages
 from mmoe.commands.train import train
 from mmoe.commands.upcycle import upcycle
-from mmoe.errors import MmoeError
+from mmoe.errors import ConfigError, MmoeError
 from mmoe.runtime.interrupt import BY_SIGNAL, Interrupted
 from mmoe.runtime.logging import set_up_logging
+from mmoe.runtime.processes import end_torchrun
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
@@ -72,6 +73,7 @@ OUTSIDE = {
     errno.EIO: "check the disk",
 }
 INTERRUPTED = BY_SIGNAL + signal.SIGINT
+WRONG = ConfigError.exit_code  # the same command would meet it again
 
 
 def _print_version(asked: bool) -> None:
@@ -98,6 +100,8 @@ def main() -> None:
     try:
         app()
     except MmoeError as error:
+        if error.exit_code == WRONG:
+            end_torchrun()
         _fail(without_secrets(str(error)), error.exit_code)
     except OSError as error:
         if error.errno not in OUTSIDE:
@@ -112,6 +116,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:
             _fail("interrupted", INTERRUPTED)
+        if end.code == WRONG:  # a wrong command line
+            end_torchrun()
         raise
 
 

@@ -27,6 +27,8 @@ def train(
     from_step: Annotated[int | None, typer.Option(help="resume from the checkpoint of this step")] = None,
 ) -> None:
     """Train a run, or resume it where its folder already holds checkpoints. What is missing is prepared first."""
+    from torch.distributed import is_torchelastic_launched
+
     from mmoe.commands import session
     from mmoe.runtime.interrupt import Interrupted
 
@@ -38,5 +40,5 @@ def train(
         from_step=from_step,
         adjustments=adjustments or (),
     )
-    if interrupted:
+    if interrupted and not is_torchelastic_launched():  # which would start all processes again
         raise Interrupted(interrupted)

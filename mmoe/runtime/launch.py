@@ -28,6 +28,7 @@ from mmoe.files import writes
 from mmoe.runtime.launch_errors import FAILED, StoppedError, first_failure, name_ranks, record_error
 from mmoe.runtime.launch_store import PERIOD_SECONDS, join_store
 from mmoe.runtime.logging import rank_log, restart_count
+from mmoe.runtime.processes import end_torchrun
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ def distributed_context(timeout_seconds: float, run_folder: Path) -> Iterator[in
         after = _first_failure(rank, error)
         record_error(run_folder, rank, error, step=step, after=after)
         _leave_after_error()
-        if isinstance(error, ConfigError):
-            _end_restarts(rank)
+        if isinstance(error, MmoeError) and error.exit_code == ConfigError.exit_code:
+            end_torchrun()
         if rank > 0:
             raise SystemExit(error.exit_code if isinstance(error, MmoeError) else 1) from error
         if after is not None:
@@ -184,22 +185,6 @@ def _first_failure(rank: int, error: Exception) -> str | None:
     known = getattr(error, "after", None)
     first = first_failure(default_store(), FAILED, rank, error, known or "")
     return known if hasattr(error, "after") else first
-
-
-def _end_restarts(rank: int) -> None:
-    """Have this machine's torchrun end instead of starting all processes again: what a config says is wrong every time.
-
-    torchrun starts again after any end but 0, whatever its code; SIGTERM is how it is told to end. One rank of a
-    machine sends it: a second one would break into its closing.
-    """
-    if restart_count() >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        return
-    first = str(rank)
-    if dist.is_initialized():
-        with suppress(dist.DistError):  # the store may be gone with what made the error
-            first = default_store().compare_set(f"ended/{os.environ['GROUP_RANK']}", "", str(rank)).decode()
-    if first == str(rank):
-        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _leave_after_error() -> None:

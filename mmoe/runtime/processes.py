@@ -1,8 +1,11 @@
-"""Finds the processes of this machine, as Linux shows them under /proc."""
+"""Finds the processes of this machine, as Linux shows them under /proc, and ends the torchrun that started this one."""
 
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
+
+from mmoe.runtime.logging import restart_count
 
 
 def descendants() -> list[int]:
@@ -17,3 +20,17 @@ def descendants() -> list[int]:
     for process in found:
         found += children.get(process, [])
     return found[1:]
+
+
+def end_torchrun() -> None:
+    """Have this machine's torchrun end instead of starting all processes again, which would meet the same error.
+
+    torchrun starts again after any end but 0, whatever its code; SIGTERM is how it is told to end. The first of its
+    processes that asks for it sends one: a second one would break into its closing.
+    """
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <folder of the attempt>/<process>/error.json
+    if errors is None or restart_count() >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return
+    with suppress(FileExistsError):
+        (Path(errors).parents[1] / "ended").touch(exist_ok=False)
+        os.kill(os.getppid(), signal.SIGTERM)

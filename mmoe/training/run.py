@@ -188,12 +188,15 @@ class Run(RunView):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, text)
 
-    def heldout(self, *, isolated: bool, most_documents: int | None = None, **choices: Any) -> HeldoutBatches:
-        """Plan the held-out batches, which are on the CPU, of at most `evaluation.max_documents` of each source.
+    def heldout(
+        self, *, isolated: bool, split: str = "heldout", most_documents: int | None = None, **choices: Any
+    ) -> HeldoutBatches:
+        """Plan the batches of a split, which are on the CPU; held out, of at most `evaluation.max_documents` a source.
 
         `isolated`: the text of every pair is a document of its own, else of none. For the rest see `HeldoutBatches`.
         """
-        bounds = [bound for bound in (most_documents, self.config.evaluation.max_documents) if bound is not None]
+        own = self.config.evaluation.max_documents if split == "heldout" else None
+        bounds = [bound for bound in (most_documents, own) if bound is not None]
         return HeldoutBatches(
             self.config.data,
             self.sources,
@@ -202,6 +205,7 @@ class Run(RunView):
             micro_sequences=self.config.training.heldout_sequences,
             label_weights=self.config.losses.ce.label_weights(),
             isolated=isolated,
+            split=split,
             most_documents=min(bounds, default=None),
             **choices,
         )

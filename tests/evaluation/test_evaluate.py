@@ -14,6 +14,7 @@ from mmoe.commands.evaluate import show
 from mmoe.data.plan.prepared import PreparedSources
 from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.actions import read_chunks
+from mmoe.evaluation.baselines import Baselines
 from mmoe.evaluation.evaluate import evaluate, file_name
 from mmoe.evaluation.examples import examples
 from mmoe.schema.modality import Modality
@@ -188,6 +189,7 @@ def test_no_more_than_the_bound_of_each_source_is_measured_the_same_choice_each_
     assert {name: entry["held_out"] for name, entry in first["samples"].items()} == {
         name: entry["held_out"] for name, entry in plain["samples"].items()
     }
+    assert Baselines.fit(bounded).record == Baselines.fit(trained).record  # fitted to all that is trained on
     assert first["val_ce"] == again["val_ce"] and first["val_ce"] != plain["val_ce"]
     assert first["actions"]["chunks"] < plain["actions"]["chunks"] and first["action_mse_baselines"]["ridge"] > 0
     console = Console(record=True, file=open(os.devnull, "w"), width=200)

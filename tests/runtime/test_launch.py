@@ -14,6 +14,7 @@ import pytest
 
 from mmoe.runtime.launch import distributed_context, same_config, strongest
 from mmoe.runtime.launch_errors import name_ranks
+from tests.conftest import REPOSITORY
 
 BEGIN = """
 import logging, os, signal, sys, time, warnings
@@ -238,10 +239,29 @@ def test_a_config_error_ends_torchrun_without_a_restart(tmp_path):
     from mmoe.errors import ConfigError
     with open(f"attempts-{rank}", "a") as file:
         file.write("1")
+    def kill(process, number, kill=os.kill):
+        Path(f"sent-{rank}").touch()
+        kill(process, number)
+    os.kill = kill
     dist.barrier()
     raise ConfigError("parallel.ep is 3; set it to 2")
     """
     run = Torchrun(tmp_path, body, "--max-restarts=3")
     assert run.wait() != 0
+    assert len(list(tmp_path.glob("sent-*"))) == 1  # a second one would break into torchrun's closing
     assert [(tmp_path / f"attempts-{rank}").read_text() for rank in (0, 1)] == ["1", "1"], run.output
     assert "parallel.ep is 3; set it to 2" in run.output
+
+
+def test_a_wrong_command_ends_torchrun_without_a_restart(tmp_path):
+    """Before there is a process group."""
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=3", "-m", "mmoe", "train", "nowhere.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and 1 <= done.stderr.count("nowhere.yaml does not exist") <= 2, done.stderr
