@@ -60,7 +60,7 @@ def test_a_roll_back_that_one_rank_wishes_changes_nothing_of_the_run(two, folder
     assert [answer[3] for answer in answers] == [answer[3] for answer in expected]
 
 
-@pytest.mark.parametrize("layout", CHOSEN)
+@pytest.mark.parametrize("layout", ["dp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ep2", "pp2"))])
 def test_an_error_in_any_hook_ends_all_ranks_and_closes_all_callbacks(two, folder, tmp_path, layout):
     for hook in HOOKS:
         many = tree(folder, tmp_path / hook, **CHOSEN[layout])
