@@ -18,14 +18,16 @@ from tests.preparation.test_prepare import SMALL_CODEC, run
 KINDS = ("json", "jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "parquet", "stream.arrow", "file.arrow")
 SAID = ["plain", 'a "quoted", cell;\twith\nlines\r\nand commas', "吾輩は猫である", " two spaces ", "5", '"', "last"]
 PICTURES = [png(pixels) for pixels in images(7)]
+IN_LINES = [" ".join(said.split()) for said in SAID]  # as a .tsv can hold them, which has no quotes
 CLIPS = [wav((np.arange(900) * (n + 3)) % 2000 - 1000) for n in range(7)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_column_of_any_table_gives_the_texts_that_were_written(tmp_path, kind):
-    write_table(tmp_path / f"rows.{kind}", {"id": [str(i) for i in range(7)], "body": SAID})
+    said = IN_LINES if kind == "tsv" else SAID
+    write_table(tmp_path / f"rows.{kind}", {"id": [str(i) for i in range(7)], "body": said})
     samples, refused = read("text", tmp_path, columns={"text": "body"})
-    assert not refused and [texts(s)[0] for s in samples.values()] == SAID
+    assert not refused and [texts(s)[0] for s in samples.values()] == said
     assert {s.recording for s in samples.values()} == {f"rows.{kind}"}
     assert [key[-7:] for key in samples] == [f"-{i:06d}" for i in range(7)]
     alone, _ = read("text", tmp_path / f"rows.{kind}", columns={"text": "body"})
@@ -35,15 +37,16 @@ def test_a_column_of_any_table_gives_the_texts_that_were_written(tmp_path, kind)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["image_caption", "audio_text"])
 def test_paths_in_a_column_of_any_table_are_read_relative_to_it(tmp_path, kind, source):
+    said = IN_LINES if kind == "tsv" else SAID
     media, suffix, contents = ("photo", "png", PICTURES) if source == "image_caption" else ("clip", "wav", CLIPS)
     for number, content in enumerate(contents):
         (tmp_path / f"set/files/{number}.{suffix}").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"set/files/{number}.{suffix}").write_bytes(content)
-    write_table(tmp_path / f"set/rows.{kind}", {media: [f"files/{n}.{suffix}" for n in range(7)], "said": SAID})
+    write_table(tmp_path / f"set/rows.{kind}", {media: [f"files/{n}.{suffix}" for n in range(7)], "said": said})
     columns = {"image_caption": {"image": media, "caption": "said"}, "audio_text": {"audio": media, "text": "said"}}
     samples, refused = read(source, tmp_path, columns=columns[source])
     assert not refused and list(samples) == [f"set/files/{n}" for n in range(7)]
-    assert [texts(s)[0] for s in samples.values()] == SAID
+    assert [texts(s)[0] for s in samples.values()] == said
     assert [next(iter(s.members.values())) for s in samples.values()] == contents
     if not kind.startswith("jsonl"):  # which alone is a manifest
         alone, _ = read(source, tmp_path / f"set/rows.{kind}", columns=columns[source])
@@ -195,6 +198,40 @@ def test_odd_rows_of_csv_are_refused_with_their_lines(tmp_path):
     assert (place.read_bytes()[41]) == 0xE9
     assert str(refused["a-line-11"]).startswith(f"{place}, lines 11 to 12 are not CSV")
     assert "line 9: 'text' is missing" in str(refused["a-000002"])
+
+
+def test_quotes_of_a_tsv_are_characters_and_every_line_is_a_row(tmp_path):
+    said = ['"Come in', 'he said"', '"Stop," he said.', "it is", '"', '5" wide']
+    for number, content in enumerate(CLIPS[: len(said)]):
+        (tmp_path / f"clips/{number}.wav").parent.mkdir(exist_ok=True)
+        (tmp_path / f"clips/{number}.wav").write_bytes(content)
+    rows = ["client_id\tpath\tsentence\tup_votes"] + [f"c\tclips/{n}.wav\t{text}\t2" for n, text in enumerate(said)]
+    (tmp_path / "train.tsv").write_text("\n".join(rows))
+    samples, refused = read("audio_text", tmp_path, columns={"audio": "path"})
+    assert not refused and {key: texts(s) for key, s in samples.items()} == {
+        f"clips/{n}": [text] for n, text in enumerate(said)
+    }
+    documents, refused = read("text", tmp_path / "train.tsv", columns={"text": "sentence"})  # which reads by its place
+    assert not refused and [texts(s) for s in documents.values()] == [[text] for text in said]
+
+
+BROKEN = {
+    "not UTF-8 in the middle": (b'"multi\nli\xffne\nrest of the cell",3', "text is not UTF-8"),
+    "quotes in quotes": (b'"one, \nwith "inner" quotes,\nand, more\nfin",3', "malformed row"),
+    "a line that is too long": (b'"one,\n' + b'",""' * 301 + b'",\nand, more\nfin",3', "beyond the bounds"),
+    "one line": (b'"x"y,3', "malformed row"),
+    "never closed": (b'"open,3\n"closed",4', "malformed row"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_no_line_of_a_broken_row_of_csv_becomes_a_row(tmp_path, name):
+    broken, reason = BROKEN[name]
+    (tmp_path / "a.csv").write_bytes(b'text,n\n"first, of\nall",1\n' + broken + b'\n5" wide,6\n"last\none",7\n')
+    with bounded_by(Bounds(row_bytes=1000)):
+        samples, refused = read("text", tmp_path)
+    assert [texts(s) for s in samples.values()] == [["first, of\nall"], ['5" wide'], ["last\none"]]
+    assert {key: r.reason for key, r in refused.items()} == {"a-line-4": reason}
 
 
 def test_a_list_of_json_gives_its_objects_and_the_rest_is_counted(tmp_path):
