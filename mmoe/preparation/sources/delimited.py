@@ -1,4 +1,4 @@
-"""Reads tables of separated cells: ``.csv`` (commas, or semicolons where the head has no comma) and ``.tsv`` (tabs).
+"""Reads tables of separated cells: ``.csv`` (commas; where the head has none, semicolons or bars) and ``.tsv`` (tabs).
 
 The first line names the columns. Cells of a ``.csv`` may stand in double quotes, and then hold separators and line
 breaks; in a ``.tsv`` a quote is a character like others, and every line is a row. A row that is no such row, has
@@ -151,7 +151,8 @@ def _head(file: Path, lines: _Lines) -> TableHead:
         raise Refused("no such column", f"{file} is empty; its first line must name the columns") from None
     if lines.fault is not None:
         raise lines.fault
-    delimiter = "\t" if ranges.plain_suffix(file) == ".tsv" else ";" if "," not in first and ";" in first else ","
+    separators = "\t" if ranges.plain_suffix(file) == ".tsv" else ",;|"
+    delimiter = next((mark for mark in separators if mark in first), separators[0])
     try:
         names = next(_reader(iter([first]), delimiter))
     except (csv.Error, StopIteration) as error:

@@ -100,6 +100,19 @@ def test_ljspeech_is_read_by_its_normalized_text(tmp_path):
     }
     assert sorted(refused) == ["metadata-line-4", "metadata-line-5", "wavs_22k/LJ001-0001.wav"]
     assert "names no file" in str(refused["metadata-line-4"])
+    alone, refused = read("audio_text", tmp_path / "metadata.csv")
+    assert alone == samples and sorted(refused) == ["metadata-line-4", "metadata-line-5"]
+
+
+@pytest.mark.parametrize("folder", ["wavs", "clips"])
+@pytest.mark.parametrize("columns", [{}, {"audio": "clip"}])
+def test_a_table_of_bars_with_a_head_is_no_ljspeech(tmp_path, folder, columns):
+    write_clips(tmp_path, [f"{folder}/a.wav", f"{folder}/b.wav"])
+    rows = [f"{columns.get('audio', 'audio')}|text", f"{folder}/a.wav|one, two", f"{folder}/b.wav|three"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    for place in (tmp_path, tmp_path / "metadata.csv"):
+        samples, refused = read("audio_text", place, columns=columns)
+        assert not refused and texts(samples) == {f"{folder}/a": "one, two", f"{folder}/b": "three"}
 
 
 def test_a_text_beside_each_file_is_its_text(tmp_path):
