@@ -50,19 +50,19 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterato
         root, found = path, files.listing(path, quarantine)
         described = folders.find_description(root, found, form, quarantine)
     named = set(described.tables)
-    for where, row in described.rows:
+    for where, row_key, row in described.rows:
         image = row.get("image")
         if isinstance(image, Cell):
             first = recording = keys.free(image.key)
             named |= {image.file.parent / image.path} if image.path else set()
         else:
             try:
-                name = jsonl.name_of(row, "image", where)
+                name = files.below(root, jsonl.name_of(row, "image", where))
             except Refused as refusal:
                 quarantine(where, refusal)
                 continue
             named.add(root / name)
-            first, recording = keys.key(name)
+            first, recording = keys.row_key(row_key, name)
         columns = captions or (jsonl.chosen(row, None, _FORM.texts),)
         for place, (number, column, said) in enumerate(_captions(row, columns)):
             key = keys.free(f"{first}-{number}" if number else first) if place else first

@@ -1,6 +1,7 @@
 """Rows are rows, whatever they are stored as: JSON, CSV, parquet, Arrow; texts, paths or bytes in their columns."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,37 @@ def test_paths_in_a_column_of_any_table_are_read_relative_to_it(tmp_path, kind, 
     if not kind.startswith("jsonl"):  # which alone is a manifest
         alone, _ = read(source, tmp_path / f"set/rows.{kind}", columns=columns[source])
         assert [s.members for s in alone.values()] == [s.members for s in samples.values()]
+
+
+@pytest.mark.parametrize("table", ["rows.csv", "rows.json", "rows.parquet", "own"])
+@pytest.mark.parametrize("source", ["image_caption", "audio_text"])
+def test_files_outside_of_the_folder_have_the_keys_of_their_rows(tmp_path, monkeypatch, source, table):
+    media, suffix, contents = ("image", "png", PICTURES) if source == "image_caption" else ("audio", "wav", CLIPS)
+    text, own = ("caption", "captions.jsonl") if source == "image_caption" else ("text", "transcripts.jsonl")
+    places = ["out/0", "out/1", "set.x/2", "set.x/3"]
+    for place, content in zip(places, contents):
+        (tmp_path / f"{place}.{suffix}").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{place}.{suffix}").write_bytes(content)
+    names = [f"../out/./0.{suffix}", f"{tmp_path}/out/1.{suffix}", f"../out/0.{suffix}"]
+    names += [f"{tmp_path}/set.x/2.{suffix}", f"../set.x/3.{suffix}"]  # of which these lie in it
+    table = own if table == "own" else table
+    write_table(tmp_path / "set.x" / table, {media: names, text: list("abcde")})
+    stem = table.partition(".")[0]
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path / "set.x", Path("set.x")):
+        samples, refused = read(source, root)
+        assert not refused and {key: texts(s) for key, s in samples.items()} == {
+            f"{stem}-000000": ["a"],
+            f"{stem}-000001": ["b"],
+            f"{stem}-000002": ["c"],
+            "2": ["d"],
+            "3": ["e"],
+        }
+        out = [f"../out/0.{suffix}", f"{tmp_path}/out/1.{suffix}", f"../out/0.{suffix}"]
+        assert [s.recording for s in samples.values()] == [*out, "2", "3"]
+        assert [s.members[f"{media}.{suffix}"] for s in samples.values()] == [contents[n] for n in (0, 1, 0, 2, 3)]
+    found, _ = run(source, tmp_path / "set.x", tmp_path / "to", prepare=SMALL_CODEC | {"heldout_share": 0.3})
+    assert sum(split.samples for split in found.splits.values()) == 5 and not found.quarantined
 
 
 @pytest.mark.parametrize("stored", ["parquet", "saved", "splits"])
