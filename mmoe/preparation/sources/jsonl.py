@@ -19,6 +19,7 @@ from mmoe.schema.bounds import BEYOND, bounds, check_bound
 BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|[^][{},:"\s]+', re.DOTALL)
+_MARK = re.compile(rb"\S")
 _EXACT = 2**53  # integers beyond it are no count, number or time
 
 
@@ -64,7 +65,8 @@ def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def listed_rows(path: Path) -> Iterator[tuple[int, int]]:
     """Yield bytes [start, stop) of every item of the list that a file of JSON holds; of the file, little is in memory.
 
-    Raises `Refused` for a file that holds something else, and after the items of one that is cut off; OSError.
+    Raises `Refused` for a file that holds something else, and after the items of one that is cut off or holds more
+    behind its list; OSError.
     """
     with open_regular(path) as stream:
         if not os.fstat(stream.fileno()).st_size:
@@ -83,6 +85,9 @@ def listed_rows(path: Path) -> Iterator[tuple[int, int]]:
                 elif mark in (b"]", b"}"):
                     depth -= 1
                     if depth == 0:
+                        if more := _MARK.search(content, found.end()):
+                            message = f"{path}, byte {more.start()}: more stands behind the list, which is not read"
+                            raise Refused("malformed row", f"{message}; make one list of it, or a file of each list")
                         return
                     if depth == 1:
                         yield start, found.end()

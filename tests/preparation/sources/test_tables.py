@@ -270,21 +270,24 @@ def test_a_list_of_json_gives_its_objects_and_the_rest_is_counted(tmp_path):
     rows = ['{"text": "a ] } \\" \\\\", "n": [[1], {"x": {}}]}', "null", '"]"', "-1.5e3", "[]", '{"text": "b"}']
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf\n[" + " ,\n".join(rows).encode() + b"]\n")
     (tmp_path / "cut.json").write_text('[{"text": "c"}, {"text": "d"')
+    (tmp_path / "more.json").write_text('[{"text": "f"}]\n[{"text": "g"}]')
     (tmp_path / "other.json").write_text('{"text": "no list"}')
     (tmp_path / "none.json").write_text("")
     (tmp_path / "wide.json").write_bytes('[{"text": "e"}]'.encode("utf-16"))
     samples, refused = read("text", tmp_path)
     found = {key: texts(s)[0] for key, s in samples.items()}
-    assert found == {"a-000000": 'a ] } " \\', "a-000005": "b", "cut-000000": "c"}
+    assert found == {"a-000000": 'a ] } " \\', "a-000005": "b", "cut-000000": "c", "more-000000": "f"}
     assert {key: r.reason for key, r in refused.items()} == {
         **{f"a-{n:06d}": "malformed row" for n in (1, 2, 3, 4)},
         "cut": "unreadable file",
+        "more": "malformed row",
         "other": "malformed row",
         "none": "malformed row",
         "wide": "text is not UTF-8",
     }
     assert "is a JSON NoneType, not an object" in str(refused["a-000001"])
     assert "holds no list of rows; give one" in str(refused["other"])
+    assert str(refused["more"]).startswith(f"{tmp_path / 'more.json'}, byte 16: more stands behind the list")
 
 
 def test_heads_of_csv_say_what_separates_and_must_name_each_column_once(tmp_path):
