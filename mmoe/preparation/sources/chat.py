@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.config.base import Config
+from mmoe.data.load.media import IMAGE_SUFFIXES
 from mmoe.errors import brief
 from mmoe.optional import needs
 from mmoe.preparation.sources import jsonl
@@ -77,7 +78,7 @@ def items(path: Path, config: ChatConfig, quarantine: Refuse) -> Iterator[Item]:
         for row in list_rows(file, stem, quarantine):
             yield row.start, row.stop, partial(_sample, row, messages, images)
 
-    return document_items(path, ", ".join(SUFFIXES), rows, quarantine)
+    return document_items(path, ", ".join(SUFFIXES), rows, quarantine, shown=IMAGE_SUFFIXES)
 
 
 def _sample(row: TableRow, messages: tuple[str, ...], images: tuple[str, ...], key: str, recording: str) -> Sample:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.config.base import Config
+from mmoe.data.load.media import IMAGE_SUFFIXES
 from mmoe.preparation.sources import files, folders, jsonl, tables
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
@@ -22,8 +23,9 @@ from mmoe.preparation.sources.columnar import Cell
 from mmoe.preparation.sources.media_bytes import read_media
 from mmoe.schema.sample import Sample
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-_FORM = folders.RowForm("captions.jsonl", "image", ("caption", "text"), _SUFFIXES, ("columns.image", "columns.caption"))
+_FORM = folders.RowForm(
+    "captions.jsonl", "image", ("caption", "text"), IMAGE_SUFFIXES, ("columns.image", "columns.caption")
+)
 
 
 class ImageCaptionColumns(Config):

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmoe.errors import DataError
 from mmoe.schema.modality import Modality
 from tests.data.recordings import images, png, wav, write_jsonl
+from tests.data.recordings_webdataset import write_tar
 from tests.preparation.sources.test_sources import read
 
 
@@ -123,6 +125,20 @@ def test_a_text_beside_each_file_is_its_text(tmp_path):
     samples, refused = read("image_caption", tmp_path)
     assert texts(samples) == {"0001": "first", "0002": "second"}
     assert sorted(refused) == ["0003.png", "deep/0001.png", "deep/0001.txt", "other.txt"]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "tiff", "ppm", "jfif", "BMP"])
+def test_images_of_every_kind_have_texts_beside_them(tmp_path, suffix):
+    image, kind = Image.fromarray(images(1)[0]), {"tif": "TIFF", "jfif": "JPEG"}.get(suffix, suffix)
+    image.save(tmp_path / f"0001.{suffix}", kind)
+    (tmp_path / "0001.txt").write_text("a scan")
+    samples, refused = read("image_caption", tmp_path)
+    assert not refused and texts(samples) == {"0001": "a scan"}
+    content = (tmp_path / f"0001.{suffix}").read_bytes()
+    assert samples["0001"].members[f"image.{suffix.lower()}"] == content
+    write_tar(tmp_path / "tars/a.tar", [(f"0001.{suffix}", content), ("0001.txt", b"a scan")])
+    samples, refused = read("webdataset", tmp_path / "tars")
+    assert not refused and texts(samples) == {"a/0001": "a scan"}
 
 
 def test_rows_that_cannot_be_used_are_refused_alone_and_counted(tmp_path):
