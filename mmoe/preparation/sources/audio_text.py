@@ -215,7 +215,7 @@ def _sample(
     stated: _Stated,
     where: str,
 ) -> Sample:
-    words = jsonl.text_of(row, jsonl.chosen(row, None, texts), where)
+    words = jsonl.text_of(row, jsonl.chosen(row, texts), where)
     media = read_media(value, root, where)
     audio, file = media.content, media.name
     samples, rate = audio_info(audio, file)

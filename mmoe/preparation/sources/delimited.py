@@ -158,6 +158,8 @@ def _head(file: Path, lines: _Lines) -> TableHead:
     except (csv.Error, StopIteration) as error:
         message = f"{file}, line 1 does not name the columns ({error}); repair it"
         raise Refused("malformed row", message) from error
+    if not any(name.strip() for name in names):
+        raise Refused("no such column", f"{file}, line 1 is blank; it must name the columns: write them, or remove it")
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise Refused("malformed row", f"{file}, line 1 names the column {twice[0]!r} twice; rename one of them")
     return TableHead(tuple(names), delimiter)

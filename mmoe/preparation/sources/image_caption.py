@@ -65,7 +65,7 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterato
                 continue
             named.add(root / name)
             first, recording = keys.row_key(row_key, name)
-        columns = captions or (jsonl.chosen(row, None, _FORM.texts),)
+        columns = captions or (jsonl.chosen(row, _FORM.texts),)
         for place, (number, column, said) in enumerate(_captions(row, columns)):
             key = keys.free(f"{first}-{number}" if number else first) if place else first
             spoken = {**row, column: said} if said is not row.get(column) else row

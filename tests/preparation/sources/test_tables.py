@@ -171,6 +171,11 @@ def test_a_saved_set_is_what_its_state_names(tmp_path):
     (tmp_path / "set/data-00001-of-00003.arrow").unlink()
     samples, refused = read("text", tmp_path)
     assert len(samples) == 5 and refused["set/data-00001-of-00003.arrow"].reason == "missing file"
+    named = ["/abs/x.arrow", "../y.arrow", "data-00000-of-00003.arrow"]
+    (tmp_path / "set/state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in named]}))
+    samples, refused = read("text", tmp_path)
+    missing = {key for key, refusal in refused.items() if refusal.reason == "missing file"}
+    assert samples and missing == {"/abs/x.arrow", "set/../y.arrow"}
     (tmp_path / "set/state.json").write_text("{}")
     samples, refused = read("text", tmp_path)
     assert not samples and "does not name the tables" in str(refused["set/state.json"])
@@ -290,15 +295,32 @@ def test_a_list_of_json_gives_its_objects_and_the_rest_is_counted(tmp_path):
     assert str(refused["more"]).startswith(f"{tmp_path / 'more.json'}, byte 16: more stands behind the list")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_columnar_table_names_each_column_once_and_one_at_least(tmp_path, kind):
+    write = pq.write_table if kind == "parquet" else lambda table, path: write_stream(path, table)
+    write(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], ["text", "text"]), tmp_path / f"twice.{kind}")
+    write(pa.table({}), tmp_path / f"none.{kind}")
+    write(pa.table({"text": ["good"]}), tmp_path / f"good.{kind}")
+    samples, refused = read("text", tmp_path)
+    assert [texts(s) for s in samples.values()] == [["good"]]
+    said = {key: str(refusal).partition("; ")[0] for key, refusal in refused.items()}
+    assert said == {
+        "twice": f"{tmp_path}/twice.{kind} names the column 'text' twice",
+        "none": f"{tmp_path}/none.{kind} has no columns",
+    }
+
+
 def test_heads_of_csv_say_what_separates_and_must_name_each_column_once(tmp_path):
     (tmp_path / "a.csv").write_text("id;text\n1;one, and more\n")
     (tmp_path / "b.csv").write_text("text,text\nx,y\n")
     (tmp_path / "c.csv").write_bytes("text\nx\n".encode("utf-16"))
     (tmp_path / "d.csv").write_text("")
     (tmp_path / "e.csv").write_text(",text\n0,index of pandas\n")
+    (tmp_path / "f.csv").write_text(" \ntext\nx\n")
     samples, refused = read("text", tmp_path)
     assert [texts(s)[0] for s in samples.values()] == ["one, and more", "index of pandas"]
-    reasons = {"b": "malformed row", "c": "text is not UTF-8", "d": "no such column"}
+    reasons = {"b": "malformed row", "c": "text is not UTF-8", "d": "no such column", "f": "no such column"}
+    assert str(refused["f"]).startswith(f"{tmp_path}/f.csv, line 1 is blank; it must name the columns")
     assert {key: r.reason for key, r in refused.items()} == reasons and "names the column 'text' twice" in str(
         refused["b"]
     )
