@@ -140,8 +140,9 @@ class _Lines:
 
 def _reader(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
     csv.field_size_limit(bounds().row_bytes)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    if delimiter == "\t":
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
 def _head(file: Path, lines: _Lines) -> TableHead:
