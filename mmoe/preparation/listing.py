@@ -65,7 +65,7 @@ def check_listed(holdout: Holdout, items: list[Item], listed: Path, input: Path)
 def read_listed(path: Path) -> frozenset[str]:
     """Read a list of keys or recordings, one a line. Raises DataError where it cannot be read or names nothing."""
     with reading("list of what is held out", str(path), "give a text file with one key or recording a line"):
-        names = frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines()) - {""}
+        names = frozenset(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()) - {""}
     if not names:
         raise DataError(f"{path} names nothing to hold out; give one key or recording a line")
     return names

@@ -70,7 +70,9 @@ def write_table(path: Path, columns: dict[str, list]) -> None:
                 json.dump(rows, file, indent=1)
             elif kind.startswith("jsonl"):
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            elif kind.startswith("tsv"):
+                file.writelines("\t".join(row) + "\n" for row in (columns, *zip(*columns.values())))
             else:
-                writer = csv.DictWriter(file, list(columns), delimiter="\t" if kind.startswith("tsv") else ",")
+                writer = csv.DictWriter(file, list(columns))
                 writer.writeheader()
                 writer.writerows(rows)

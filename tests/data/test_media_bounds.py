@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmoe.data.load.media import IMAGE_FORMATS, audio_info, image_format, image_size, load_audio, load_image
+from mmoe.data.load.media import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    audio_info,
+    image_format,
+    image_size,
+    load_audio,
+    load_image,
+)
 from mmoe.errors import DataError, Refused
 from mmoe.preparation.sources.encode import flac_piece
 from mmoe.schema.bounds import BEYOND, Bounds, bounded_by
@@ -81,6 +89,11 @@ def test_images_of_every_kind_of_the_list_are_opened(kind):
     data = encoded(image, kind)
     assert image_size(data, "x") == load_image(data, "x").shape[:2] == (48, 64)
     assert image_format(data, "x") == kind.lower()
+
+
+def test_suffixes_of_images_are_those_that_pillow_knows():
+    Image.init()
+    assert sorted(IMAGE_SUFFIXES) == sorted(name for name, kind in Image.EXTENSION.items() if kind in IMAGE_FORMATS)
 
 
 def test_phone_images_with_a_second_one_behind_are_jpegs():

@@ -506,7 +506,7 @@ def test_a_list_says_what_is_held_out_and_names_in_it_that_are_of_no_sample_are_
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": f"line {i}"} for i in range(20)])
     write_jsonl(tmp_path / "in" / "b.jsonl", [{"text": f"other {i}"} for i in range(20)])
     listed = tmp_path / "test.txt"
-    listed.write_text("a-000007\nb-000001\n\nb-000999\n")
+    listed.write_text("\ufeffa-000007\nb-000001\n\nb-000999\n", encoding="utf-8")
     manifest, printed = run("text", tmp_path / "in", tmp_path / "out", prepare={"heldout_list": str(listed)})
     assert keys(tmp_path / "out", manifest, "heldout") == ["a-000007", "b-000001"]
     assert manifest.splits["train"].samples == 38

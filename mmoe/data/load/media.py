@@ -24,6 +24,9 @@ from mmoe.tokenizers.rates import resampled_length, resampling_range
 # Images are opened as these alone: Pillow knows 40 kinds, some by running other programs (EPS starts Ghostscript).
 # What phones write as MPO is a JPEG with a second image behind it; PPM stands for PBM, PGM and PNM too.
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# What names of such files end in, in lower case; what they are, their bytes say.
+_SUFFIXES = "avif avifs bmp gif jpg jpeg jpe jfif png apng pbm pgm pnm ppm pfm tif tiff webp"
+IMAGE_SUFFIXES = tuple(f".{suffix}" for suffix in _SUFFIXES.split())
 
 _ORIENTATION = 0x0112  # EXIF tag, and TIFF's own; values 5 to 8 turn the image by a quarter
 _TIFF_SIDES = (256, 257)  # tags of the width and the height that are stored

@@ -102,7 +102,7 @@ def _rows(
     root: Path, found: list[Path], described: folders.Described, form: folders.RowForm, quarantine: Refuse
 ) -> Iterator[Item]:
     named, keys = set(described.tables), files.FileKeys()
-    for where, row in described.rows:
+    for where, row_key, row in described.rows:
         audio: Any = row.get("audio")
         try:
             take = _take(row, where)
@@ -110,9 +110,9 @@ def _rows(
                 key = own = keys.free(audio.key)
                 named |= {audio.file.parent / audio.path} if audio.path else set()
             else:
-                name = jsonl.name_of(row, "audio", where)
+                name = files.below(root, jsonl.name_of(row, "audio", where))
                 named.add(root / name)
-                key, own = keys.key(name)
+                key, own = keys.row_key(row_key, name)
         except Refused as refusal:
             quarantine(where, refusal)
             continue
@@ -215,7 +215,7 @@ def _sample(
     stated: _Stated,
     where: str,
 ) -> Sample:
-    words = jsonl.text_of(row, jsonl.chosen(row, None, texts), where)
+    words = jsonl.text_of(row, jsonl.chosen(row, texts), where)
     media = read_media(value, root, where)
     audio, file = media.content, media.name
     samples, rate = audio_info(audio, file)

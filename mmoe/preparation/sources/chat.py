@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.config.base import Config
+from mmoe.data.load.media import IMAGE_SUFFIXES
 from mmoe.errors import brief
 from mmoe.optional import needs
 from mmoe.preparation.sources import jsonl
@@ -77,16 +78,16 @@ def items(path: Path, config: ChatConfig, quarantine: Refuse) -> Iterator[Item]:
         for row in list_rows(file, stem, quarantine):
             yield row.start, row.stop, partial(_sample, row, messages, images)
 
-    return document_items(path, ", ".join(SUFFIXES), rows, quarantine)
+    return document_items(path, ", ".join(SUFFIXES), rows, quarantine, shown=IMAGE_SUFFIXES)
 
 
 def _sample(row: TableRow, messages: tuple[str, ...], images: tuple[str, ...], key: str, recording: str) -> Sample:
     content, where = row.load((*messages, *images)), row.where
-    turns = _turns(content, jsonl.chosen(content, None, messages), where)
+    turns = _turns(content, jsonl.chosen(content, messages), where)
     if all(turn.role != _LEARNED for turn in turns):
         message = f"{where}: no message is the assistant's, so there is nothing to learn; remove the row"
         raise Refused("nothing to learn", message)
-    shown = _Images(content.get(jsonl.chosen(content, None, images)), row.folder, where)
+    shown = _Images(content.get(jsonl.chosen(content, images)), row.folder, where)
     document = _Document()
     for number, turn in enumerate(turns):
         document.give(("\n" if number else "") + f"<|{turn.role}|>\n")

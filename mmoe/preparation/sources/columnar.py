@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe.data.load.reading import reading, unreadable
-from mmoe.errors import counted_as
+from mmoe.errors import Refused, counted_as
 from mmoe.preparation.sources.files import open_regular
 from mmoe.schema.bounds import check_bound
 
@@ -60,7 +60,7 @@ def row_place(file: Path, part: int, row: int) -> str:
 
 
 def read_schema(file: Path) -> pa.Schema:
-    """Read the names and types of the columns; raise DataError where the file has none."""
+    """Read the names and types of the columns; raise DataError where the file has none, or two of one name."""
     with reading("parquet file" if _is_parquet(file) else "Arrow file", str(file), _REMEDY):
         if _is_parquet(file):
             with _parquet(file) as table:
@@ -68,8 +68,13 @@ def read_schema(file: Path) -> pa.Schema:
         else:
             with _arrow(file) as reader:
                 schema = reader.schema
-        _ = schema.names  # decoded when they are asked for: they may be no UTF-8
-        return schema
+        names = schema.names  # decoded when they are asked for: they may be no UTF-8
+    if not names:
+        raise Refused("no such column", f"{file} has no columns; write it with some, or remove it")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Refused("malformed row", f"{file} names the column {twice!r} twice; rename one of them")
+    return schema
 
 
 def part_rows(file: Path) -> Iterator[int]:

@@ -24,12 +24,14 @@ def document_items(
     rows: Callable[[Path, str], ListedDocuments],
     quarantine: Refuse,
     others: Callable[[Path], ListedDocuments | None] = lambda file: None,
+    shown: tuple[str, ...] = (),
 ) -> Iterator[Item]:
     """List the documents of the file at `path`, or of every file under the folder that has any.
 
     `rows` lists those of a table, given also the stem of its keys, `others` those of any other file, None where it is
-    not read; `wanted` says what is. Raises DataError where no table has the columns that are asked for, and nothing
-    else is there.
+    not read; `wanted` says what is. Files with a suffix in `shown` are there for rows to name, and are not passed over:
+    which of them a row names is known when its sample is made. Raises DataError where no table has the columns that
+    are asked for, and nothing else is there.
     """
     found = [path] if path.is_file() else listing(path, quarantine)
     root = path.parent if path.is_file() else path
@@ -60,7 +62,7 @@ def document_items(
                 "restore it or remove it"
             )
             quarantine(stem, Refused("unreadable file", message))
-    pass_over(unread, root, wanted, quarantine)
+    pass_over((file for file in unread if file.suffix.lower() not in shown), root, wanted, quarantine)
     if lacking and not any_read:
         raise DataError(str(lacking[0][1]))
     for stem, why in lacking:

@@ -16,6 +16,7 @@ from mmoe.preparation.sources.base import Refuse, Refused
 from mmoe.schema.bounds import bounds, check_bound
 
 OTHER_KIND = "file of another kind"
+_OUTSIDE = ("/", "../")  # with which the path of a file begins that is not in the folder
 
 
 def open_regular(path: Path) -> io.BufferedReader:
@@ -84,6 +85,15 @@ def listing(root: Path, quarantine: Refuse) -> list[Path]:
     return files
 
 
+def below(root: Path, name: str) -> str:
+    """Return the path `name`, normalized, relative to `root` where it lies below it, else as it is given."""
+    if not name.startswith(_OUTSIDE):
+        return name
+    top = os.path.abspath(root)  # noqa: PTH100  # links are names like others
+    place = os.path.normpath(os.path.join(top, name))  # noqa: PTH118  # which an absolute name replaces
+    return place[len(top) + 1 :] if place.startswith(f"{top}/") else name
+
+
 class FileKeys:
     """Gives every sample that is made of a file a key of its own, whatever their names have in common.
 
@@ -104,6 +114,13 @@ class FileKeys:
             self._own[name] = self.free(_safe(name) if stem in self._taken else stem)
             return self._own[name], self._own[name]
         return self.free(self._own[name]), self._own[name]
+
+    def row_key(self, row: str, name: str) -> tuple[str, str]:
+        """Return the key and the recording of a row's sample, which is made of the file `name`, as `below` has it.
+
+        They are those of the file, but for one outside of the folder: its path is no key, so that the key is the `row`.
+        """
+        return (self.free(row), name) if name.startswith(_OUTSIDE) else self.key(name)
 
     def free(self, key: str) -> str:
         """Take `key`, or where a sample has it the first of ``key+2``, ``key+3``, ... that none has."""

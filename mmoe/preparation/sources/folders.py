@@ -30,7 +30,7 @@ from mmoe.preparation.sources.columnar import Cell
 _NUMBERS = ("samples", "sample_rate", "take")  # columns of CSV that are whole numbers to a reader
 _DIGITS = re.compile("[0-9]{1,18}")
 
-DescribedRows = Iterator[tuple[str, dict[str, Any]]]
+DescribedRows = Iterator[tuple[str, str, dict[str, Any]]]  # the place of a row, the key that it has by it, the row
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RowForm:
 
 @dataclass(frozen=True)
 class Described:
-    """Holds the rows that describe images or audio clips, with their places, and the files that the rows stand in.
+    """Holds the rows that describe images or audio clips, with their places and keys, and the files of the rows.
 
     A row has a path in its reader's field, relative to the folder that was searched, or the `Cell` of the bytes.
     """
@@ -77,7 +77,7 @@ def find_description(root: Path, found: list[Path], form: RowForm, quarantine: R
     with_lines = {file.parent for file in named if file.suffix.lower() == ".jsonl"}
     metadata = [file for file in named if file.suffix.lower() == ".jsonl" or file.parent not in with_lines]
     if metadata:
-        return Described(_described(metadata, root, found, form, quarantine), frozenset(metadata))
+        return Described(_described(metadata, root, form, quarantine), frozenset(metadata))
     texts = {file.with_suffix(""): file for file in found if file.suffix.lower() == ".txt"}
     pairs = [(file, texts[file.with_suffix("")]) for file in found if _is_described(file, form, texts)]
     if pairs:
@@ -85,7 +85,7 @@ def find_description(root: Path, found: list[Path], form: RowForm, quarantine: R
     stored = tables.find_tables(found, root, quarantine)
     if stored.tables:
         others = sorted(stored.tables)
-        return Described(_described(others, root, found, form, quarantine), stored.tables | stored.described)
+        return Described(_described(others, root, form, quarantine), stored.tables | stored.described)
     raise DataError(
         f"{root} holds neither {form.own} nor metadata.jsonl or metadata.csv with a column file_name, nor a .txt "
         f"beside any {form.field} file, nor another table ({', '.join(tables.SUFFIXES)}): nothing says what is in "
@@ -97,7 +97,7 @@ def describe_table(table: Path, form: RowForm, quarantine: Refuse) -> Described:
     """Read the rows of one table, whatever it is called; raise DataError for a file that is none."""
     if not tables.is_table(table):
         raise DataError(f"{table} is no table ({', '.join(tables.SUFFIXES)}); give one, or a folder")
-    return Described(_described([table], table.parent, [], form, quarantine), frozenset([table]))
+    return Described(_described([table], table.parent, form, quarantine), frozenset([table]))
 
 
 def _own(own: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
@@ -105,12 +105,14 @@ def _own(own: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
         _check_columns(own, (form.given or form.field,), form)
     except Refused as refusal:
         raise DataError(str(refusal)) from None
-    for where, row in jsonl.rows(own, quarantine):
+    stem = tables.table_stem(own, own.parent)
+    for number, (where, row) in enumerate(jsonl.rows(own, quarantine)):
+        key = f"{stem}-{number:06d}"
         if form.given is None:
-            yield where, row
+            yield where, key, row
             continue
         try:
-            yield where, {**row, form.field: jsonl.text_of(row, form.given, where)}
+            yield where, key, {**row, form.field: jsonl.text_of(row, form.given, where)}
         except Refused as refusal:
             quarantine(where, refusal)
 
@@ -133,17 +135,18 @@ def _beside(pairs: list[tuple[Path, Path]], root: Path, form: RowForm, quarantin
         except Refused as refusal:
             quarantine(text.relative_to(root).as_posix(), refusal)
             continue
-        yield str(text), {form.field: file.relative_to(root).as_posix(), form.texts[0]: content}
+        key = text.relative_to(root).as_posix()
+        yield str(text), key, {form.field: file.relative_to(root).as_posix(), form.texts[0]: content}
 
 
-def _described(given: list[Path], root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
+def _described(given: list[Path], root: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
     """The rows of tables; those that lack a column are refused, and where all do that is the error."""
     lacking: list[tuple[str, Refused]] = []
     any_row = False
     for table in given:
         place = table.relative_to(root).as_posix()
         try:
-            read = _ljspeech(table, root, found, form, quarantine) if _is_ljspeech(table) else None
+            read = _ljspeech(table, root, form, quarantine) if _is_ljspeech(table, form) else None
             for described in read or _table(table, root, form, quarantine):
                 any_row = True
                 yield described
@@ -174,7 +177,8 @@ def _table(table: Path, root: Path, form: RowForm, quarantine: Refuse) -> Descri
     media = next((name for name in known if names is None or name in names), known[0])
     folder = table.parent.relative_to(root).as_posix()
     stem = tables.table_stem(table, root)
-    for where, row in tables.light_rows(table, stem, media, (*form.texts, *form.more), quarantine):
+    rows = tables.light_rows(table, stem, media, (*form.texts, *form.more), quarantine)
+    for number, (where, row) in enumerate(rows):
         column = next((name for name in known if name in row), known[-1])
         try:
             value = row[column] if isinstance(row.get(column), Cell) else _joined(folder, row, column, where)
@@ -183,7 +187,7 @@ def _table(table: Path, root: Path, form: RowForm, quarantine: Refuse) -> Descri
             continue
         if names is not None and ranges.plain_suffix(table) in tables.DELIMITED:
             row = {name: _value(name, cell) for name, cell in row.items()}
-        yield where, {**row, form.field: value}
+        yield where, f"{stem}-{number:06d}", {**row, form.field: value}
 
 
 def _joined(folder: str, row: dict[str, Any], column: str, where: str) -> str:
@@ -194,25 +198,26 @@ def _value(column: str, cell: Any) -> Any:
     return int(cell) if column in _NUMBERS and _DIGITS.fullmatch(cell) else cell
 
 
-def _is_ljspeech(table: Path) -> bool:
-    if table.name.lower() != "metadata.csv":
+def _is_ljspeech(table: Path, form: RowForm) -> bool:
+    """Tell whether a table has no head, and lies beside the folder that its ids name files in."""
+    if table.name.lower() != "metadata.csv" or not (table.parent / "wavs").is_dir():
         return False
     with files.open_regular(table) as stream:
-        head = stream.readline(1 << 16)
-    return b"|" in head and b"file_name" not in head
+        cells = stream.readline(1 << 16).decode("utf-8", "replace").lstrip("\ufeff").strip().split("|")
+    return len(cells) > 1 and not {"file_name", form.given or form.field}.intersection(cells)
 
 
-def _ljspeech(table: Path, root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> DescribedRows:
+def _ljspeech(table: Path, root: Path, form: RowForm, quarantine: Refuse) -> DescribedRows:
     text = jsonl.decode_text(files.read_regular(table), table, 0)
     wavs = table.parent / "wavs"
-    clips = {file.stem: file for file in found if file.suffix.lower() in form.suffixes and file.parent == wavs}
+    clips = {file.stem: file for file in sorted(wavs.iterdir()) if file.suffix.lower() in form.suffixes}
     stem = tables.table_stem(table, root)
     for number, line in enumerate(text.split("\n"), start=1):  # a line of text may hold other breaks
-        where, cells = f"{table}, line {number}", line.rstrip("\r").split("|")
+        where, key, cells = f"{table}, line {number}", f"{stem}-line-{number}", line.rstrip("\r").split("|")
         if not line.strip():
             continue
         if len(cells) not in (2, 3) or cells[0] not in clips:
             why = f"names no file in {wavs}" if len(cells) in (2, 3) else "is not id|text|normalized text"
-            quarantine(f"{stem}-line-{number}", Refused("malformed row", f"{where} {why}; repair or remove it"))
+            quarantine(key, Refused("malformed row", f"{where} {why}; repair or remove it"))
             continue
-        yield where, {form.field: clips[cells[0]].relative_to(root).as_posix(), form.texts[0]: cells[-1]}
+        yield where, key, {form.field: clips[cells[0]].relative_to(root).as_posix(), form.texts[0]: cells[-1]}

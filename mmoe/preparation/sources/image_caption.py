@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.config.base import Config
+from mmoe.data.load.media import IMAGE_SUFFIXES
 from mmoe.preparation.sources import files, folders, jsonl, tables
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
@@ -22,8 +23,9 @@ from mmoe.preparation.sources.columnar import Cell
 from mmoe.preparation.sources.media_bytes import read_media
 from mmoe.schema.sample import Sample
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-_FORM = folders.RowForm("captions.jsonl", "image", ("caption", "text"), _SUFFIXES, ("columns.image", "columns.caption"))
+_FORM = folders.RowForm(
+    "captions.jsonl", "image", ("caption", "text"), IMAGE_SUFFIXES, ("columns.image", "columns.caption")
+)
 
 
 class ImageCaptionColumns(Config):
@@ -50,20 +52,20 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterato
         root, found = path, files.listing(path, quarantine)
         described = folders.find_description(root, found, form, quarantine)
     named = set(described.tables)
-    for where, row in described.rows:
+    for where, row_key, row in described.rows:
         image = row.get("image")
         if isinstance(image, Cell):
             first = recording = keys.free(image.key)
             named |= {image.file.parent / image.path} if image.path else set()
         else:
             try:
-                name = jsonl.name_of(row, "image", where)
+                name = files.below(root, jsonl.name_of(row, "image", where))
             except Refused as refusal:
                 quarantine(where, refusal)
                 continue
             named.add(root / name)
-            first, recording = keys.key(name)
-        columns = captions or (jsonl.chosen(row, None, _FORM.texts),)
+            first, recording = keys.row_key(row_key, name)
+        columns = captions or (jsonl.chosen(row, _FORM.texts),)
         for place, (number, column, said) in enumerate(_captions(row, columns)):
             key = keys.free(f"{first}-{number}" if number else first) if place else first
             spoken = {**row, column: said} if said is not row.get(column) else row

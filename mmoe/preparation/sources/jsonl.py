@@ -12,13 +12,14 @@ from typing import Any, BinaryIO
 
 from mmoe.errors import DataError, brief, did_you_mean
 from mmoe.preparation.sources.base import Refuse, Refused
-from mmoe.preparation.sources.files import open_regular, read_bytes, read_regular
+from mmoe.preparation.sources.files import open_regular, read_regular
 from mmoe.preparation.sources.ranges import open_stream
 from mmoe.schema.bounds import BEYOND, bounds, check_bound
 
 BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|[^][{},:"\s]+', re.DOTALL)
+_MARK = re.compile(rb"\S")
 _EXACT = 2**53  # integers beyond it are no count, number or time
 
 
@@ -64,7 +65,8 @@ def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def listed_rows(path: Path) -> Iterator[tuple[int, int]]:
     """Yield bytes [start, stop) of every item of the list that a file of JSON holds; of the file, little is in memory.
 
-    Raises `Refused` for a file that holds something else, and after the items of one that is cut off; OSError.
+    Raises `Refused` for a file that holds something else, and after the items of one that is cut off or holds more
+    behind its list; OSError.
     """
     with open_regular(path) as stream:
         if not os.fstat(stream.fileno()).st_size:
@@ -83,6 +85,9 @@ def listed_rows(path: Path) -> Iterator[tuple[int, int]]:
                 elif mark in (b"]", b"}"):
                     depth -= 1
                     if depth == 0:
+                        if more := _MARK.search(content, found.end()):
+                            message = f"{path}, byte {more.start()}: more stands behind the list, which is not read"
+                            raise Refused("malformed row", f"{message}; make one list of it, or a file of each list")
                         return
                     if depth == 1:
                         yield start, found.end()
@@ -169,12 +174,12 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
     return row[field]
 
 
-def chosen(row: dict[str, Any], given: str | None, known: tuple[str, ...]) -> str:
-    """Name the field of a row that is meant: the one that was given, else the first of the `known` that says something.
+def chosen(row: dict[str, Any], known: tuple[str, ...]) -> str:
+    """Name the field of a row that is meant: the first of the `known` that says something.
 
     Where none does it is the first of them, which the message of a refusal will name.
     """
-    return given or next((name for name in known if row.get(name) is not None), known[0])
+    return next((name for name in known if row.get(name) is not None), known[0])
 
 
 def number_of(row: dict[str, Any], field: str, where: str, what: str = "a number") -> float:
@@ -233,11 +238,6 @@ def check_utf16(data: bytes, file: Path | str) -> None:
     if begin.startswith(_UTF16) or 5 * begin.count(0) > 2 * len(begin):
         message = f"{file} is UTF-16 or UTF-32, not UTF-8; convert it, as by `iconv -f UTF-16 -t UTF-8`"
         raise Refused("text is not UTF-8", message)
-
-
-def read_named(folder: Path, row: dict[str, Any], field: str, where: str) -> bytes:
-    """Read the bytes of the file that `row[field]` names, relative to `folder`."""
-    return read_bytes(folder / text_of(row, field, where), where)
 
 
 def name_of(row: dict[str, Any], field: str, where: str) -> str:

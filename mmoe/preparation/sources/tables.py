@@ -90,8 +90,9 @@ def find_tables(found: list[Path], root: Path, quarantine: Refuse) -> Tables:
             named = []
         for file in named:
             if file not in present:
-                message = f"{file} is missing, named by {state}; restore it, or save the set again"
-                quarantine(file.relative_to(root).as_posix(), Refused("missing file", message))
+                message = f"{file}, named by {state}, is not beside it; restore it there, or save the set again"
+                key = file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
+                quarantine(key, Refused("missing file", message))
         tables = [file for file in tables if file.parent != state.parent or file in named]
     beside = {file.parent for file in tables if is_columnar(file)}
     described |= {file for file in found if file.name == _INFO and file.parent in beside}

@@ -1,7 +1,7 @@
 """Reads images with captions in WebDataset tars: members ``<key>.<field>``, adjacent for one sample.
 
 A key ends at the first dot of a name's last path component; the rest, lower-cased, is the field. A sample is the one
-image (``.jpg .jpeg .png .webp``) and the text of a key: the ``.txt`` where there is one, else the string that the
+image (by the suffix: `IMAGE_SUFFIXES`) and the text of a key: the ``.txt`` where there is one, else the string that the
 ``.json`` has under `columns.caption`. Other members are not read. An image is a recording of its own. Tars may
 number their samples alike: keys begin with the tar's path, in which dots become underscores.
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mmoe.config.base import Config
 from mmoe.data.index.shards import read_member
+from mmoe.data.load.media import IMAGE_SUFFIXES
 from mmoe.data.load.reading import reading
 from mmoe.errors import DataError
 from mmoe.preparation.sources import files, jsonl
@@ -27,7 +28,7 @@ from mmoe.preparation.sources.captioned import captioned
 from mmoe.schema.bounds import bounds
 from mmoe.schema.sample import Sample
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 _REMEDY = "copy it again, or unpack it where it is compressed"
 _GLOB = re.compile(r"(\*\*/|\*|\?|\[[^\]]+\])")
@@ -175,7 +176,7 @@ def _check_whole(groups: list[_Group], tar: Path) -> None:
 
 def _image_and_text(group: _Group, tar: Path) -> tuple[str, str]:
     """The fields of the only image and the only text."""
-    images = [name for name in group.members if name.rpartition(".")[2] in IMAGES]
+    images = [name for name in group.members if name.rpartition(".")[2] in _IMAGES]
     texts = [name for name in group.members if name.rpartition(".")[2] == "txt"]
     texts = texts or [name for name in group.members if name.rpartition(".")[2] == "json"]
     if len(images) > 1 or len(texts) > 1:
@@ -184,7 +185,7 @@ def _image_and_text(group: _Group, tar: Path) -> tuple[str, str]:
             "at its first dot, so a dot in the names merges samples; rename them without it"
         )
         raise Refused("samples merged by a dot in the key", message)
-    for what, found, suffixes in (("image", images, IMAGES), ("text", texts, ("txt", "json"))):
+    for what, found, suffixes in (("image", images, _IMAGES), ("text", texts, ("txt", "json"))):
         if not found:
             message = f"{tar}: sample {group.key} has no member .{' .'.join(suffixes)}; add it or leave the sample out"
             raise Refused(f"sample without {what}", message)

@@ -230,6 +230,7 @@ def test_images_stand_where_their_messages_show_them(tmp_path):
         asked("Draw.", {"role": "assistant", "content": [{**image, "image": "0.png"}]}),
     ]
     write_jsonl(tmp_path / "in/rows.jsonl", rows)
+    (tmp_path / "in/notes.doc").write_text("x")
     samples, refused = read("chat", tmp_path / "in")
     shown = [
         [s.member if s.modality is Modality.VISION else (s.rate == GIVEN, s.text) for s in sample.segments]
@@ -245,9 +246,9 @@ def test_images_stand_where_their_messages_show_them(tmp_path):
     held = [content for sample in samples.values() for name, content in sample.members.items() if name != "txt"]
     assert held == pictures
     reasons = ["images differ from messages"] * 2 + ["image of the assistant"]
-    assert {key: r.reason for key, r in refused.items() if key.startswith("rows")} == dict(
-        zip([f"rows-{n:06d}" for n in (4, 5, 6)], reasons)
-    )
+    reasons = ["file of another kind", *reasons]  # which the images are not
+    names = ["notes.doc", *(f"rows-{n:06d}" for n in (4, 5, 6))]
+    assert {key: r.reason for key, r in refused.items()} == dict(zip(names, reasons, strict=True))
     run("chat", tmp_path / "in", tmp_path / "chat", prepare={"heldout_share": 0.25})
     _, sources, tokenizers = setup(tmp_path, names=("chat",), sequence_length=400)
     decoder = SampleLoader(sources.files("train"), tokenizers, "pyav")

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmoe.errors import DataError
 from mmoe.schema.modality import Modality
 from tests.data.recordings import images, png, wav, write_jsonl
+from tests.data.recordings_webdataset import write_tar
 from tests.preparation.sources.test_sources import read
 
 
@@ -100,6 +102,19 @@ def test_ljspeech_is_read_by_its_normalized_text(tmp_path):
     }
     assert sorted(refused) == ["metadata-line-4", "metadata-line-5", "wavs_22k/LJ001-0001.wav"]
     assert "names no file" in str(refused["metadata-line-4"])
+    alone, refused = read("audio_text", tmp_path / "metadata.csv")
+    assert alone == samples and sorted(refused) == ["metadata-line-4", "metadata-line-5"]
+
+
+@pytest.mark.parametrize("folder", ["wavs", "clips"])
+@pytest.mark.parametrize("columns", [{}, {"audio": "clip"}])
+def test_a_table_of_bars_with_a_head_is_no_ljspeech(tmp_path, folder, columns):
+    write_clips(tmp_path, [f"{folder}/a.wav", f"{folder}/b.wav"])
+    rows = [f"{columns.get('audio', 'audio')}|text", f"{folder}/a.wav|one, two", f"{folder}/b.wav|three"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    for place in (tmp_path, tmp_path / "metadata.csv"):
+        samples, refused = read("audio_text", place, columns=columns)
+        assert not refused and texts(samples) == {f"{folder}/a": "one, two", f"{folder}/b": "three"}
 
 
 def test_a_text_beside_each_file_is_its_text(tmp_path):
@@ -110,6 +125,20 @@ def test_a_text_beside_each_file_is_its_text(tmp_path):
     samples, refused = read("image_caption", tmp_path)
     assert texts(samples) == {"0001": "first", "0002": "second"}
     assert sorted(refused) == ["0003.png", "deep/0001.png", "deep/0001.txt", "other.txt"]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "tiff", "ppm", "jfif", "BMP"])
+def test_images_of_every_kind_have_texts_beside_them(tmp_path, suffix):
+    image, kind = Image.fromarray(images(1)[0]), {"tif": "TIFF", "jfif": "JPEG"}.get(suffix, suffix)
+    image.save(tmp_path / f"0001.{suffix}", kind)
+    (tmp_path / "0001.txt").write_text("a scan")
+    samples, refused = read("image_caption", tmp_path)
+    assert not refused and texts(samples) == {"0001": "a scan"}
+    content = (tmp_path / f"0001.{suffix}").read_bytes()
+    assert samples["0001"].members[f"image.{suffix.lower()}"] == content
+    write_tar(tmp_path / "tars/a.tar", [(f"0001.{suffix}", content), ("0001.txt", b"a scan")])
+    samples, refused = read("webdataset", tmp_path / "tars")
+    assert not refused and texts(samples) == {"a/0001": "a scan"}
 
 
 def test_rows_that_cannot_be_used_are_refused_alone_and_counted(tmp_path):

@@ -1,6 +1,7 @@
 """Rows are rows, whatever they are stored as: JSON, CSV, parquet, Arrow; texts, paths or bytes in their columns."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +19,16 @@ from tests.preparation.test_prepare import SMALL_CODEC, run
 KINDS = ("json", "jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "parquet", "stream.arrow", "file.arrow")
 SAID = ["plain", 'a "quoted", cell;\twith\nlines\r\nand commas', "吾輩は猫である", " two spaces ", "5", '"', "last"]
 PICTURES = [png(pixels) for pixels in images(7)]
+IN_LINES = [" ".join(said.split()) for said in SAID]  # as a .tsv can hold them, which has no quotes
 CLIPS = [wav((np.arange(900) * (n + 3)) % 2000 - 1000) for n in range(7)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_column_of_any_table_gives_the_texts_that_were_written(tmp_path, kind):
-    write_table(tmp_path / f"rows.{kind}", {"id": [str(i) for i in range(7)], "body": SAID})
+    said = IN_LINES if kind == "tsv" else SAID
+    write_table(tmp_path / f"rows.{kind}", {"id": [str(i) for i in range(7)], "body": said})
     samples, refused = read("text", tmp_path, columns={"text": "body"})
-    assert not refused and [texts(s)[0] for s in samples.values()] == SAID
+    assert not refused and [texts(s)[0] for s in samples.values()] == said
     assert {s.recording for s in samples.values()} == {f"rows.{kind}"}
     assert [key[-7:] for key in samples] == [f"-{i:06d}" for i in range(7)]
     alone, _ = read("text", tmp_path / f"rows.{kind}", columns={"text": "body"})
@@ -35,19 +38,51 @@ def test_a_column_of_any_table_gives_the_texts_that_were_written(tmp_path, kind)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["image_caption", "audio_text"])
 def test_paths_in_a_column_of_any_table_are_read_relative_to_it(tmp_path, kind, source):
+    said = IN_LINES if kind == "tsv" else SAID
     media, suffix, contents = ("photo", "png", PICTURES) if source == "image_caption" else ("clip", "wav", CLIPS)
     for number, content in enumerate(contents):
         (tmp_path / f"set/files/{number}.{suffix}").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"set/files/{number}.{suffix}").write_bytes(content)
-    write_table(tmp_path / f"set/rows.{kind}", {media: [f"files/{n}.{suffix}" for n in range(7)], "said": SAID})
+    write_table(tmp_path / f"set/rows.{kind}", {media: [f"files/{n}.{suffix}" for n in range(7)], "said": said})
     columns = {"image_caption": {"image": media, "caption": "said"}, "audio_text": {"audio": media, "text": "said"}}
     samples, refused = read(source, tmp_path, columns=columns[source])
     assert not refused and list(samples) == [f"set/files/{n}" for n in range(7)]
-    assert [texts(s)[0] for s in samples.values()] == SAID
+    assert [texts(s)[0] for s in samples.values()] == said
     assert [next(iter(s.members.values())) for s in samples.values()] == contents
     if not kind.startswith("jsonl"):  # which alone is a manifest
         alone, _ = read(source, tmp_path / f"set/rows.{kind}", columns=columns[source])
         assert [s.members for s in alone.values()] == [s.members for s in samples.values()]
+
+
+@pytest.mark.parametrize("table", ["rows.csv", "rows.json", "rows.parquet", "own"])
+@pytest.mark.parametrize("source", ["image_caption", "audio_text"])
+def test_files_outside_of_the_folder_have_the_keys_of_their_rows(tmp_path, monkeypatch, source, table):
+    media, suffix, contents = ("image", "png", PICTURES) if source == "image_caption" else ("audio", "wav", CLIPS)
+    text, own = ("caption", "captions.jsonl") if source == "image_caption" else ("text", "transcripts.jsonl")
+    places = ["out/0", "out/1", "set.x/2", "set.x/3"]
+    for place, content in zip(places, contents):
+        (tmp_path / f"{place}.{suffix}").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{place}.{suffix}").write_bytes(content)
+    names = [f"../out/./0.{suffix}", f"{tmp_path}/out/1.{suffix}", f"../out/0.{suffix}"]
+    names += [f"{tmp_path}/set.x/2.{suffix}", f"../set.x/3.{suffix}"]  # of which these lie in it
+    table = own if table == "own" else table
+    write_table(tmp_path / "set.x" / table, {media: names, text: list("abcde")})
+    stem = table.partition(".")[0]
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path / "set.x", Path("set.x")):
+        samples, refused = read(source, root)
+        assert not refused and {key: texts(s) for key, s in samples.items()} == {
+            f"{stem}-000000": ["a"],
+            f"{stem}-000001": ["b"],
+            f"{stem}-000002": ["c"],
+            "2": ["d"],
+            "3": ["e"],
+        }
+        out = [f"../out/0.{suffix}", f"{tmp_path}/out/1.{suffix}", f"../out/0.{suffix}"]
+        assert [s.recording for s in samples.values()] == [*out, "2", "3"]
+        assert [s.members[f"{media}.{suffix}"] for s in samples.values()] == [contents[n] for n in (0, 1, 0, 2, 3)]
+    found, _ = run(source, tmp_path / "set.x", tmp_path / "to", prepare=SMALL_CODEC | {"heldout_share": 0.3})
+    assert sum(split.samples for split in found.splits.values()) == 5 and not found.quarantined
 
 
 @pytest.mark.parametrize("stored", ["parquet", "saved", "splits"])
@@ -136,6 +171,11 @@ def test_a_saved_set_is_what_its_state_names(tmp_path):
     (tmp_path / "set/data-00001-of-00003.arrow").unlink()
     samples, refused = read("text", tmp_path)
     assert len(samples) == 5 and refused["set/data-00001-of-00003.arrow"].reason == "missing file"
+    named = ["/abs/x.arrow", "../y.arrow", "data-00000-of-00003.arrow"]
+    (tmp_path / "set/state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in named]}))
+    samples, refused = read("text", tmp_path)
+    missing = {key for key, refusal in refused.items() if refusal.reason == "missing file"}
+    assert samples and missing == {"/abs/x.arrow", "set/../y.arrow"}
     (tmp_path / "set/state.json").write_text("{}")
     samples, refused = read("text", tmp_path)
     assert not samples and "does not name the tables" in str(refused["set/state.json"])
@@ -197,25 +237,77 @@ def test_odd_rows_of_csv_are_refused_with_their_lines(tmp_path):
     assert "line 9: 'text' is missing" in str(refused["a-000002"])
 
 
+def test_quotes_of_a_tsv_are_characters_and_every_line_is_a_row(tmp_path):
+    said = ['"Come in', 'he said"', '"Stop," he said.', "it is", '"', '5" wide']
+    for number, content in enumerate(CLIPS[: len(said)]):
+        (tmp_path / f"clips/{number}.wav").parent.mkdir(exist_ok=True)
+        (tmp_path / f"clips/{number}.wav").write_bytes(content)
+    rows = ["client_id\tpath\tsentence\tup_votes"] + [f"c\tclips/{n}.wav\t{text}\t2" for n, text in enumerate(said)]
+    (tmp_path / "train.tsv").write_text("\n".join(rows))
+    samples, refused = read("audio_text", tmp_path, columns={"audio": "path"})
+    assert not refused and {key: texts(s) for key, s in samples.items()} == {
+        f"clips/{n}": [text] for n, text in enumerate(said)
+    }
+    documents, refused = read("text", tmp_path / "train.tsv", columns={"text": "sentence"})  # which reads by its place
+    assert not refused and [texts(s) for s in documents.values()] == [[text] for text in said]
+
+
+BROKEN = {
+    "not UTF-8 in the middle": (b'"multi\nli\xffne\nrest of the cell",3', "text is not UTF-8"),
+    "quotes in quotes": (b'"one, \nwith "inner" quotes,\nand, more\nfin",3', "malformed row"),
+    "a line that is too long": (b'"one,\n' + b'",""' * 301 + b'",\nand, more\nfin",3', "beyond the bounds"),
+    "one line": (b'"x"y,3', "malformed row"),
+    "never closed": (b'"open,3\n"closed",4', "malformed row"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_no_line_of_a_broken_row_of_csv_becomes_a_row(tmp_path, name):
+    broken, reason = BROKEN[name]
+    (tmp_path / "a.csv").write_bytes(b'text,n\n"first, of\nall",1\n' + broken + b'\n5" wide,6\n"last\none",7\n')
+    with bounded_by(Bounds(row_bytes=1000)):
+        samples, refused = read("text", tmp_path)
+    assert [texts(s) for s in samples.values()] == [["first, of\nall"], ['5" wide'], ["last\none"]]
+    assert {key: r.reason for key, r in refused.items()} == {"a-line-4": reason}
+
+
 def test_a_list_of_json_gives_its_objects_and_the_rest_is_counted(tmp_path):
     rows = ['{"text": "a ] } \\" \\\\", "n": [[1], {"x": {}}]}', "null", '"]"', "-1.5e3", "[]", '{"text": "b"}']
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf\n[" + " ,\n".join(rows).encode() + b"]\n")
     (tmp_path / "cut.json").write_text('[{"text": "c"}, {"text": "d"')
+    (tmp_path / "more.json").write_text('[{"text": "f"}]\n[{"text": "g"}]')
     (tmp_path / "other.json").write_text('{"text": "no list"}')
     (tmp_path / "none.json").write_text("")
     (tmp_path / "wide.json").write_bytes('[{"text": "e"}]'.encode("utf-16"))
     samples, refused = read("text", tmp_path)
     found = {key: texts(s)[0] for key, s in samples.items()}
-    assert found == {"a-000000": 'a ] } " \\', "a-000005": "b", "cut-000000": "c"}
+    assert found == {"a-000000": 'a ] } " \\', "a-000005": "b", "cut-000000": "c", "more-000000": "f"}
     assert {key: r.reason for key, r in refused.items()} == {
         **{f"a-{n:06d}": "malformed row" for n in (1, 2, 3, 4)},
         "cut": "unreadable file",
+        "more": "malformed row",
         "other": "malformed row",
         "none": "malformed row",
         "wide": "text is not UTF-8",
     }
     assert "is a JSON NoneType, not an object" in str(refused["a-000001"])
     assert "holds no list of rows; give one" in str(refused["other"])
+    assert str(refused["more"]).startswith(f"{tmp_path / 'more.json'}, byte 16: more stands behind the list")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_columnar_table_names_each_column_once_and_one_at_least(tmp_path, kind):
+    write = pq.write_table if kind == "parquet" else lambda table, path: write_stream(path, table)
+    write(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], ["text", "text"]), tmp_path / f"twice.{kind}")
+    write(pa.table({}), tmp_path / f"none.{kind}")
+    write(pa.table({"text": ["good"]}), tmp_path / f"good.{kind}")
+    samples, refused = read("text", tmp_path)
+    assert [texts(s) for s in samples.values()] == [["good"]]
+    said = {key: str(refusal).partition("; ")[0] for key, refusal in refused.items()}
+    assert said == {
+        "twice": f"{tmp_path}/twice.{kind} names the column 'text' twice",
+        "none": f"{tmp_path}/none.{kind} has no columns",
+    }
 
 
 def test_heads_of_csv_say_what_separates_and_must_name_each_column_once(tmp_path):
@@ -224,9 +316,11 @@ def test_heads_of_csv_say_what_separates_and_must_name_each_column_once(tmp_path
     (tmp_path / "c.csv").write_bytes("text\nx\n".encode("utf-16"))
     (tmp_path / "d.csv").write_text("")
     (tmp_path / "e.csv").write_text(",text\n0,index of pandas\n")
+    (tmp_path / "f.csv").write_text(" \ntext\nx\n")
     samples, refused = read("text", tmp_path)
     assert [texts(s)[0] for s in samples.values()] == ["one, and more", "index of pandas"]
-    reasons = {"b": "malformed row", "c": "text is not UTF-8", "d": "no such column"}
+    reasons = {"b": "malformed row", "c": "text is not UTF-8", "d": "no such column", "f": "no such column"}
+    assert str(refused["f"]).startswith(f"{tmp_path}/f.csv, line 1 is blank; it must name the columns")
     assert {key: r.reason for key, r in refused.items()} == reasons and "names the column 'text' twice" in str(
         refused["b"]
     )
