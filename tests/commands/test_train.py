@@ -318,16 +318,19 @@ def test_a_report_reads_no_weights_counts_the_parameters_and_says_where_the_numb
     configuration, place = run
     train(configuration, stop_after=5)
     count = sum(parameter.numel() for parameter in Run.build(configuration).model.parameters())
-    lines = read_provenance(place)
+    lines, _ = read_provenance(place)
     assert [(line["session"], line["step"]) for line in lines] == [(0, 0), (1, 4)]
     assert {name for name in lines[1]["data"] if name.startswith("source ")} == {
         f"source {name}" for name in configuration.data.sources
     }
     for path in (place / "checkpoints").glob("*/*.distcp"):
         path.unlink()
+    with (place / "provenance.jsonl").open("a") as file:
+        file.write('{"time": ')
     report(place, None)
     page = (place / "report.html").read_text()
     assert f"{count:,} parameters" in page and "<h2>Sessions</h2>" in page and lines[1]["time"] in page
+    assert "line 3 is no record of a session" in page
     fit_codec(Path(configuration.tokenizers.audio.path), seed=1)
     with pytest.raises(CheckpointError, match="tokenizers.audio differs in fingerprint"):
         report(place, None)
