@@ -78,11 +78,11 @@ def checkpoints(run: Path) -> list[str]:
 
 def test_from_step_goes_back_and_is_refused_where_there_is_no_such_checkpoint(run, folder, tmp_path):
     configuration, place = run
-    with pytest.raises(CheckpointError, match="no checkpoint of step 3; choose from 2, 4"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 3; choose from 2, 4"):
         train(configuration, from_step=3)
     with pytest.raises(ConfigError, match="--fresh deletes the checkpoints that --from-step resumes from"):
         train(configuration, fresh=True, from_step=2)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 2; it holds none"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 2; it holds none"):
         train(configured(folder, tmp_path / "new"), from_step=2)
     assert "at step 2" in train(configuration, stop_after=3, from_step=2)
     assert checkpoints(place) == ["step-00000002", "step-00000003", "step-00000004.left"]
