@@ -20,6 +20,7 @@ from mmoe.training.run import CONFIG, is_run
 
 AT_MOST = 5  # at which records are compared
 _OWN = "training.run"  # differs between any two runs
+_BOUND = "max_documents"  # of an evaluation
 _FIGURES = ("loss", "grad_norm", "lr")  # of a record, beside the terms of its loss
 
 Beside = dict[str, list[Any]]
@@ -78,7 +79,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
         config={key: [found.get(key) for found in configs] for key in config if key != _OWN},
         steps=_at_equal_steps(runs, present),
         end=_rows([_end(record, config) for record, config in zip(last, configs, strict=True)]),
-        evaluation=_rows(evaluations),
+        evaluation={row: v for row, v in _rows(evaluations).items() if not row.startswith(_BOUND) or _differs(v)},
         lacking={str(run.folder): run.lacking for run in runs if run.lacking},
     )
 
@@ -151,7 +152,17 @@ def _evaluation(name: str, evaluation: dict[str, Any], folder: Path) -> dict[str
         raise DataError(f"{path} is no evaluation of this version ({error!r}); evaluate again") from error
 
 
+def _differs(values: list[Any]) -> bool:
+    """Whether those that are there are not all the same."""
+    present = [value for value in values if value is not None]
+    return any(value != present[0] for value in present)
+
+
 def _measures(evaluation: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    for source, counts in (evaluation.get("samples") or {}).items():
+        yield f"samples of {source}", counts.get("evaluated")
+    if _BOUND in evaluation:
+        yield _BOUND, evaluation[_BOUND] or "unbounded"
     for source, entries in (evaluation.get("ce_by_source") or {}).items():
         for kind, entry in entries.items():
             yield f"CE of {kind}, {source}", entry.get("ce")
