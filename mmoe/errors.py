@@ -53,6 +53,8 @@ def counted_as(reason: str) -> Iterator[None]:
 class PackageError(MmoeError):
     """Says that an optional package which a config asks for is not usable here."""
 
+    exit_code = ConfigError.exit_code
+
 
 class OutputError(MmoeError):
     """Says that a command cannot write a file: the disk is full, or the place is not writable."""

@@ -11,7 +11,7 @@ from mmoe.checkpoint.commit import LEFT, committed, latest, path_of
 from mmoe.checkpoint.files import DamagedError, check, read_errors
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.tree import check_document
-from mmoe.errors import CheckpointError
+from mmoe.errors import CheckpointError, ConfigError
 from mmoe.runtime.agreement import ProcessGroupRanks
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ STATE = "state.json"  # of a checkpoint, all that is not a tensor
 def find_whole(folder: Path, step: int | None, ranks: ProcessGroupRanks) -> tuple[Path, Manifest]:
     """Find the checkpoint of `step`, or (None) the newest whose files are all as they were written; all ranks agree.
 
-    Damaged ones that are passed over are said on stderr.
+    Damaged ones that are passed over are said on stderr. Raises ConfigError where there is none of `step`, and
+    CheckpointError where none is whole.
     """
     damage: list[str] = []
     tried: set[Path] = set()
@@ -75,7 +76,7 @@ def _candidates(folder: Path, step: int | None) -> list[Path]:
     left = path_of(folder, step, LEFT)
     hint = f"; the run had left {left}: remove {LEFT} from its name to return to it" if left.is_dir() else ""
     choice = f"choose from {', '.join(map(str, sorted(found)))}" if found else "it holds none"
-    raise CheckpointError(f"{folder} holds no checkpoint of step {step}; {choice}{hint}")
+    raise ConfigError(f"{folder} holds no checkpoint of step {step}; {choice}{hint}")
 
 
 def _none_whole(folder: Path, step: int | None, damage: list[str]) -> str:

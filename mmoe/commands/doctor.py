@@ -32,7 +32,7 @@ def show_diagnosis(found: dict[str, Any], console: Console) -> None:
     for title in ("versions", "machine"):
         table = Table(title, "")
         for name, value in found[title].items():
-            table.add_row(name, value)
+            table.add_row(name, value or "not known: it has no metadata")
         _print(table, console)
     table = Table("what asks for it", "package", "is it here")
     for each in found["packages"]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from mmoe.commands.arguments import Measured
 from mmoe.commands.console import Console, console
 from mmoe.commands.work_progress import evaluation_progress
-from mmoe.errors import MmoeError
+from mmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmoe.evaluation.inference import MeasureProgress
@@ -70,7 +70,7 @@ def _modality(name: str | None) -> "Modality | None":
     if name is None:
         return None
     if name.upper() not in Modality.names:
-        raise MmoeError(f"{name!r} is not a modality; choose from {', '.join(m.name.lower() for m in Modality)}")
+        raise ConfigError(f"{name!r} is not a modality; choose from {', '.join(m.name.lower() for m in Modality)}")
     return Modality.named(name.upper())
 
 

@@ -63,6 +63,14 @@ def init(
         console.print(f"  refused: {count:,}, {reason}", soft_wrap=True)
     if found.example:
         console.print(f"  the first: {found.example}", soft_wrap=True)
+    commands = [["train", str(out)], ["evaluate", f"runs/{name}"]]
+    if found.nothing_heldout:
+        del commands[1:]
+        console.print(
+            "  nothing is held out, so nothing will be evaluated: that takes a second recording, or a longer one; with "
+            f"it set data.sources.{name}.options.prepare.heldout_share",
+            soft_wrap=True,
+        )
     console.print(f"wrote {out}; now look into it, then:", soft_wrap=True)
-    for command in (["train", str(out)], ["evaluate", f"runs/{name}"]):
+    for command in commands:
         console.print(f"  mmoe {shlex.join(command)}", soft_wrap=True, highlight=False)

@@ -5,7 +5,7 @@ A run may be unfinished, of another version, or lack any of these; what it lacks
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mmoe.training.run import CONFIG, is_run
 
 AT_MOST = 5  # at which records are compared
 _OWN = "training.run"  # differs between any two runs
+_BOUND = "max_documents"  # of an evaluation
 _FIGURES = ("loss", "grad_norm", "lr")  # of a record, beside the terms of its loss
 
 Beside = dict[str, list[Any]]
@@ -66,7 +67,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     runs = [_Run(folder) for folder in folders]
     configs = [run.read(_config, {}) for run in runs]
     last = [run.read(lambda folder: RunReader(folder).last(), {}) for run in runs]
-    evaluations = [run.read(_evaluations, {}) for run in runs]
+    evaluations = [_evaluations(run) for run in runs]
     for run, found in zip(runs, evaluations, strict=True):
         if not found:
             run.lacking.append(f"{run.folder} has no evaluation; mmoe evaluate {run.folder} makes one")
@@ -78,7 +79,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
         config={key: [found.get(key) for found in configs] for key in config if key != _OWN},
         steps=_at_equal_steps(runs, present),
         end=_rows([_end(record, config) for record, config in zip(last, configs, strict=True)]),
-        evaluation=_rows(evaluations),
+        evaluation={row: v for row, v in _rows(evaluations).items() if not row.startswith(_BOUND) or _differs(v)},
         lacking={str(run.folder): run.lacking for run in runs if run.lacking},
     )
 
@@ -135,19 +136,37 @@ def _end(record: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _evaluations(folder: Path) -> dict[str, Any]:
+def _evaluations(run: _Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, evaluation in RunRecords.read(folder).evaluations.items():
-        suffix = f" ({name})" if name else ""
-        found |= {f"{row}{suffix}": value for row, value in _measures(evaluation)}
+    for name, evaluation in run.read(lambda folder: RunRecords.read(folder).evaluations, {}).items():
+        found |= run.read(partial(_evaluation, name, evaluation), {})
     return found
 
 
+def _evaluation(name: str, evaluation: dict[str, Any], folder: Path) -> dict[str, Any]:
+    suffix = f" ({name})" if name else ""
+    try:
+        return {f"{row}{suffix}": value for row, value in _measures(evaluation)}
+    except (KeyError, TypeError, AttributeError) as error:
+        path = folder / f"evaluation{name and '-'}{name}.json"
+        raise DataError(f"{path} is no evaluation of this version ({error!r}); evaluate again") from error
+
+
+def _differs(values: list[Any]) -> bool:
+    """Whether those that are there are not all the same."""
+    present = [value for value in values if value is not None]
+    return any(value != present[0] for value in present)
+
+
 def _measures(evaluation: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    for source, counts in (evaluation.get("samples") or {}).items():
+        yield f"samples of {source}", counts.get("evaluated")
+    if _BOUND in evaluation:
+        yield _BOUND, evaluation[_BOUND] or "unbounded"
     for source, entries in (evaluation.get("ce_by_source") or {}).items():
         for kind, entry in entries.items():
-            yield f"CE of {kind}, {source}", entry["ce"]
-            yield f"unigram CE of {kind}, {source}", entry["unigram"]
+            yield f"CE of {kind}, {source}", entry.get("ce")
+            yield f"unigram CE of {kind}, {source}", entry.get("unigram")
     for source, errors in ((evaluation.get("actions") or {}).get("by_source") or {}).items():
         yield from ((f"action error, {source}: {who}", errors.get(who)) for who in ("model", "hold_last", "ridge"))
     for name, entry in ((evaluation.get("retrieval") or {}).get("by") or {}).items():

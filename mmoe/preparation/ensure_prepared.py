@@ -2,17 +2,19 @@
 
 import logging
 import os
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
 from mmoe.addresses import is_missing, local_path
 from mmoe.data.config import SourceConfig
 from mmoe.data.storage.store import DEFAULT_STORAGE
-from mmoe.errors import ConfigError
+from mmoe.errors import ConfigError, MmoeError
 from mmoe.files import said_nearest
-from mmoe.preparation.prepare import prepare, training_texts
+from mmoe.preparation.prepare import PrepareConfig, prepare, training_texts
 from mmoe.preparation.sources import SOURCES
 from mmoe.tokenizers.text import TextConfig, TextTokenizer
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 FIT_TEXTS = 500  # of each source, for the text tokenizer: making a sample may mean rendering it
 NO_INPUT = "-"  # of a simulation
+
+_OPTION = re.compile(rf"(?<![\w./])(?=prepare\.(?:{'|'.join(PrepareConfig.model_fields)})\b)")
 
 
 def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, make: Callable = prepare) -> None:
@@ -47,14 +51,25 @@ def ensure_prepared(sources: dict[str, SourceConfig], text: TextConfig, make: Ca
     for name, source in missing.items():
         origin = f"{source.kind} in {source.input}" if source.input is not None else source.kind
         logger.info(f"{source.shards} does not exist: preparing source {name} there, from {origin}")
-        make(
-            source.kind,
-            source.input or NO_INPUT,
-            local_path(source.shards),
-            text_tokenizer=text.build(DEFAULT_STORAGE.read),
-            workers=None,  # as many as the work is worth
-            options=source.options,
-        )
+        with _options_named(f"data.sources.{name}.options"):
+            make(
+                source.kind,
+                source.input or NO_INPUT,
+                local_path(source.shards),
+                text_tokenizer=text.build(DEFAULT_STORAGE.read),
+                workers=None,  # as many as the work is worth
+                options=source.options,
+            )
+
+
+@contextmanager
+def _options_named(key: str) -> Iterator[None]:
+    """Errors name an option as `mmoe prepare` takes it: put before it the `key` that a config has it under."""
+    try:
+        yield
+    except MmoeError as error:
+        error.args = tuple(_OPTION.sub(f"{key}.", said) if isinstance(said, str) else said for said in error.args)
+        raise
 
 
 def _check_input(name: str, source: SourceConfig, key: str, missing: str) -> None:

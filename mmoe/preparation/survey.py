@@ -9,7 +9,7 @@ from typing import Any
 from mmoe.config.load import merge, validate
 from mmoe.data.load.reading import reading
 from mmoe.errors import ConfigError, DataError, PackageError
-from mmoe.preparation.listing import check_named, list_items, split_items
+from mmoe.preparation.listing import can_split, check_named, list_items, split_items
 from mmoe.preparation.prepare import PrepareConfig
 from mmoe.preparation.rows import make_sample
 from mmoe.preparation.sources import SOURCES
@@ -17,6 +17,7 @@ from mmoe.preparation.sources.base import Refused
 from mmoe.schema.sample import Sample
 
 SAMPLES = 12  # that are made, from all over the recordings
+_HELDOUT = {"heldout_share", "heldout_by", "heldout_list"}  # options: who gives one of them means it
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Survey:
     """Holds what a reader finds: how many items of how many recordings, and the `samples` made of a few of them.
 
     `options` are those that the reader needs for this input, `refused` counts by reason what it cannot use, `example`
-    says the first of that in full.
+    says the first of that in full. Where nothing says what to hold out and there is too little for that, the options
+    hold out nothing (`nothing_heldout`).
     """
 
     kind: str
@@ -34,12 +36,14 @@ class Survey:
     samples: list[Sample] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     example: str = ""
+    nothing_heldout: bool = False
 
 
 def survey(kind: str, input: str | Path, options: dict[str, Any] | None = None) -> Survey:
     """Look at `input` with the reader of this kind, with `options` over those that it suggests itself.
 
-    Raises DataError where nothing can be prepared of it: no item, none that is readable, or none to hold out.
+    Raises DataError where nothing can be prepared of it: no item, none that is readable, or none to hold out though the
+    options ask for it.
     """
     check_named(input)
     source, path = SOURCES.find(kind), Path(input)
@@ -67,7 +71,11 @@ def survey(kind: str, input: str | Path, options: dict[str, Any] | None = None) 
         raise DataError(
             f"{input}: nothing in it can be prepared as {kind}; {found.example or 'it holds nothing of this kind'}"
         )
-    split_items(source, items, [], prepare.holdout())
+    if prepare.model_fields_set.isdisjoint(_HELDOUT) and not can_split(source, items, [], prepare.holdout()):
+        found.options = merge(found.options, {"prepare": {"heldout_share": 0}})
+        found.nothing_heldout = True
+    else:
+        split_items(source, items, [], prepare.holdout())
     return found
 
 

@@ -229,14 +229,18 @@ def _data(run: RunView, records: RunRecords) -> Section | None:
 def _sessions(run: RunView) -> Section | None:
     """Where the numbers come from: a row for each call of `mmoe train`."""
     rows = []
-    for line in read_provenance(run.folder):
+    lines, left_out = read_provenance(run.folder)
+    for line in lines:
         code, found = line["code"], line["versions"]
-        commit = (code["commit"] or "of no repository")[:12] + (", changed" if code["dirty"] else "")
-        versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "CUDA") if name in found)
+        commit = "of no repository"
+        if code["commit"]:
+            commit = code["commit"][:12] + {True: ", changed", None: ", changed or not", False: ""}[code["dirty"]]
+        versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "CUDA") if found.get(name))
         where = f"{line['ranks']} on {line['host']}" + (", ..." if line["machines"] > 1 else "")
         rows.append([line["session"], line["step"], line["time"], commit, versions, where, line["command"]])
     heads = ["session", "from step", "begun", "commit", "versions", "ranks", "command"]
-    return ("Sessions", parts.table(heads, rows)) if rows else None
+    notes = map(parts.note, left_out)
+    return ("Sessions", Markup().join([parts.table(heads, rows), *notes])) if rows or left_out else None
 
 
 def _config(run: RunView) -> Section | None:

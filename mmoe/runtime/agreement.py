@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from mmoe.errors import CheckpointError
+from mmoe.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class ProcessGroupRanks:
 
     def shared(self, failure: BaseException, rank: int | None = None) -> Exception:
         """Return `failure`, of `rank` (None: this one), as the other ranks raise it."""
-        if isinstance(failure, OSError | CheckpointError):
+        if isinstance(failure, OSError | CheckpointError | ConfigError):
             return failure
         return CheckpointError(f"rank {self.rank if rank is None else rank} failed ({failure!r}); see its own error")
 

@@ -1,9 +1,10 @@
-"""Finds the processes of this machine, as Linux shows them under /proc, and ends the torchrun that started this one."""
+"""Finds and ends the processes that this one has started, as Linux shows them under /proc, and its torchrun."""
 
 import os
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from mmoe.runtime.logging import restart_count
 
@@ -34,3 +35,13 @@ def end_torchrun() -> None:
     with suppress(FileExistsError):
         (Path(errors).parents[1] / "ended").touch(exist_ok=False)
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, from any thread, and its children first: `os._exit` would leave them behind."""
+    try:
+        for child in descendants():
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    finally:
+        os._exit(code)

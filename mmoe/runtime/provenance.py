@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from mmoe import __version__
 from mmoe.addresses import without_secrets
-from mmoe.errors import DataError
-from mmoe.files import write_atomically, writes
+from mmoe.files import writes
+from mmoe.runtime.logging import append
 
 PROVENANCE = "provenance.jsonl"
-PACKAGES = ("mmoe", "torch", "numpy", "pydantic", "tokenizers", "pyarrow")  # that figures depend on
+PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "pyarrow")  # that figures depend on, beside mmoe
 
 KEYS = {"time", "session", "step", "command", "code", "versions", "host", "machines", "ranks", "device", "data"}
 _GIT_SECONDS = 10.0
@@ -48,41 +48,54 @@ def record_provenance(folder: Path, session: int, step: int, data: dict[str, Any
         "data": data,
     }
     with writes(path):
-        before = path.read_bytes() if path.is_file() else b""
-        write_atomically(path, before + json.dumps(line).encode() + b"\n")
+        append(path, json.dumps(line) + "\n")
 
 
-def read_provenance(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of all sessions, in their order. Raises DataError for a line that is none."""
+def read_provenance(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the lines of all sessions, in their order; gives them, and a sentence on each line that is left out."""
     path = folder / PROVENANCE
-    lines = []
+    lines, left_out = list[dict[str, Any]](), list[str]()
     for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
         try:
             line = json.loads(text)
-            found = KEYS - line.keys()
+            missing = KEYS - line.keys()
         except (ValueError, AttributeError) as error:
-            raise DataError(f"{path}: line {number} is no record of a session ({error}); remove that line") from error
-        if found:
-            raise DataError(f"{path}: line {number} has no {', '.join(sorted(found))}; remove that line")
-        lines.append(line)
-    return lines
+            left_out.append(f"{path}: line {number} is no record of a session ({error}); remove that line")
+            continue
+        if missing:
+            left_out.append(f"{path}: line {number} has no {', '.join(sorted(missing))}; remove that line")
+        else:
+            lines.append(line)
+    return lines, left_out
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that figures depend on, by name."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, mmoe and the packages that figures depend on, by name.
+
+    That of a package without metadata is None.
+    """
+    found = {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "mmoe": __version__} | found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def commit_of(folder: Path) -> dict[str, Any]:
     """Return the git `commit` that the files in `folder` are of, and whether they were changed since (`dirty`).
 
-    Both are None where the files are of no repository, or git is not there.
+    Both are None where the files are of no repository, or git is not there; `dirty` also where git does not say it.
     """
     tracked = _git(folder, "ls-files", "--", ".")  # a package that is installed somewhere in a repository is not of it
     commit = _git(folder, "rev-parse", "HEAD") if tracked else None
     if not commit:
         return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,7 +25,6 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -34,7 +32,7 @@ from mmoe.compat import default_store, process_groups, set_group_timeout
 from mmoe.files import write_atomically
 from mmoe.runtime.launch import MARGIN_SECONDS
 from mmoe.runtime.launch_errors import FAILED, StoppedError, first_failure, name_ranks, record_error
-from mmoe.runtime.processes import descendants
+from mmoe.runtime.processes import end_process
 from mmoe.runtime.watch_report import hang_report, verdict
 from mmoe.runtime.watch_state import MainThread, State, blocking_call, pending_collectives, place, stack
 
@@ -140,7 +138,7 @@ class _Watcher(threading.Thread):
             frame = self.main.look()
             if os.getppid() != self.parent:
                 self._record(StoppedError(f"torchrun (process {self.parent}) is gone, so rank {self.rank} stops"))
-                self._exit()
+                end_process(1)
             hangs = self.watch.idle > self.watch.timeout and self._waits(blocking_call(frame))
             try:
                 self._beat()
@@ -161,7 +159,7 @@ class _Watcher(threading.Thread):
         """Another rank has failed: the main thread has `patience` seconds to end by an error of its own."""
         if not self.stopped.wait(self.patience):
             self._record(StoppedError(f"rank {self.rank} was stopped by its watcher"), after=failure)
-            self._exit()
+            end_process(1)
 
     def _waits(self, blocked: str) -> bool:
         """Whether the main thread has waited for other ranks for `timeout` seconds."""
@@ -198,7 +196,7 @@ class _Watcher(threading.Thread):
             self._record(error, after=f"another rank noticed that the run hangs: {path}")
             self._answer(state)
             self._until(lambda: self._has("reported"), 2 * self.patience)
-            self._exit()
+            end_process(1)
         self._answer(state)
         self._until(lambda: all(self._has(f"state/{rank}") for rank in range(self.world)), self.patience)
         states, silent = self._answers()
@@ -211,7 +209,7 @@ class _Watcher(threading.Thread):
         self._record(error)
         print(f"error {error}", file=sys.stderr, flush=True)
         self.store.set(self._key("reported"), "1")
-        self._exit()
+        end_process(1)
 
     def _hang_alone(self, unreachable: dist.DistError) -> None:
         """Report what this rank knows of itself, when the others cannot be asked."""
@@ -220,7 +218,7 @@ class _Watcher(threading.Thread):
         text = hang_report({self.rank: state}, {}, by=self.rank, timeout=self.watch.timeout)
         self._write(path, f"{text}\nno other rank could be asked: {unreachable}\n")
         self._record(StoppedError(f"the run hangs ({_first(verdict({self.rank: state}, {}))}); see {path}"))
-        self._exit()
+        end_process(1)
 
     def _answer(self, state: State) -> None:
         self.store.set(self._key(f"state/{self.rank}"), state.to_json())
@@ -251,15 +249,6 @@ class _Watcher(threading.Thread):
 
     def _record(self, error: StoppedError, after: str | None = None) -> None:
         record_error(self.folder, self.rank, error, step=self.watch.step, after=after)
-
-    def _exit(self) -> NoReturn:
-        """End this process, and its children first: `os._exit` would leave them behind."""
-        try:
-            for child in descendants():
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-        finally:
-            os._exit(1)
 
     def _failure(self) -> str:
         """What failed first, within the watch or outside it (of a process that has not come, or has left); else ""."""

@@ -186,17 +186,19 @@ def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
     A second SIGTERM does nothing where there are other processes: a scheduler and torchrun may both send one.
     """
 
+    def kills(number: int) -> bool:
+        return number == signal.SIGINT or not dist.is_initialized()
+
     def handler(number: int, frame: Any) -> None:
         trainer.stop_requested = number
-        alone = number == signal.SIGINT or not dist.is_initialized()
-        signal.signal(number, previous[number] if alone else signal.SIG_IGN)
+        signal.signal(number, previous[number] if kills(number) else signal.SIG_IGN)
 
     def answer() -> str:
         return f"stopping after step {min(trainer.state.step + 1, trainer.stop_at)}, saved; again to kill"
 
     previous: dict[int, Any] = {number: signal.signal(number, handler) for number in INTERRUPTS}
     try:
-        with answered(answer):
+        with answered(answer, kills):
             yield
     except Exception:
         if dist.is_initialized():

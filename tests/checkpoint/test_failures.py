@@ -11,7 +11,7 @@ import pytest
 
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.reader import find_whole
-from mmoe.errors import CheckpointError
+from mmoe.errors import CheckpointError, ConfigError
 from mmoe.runtime.agreement import ProcessGroupRanks
 from tests.checkpoint.states import Crash, edges, faults, loaded, manager, sealed, state_of
 
@@ -178,7 +178,7 @@ def test_a_broken_checkpoint_that_was_asked_for_is_named_by_file(tmp_path: Path,
     with pytest.raises(CheckpointError, match=f"{name}.*resume from an earlier checkpoint .there are 5."):
         loaded(checkpoints, 10)
     checkpoints.go_back(4)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 10"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 10"):
         loaded(checkpoints, 10)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from mmoe.checkpoint.config import CheckpointConfig
 from mmoe.checkpoint.manifest import Manifest
 from mmoe.checkpoint.rng import capture_rng, restore_rng
-from mmoe.errors import CheckpointError
+from mmoe.errors import CheckpointError, ConfigError
 from tests.checkpoint.states import loaded, manager, names, state_of
 
 
@@ -154,9 +154,7 @@ def test_going_back_is_recorded_and_keeps_the_new_course(tmp_path: Path) -> None
     assert checkpoints.latest_step() == 10 and loaded(checkpoints) == 10  # killed before it saved anything
     checkpoints.save(15, state_of(15.5))
     assert names(checkpoints) == {"10", "15", "30.left"}
-    with pytest.raises(
-        CheckpointError, match=r"no checkpoint of step 30; choose from 10, 15; the run had left .*\.left"
-    ):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 30; choose from 10, 15; the run had left .*\.left"):
         loaded(checkpoints, 30)
     checkpoints.save(20, state_of(20.5))
     checkpoints.go_back(15)
@@ -206,7 +204,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint; train the run first"):
         loaded(checkpoints)
     checkpoints.save(10, state_of(1.0))
-    with pytest.raises(CheckpointError, match="no checkpoint of step 20; choose from 10"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 20; choose from 10"):
         loaded(checkpoints, 20)
     manifest = checkpoints.folder / "step-00000010/manifest.json"
     manifest.write_text(replace(Manifest.read(manifest.parent), format=9).to_json())

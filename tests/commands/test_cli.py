@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from mmoe import __version__
 from mmoe.commands import main as cli
-from mmoe.errors import ConfigError, DataError, MmoeError
+from mmoe.errors import ConfigError, DataError, MmoeError, PackageError
+from mmoe.optional import require
 from tests.conftest import REPOSITORY
 
 CONFIG = """
@@ -67,7 +68,7 @@ def test_train_prepares_what_is_missing_evaluates_and_reports(root):
         (["train", "configs/demo.yaml", "parallel.offload=true"], "parallel.offload is true, which is FSDP's work", 2),
         (["prepare", "txt", "a", "b"], "did you mean text?", 2),
         (["evaluate", "nowhere"], "nowhere is not a run; train it first", 2),
-        (["evaluate", "nowhere", "--blank", "sight"], "'sight' is not a modality; choose from", 1),
+        (["evaluate", "nowhere", "--blank", "sight"], "'sight' is not a modality; choose from", 2),
     ],
 )
 def test_a_fault_is_one_sentence_and_no_traceback(arguments, sentence, code):
@@ -127,6 +128,12 @@ def test_what_is_no_config_and_no_folder_is_named(monkeypatch, arguments, senten
     monkeypatch.chdir(REPOSITORY)
     done = CliRunner().invoke(cli.app, arguments)
     assert isinstance(done.exception, MmoeError) and sentence in str(done.exception)
+
+
+def test_a_package_that_a_config_asks_for_is_a_fault_of_the_config():
+    with pytest.raises(PackageError) as error:
+        require("nothing", "model.attention")
+    assert error.value.exit_code == ConfigError.exit_code == 2
 
 
 def test_the_version_is_that_of_the_package():

@@ -108,6 +108,28 @@ def test_what_a_run_lacks_is_said_and_the_rest_is_compared(runs, tmp_path):
     assert "metrics.jsonl: line 1 is not JSON" in mmoe("compare", *runs[:2])
 
 
+def test_an_evaluation_of_another_shape_is_named_and_the_others_are_compared(runs):
+    (runs[1] / "evaluation.json").write_text('{"ce_by_source": {"poem": {"text": {"ce": 1.0}}}}')
+    found = compare_runs(runs[:2])
+    assert found.evaluation == {"CE of text, poem": [1.5, 1.0], "unigram CE of text, poem": [2.5, None]}
+    (runs[1] / "evaluation-blank-audio.json").write_text('{"ce_by_source": {"poem": [1.0]}}')
+    again = compare_runs(runs[:2])
+    assert again.evaluation == found.evaluation
+    assert f"{runs[1] / 'evaluation-blank-audio.json'} is no evaluation of this" in again.lacking[str(runs[1])][0]
+
+
+@pytest.mark.parametrize(
+    "bounds, said", [((10, 4), [10, 4, None]), ((None, 4), ["unbounded", 4, None]), ((4, 4), None)]
+)
+def test_how_much_was_measured_stands_beside_the_figures(runs, bounds, said):
+    for run, bound, count in zip(runs, bounds, (7, 4), strict=False):
+        measured = {"samples": {"poem": {"held_out": 7, "evaluated": count}}, "max_documents": bound}
+        (run / "evaluation.json").write_text(json.dumps(measured))
+    found = compare_runs(runs)
+    assert found.evaluation["samples of poem"] == [7, 4, None]
+    assert found.evaluation.get("max_documents") == said
+
+
 def test_one_run_and_what_is_none_are_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="alone has nothing to be compared with"):
         mmoe("compare", runs[0])

@@ -103,6 +103,21 @@ def test_a_recipe_is_written_for_what_lies_there(here, kind, named):
         assert "CE of text, my_data" in mmoe(*commands[1][1:])
 
 
+def test_of_one_recording_that_cannot_be_cut_nothing_is_held_out_and_that_is_said(here):
+    (here / "my data").mkdir()
+    (here / "my data/a.txt").write_text("One text, and no more.\n")
+    said = mmoe("init", "auto", "my data")
+    assert "nothing is held out" in said and "mmoe evaluate" not in said
+    assert load(RunConfig, "my_data.yaml").data.sources["my_data"].options["prepare"] == {"heldout_share": 0}
+    mmoe("train", "my_data.yaml", *SMALL, "--stop-after", "1")
+    (here / "out").rename(here / "done")
+    key = "data.sources.my_data.options.prepare.heldout_share"
+    fresh = ("my_data.yaml", *SMALL, "--stop-after", "1", "training.run=runs/other")
+    with pytest.raises(DataError, match=f"no sample for the split heldout; add recordings, or set {key}=0"):
+        mmoe("train", *fresh, f"{key}=0.2")
+    mmoe("train", *fresh, f"{key}=0")
+
+
 def test_of_several_readers_the_one_that_refuses_least_is_taken(here):
     write_imagefolder(here / "images")
     (here / "images/metadata.csv").unlink()

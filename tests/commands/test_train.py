@@ -78,11 +78,11 @@ def checkpoints(run: Path) -> list[str]:
 
 def test_from_step_goes_back_and_is_refused_where_there_is_no_such_checkpoint(run, folder, tmp_path):
     configuration, place = run
-    with pytest.raises(CheckpointError, match="no checkpoint of step 3; choose from 2, 4"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 3; choose from 2, 4"):
         train(configuration, from_step=3)
     with pytest.raises(ConfigError, match="--fresh deletes the checkpoints that --from-step resumes from"):
         train(configuration, fresh=True, from_step=2)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 2; it holds none"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 2; it holds none"):
         train(configured(folder, tmp_path / "new"), from_step=2)
     assert "at step 2" in train(configuration, stop_after=3, from_step=2)
     assert checkpoints(place) == ["step-00000002", "step-00000003", "step-00000004.left"]
@@ -318,16 +318,19 @@ def test_a_report_reads_no_weights_counts_the_parameters_and_says_where_the_numb
     configuration, place = run
     train(configuration, stop_after=5)
     count = sum(parameter.numel() for parameter in Run.build(configuration).model.parameters())
-    lines = read_provenance(place)
+    lines, _ = read_provenance(place)
     assert [(line["session"], line["step"]) for line in lines] == [(0, 0), (1, 4)]
     assert {name for name in lines[1]["data"] if name.startswith("source ")} == {
         f"source {name}" for name in configuration.data.sources
     }
     for path in (place / "checkpoints").glob("*/*.distcp"):
         path.unlink()
+    with (place / "provenance.jsonl").open("a") as file:
+        file.write('{"time": ')
     report(place, None)
     page = (place / "report.html").read_text()
     assert f"{count:,} parameters" in page and "<h2>Sessions</h2>" in page and lines[1]["time"] in page
+    assert "line 3 is no record of a session" in page
     fit_codec(Path(configuration.tokenizers.audio.path), seed=1)
     with pytest.raises(CheckpointError, match="tokenizers.audio differs in fingerprint"):
         report(place, None)
