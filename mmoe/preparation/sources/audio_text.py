@@ -107,8 +107,8 @@ def _rows(
         try:
             take = _take(row, where)
             if isinstance(audio, Cell):
-                key = own = keys.free(audio.key)
-                named |= {audio.file.parent / audio.path} if audio.path else set()
+                key, own = keys.cell_key(audio.key, audio.named)
+                named |= {audio.named} if audio.named else set()
             else:
                 name = jsonl.name_of(row, "audio", where)
                 named.add(root / name)

@@ -102,6 +102,22 @@ def test_a_list_of_captions_gives_a_sample_each_of_one_recording(tmp_path):
     assert {key: r.reason for key, r in refused.items()} == {"x-000002": "malformed row"}
 
 
+def test_rows_of_one_path_are_one_image_on_one_side_of_the_split(tmp_path):
+    """As COCO stands on the hub: a row a caption, the image in each of them; nothing is a duplicate of its own."""
+    cells = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(PICTURES) for _ in range(3)]
+    captions = [f"image {n}, words {k}" for n in range(len(PICTURES)) for k in range(3)]
+    (tmp_path / "set").mkdir()
+    for half in range(2):  # the shards of a set may part the rows of an image
+        part = slice(half * 7, None if half else 7)
+        table = hub_table({"image": cells[part], "caption": captions[part]}, image="Image")
+        pq.write_table(table, tmp_path / f"set/{half}.parquet", row_group_size=4)
+    manifest, _ = run("image_caption", tmp_path / "set", tmp_path / "out", prepare={"heldout_share": 0.5})
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
+    assert train.samples + heldout.samples == len(captions) and not manifest.removed
+    recordings = [sample.recording for sample in read("image_caption", tmp_path / "set")[0].values()]
+    assert recordings[::3] == recordings[1::3] == recordings[2::3] and len(set(recordings)) == len(PICTURES)
+
+
 def test_a_table_is_listed_without_the_bytes_in_it_and_each_part_is_read_once(tmp_path, monkeypatch):
     cells = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(PICTURES)]
     pq.write_table(hub_table({"image": cells, "text": SAID}, image="Image"), tmp_path / "x.parquet", row_group_size=3)
