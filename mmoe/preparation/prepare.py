@@ -64,7 +64,7 @@ from mmoe.preparation.sources.base import Item, Source
 from mmoe.preparation.splits import HeldoutBy, Holdout
 from mmoe.preparation.vectors import category_counts, round_trip, vector_stats
 from mmoe.schema.bounds import bounded_by
-from mmoe.schema.channels import CANCELLED
+from mmoe.schema.channels import CANCELLED, CANCELLED_OUT
 from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.modality import Modality
 from mmoe.tokenizers.audio import AudioConfig
@@ -233,7 +233,7 @@ def prepare(
         )
         said = summary(kind, reports, refused.counts, left_out.counts, manifest.vectors)
         said.notes.extend([*strange, *source.notes])
-        if cancelled := sum(report.flags[CANCELLED] for report in reports.values()):
+        if cancelled := sum(report.flags[flag] for report in reports.values() for flag in (CANCELLED, CANCELLED_OUT)):
             said.notes.append(
                 f"audio: {cancelled:,} clips are silent, since their channels cancel out when they are mixed; "
                 "prepare.audio_channel=left (or right, or a number from 0) takes one of them"

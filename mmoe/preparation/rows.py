@@ -22,7 +22,7 @@ from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
 from mmoe.optional import needs
 from mmoe.preparation.sources.base import Item, Refused
-from mmoe.schema.channels import find_silence, heard_channel
+from mmoe.schema.channels import CANCELLED, find_silence, heard_channel
 from mmoe.schema.manifest import VECTORS
 from mmoe.schema.modality import CONTRASTED, Modality
 from mmoe.schema.sample import NO_PAIR, SEGMENT_DTYPE, SEGMENT_FIELDS, Sample, Segment
@@ -139,7 +139,7 @@ def build_row(
     for (modality, member), segments in _by_payload(sample).items():
         with counted_as(modality.spec.refused_as):
             where = f"{sample.key}.{member}"
-            table = _check_payload(segments, sample.members[member], where, flags)
+            table = _check_payload(segments, sample.members[member], where, flags, member in sample.cancelled)
             if modality is Modality.VISION and is_video(member):
                 if _is_proven(sample.members[member], where, video_backend):
                     proven.add(member)
@@ -237,10 +237,12 @@ def _check_categories(
             )
 
 
-def _check_payload(segments: list[Segment], data: bytes, where: str, flags: Counter[str]) -> np.ndarray | None:
+def _check_payload(
+    segments: list[Segment], data: bytes, where: str, flags: Counter[str], cancelled: bool
+) -> np.ndarray | None:
     """Open the payload `data` of one modality and decode all that its segments refer to; returns a table [N, D].
 
-    Counts into `flags` what is as it should not be and is kept.
+    Counts into `flags` what is as it should not be and is kept; audio that is `cancelled` no longer shows that it was.
     """
     first = segments[0]
     if first.modality is Modality.VISION:
@@ -260,7 +262,8 @@ def _check_payload(segments: list[Segment], data: bytes, where: str, flags: Coun
             if rate != segment.rate:
                 raise DataError(f"{where} has {rate} Hz, its segment says {segment.rate} Hz; correct the reader")
             _check_range(segment, samples, where)
-            silence = find_silence(*audio_levels(data, segment.start, segment.stop, where))
+            levels = audio_levels(data, segment.start, segment.stop, where)
+            silence = CANCELLED if cancelled else find_silence(*levels)
             if silence is not None:
                 flags[silence] += 1
     elif first.modality.name in VECTORS:

@@ -120,10 +120,11 @@ def test_channels_that_cancel_out_are_counted_and_one_of_them_can_be_chosen(tmp_
     manifest, said = run(kind, path, tmp_path / "mix", prepare=NO_CODEC)
     segments = list(stored(tmp_path / "mix", manifest))
     assert len(segments) >= COUNT and all(not wave.any() for _, wave, _ in segments)
-    assert manifest.splits["train"].flagged[CANCELLED] == COUNT
+    flagged = manifest.splits["train"].flagged
+    assert {flag: count for flag, count in flagged.items() if "absent" not in flag} == {CANCELLED: len(segments)}
     assert f"flagged: {CANCELLED}" in said
-    said = " ".join(said.split())
-    option, value = re.search(r"4 clips are silent, since their channels.*; (prepare\.\w+)=(\w+) \(or", said).groups()
+    silent = rf"{len(segments)} clips are silent, since their channels.*; (prepare\.\w+)=(\w+) \(or"
+    option, value = re.search(silent, " ".join(said.split())).groups()
     assert option == "prepare.audio_channel" and value == "left"
     for channel, which in (("left", 0), ("right", 1), (1, 1)):
         out = tmp_path / str(channel)
@@ -150,6 +151,13 @@ def test_a_channel_that_the_audio_of_a_video_lacks_is_refused(tmp_path):
     kind, path = videos(tmp_path / "in")
     with pytest.raises(DataError, match=_LACKS):
         run(kind, path, tmp_path / "out", prepare=NO_CODEC | {"audio_channel": 3})
+
+
+def test_clips_of_videos_that_cancel_out_are_left_out_under_their_own_name(tmp_path):
+    kind, path = videos(tmp_path / "in")
+    manifest, said = run(kind, path, tmp_path / "out", prepare=NO_CODEC, silent_audio="leave_out")
+    assert manifest.splits["train"].flagged == {f"{CANCELLED}, left out": COUNT, "audio: absent": 2 * COUNT}
+    assert f"{COUNT} clips are silent, since their channels" in " ".join(said.split())
 
 
 def test_silence_is_counted_in_every_reader_and_audio_of_one_channel_is_what_it_is(tmp_path):
