@@ -89,7 +89,7 @@ class PrepareConfig(ChunkConfig):
 
     # Of recordings, or of the length of each; 0: hold out nothing, 1: all, as an official test side.
     heldout_share: float = Field(0.15, ge=0, le=1)
-    heldout_by: HeldoutBy = "recordings"  # size: the share is that of all bytes, seconds or (without extent) samples
+    heldout_by: HeldoutBy = "recordings"  # size: the share is that of all bytes, rows, seconds or (no extent) samples
     heldout_list: str | None = None  # a file with a key or a recording a line, which says instead what is held out
     audio: AudioConfig = AudioConfig()  # the codec fitted to a source with audio, where its kind is mel
     audio_seed: int = Field(0, ge=0)  # of that fit

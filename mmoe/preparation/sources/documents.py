@@ -12,7 +12,7 @@ import pyarrow as pa
 from mmoe.errors import DataError
 from mmoe.preparation.sources.base import Item, Refuse, Refused
 from mmoe.preparation.sources.files import check_name, listing, pass_over
-from mmoe.preparation.sources.tables import NO_COLUMN, find_tables, table_stem
+from mmoe.preparation.sources.tables import NO_COLUMN, find_tables, is_columnar, table_stem
 
 # The documents of a file: the extent [start, stop) of each, and the call that makes its sample of key and recording.
 ListedDocuments = Iterator[tuple[int, int, partial]]
@@ -42,13 +42,13 @@ def document_items(
         if documents is None:
             unread += [] if file in tables.described else [file]
             continue
-        number = -1
+        number, unit = -1, "rows" if is_columnar(file) else "bytes"
         try:
             check_name(recording, str(root))
             for number, (start, stop, make) in enumerate(documents):
                 any_read = True
                 key = f"{stem}-{number:06d}"
-                yield Item(key, recording, partial(make, key, recording), start=start, stop=stop)
+                yield Item(key, recording, partial(make, key, recording), start=start, stop=stop, unit=unit)
         except Refused as refusal:
             if refusal.reason == NO_COLUMN:
                 lacking.append((stem, refusal))

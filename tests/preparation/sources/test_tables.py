@@ -87,6 +87,21 @@ def test_bytes_in_tables_of_the_hub_are_the_members(tmp_path, stored, cell, sour
     assert sum(split.samples for split in found.splits.values()) == 7 and not found.quarantined
 
 
+def test_sizes_in_bytes_and_in_rows_are_not_added_up(tmp_path):
+    rows = [f"sentence {n}, which is as long as the others" for n in range(8)]
+    for number, suffix in enumerate(("jsonl", "jsonl", "parquet", "parquet")):
+        write_table(tmp_path / f"in/{suffix}/{number}.{suffix}", {"text": [f"{number}: {row}" for row in rows]})
+    prepare = {"heldout_share": 0.5, "heldout_by": "size"}
+    message = r"sizes do not add up: that of 'jsonl/0.jsonl' in bytes, that of 'parquet/2.parquet' in rows; leave"
+    with pytest.raises(DataError, match=message):
+        run("text", tmp_path / "in", tmp_path / "out", prepare=prepare)
+    for kind in ("jsonl", "parquet"):
+        manifest, _ = run("text", tmp_path / "in" / kind, tmp_path / kind, prepare=prepare)
+        assert manifest.splits["heldout"].samples == 8
+    manifest, _ = run("text", tmp_path / "in", tmp_path / "out", prepare={"heldout_share": 0.5})
+    assert manifest.splits["heldout"].samples == 16
+
+
 def test_a_list_of_captions_gives_a_sample_each_of_one_recording(tmp_path):
     cells = [{"bytes": content, "path": None} for content in PICTURES[:3]]
     table = hub_table({"image": cells, "caption": [["a", "b", "c"], ["d"], []]}, image="Image")
