@@ -180,29 +180,29 @@ def _check_rates(sample: Sample, target: int | None) -> None:
 
 
 def _as_heard(sample: Sample) -> Sample:
-    """The sample with audio of the chosen channel alone, as FLAC; as it is where no channel is chosen."""
+    """The sample with audio of the chosen channel alone, lossless; as it is where no channel is chosen."""
     names = {s.member for s in sample.segments if s.modality is Modality.AUDIO} & sample.members.keys()
     if heard_channel() == "mix" or not names:
         return sample
     with needs("decoding audio"):
         from mmoe.data.load.media import audio_info, open_audio
-        from mmoe.preparation.sources.encode import flac_piece
-    members, new = dict(sample.members), {}
+        from mmoe.preparation.sources.encode import audio_piece
+    members, new, renamed = dict(sample.members), {}, {}
     for name in names:
         where = f"{sample.key}.{name}"
         with counted_as(Modality.AUDIO.spec.refused_as):
             with open_audio(members[name], where) as audio:
                 channels = audio.channels
             if channels > 1:
-                new[name] = flac_piece(members[name], 0, audio_info(members[name], where)[0], where)
+                new[name], suffix = audio_piece(members[name], 0, audio_info(members[name], where)[0], where)
+                renamed[name] = name.rpartition(".")[0] + suffix
     for name in new:
         del members[name]
-    flac = {name: f"{name.rpartition('.')[0]}.flac" for name in new}
-    flac |= {name: f"{name}.flac" for name, other in flac.items() if other in members}
+    renamed |= {name: f"{name}.{other.rpartition('.')[2]}" for name, other in renamed.items() if other in members}
     return replace(
         sample,
-        members={flac.get(name, name): new.get(name, data) for name, data in sample.members.items()},
-        segments=[replace(segment, member=flac.get(segment.member, segment.member)) for segment in sample.segments],
+        members={renamed.get(name, name): new.get(name, data) for name, data in sample.members.items()},
+        segments=[replace(segment, member=renamed.get(segment.member, segment.member)) for segment in sample.segments],
     )
 
 

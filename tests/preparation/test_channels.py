@@ -185,6 +185,26 @@ def test_a_mix_that_coding_keeps_from_zero_is_found_too(tmp_path):
     assert manifest.splits["train"].flagged == {CANCELLED: COUNT}
 
 
+@pytest.mark.parametrize("channels", [2, 12])
+def test_floats_beyond_full_scale_keep_their_peaks(tmp_path, channels):
+    """What FLAC would clip: a channel that is chosen, a piece of a file, and both at once; of 12 channels the mean."""
+    loud = np.random.default_rng(0).normal(size=(RATE, channels)).astype(np.float32)
+    for write in (transcripts, pieces):
+        kind, path = write(tmp_path / write.__name__)
+        folder = path if path.is_dir() else path.parent
+        for number in range(COUNT):
+            soundfile.write(folder / f"{number}.wav", np.roll(loud, number, axis=0), RATE, subtype="FLOAT")
+        for choice in ("mix", "left"):
+            out = tmp_path / f"{write.__name__}-{choice}"
+            manifest, _ = run(kind, path, out, prepare=NO_CODEC | {"audio_channel": choice})
+            for number, (_, heard, _) in enumerate(stored(out, manifest)):
+                wave = np.roll(loud, number, axis=0)
+                wave = wave.mean(axis=1) if choice == "mix" else wave[:, 0]
+                wave = wave[RATE // 4 : 3 * RATE // 4] if write is pieces else wave
+                assert np.abs(wave).max() > 1
+                np.testing.assert_allclose(heard, wave, atol=1e-6)
+
+
 def test_more_channels_than_flac_holds_give_the_one_that_is_chosen(tmp_path):
     kind, path = pieces(tmp_path / "in")
     wave = np.random.default_rng(0).integers(-9000, 9000, (RATE, 12)).astype(np.int16)
