@@ -205,7 +205,14 @@ def _other_shards(run: Run, shards: str) -> Run:
     """The run with one source: the prepared folder `shards`, read as the run's source of the same kind is."""
     check_address(shards)
     manifest = SourceManifest.load(shards, run.sources.storage.read)
-    names = [name for name, known in run.sources.manifests.items() if _content(manifest) == _content(known)]
+    alike = {name: known for name, known in run.sources.manifests.items() if _content(manifest) == _content(known)}
+    names = [name for name, known in alike.items() if _values(manifest) == _values(known)]
+    if alike and not names:
+        name = next(iter(alike))
+        raise DataError(
+            f"{shards}/source.json: its named values are {_values(manifest) or 'none'}, those of {name} in "
+            f"{run.folder} {_values(alike[name]) or 'none'}; prepare it again with the option categories of {name}"
+        )
     if not names:
         known = ", ".join(f"{name} ({manifest.kind})" for name, manifest in run.sources.manifests.items())
         raise DataError(
@@ -215,15 +222,22 @@ def _other_shards(run: Run, shards: str) -> Run:
     source = run.config.data.sources[names[0]].model_copy(update={"shards": shards})
     data: DataConfig = run.config.data.model_copy(update={"sources": {names[0]: source}})
     sources = PreparedSources(data)
+    # How often each named value was trained on is what the run's source says: the other may hold no training part.
+    counts = run.sources.manifests[names[0]].categories
+    sources.manifests[names[0]] = manifest.model_copy(update={"categories": counts})
     sources.check(run.tokenizers)
     return replace(run, config=run.config.model_copy(update={"data": data}), sources=sources)
 
 
 def _content(manifest: SourceManifest) -> tuple[str, set[str], Rig, dict[str, tuple[str, ...]]]:
-    """What two prepared folders must share to be read alike: kind, modalities, rig, names of dimensions and values."""
+    """What two prepared folders must share to be read alike, beside named values: kind, modalities, rig, dimensions."""
     modalities = {group.modality for split in manifest.splits.values() for group in split.groups}
-    names = {name: stats.names for name, stats in manifest.vectors.items()}
-    return manifest.kind, modalities, manifest.rig, names | {name: tuple(v) for name, v in manifest.categories.items()}
+    return manifest.kind, modalities, manifest.rig, {name: stats.names for name, stats in manifest.vectors.items()}
+
+
+def _values(manifest: SourceManifest) -> dict[str, list[str]]:
+    """The values that the numbers 0, 1, ... of a dimension are named, by dimension."""
+    return {name: list(counts) for name, counts in manifest.categories.items()}
 
 
 def _enough_pairs(sources: PreparedSources, only: list[str]) -> dict[str, int]:

@@ -231,7 +231,10 @@ def _state(run: Run, source: str, form: _SliceForm, state: Sequence[float]) -> n
         stats.names, state, stats.minimum or np.negative(infinity), stats.maximum or infinity
     ):
         if not low <= np.float32(value) <= high or not np.isfinite(value):
-            raise DataError(f"--state: {name} is {value:g}, but in {source} it goes from {low:g} to {high:g}")
+            raise DataError(
+                f"--state: {name} is {value:g}, but in {source} it goes from {low:g} to {high:g}; give a number in "
+                f"this range, the dimensions in the order {', '.join(stats.names)}"
+            )
     vector = np.zeros(dims.size, np.float32)
     vector[dims.columns[source]] = run.tokenizers.normalizers[source, Modality.STATE](np.array(state))
     return vector

@@ -64,7 +64,7 @@ from mmoe.preparation.sources.base import Item, Source
 from mmoe.preparation.splits import HeldoutBy, Holdout
 from mmoe.preparation.vectors import category_counts, round_trip, vector_stats
 from mmoe.schema.bounds import bounded_by
-from mmoe.schema.channels import CANCELLED
+from mmoe.schema.channels import CANCELLED, CANCELLED_OUT
 from mmoe.schema.manifest import FORMAT, SPLITS, ShardEntry, SourceManifest
 from mmoe.schema.modality import Modality
 from mmoe.tokenizers.audio import AudioConfig
@@ -89,7 +89,7 @@ class PrepareConfig(ChunkConfig):
 
     # Of recordings, or of the length of each; 0: hold out nothing, 1: all, as an official test side.
     heldout_share: float = Field(0.15, ge=0, le=1)
-    heldout_by: HeldoutBy = "recordings"  # size: the share is that of all bytes, seconds or (without extent) samples
+    heldout_by: HeldoutBy = "recordings"  # size: the share is that of all bytes, rows, seconds or (no extent) samples
     heldout_list: str | None = None  # a file with a key or a recording a line, which says instead what is held out
     audio: AudioConfig = AudioConfig()  # the codec fitted to a source with audio, where its kind is mel
     audio_seed: int = Field(0, ge=0)  # of that fit
@@ -233,7 +233,7 @@ def prepare(
         )
         said = summary(kind, reports, refused.counts, left_out.counts, manifest.vectors)
         said.notes.extend([*strange, *source.notes])
-        if cancelled := sum(report.flags[CANCELLED] for report in reports.values()):
+        if cancelled := sum(report.flags[flag] for report in reports.values() for flag in (CANCELLED, CANCELLED_OUT)):
             said.notes.append(
                 f"audio: {cancelled:,} clips are silent, since their channels cancel out when they are mixed; "
                 "prepare.audio_channel=left (or right, or a number from 0) takes one of them"

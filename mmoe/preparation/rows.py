@@ -22,7 +22,7 @@ from mmoe.errors import DataError, MmoeError, counted_as
 from mmoe.hashing import hash64
 from mmoe.optional import needs
 from mmoe.preparation.sources.base import Item, Refused
-from mmoe.schema.channels import find_silence, heard_channel
+from mmoe.schema.channels import CANCELLED, find_silence, heard_channel
 from mmoe.schema.manifest import VECTORS
 from mmoe.schema.modality import CONTRASTED, Modality
 from mmoe.schema.sample import NO_PAIR, SEGMENT_DTYPE, SEGMENT_FIELDS, Sample, Segment
@@ -139,7 +139,7 @@ def build_row(
     for (modality, member), segments in _by_payload(sample).items():
         with counted_as(modality.spec.refused_as):
             where = f"{sample.key}.{member}"
-            table = _check_payload(segments, sample.members[member], where, flags)
+            table = _check_payload(segments, sample.members[member], where, flags, member in sample.cancelled)
             if modality is Modality.VISION and is_video(member):
                 if _is_proven(sample.members[member], where, video_backend):
                     proven.add(member)
@@ -180,29 +180,29 @@ def _check_rates(sample: Sample, target: int | None) -> None:
 
 
 def _as_heard(sample: Sample) -> Sample:
-    """The sample with audio of the chosen channel alone, as FLAC; as it is where no channel is chosen."""
+    """The sample with audio of the chosen channel alone, lossless; as it is where no channel is chosen."""
     names = {s.member for s in sample.segments if s.modality is Modality.AUDIO} & sample.members.keys()
     if heard_channel() == "mix" or not names:
         return sample
     with needs("decoding audio"):
         from mmoe.data.load.media import audio_info, open_audio
-        from mmoe.preparation.sources.encode import flac_piece
-    members, new = dict(sample.members), {}
+        from mmoe.preparation.sources.encode import audio_piece
+    members, new, renamed = dict(sample.members), {}, {}
     for name in names:
         where = f"{sample.key}.{name}"
         with counted_as(Modality.AUDIO.spec.refused_as):
             with open_audio(members[name], where) as audio:
                 channels = audio.channels
             if channels > 1:
-                new[name] = flac_piece(members[name], 0, audio_info(members[name], where)[0], where)
+                new[name], suffix = audio_piece(members[name], 0, audio_info(members[name], where)[0], where)
+                renamed[name] = name.rpartition(".")[0] + suffix
     for name in new:
         del members[name]
-    flac = {name: f"{name.rpartition('.')[0]}.flac" for name in new}
-    flac |= {name: f"{name}.flac" for name, other in flac.items() if other in members}
+    renamed |= {name: f"{name}.{other.rpartition('.')[2]}" for name, other in renamed.items() if other in members}
     return replace(
         sample,
-        members={flac.get(name, name): new.get(name, data) for name, data in sample.members.items()},
-        segments=[replace(segment, member=flac.get(segment.member, segment.member)) for segment in sample.segments],
+        members={renamed.get(name, name): new.get(name, data) for name, data in sample.members.items()},
+        segments=[replace(segment, member=renamed.get(segment.member, segment.member)) for segment in sample.segments],
     )
 
 
@@ -237,10 +237,12 @@ def _check_categories(
             )
 
 
-def _check_payload(segments: list[Segment], data: bytes, where: str, flags: Counter[str]) -> np.ndarray | None:
+def _check_payload(
+    segments: list[Segment], data: bytes, where: str, flags: Counter[str], cancelled: bool
+) -> np.ndarray | None:
     """Open the payload `data` of one modality and decode all that its segments refer to; returns a table [N, D].
 
-    Counts into `flags` what is as it should not be and is kept.
+    Counts into `flags` what is as it should not be and is kept; audio that is `cancelled` no longer shows that it was.
     """
     first = segments[0]
     if first.modality is Modality.VISION:
@@ -260,7 +262,8 @@ def _check_payload(segments: list[Segment], data: bytes, where: str, flags: Coun
             if rate != segment.rate:
                 raise DataError(f"{where} has {rate} Hz, its segment says {segment.rate} Hz; correct the reader")
             _check_range(segment, samples, where)
-            silence = find_silence(*audio_levels(data, segment.start, segment.stop, where))
+            levels = audio_levels(data, segment.start, segment.stop, where)
+            silence = CANCELLED if cancelled else find_silence(*levels)
             if silence is not None:
                 flags[silence] += 1
     elif first.modality.name in VECTORS:

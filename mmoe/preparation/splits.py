@@ -60,7 +60,7 @@ def split_recordings(items: list[Item], share: float, gap: int, by: HeldoutBy = 
     Where there are so few recordings (by size: so large) that the share is not met, and all of them may be cut
     (`Item.stop` > 0), each gives the last `share` of its extent instead, and what overlaps the `gap` before it (in the
     unit of the extent) goes to neither side.
-    Raises DataError when there is but one recording and it may not be cut.
+    Raises DataError when there is but one recording and it may not be cut, and by size where units differ.
     """
     if share == 0 or not items:
         return Split(list(items), [], [])
@@ -87,7 +87,14 @@ def split_recordings(items: list[Item], share: float, gap: int, by: HeldoutBy = 
 
 
 def _sizes(items: list[Item], by: HeldoutBy) -> dict[str, float]:
-    """By recording: its share of all there is."""
+    """By recording: its share of all there is. Raises DataError where that is counted in two units."""
+    first = {item.unit: item.recording for item in reversed(items)}
+    if by == "size" and len(first) > 1:
+        counted = ", ".join(f"that of {name!r} in {unit}" for unit, name in sorted(first.items()))
+        raise DataError(
+            f"sizes do not add up: {counted}; leave prepare.heldout_by=size out, or prepare the files of each unit as "
+            "a source of their own"
+        )
     sizes: dict[str, float] = defaultdict(float)
     for item in items:
         sizes[item.recording] += max(1, item.stop - item.start) if by == "size" else 0

@@ -22,6 +22,7 @@ CANCELLED_SHARE = 0.01  # of the level of the loudest channel; a mix below it is
 
 SILENT = "audio: silent"
 CANCELLED = "audio: silent, its channels cancel out"
+SILENT_OUT, CANCELLED_OUT = f"{SILENT}, left out", f"{CANCELLED}, left out"
 
 _NUMBERS = {"left": 0, "right": 1}
 _channel: ContextVar[AudioChannel] = ContextVar("channel", default="mix")

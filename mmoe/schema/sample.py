@@ -98,7 +98,8 @@ class Sample:
 
     `key` has no dot in its last part (WebDataset cuts a key at the first one there). `recording` is what splits hold
     out as a whole: a drive, an episode, a speaker's take. Within a time slice all VISION segments come first.
-    `flags` counts what was kept or left out although it is not as it should be; preparation adds them up.
+    `flags` counts what was kept or left out although it is not as it should be; preparation adds them up. `cancelled`
+    are the members of audio that the reader mixed, and whose channels cancel out.
     """
 
     key: str
@@ -106,3 +107,4 @@ class Sample:
     members: dict[str, bytes]
     segments: list[Segment] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
+    cancelled: frozenset[str] = frozenset()

@@ -20,7 +20,7 @@ from mmoe.data.load.mp3 import with_count
 from mmoe.data.load.reading import reading
 from mmoe.data.load.tables import load_array
 from mmoe.errors import DataError, Refused
-from mmoe.preparation.sources.encode import flac_piece
+from mmoe.preparation.sources.encode import audio_piece
 from tests.data.recordings import images, npy, png, wav
 
 
@@ -247,7 +247,7 @@ def test_an_mp3_that_does_not_count_its_frames_is_read_to_its_end(rate, mode):
 
 
 def flac(data, start, stop):
-    return load_audio(flac_piece(data, start, stop, "x"), 0, stop - start, "x")[0]
+    return load_audio(audio_piece(data, start, stop, "x")[0], 0, stop - start, "x")[0]
 
 
 @pytest.mark.parametrize(

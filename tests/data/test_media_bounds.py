@@ -22,7 +22,7 @@ from mmoe.data.load.media import (
     load_image,
 )
 from mmoe.errors import DataError, Refused
-from mmoe.preparation.sources.encode import flac_piece
+from mmoe.preparation.sources.encode import audio_piece
 from mmoe.schema.bounds import BEYOND, Bounds, bounded_by
 from tests.data.recordings import images, png, wav
 
@@ -157,7 +157,7 @@ def test_damaged_images_and_audio_raise_nothing_but_errors_for_the_user(data):
         buffer = io.BytesIO()
         soundfile.write(buffer, np.sin(np.arange(900) / 9), 8000, format=kind)
         whole, readers = buffer.getvalue(), [audio_info, lambda d, w: load_audio(d, 10, 500, w)]
-        readers.append(lambda d, w: flac_piece(d, 10, 500, w))
+        readers.append(lambda d, w: audio_piece(d, 10, 500, w))
     else:
         whole, readers = encoded(image, kind), [image_size, load_image, image_format]
     damaged = bytearray(whole[: data.draw(st.integers(len(whole) // 2, len(whole)))])
@@ -182,7 +182,7 @@ def test_an_audio_clip_that_is_no_number_is_refused_whole_and_in_pieces(value):
     wave = np.zeros((4000, 2))
     wave[1000, 1] = value
     data = audio(wave, subtype="FLOAT")
-    for read in (load_audio, flac_piece):
+    for read in (load_audio, audio_piece):
         with pytest.raises(DataError, match=r"x: sample 1000 is not finite"):
             read(data, 500, 2000, "x")
         read(data, 1001, 2000, "x")
@@ -192,7 +192,7 @@ def test_an_audio_clip_that_is_no_number_is_refused_whole_and_in_pieces(value):
 def test_a_piece_of_more_channels_than_flac_holds_is_what_training_hears(subtype):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 12))
     data = audio(wave, subtype=subtype)
-    piece = flac_piece(data, 100, 2100, "x")
+    piece, _ = audio_piece(data, 100, 2100, "x")
     assert audio_info(piece, "x") == (2000, 8000)
     np.testing.assert_allclose(load_audio(piece, 0, 2000, "x")[0], load_audio(data, 100, 2100, "x")[0], atol=2**-22)
 
@@ -214,7 +214,7 @@ def test_a_header_that_states_more_than_an_audio_clip_can_have_is_refused():
     at = flac.index(b"fLaC") + 8 + 13  # STREAMINFO: 4 bits of 36 that count the samples, then 32 more
     flac[at] |= 0x0F
     flac[at + 1 : at + 5] = b"\xff" * 4
-    for read in (audio_info, lambda d, w: load_audio(d, 0, 2**36 - 1, w), lambda d, w: flac_piece(d, 0, 2**36 - 1, w)):
+    for read in (audio_info, lambda d, w: load_audio(d, 0, 2**36 - 1, w), lambda d, w: audio_piece(d, 0, 2**36 - 1, w)):
         with pytest.raises(Refused, match=r"x\.flac (says that it lasts|has samples)"):
             read(bytes(flac), "x.flac")
     fast = bytearray(wav(np.zeros(10)))

@@ -9,7 +9,7 @@ from mmoe.data.index.shard_index import ShardIndex
 from mmoe.data.load.decode import SampleLoader
 from mmoe.data.plan.measure import measure_index
 from mmoe.data.plan.planner import DocumentRef
-from mmoe.errors import ConfigError
+from mmoe.errors import ConfigError, DataError
 from mmoe.evaluation.evaluate import evaluate
 from mmoe.evaluation.generate import document_batch
 from mmoe.evaluation.inference import inference
@@ -34,9 +34,9 @@ def clicks(number, steps):
     return [(2 if (number + i) % 4 == 3 else 0 if (number + i) % 5 == 4 else 1) for i in range(steps)]
 
 
-def recording(number, steps):
+def recording(number, steps, pressed=None):
     lists = episode(number, steps)
-    pressed = clicks(number, steps)
+    pressed = pressed or clicks(number, steps)
     lists["steps/action"] = [v for i in range(steps) for v in (0.1 * i, float(pressed[i]), 0.5 - 0.2 * i)]
     return lists
 
@@ -167,6 +167,22 @@ def test_accuracy_is_that_of_the_likeliest_value_beside_the_most_frequent_one(ac
     assert found["labels"] == labels > 10 and found["frequent"] == "A"
     assert found["accuracy"] == pytest.approx(right / labels) and 0 < right < labels
     assert found["most_frequent"] == pytest.approx(frequent / labels)
+
+
+def test_an_official_side_is_held_beside_the_value_that_was_frequent_in_training(acting, tmp_path):
+    """All of it is held out and mostly B, so that the most frequent value of its own would be right nearly always."""
+    lists = [recording(n, 6, [1 if i == 4 else 2 for i in range(6)]) for n in range(3)]
+    write_rlds(tmp_path / "in", {"train": [lists]})
+    folders = {}
+    for name, values in {"official": CLICKS, "turned": ("none", "B", "A")}.items():
+        options = OPTIONS | {"categories": {"click": values}, "prepare": {"heldout_share": 1}}
+        folders[name] = tmp_path / name
+        test_prepare.run("rlds", tmp_path / "in", folders[name], **options)
+    found = evaluate(acting, shards=str(folders["official"]))["categories"]["arm"]["click"]
+    assert found["frequent"] == "A" and 0 < found["most_frequent"] < 0.5
+    message = r"its named values are .*'none', 'B', 'A'.*, those of arm in .*'none', 'A', 'B'"
+    with pytest.raises(DataError, match=message):
+        evaluate(acting, shards=str(folders["turned"]))
 
 
 def test_a_clip_is_answered_with_names(acting):

@@ -116,7 +116,8 @@ def test_what_a_slice_of_the_source_does_not_hold_is_refused_by_name(acting, arm
     ):
         with pytest.raises(ConfigError, match=said):
             predict_slice(acting, "arm1", **options)
-    with pytest.raises(DataError, match="--state: y is 1e.09, but in arm1 it goes from 0.1 to 516.1"):
+    remedy = "; give a number in this range, the dimensions in the order x, y, z, roll, pitch"
+    with pytest.raises(DataError, match=f"--state: y is 1e.09, but in arm1 it goes from 0.1 to 516.1{remedy}"):
         predict_slice(acting, "arm1", state=[5.0, 1e9, *zeros[2:]])
     with pytest.raises(DataError, match="--state: x is nan"):
         predict_slice(acting, "arm1", state=[float("nan"), *zeros[1:]])

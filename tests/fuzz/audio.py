@@ -11,7 +11,7 @@ import soundfile
 
 from mmoe.data.load.media import audio_info, audio_levels, load_audio, load_resampled
 from mmoe.errors import MmoeError
-from mmoe.preparation.sources.encode import flac_piece
+from mmoe.preparation.sources.encode import audio_piece
 from mmoe.tokenizers.audio import resample
 from tests.fuzz.mutate import damage
 
@@ -35,7 +35,7 @@ def build(_: Path) -> Callable[[random.Random], bytes]:
 def run(data: bytes, _: Path) -> None:
     samples, rate = audio_info(data, "s.wav")
     with suppress(MmoeError):
-        flac_piece(data, samples // 4, samples // 2 + 1, "s.wav")
+        audio_piece(data, samples // 4, samples // 2 + 1, "s.wav")
     wave, rate = load_audio(data, 0, samples, "s.wav")
     assert np.abs(wave).max(initial=0) < np.inf
     resample(wave, rate, 8000)

@@ -120,10 +120,11 @@ def test_channels_that_cancel_out_are_counted_and_one_of_them_can_be_chosen(tmp_
     manifest, said = run(kind, path, tmp_path / "mix", prepare=NO_CODEC)
     segments = list(stored(tmp_path / "mix", manifest))
     assert len(segments) >= COUNT and all(not wave.any() for _, wave, _ in segments)
-    assert manifest.splits["train"].flagged[CANCELLED] == COUNT
+    flagged = manifest.splits["train"].flagged
+    assert {flag: count for flag, count in flagged.items() if "absent" not in flag} == {CANCELLED: len(segments)}
     assert f"flagged: {CANCELLED}" in said
-    said = " ".join(said.split())
-    option, value = re.search(r"4 clips are silent, since their channels.*; (prepare\.\w+)=(\w+) \(or", said).groups()
+    silent = rf"{len(segments)} clips are silent, since their channels.*; (prepare\.\w+)=(\w+) \(or"
+    option, value = re.search(silent, " ".join(said.split())).groups()
     assert option == "prepare.audio_channel" and value == "left"
     for channel, which in (("left", 0), ("right", 1), (1, 1)):
         out = tmp_path / str(channel)
@@ -152,6 +153,13 @@ def test_a_channel_that_the_audio_of_a_video_lacks_is_refused(tmp_path):
         run(kind, path, tmp_path / "out", prepare=NO_CODEC | {"audio_channel": 3})
 
 
+def test_clips_of_videos_that_cancel_out_are_left_out_under_their_own_name(tmp_path):
+    kind, path = videos(tmp_path / "in")
+    manifest, said = run(kind, path, tmp_path / "out", prepare=NO_CODEC, silent_audio="leave_out")
+    assert manifest.splits["train"].flagged == {f"{CANCELLED}, left out": COUNT, "audio: absent": 2 * COUNT}
+    assert f"{COUNT} clips are silent, since their channels" in " ".join(said.split())
+
+
 def test_silence_is_counted_in_every_reader_and_audio_of_one_channel_is_what_it_is(tmp_path):
     for write in (transcripts, pieces):
         kind, path = write(tmp_path / write.__name__)
@@ -175,6 +183,26 @@ def test_a_mix_that_coding_keeps_from_zero_is_found_too(tmp_path):
     manifest, _ = run(kind, path, tmp_path / "out", prepare=NO_CODEC)
     assert all(np.abs(wave).max() > 0 for _, wave, _ in stored(tmp_path / "out", manifest))
     assert manifest.splits["train"].flagged == {CANCELLED: COUNT}
+
+
+@pytest.mark.parametrize("channels", [2, 12])
+def test_floats_beyond_full_scale_keep_their_peaks(tmp_path, channels):
+    """What FLAC would clip: a channel that is chosen, a piece of a file, and both at once; of 12 channels the mean."""
+    loud = np.random.default_rng(0).normal(size=(RATE, channels)).astype(np.float32)
+    for write in (transcripts, pieces):
+        kind, path = write(tmp_path / write.__name__)
+        folder = path if path.is_dir() else path.parent
+        for number in range(COUNT):
+            soundfile.write(folder / f"{number}.wav", np.roll(loud, number, axis=0), RATE, subtype="FLOAT")
+        for choice in ("mix", "left"):
+            out = tmp_path / f"{write.__name__}-{choice}"
+            manifest, _ = run(kind, path, out, prepare=NO_CODEC | {"audio_channel": choice})
+            for number, (_, heard, _) in enumerate(stored(out, manifest)):
+                wave = np.roll(loud, number, axis=0)
+                wave = wave.mean(axis=1) if choice == "mix" else wave[:, 0]
+                wave = wave[RATE // 4 : 3 * RATE // 4] if write is pieces else wave
+                assert np.abs(wave).max() > 1
+                np.testing.assert_allclose(heard, wave, atol=1e-6)
 
 
 def test_more_channels_than_flac_holds_give_the_one_that_is_chosen(tmp_path):

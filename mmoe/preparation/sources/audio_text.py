@@ -34,7 +34,7 @@ from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, folders, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.columnar import Cell
-from mmoe.preparation.sources.encode import flac_piece, range_around
+from mmoe.preparation.sources.encode import audio_piece, range_around
 from mmoe.preparation.sources.media_bytes import read_media
 from mmoe.preparation.sources.ranges import plain_suffix
 from mmoe.preparation.sources.tables import SUFFIXES, check_columns
@@ -107,8 +107,8 @@ def _rows(
         try:
             take = _take(row, where)
             if isinstance(audio, Cell):
-                key = own = keys.free(audio.key)
-                named |= {audio.file.parent / audio.path} if audio.path else set()
+                key, own = keys.cell_key(audio.key, audio.named)
+                named |= {audio.named} if audio.named else set()
             else:
                 name = files.below(root, jsonl.name_of(row, "audio", where))
                 named.add(root / name)
@@ -227,7 +227,8 @@ def _sample(
     member, begin = f"audio{media.suffix}", 0
     if stated.offset is not None:
         begin, end = range_around(start, stop, samples, rate)
-        member, audio = "audio.flac", flac_piece(audio, begin, end, file)
+        audio, suffix = audio_piece(audio, begin, end, file)
+        member = f"audio{suffix}"
     return Sample(
         key,
         recording,

@@ -20,9 +20,9 @@ class Item:
     """Describes a sample still to be made: what the split must know of it, and the picklable call that makes it.
 
     `make` may raise DataError (or `Refused`, which names the class it is counted under). Its sample has this key
-    and recording. `start`, `stop` is the item's extent in its recording (ns where the source has a clock, else
-    bytes) where a recording may be cut for the split; 0, 0 where it may not. Recordings of the highest `rank` are
-    held out first (an index of takes); equal ranks are drawn by a keyed hash.
+    and recording. `start`, `stop` is the item's extent in its recording where a recording may be cut for the split,
+    in the `unit` that messages name; 0, 0 where it may not. Recordings of the highest `rank` are held out first (an
+    index of takes); equal ranks are drawn by a keyed hash.
     """
 
     key: str
@@ -31,6 +31,7 @@ class Item:
     start: int = 0
     stop: int = 0
     rank: int = 0
+    unit: str = "ns"  # bytes or rows where the source has no clock
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,30 @@ text, ids of any tokenizer, so that a prompt can be written by hand. A message t
 A content is a text, or a list of parts ``{type: text, text}`` and ``{type: image}``. An image is what its part holds
 in ``image``, or else the next of the row's `images`, one or a list; where a row has those, ``<image>`` in a text
 stands for one too. In the document an image stands where it stood in its message.
+
+Dialogues that begin with the same image (its path, or its bytes where it has none) are one recording, so that they are
+on one side of the split, and in a file with images a dialogue without one is a recording of its own. A file without
+images is one recording.
 """
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from mmoe.config.base import Config
 from mmoe.data.load.media import IMAGE_SUFFIXES
-from mmoe.errors import brief
+from mmoe.errors import DataError, brief
+from mmoe.hashing import blake2b
 from mmoe.optional import needs
 from mmoe.preparation.sources import jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
-from mmoe.preparation.sources.documents import ListedDocuments, document_items
+from mmoe.preparation.sources.documents import ListedDocument, ListedDocuments, document_items
 from mmoe.preparation.sources.media_bytes import MediaBytes, read_media
 from mmoe.preparation.sources.tables import SUFFIXES, TableRow, check_columns, list_rows
 from mmoe.schema.modality import Modality
@@ -71,14 +79,46 @@ def items(path: Path, config: ChatConfig, quarantine: Refuse) -> Iterator[Item]:
     messages = _MESSAGES if config.columns.messages is None else (config.columns.messages,)
     images = _IMAGES if config.columns.images is None else (config.columns.images,)
 
+    root = path.parent if path.is_file() else path
+
     def rows(file: Path, stem: str) -> ListedDocuments:
         check_columns(file, messages, "columns.messages")
         if config.columns.images is not None:
             check_columns(file, images, "columns.images")
-        for row in list_rows(file, stem, quarantine):
-            yield row.start, row.stop, partial(_sample, row, messages, images)
+        shown = _shown(file, root, messages, images)
+        for number, row in enumerate(list_rows(file, stem, quarantine)):
+            recording = shown.get(number, f"{stem}-{number:06d}") if shown else None
+            yield ListedDocument(row.start, row.stop, partial(_sample, row, messages, images), recording)
 
     return document_items(path, ", ".join(SUFFIXES), rows, quarantine, shown=IMAGE_SUFFIXES)
+
+
+def _shown(file: Path, root: Path, messages: tuple[str, ...], images: tuple[str, ...]) -> dict[int, str]:
+    """The first image of each row of a table that shows one, by its number; what cannot be read is said later."""
+    shown: dict[int, str] = {}
+    with suppress(DataError, OSError, pa.ArrowException):
+        for number, row in enumerate(list_rows(file, "", lambda key, refusal: None)):
+            with suppress(DataError):
+                if name := _first_image(row.load((*messages, *images)), messages, images, row.folder.relative_to(root)):
+                    shown[number] = name
+    return shown
+
+
+def _first_image(content: dict[str, Any], messages: tuple[str, ...], images: tuple[str, ...], folder: Path) -> str:
+    """What tells the first image of a row from others, "" where it shows none; paths are relative to the `folder`."""
+    value = content.get(jsonl.chosen(content, images))
+    found = list(value) if isinstance(value, list) else [value]
+    turns = content.get(jsonl.chosen(content, messages))
+    for turn in turns if isinstance(turns, list) else []:
+        parts = turn.get("content") if isinstance(turn, dict) else None
+        found += [part.get("image") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    for image in found:
+        path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, image)
+        if isinstance(path, str) and path:
+            return (folder / path).as_posix().encode("utf-8", "replace").decode()
+        if isinstance(data, bytes):
+            return f"image-{blake2b([data], 8).hex()}"
+    return ""
 
 
 def _sample(row: TableRow, messages: tuple[str, ...], images: tuple[str, ...], key: str, recording: str) -> Sample:

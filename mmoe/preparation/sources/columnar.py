@@ -41,6 +41,11 @@ class Cell:
     key: str = ""
     path: str | None = None
 
+    @property
+    def named(self) -> Path | None:
+        """The file that its path names, beside its table; None where it has no path."""
+        return self.file.parent / self.path if self.path else None
+
     def read(self) -> Any:
         """Read the value as Python has it; raise DataError where it cannot be read."""
         return read_row(self.file, self.part, self.row, (self.column,))[self.column]

@@ -1,21 +1,35 @@
 """Lists what the files of a folder hold, for readers that make a document of every row of a table.
 
-Every file is one recording; where a document lies in it is its extent there, so that the split may cut the file.
+Every file is one recording; where a document lies in it is its extent there, so that the split may cut the file. A
+document of a recording of its own is not cut.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from mmoe.errors import DataError
 from mmoe.preparation.sources.base import Item, Refuse, Refused
 from mmoe.preparation.sources.files import check_name, listing, pass_over
-from mmoe.preparation.sources.tables import NO_COLUMN, find_tables, table_stem
+from mmoe.preparation.sources.tables import NO_COLUMN, find_tables, is_columnar, table_stem
 
-# The documents of a file: the extent [start, stop) of each, and the call that makes its sample of key and recording.
-ListedDocuments = Iterator[tuple[int, int, partial]]
+
+class ListedDocument(NamedTuple):
+    """Is a document of a file: its extent there, the call that makes its sample of key and recording, and the latter.
+
+    The `recording` is None where it is the file's.
+    """
+
+    start: int
+    stop: int
+    make: partial
+    recording: str | None = None
+
+
+ListedDocuments = Iterator[ListedDocument]
 
 
 def document_items(
@@ -44,13 +58,16 @@ def document_items(
         if documents is None:
             unread += [] if file in tables.described else [file]
             continue
-        number = -1
+        number, unit = -1, "rows" if is_columnar(file) else "bytes"
         try:
             check_name(recording, str(root))
-            for number, (start, stop, make) in enumerate(documents):
+            for number, (start, stop, make, own) in enumerate(documents):
                 any_read = True
                 key = f"{stem}-{number:06d}"
-                yield Item(key, recording, partial(make, key, recording), start=start, stop=stop)
+                if own is None:
+                    yield Item(key, recording, partial(make, key, recording), start=start, stop=stop, unit=unit)
+                else:
+                    yield Item(key, own, partial(make, key, own), unit="samples")
         except Refused as refusal:
             if refusal.reason == NO_COLUMN:
                 lacking.append((stem, refusal))

@@ -55,14 +55,16 @@ def range_around(start: int, stop: int, samples: int, rate: int) -> tuple[int, i
     return max(0, start - around) // grid * grid, min(samples, stop + around)
 
 
-def flac_piece(audio: bytes, start: int, stop: int, where: str) -> bytes:
-    """Cut samples [start, stop) out of an audio clip, as FLAC at its own width up to 24 bits; raises DataError.
+def audio_piece(audio: bytes, start: int, stop: int, where: str) -> tuple[bytes, str]:
+    """Cut samples [start, stop) out of an audio clip; returns the bytes and the suffix of the format; raises DataError.
 
+    That is FLAC at its own width up to 24 bits; WAV of 32-bit floats where floats exceed full scale, which FLAC clips.
     Every channel is kept, unless one is chosen (`hearing`); more than FLAC holds are averaged, as training hears them.
     """
     check_bound("array_bytes", 8 * (stop - start), where, f"has samples {start} to {stop}, too many bytes to cut out")
     with open_audio(audio, where) as file:
         subtype = "PCM_24" if file.subtype in _WIDE else "PCM_16"
+        floats = file.subtype in ("FLOAT", "DOUBLE")
         # As integers where the file has them (no rounding); libsndfile does not scale floats to integers.
         dtype = "int32" if file.subtype.startswith("PCM") else "float64"
         rate, mixes = file.samplerate, file.channels > _FLAC_CHANNELS and heard_channel() == "mix"
@@ -74,4 +76,8 @@ def flac_piece(audio: bytes, start: int, stop: int, where: str) -> bytes:
     wave = np.concatenate([to_mono(block, where) if heard else block for block in blocks])
     check_finite(wave, start, where)
     with reading("audio clip", where, "convert it to a rate and a width that FLAC can hold, or leave it out"):
-        return encode_flac(wave, rate, "PCM_24" if mixes else subtype)
+        if floats and np.abs(wave).max(initial=0) > 1:
+            buffer = BytesIO()
+            soundfile.write(buffer, wave, rate, format="WAV", subtype="FLOAT")
+            return buffer.getvalue(), ".wav"
+        return encode_flac(wave, rate, "PCM_24" if mixes else subtype), ".flac"

@@ -106,6 +106,7 @@ class FileKeys:
         self._own: dict[str, str] = {}  # by path
         self._taken: set[str] = set()
         self._next: dict[str, int] = {}  # number to try, by key
+        self._cells: dict[Path, str] = {}  # by what a cell says its file was called
 
     def key(self, name: str) -> tuple[str, str]:
         """Return the key of the next sample of the file `name`, a path, and that of the file, its first."""
@@ -121,6 +122,11 @@ class FileKeys:
         They are those of the file, but for one outside of the folder: its path is no key, so that the key is the `row`.
         """
         return (self.free(row), name) if name.startswith(_OUTSIDE) else self.key(name)
+
+    def cell_key(self, key: str, file: Path | None) -> tuple[str, str]:
+        """Return the key of a sample made of a cell, and that of the first cell with its `file` (None: its own)."""
+        found = self.free(key)
+        return found, found if file is None else self._cells.setdefault(file, found)
 
     def free(self, key: str) -> str:
         """Take `key`, or where a sample has it the first of ``key+2``, ``key+3``, ... that none has."""

@@ -5,8 +5,9 @@ What may stand in the place of that file, `mmoe.preparation.sources.folders` say
 The input may also be one table.
 
 A sample is one image and one caption, its two sides a contrastive pair; a list of captions gives a sample each. An
-image is a recording, so all its captions fall on one side of the split. Files of the folder that no row names are
-refused, so that they are counted.
+image is a recording, so all its captions fall on one side of the split: rows of one path, also where the image stands
+in the table beside its path. An image in a table without a path is a recording of its row. Files of the folder that
+no row names are refused, so that they are counted.
 """
 
 from collections.abc import Iterator
@@ -55,8 +56,8 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterato
     for where, row_key, row in described.rows:
         image = row.get("image")
         if isinstance(image, Cell):
-            first = recording = keys.free(image.key)
-            named |= {image.file.parent / image.path} if image.path else set()
+            first, recording = keys.cell_key(image.key, image.named)
+            named |= {image.named} if image.named else set()
         else:
             try:
                 name = files.below(root, jsonl.name_of(row, "image", where))

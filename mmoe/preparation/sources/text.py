@@ -18,7 +18,7 @@ from pydantic import Field
 from mmoe.config.base import Config
 from mmoe.preparation.sources import files, ranges
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
-from mmoe.preparation.sources.documents import ListedDocuments, document_items
+from mmoe.preparation.sources.documents import ListedDocument, ListedDocuments, document_items
 from mmoe.preparation.sources.jsonl import BOM, check_utf16, decode_text, encode_text, text_of
 from mmoe.preparation.sources.tables import (
     SUFFIXES,
@@ -64,7 +64,7 @@ def items(path: Path, config: TextReaderConfig, quarantine: Refuse) -> Iterator[
         check_columns(file, (column,), "columns.text")
         check_text(file, column, "columns.text")
         for row in list_rows(file, stem, quarantine):
-            yield row.start, row.stop, partial(_row_sample, row, column)
+            yield ListedDocument(row.start, row.stop, partial(_row_sample, row, column))
 
     def texts(file: Path) -> ListedDocuments | None:
         is_text = file == path or ranges.plain_suffix(file) == ".txt"
@@ -128,7 +128,7 @@ def _text_documents(file: Path, max_bytes: int) -> ListedDocuments:
             for start, stop in cut_text(rest, max_bytes):
                 if block and stop + max_bytes > len(rest):
                     break  # where this document ends depends on what follows
-                yield at + start, at + stop, partial(_text_sample, file, at + start, at + stop)
+                yield ListedDocument(at + start, at + stop, partial(_text_sample, file, at + start, at + stop))
                 done = stop
             at, rest = at + done, rest[done:]
             if not block:

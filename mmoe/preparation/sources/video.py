@@ -39,7 +39,7 @@ from mmoe.preparation.sources import files, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.encode import encode_jpeg
 from mmoe.preparation.sources.video_file import AudioRun, VideoFile, audio_between, open_video_file, packet_times
-from mmoe.schema.channels import CANCELLED, SILENT
+from mmoe.schema.channels import CANCELLED, CANCELLED_OUT, SILENT_OUT
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import Sample, Segment
 
@@ -66,7 +66,7 @@ class VideoConfig(Config):
     slice_period_ns: int = Field(500 * MS, ge=20 * MS)  # from one time slice to the next
     video_stream: int | Literal["best"] | None = None  # number in the file; null: the one every program takes
     audio_stream: int | Literal["best", "none"] | None = None  # number in the file; null: the one every program takes
-    silent_audio: Literal["keep", "leave_out"] = "keep"  # of an audio clip that is all zeros
+    silent_audio: Literal["keep", "leave_out"] = "keep"  # of audio that is silent as it is heard
     video_backend: VideoBackend = "auto"  # decord: what it is proven to read, the rest is refused
     image_quality: int = Field(95, ge=1, le=100)  # JPEG, 4:4:4
 
@@ -174,11 +174,13 @@ def _clip(
     stated_ns = container_ns[nearest(container_ns, file_ns)] - origin_ns
     streams = [SensorStream("video", Modality.VISION, reference_ns, names, 0, size=video.size, file_ns=stated_ns)]
 
+    cancelled: set[str] = set()
     flags: Counter[str] = Counter({DAMAGED: sum(frame in video.damaged for frame in frames.tolist())})
     runs = _audio(media, int(file_ns[0]) - config.slice_period_ns + 1, int(file_ns[-1]), config, flags)
     for number, run in enumerate(runs):
         member = f"audio-{number}.flac"
         members[member] = run.flac()
+        cancelled |= {member} if run.silence == CANCELLED else set()
         streams.append(
             SensorStream(
                 member,
@@ -218,7 +220,7 @@ def _clip(
     if media.audio is not None:
         times["audio"] = packets[media.audio] - origin_ns  # of its packets, some dozens a second
     members[CLOCKS] = Clocks(recording, "captured", "video", times, origin_ns).to_bytes()
-    return Sample(key, recording, members, segments, +flags)
+    return Sample(key, recording, members, segments, +flags, frozenset(cancelled))
 
 
 def _references(times_ns: np.ndarray, origin_ns: int, last: bool, config: VideoConfig) -> np.ndarray:
@@ -233,13 +235,12 @@ def _references(times_ns: np.ndarray, origin_ns: int, last: bool, config: VideoC
 
 
 def _audio(media: VideoFile, start_ns: int, last_ns: int, config: VideoConfig, flags: Counter[str]) -> list[AudioRun]:
-    """The runs of audio from `start_ns` up to the last frame; counts what is left out, and what mixing made silent."""
+    """The runs of audio from `start_ns` up to the last frame; counts what is left out."""
     if media.audio is None:
         return []
     runs = audio_between(media, start_ns, last_ns + 1)
-    flags[CANCELLED] += sum(run.silence == CANCELLED for run in runs)
     if runs and config.silent_audio == "leave_out" and all(run.silence for run in runs):
-        flags[f"{SILENT}, left out"] = 1
+        flags[CANCELLED_OUT if any(run.silence == CANCELLED for run in runs) else SILENT_OUT] = 1
         return []
     return runs
 

@@ -209,6 +209,35 @@ def test_no_gradient_comes_from_what_the_user_says(prepared, tmp_path):
     assert seen > 20
 
 
+@pytest.mark.parametrize("form", ["path", "part", "both", "bytes"])
+def test_dialogues_about_one_image_are_on_one_side_of_the_split(tmp_path, form):
+    """None of them is then a duplicate of a held-out one; those without an image are drawn one by one."""
+    (tmp_path / "in").mkdir()
+    rows = []
+    for place in np.random.default_rng(0).permutation(24).tolist():
+        number, content = place // 3, png(images(8)[place // 3])
+        (tmp_path / f"in/.{number}.png").write_bytes(content)
+        name = f".{number}.png"
+        image = {
+            "path": [name],
+            "part": [],
+            "both": [{"bytes": content, "path": name}],
+            "bytes": [{"bytes": content, "path": None}],
+        }[form]
+        parts = [{"type": "image", "image": name}, {"type": "text", "text": f"Question {place}?"}]
+        asked = {"role": "user", "content": parts if form == "part" else f"<image>Question {place}?"}
+        rows.append({"messages": [asked, {"role": "assistant", "content": f"Answer {place}."}], "images": image})
+    rows[5:5] = [{"messages": dialogue, "images": []} for dialogue in dialogues(4)]
+    write = write_jsonl_rows if form in ("path", "part") else write_parquet
+    write(tmp_path / "in", rows)
+    manifest, _ = run("chat", tmp_path / "in", tmp_path / "out", prepare={"heldout_share": 0.25})
+    assert sum(split.samples for split in manifest.splits.values()) == 28 and not manifest.removed
+    samples, _ = read("chat", tmp_path / "in")
+    recordings = [sample.recording for sample in samples.values()]
+    assert len(set(recordings)) == 12 and not any(str(tmp_path) in name for name in recordings)
+    assert recordings[5:9] == list(samples)[5:9]
+
+
 def test_images_stand_where_their_messages_show_them(tmp_path):
     pictures = [png(pixels) for pixels in images(4)]
     for number, content in enumerate(pictures):

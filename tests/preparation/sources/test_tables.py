@@ -122,6 +122,21 @@ def test_bytes_in_tables_of_the_hub_are_the_members(tmp_path, stored, cell, sour
     assert sum(split.samples for split in found.splits.values()) == 7 and not found.quarantined
 
 
+def test_sizes_in_bytes_and_in_rows_are_not_added_up(tmp_path):
+    rows = [f"sentence {n}, which is as long as the others" for n in range(8)]
+    for number, suffix in enumerate(("jsonl", "jsonl", "parquet", "parquet")):
+        write_table(tmp_path / f"in/{suffix}/{number}.{suffix}", {"text": [f"{number}: {row}" for row in rows]})
+    prepare = {"heldout_share": 0.5, "heldout_by": "size"}
+    message = r"sizes do not add up: that of 'jsonl/0.jsonl' in bytes, that of 'parquet/2.parquet' in rows; leave"
+    with pytest.raises(DataError, match=message):
+        run("text", tmp_path / "in", tmp_path / "out", prepare=prepare)
+    for kind in ("jsonl", "parquet"):
+        manifest, _ = run("text", tmp_path / "in" / kind, tmp_path / kind, prepare=prepare)
+        assert manifest.splits["heldout"].samples == 8
+    manifest, _ = run("text", tmp_path / "in", tmp_path / "out", prepare={"heldout_share": 0.5})
+    assert manifest.splits["heldout"].samples == 16
+
+
 def test_a_list_of_captions_gives_a_sample_each_of_one_recording(tmp_path):
     cells = [{"bytes": content, "path": None} for content in PICTURES[:3]]
     table = hub_table({"image": cells, "caption": [["a", "b", "c"], ["d"], []]}, image="Image")
@@ -135,6 +150,22 @@ def test_a_list_of_captions_gives_a_sample_each_of_one_recording(tmp_path):
     }
     assert {s.recording for s in samples.values()} == {"x-000000", "x-000001"}
     assert {key: r.reason for key, r in refused.items()} == {"x-000002": "malformed row"}
+
+
+def test_rows_of_one_path_are_one_image_on_one_side_of_the_split(tmp_path):
+    """As COCO stands on the hub: a row a caption, the image in each of them; nothing is a duplicate of its own."""
+    cells = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(PICTURES) for _ in range(3)]
+    captions = [f"image {n}, words {k}" for n in range(len(PICTURES)) for k in range(3)]
+    (tmp_path / "set").mkdir()
+    for half in range(2):  # the shards of a set may part the rows of an image
+        part = slice(half * 7, None if half else 7)
+        table = hub_table({"image": cells[part], "caption": captions[part]}, image="Image")
+        pq.write_table(table, tmp_path / f"set/{half}.parquet", row_group_size=4)
+    manifest, _ = run("image_caption", tmp_path / "set", tmp_path / "out", prepare={"heldout_share": 0.5})
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
+    assert train.samples + heldout.samples == len(captions) and not manifest.removed
+    recordings = [sample.recording for sample in read("image_caption", tmp_path / "set")[0].values()]
+    assert recordings[::3] == recordings[1::3] == recordings[2::3] and len(set(recordings)) == len(PICTURES)
 
 
 def test_a_table_is_listed_without_the_bytes_in_it_and_each_part_is_read_once(tmp_path, monkeypatch):
