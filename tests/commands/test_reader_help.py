@@ -41,7 +41,7 @@ def test_every_option_of_a_reader_can_be_given_as_its_help_writes_it(kind):
 )
 def test_the_kind_may_stand_anywhere(arguments):
     lines = shown(*arguments)
-    assert "  silent_audio=keep             of an audio clip that is all zeros" in "\n".join(lines)
+    assert "  silent_audio=keep             of audio that is silent as it is heard" in "\n".join(lines)
     assert "  prepare.heldout_share=0.15    Of recordings" in "\n".join(lines)
     assert max(map(len, lines)) <= 80 and not any("options of video" in line for line in shown("prepare", "--help"))
 
