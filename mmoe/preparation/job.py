@@ -17,6 +17,7 @@ from typing import Any
 from mmoe.config.load import flatten
 from mmoe.errors import DataError
 from mmoe.files import write_atomically
+from mmoe.hashing import blake2b, framed
 from mmoe.preparation.sources.base import Item
 
 JOB_FORMAT = 2  # of all that is stored in an unfinished preparation
@@ -136,7 +137,7 @@ def listing_digest(items: Iterable[Item], input: Path | None, leave_out: tuple[P
 
 def names_digest(names: Iterable[str]) -> str:
     """Return a digest of a set of names."""
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+    return blake2b(framed(name.encode() for name in sorted(names)), 16).hex()
 
 
 def _add_file(digest: Any, path: Path) -> None:

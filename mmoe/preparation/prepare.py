@@ -218,6 +218,7 @@ def prepare(
             keep_lists(job.result, output, refused, left_out)
             job.discard()  # what is repaired is to be read again
             raise problem
+        measured = reports["heldout" if holdout.everything else "train"]
         manifest = SourceManifest(
             format=FORMAT,
             kind=source.kind,
@@ -225,8 +226,8 @@ def prepare(
             clock=source.clock,
             skew_budget_ns=reader.skew.budget_ns if hasattr(reader, "skew") else source.skew_budget_ns,
             rig=source.rig,
-            vectors=vector_stats(source, reports["heldout" if holdout.everything else "train"], reports["heldout"]),
-            categories=category_counts(source, reports["heldout" if holdout.everything else "train"]),
+            vectors=vector_stats(source, measured, reports["heldout"]),
+            categories=category_counts(source, measured),
             splits={name: reports[name].entry(shards[name]) for name in SPLITS},
             quarantined=dict(sorted(refused.counts.items())),
             removed=dict(sorted(left_out.counts.items())),

@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,8 +62,13 @@ def run(data: bytes, folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(folder / "whole" / kind, work)
     (work / name).write_bytes(content)
+    read_whole(kind, work)
+
+
+def read_whole(kind: str, work: Path, **options: Any) -> None:
+    """Read all that is in the folder `work` as a preparation does; what is refused must be text that can be shown."""
     source = SOURCES.find(kind)
-    config = source.config()
+    config = source.config(**options)
     refused: list[str] = []
     items = list(source.items(work, config, lambda key, refusal: refused.append(str(refusal))))
     names = source.described(work, config).vector_names

@@ -6,14 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mmoe.errors import DataError
-from mmoe.preparation.rows import make_row
-from mmoe.preparation.sources import SOURCES
-from mmoe.tokenizers.text import TextTokenizer
 from tests.data.recordings_rlds import episode, example, record, sequence, step_features, tensor, write_rlds
+from tests.fuzz.datasets import read_whole
 from tests.fuzz.mutate import damage, damage_json
 
-TEXT = TextTokenizer.bytes()
 RECORDS = "arm-train.tfrecord-00000-of-00001"
 _MOST = 20_000  # the checksum is made bit by bit
 
@@ -45,14 +41,4 @@ def run(data: bytes, folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(folder / "whole", work)
     (work / head.decode()).write_bytes(content)
-    source = SOURCES.find("rlds")
-    config = source.config(rate_hz=5, state=("observation/state", "joints"))
-    refused: list[str] = []
-    items = list(source.items(work, config, lambda key, refusal: refused.append(str(refusal))))
-    names = source.described(work, config).vector_names
-    for item in items:
-        row = make_row(item, TEXT, "pyav", names)
-        if isinstance(row, DataError):
-            refused.append(str(row))
-    for said in refused:
-        said.encode("utf-8", "backslashreplace")
+    read_whole("rlds", work, rate_hz=5, state=("observation/state", "joints"))

@@ -63,9 +63,8 @@ def load_image(data: bytes, where: str, least: tuple[int, int] | None = None) ->
         if least is not None and image.format == "JPEG":
             height, width = least[::-1] if _orientation(image) >= 5 else least
             image.draft(image.mode, (_SPARE * width, _SPARE * height))
-        turn = (
-            None if isinstance(image, TiffImageFile) else _TURNS.get(_orientation(image))
-        )  # Pillow turns TIFF as it loads it
+        # Pillow turns TIFF as it loads it.
+        turn = None if isinstance(image, TiffImageFile) else _TURNS.get(_orientation(image))
         image.load()
         return _rgb(image if turn is None else image.transpose(turn), where)
 
@@ -177,13 +176,14 @@ def audio_info(data: bytes, where: str) -> tuple[int, int]:
         return audio.frames - _overcounted(audio), audio.samplerate
 
 
-def overcounted(data: bytes, where: str) -> int:
-    """Return how many samples per channel an MP3's header counts that are not there, up to two frames; else 0."""
+def stated_samples(data: bytes, where: str) -> int:
+    """Return the samples per channel by the header, which in MP3 may be up to two frames more than `audio_info` has."""
     with open_audio(data, where) as audio:
-        return _overcounted(audio)
+        return audio.frames
 
 
 def _overcounted(audio: soundfile.SoundFile) -> int:
+    """How many samples per channel an MP3's header counts that are not there, up to two frames; else 0."""
     if audio.format != "MP3":
         return 0
     missing = audio.frames - sum(len(block) for block in audio_blocks(audio, 0, audio.frames, "float32"))

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmoe.config.base import Config
-from mmoe.data.load.media import audio_info, overcounted
+from mmoe.data.load.media import audio_info, stated_samples
 from mmoe.errors import DataError, brief
 from mmoe.preparation.sources import files, folders, jsonl
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
@@ -219,7 +219,7 @@ def _sample(
     media = read_media(value, root, where)
     audio, file = media.content, media.name
     samples, rate = audio_info(audio, file)
-    spare = 0 if stated == _Stated() else overcounted(audio, file)  # which a row may have from the header too
+    spare = stated_samples(audio, file) - samples  # of MP3: a row may have its number from the header too
     for field, found in (("samples", (samples, samples + spare)), ("sample_rate", (rate,))):
         if getattr(stated, field) not in (None, *found):
             raise _differs(f"{file} has {field} {found[0]}, {where} says {brief(getattr(stated, field))}")

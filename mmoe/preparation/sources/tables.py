@@ -196,8 +196,16 @@ def table_stem(file: Path, root: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _LineRow:
+class _FileRow:
     file: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
+
+
+@dataclass(frozen=True)
+class _LineRow(_FileRow):
     start: int
     stop: int
 
@@ -205,17 +213,12 @@ class _LineRow:
     def where(self) -> str:
         return f"{self.file}, byte {self.start}"
 
-    @property
-    def folder(self) -> Path:
-        return self.file.parent
-
     def load(self, columns: Iterable[str]) -> dict[str, Any]:
         return jsonl.parse_row(ranges.read_range(self.file, self.start, self.stop), self.file, self.start, self.where)
 
 
 @dataclass(frozen=True)
-class _RecordRow:
-    file: Path
+class _RecordRow(_FileRow):
     start: int
     stop: int
     line: int
@@ -225,18 +228,13 @@ class _RecordRow:
     def where(self) -> str:
         return f"{self.file}, line {self.line}"
 
-    @property
-    def folder(self) -> Path:
-        return self.file.parent
-
     def load(self, columns: Iterable[str]) -> dict[str, Any]:
         data = ranges.read_range(self.file, self.start, self.stop)
         return dict(delimited.parse_record(data, self.head, self.file, self.start, self.where))
 
 
 @dataclass(frozen=True)
-class _ColumnRow:
-    file: Path
+class _ColumnRow(_FileRow):
     part: int
     row: int
     start: int  # its number in the file
@@ -248,10 +246,6 @@ class _ColumnRow:
     @property
     def where(self) -> str:
         return columnar.row_place(self.file, self.part, self.row)
-
-    @property
-    def folder(self) -> Path:
-        return self.file.parent
 
     def load(self, columns: Iterable[str]) -> dict[str, Any]:
         return columnar.read_row(self.file, self.part, self.row, columns)
