@@ -8,13 +8,12 @@ from statistics import fmean
 from typing import Any
 
 from mmoe.config.describe import inline
-from mmoe.config.load import merge
 from mmoe.schema.modality import Modality
 from mmoe.schema.sample import NO_PAIR, Sample, Segment
 from mmoe.tokenizers.audio import AudioConfig, resampled_length
 from mmoe.tokenizers.vision import VisionConfig, VisionTokenizer
 
-HELDOUT_SHARE = 0.15
+_LEARNED_SHARE = 0.85  # of the samples, about: the rest is held out
 _PATCHES = (64, 32, 16)  # of an image: as many as let a document fit `_FITS` positions
 _FITS, _SHORTEST, _LONGEST = 1024, 256, 2048  # positions of a sequence
 _EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 4, 50, 300
@@ -44,9 +43,8 @@ def first_recipe(
         if max(lengths) <= _FITS or Modality.VISION not in held:
             break
     length = min(max(64 * math.ceil(max(lengths) / 64), _SHORTEST), _FITS if held == {Modality.TEXT} else _LONGEST)
-    batch, epoch = _SEQUENCES * length, fmean(lengths) * items * (1 - HELDOUT_SHARE)
+    batch, epoch = _SEQUENCES * length, fmean(lengths) * items * _LEARNED_SHARE
     steps = min(max(math.ceil(_EPOCHS * epoch / batch), _FEWEST_STEPS), _MOST_STEPS)
-    options = merge({"prepare": {"heldout_share": HELDOUT_SHARE}}, options)
     tokenizers = {
         "text": f"{{path: out/{name}/text.json, vocabulary_size: {_IDS}}}  # trained on the texts first"
         if bpe

@@ -24,9 +24,9 @@ _HELDOUT = {"heldout_share", "heldout_by", "heldout_list"}  # options: who gives
 class Survey:
     """Holds what a reader finds: how many items of how many recordings, and the `samples` made of a few of them.
 
-    `options` are those that the reader needs for this input, `refused` counts by reason what it cannot use, `example`
-    says the first of that in full. Where nothing says what to hold out and there is too little for that, the options
-    hold out nothing (`nothing_heldout`).
+    `options` are those that the reader needs for this input, and what is held out; `refused` counts by reason what it
+    cannot use, `example` says the first of that in full. Where nothing says what to hold out and there is too little
+    for that, it is nothing (`nothing_heldout`).
     """
 
     kind: str
@@ -71,9 +71,10 @@ def survey(kind: str, input: str | Path, options: dict[str, Any] | None = None) 
         raise DataError(
             f"{input}: nothing in it can be prepared as {kind}; {found.example or 'it holds nothing of this kind'}"
         )
-    if prepare.model_fields_set.isdisjoint(_HELDOUT) and not can_split(source, items, [], prepare.holdout()):
-        found.options = merge(found.options, {"prepare": {"heldout_share": 0}})
-        found.nothing_heldout = True
+    if prepare.model_fields_set.isdisjoint(_HELDOUT):
+        found.nothing_heldout = not can_split(source, items, [], prepare.holdout())
+        share = 0 if found.nothing_heldout else prepare.heldout_share
+        found.options = merge({"prepare": {"heldout_share": share}}, found.options)
     else:
         split_items(source, items, [], prepare.holdout())
     return found

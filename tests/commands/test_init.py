@@ -151,6 +151,10 @@ def test_options_are_kept_and_a_simulation_needs_no_input(here):
     mmoe("init", "simulated_drive", "-", "recordings=40", "prepare.heldout_share=0.3")
     source = load(RunConfig, "simulated_drive.yaml").data.sources["simulated_drive"]
     assert source.input is None and source.options == {"recordings": 40, "prepare": {"heldout_share": 0.3}}
+    (here / "held.txt").write_text("drive-000003\n")
+    mmoe("init", "simulated_drive", "-", "recordings=4", "prepare.heldout_list=held.txt", "--out", "listed.yaml")
+    (source,) = load(RunConfig, "listed.yaml").data.sources.values()
+    assert source.options["prepare"] == {"heldout_list": "held.txt"}  # which takes no share beside it
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
