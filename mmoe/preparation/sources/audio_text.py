@@ -101,26 +101,19 @@ def items(path: Path, config: AudioTextConfig, quarantine: Refuse) -> Iterator[I
 def _rows(
     root: Path, found: list[Path], described: folders.Described, form: folders.RowForm, quarantine: Refuse
 ) -> Iterator[Item]:
-    named, keys = set(described.tables), files.FileKeys()
+    keys = folders.DescribedKeys(root, described)
     for where, row_key, row in described.rows:
-        audio: Any = row.get("audio")
         try:
             take = _take(row, where)
-            if isinstance(audio, Cell):
-                key, own = keys.cell_key(audio.key, audio.named)
-                named |= {audio.named} if audio.named else set()
-            else:
-                name = files.below(root, jsonl.name_of(row, "audio", where))
-                named.add(root / name)
-                key, own = keys.row_key(row_key, name)
+            key, own = keys.described(where, row_key, row, _FORM.field)
         except Refused as refusal:
             quarantine(where, refusal)
             continue
         recording = f"take-{take}" if take is not None else _speaker(row) or own
         stated = _Stated(samples=row.get("samples"), sample_rate=row.get("sample_rate"))
-        make = partial(_sample, key, recording, root, audio, row, form.texts, stated, where)
+        make = partial(_sample, key, recording, root, row[_FORM.field], row, form.texts, stated, where)
         yield Item(key, recording, make, rank=take or 0)
-    _without_words((file for file in found if file not in named), root, quarantine)
+    _without_words((file for file in found if file not in keys.named), root, quarantine)
 
 
 def _manifest(path: Path, config: AudioTextConfig, form: folders.RowForm, quarantine: Refuse) -> Iterator[Item]:

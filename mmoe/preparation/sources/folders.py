@@ -68,6 +68,27 @@ class Described:
     tables: frozenset[Path]
 
 
+class DescribedKeys(files.FileKeys):
+    """Gives every sample of described rows its key and recording; `named` are the files that something is said of.
+
+    The files of the rows themselves are among them. Paths of rows are relative to `root`.
+    """
+
+    def __init__(self, root: Path, described: Described) -> None:
+        super().__init__()
+        self._root, self.named = root, set(described.tables)
+
+    def described(self, where: str, row_key: str, row: dict[str, Any], field: str) -> tuple[str, str]:
+        """Return key and recording of the first sample of a row; raise `Refused` where its `field` names nothing."""
+        value = row.get(field)
+        if isinstance(value, Cell):
+            self.named |= {value.named} if value.named else set()
+            return self.cell_key(value.key, value.named)
+        name = files.below(self._root, jsonl.name_of(row, field, where))
+        self.named.add(self._root / name)
+        return self.row_key(row_key, name)
+
+
 def find_description(root: Path, found: list[Path], form: RowForm, quarantine: Refuse) -> Described:
     """Find what describes the files `found` below `root`; raise DataError, naming what would, where nothing does."""
     own = root / form.own

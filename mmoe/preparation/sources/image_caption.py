@@ -20,7 +20,6 @@ from mmoe.data.load.media import IMAGE_SUFFIXES
 from mmoe.preparation.sources import files, folders, jsonl, tables
 from mmoe.preparation.sources.base import Item, Refuse, Refused, Source
 from mmoe.preparation.sources.captioned import captioned
-from mmoe.preparation.sources.columnar import Cell
 from mmoe.preparation.sources.media_bytes import read_media
 from mmoe.schema.sample import Sample
 
@@ -44,7 +43,7 @@ class ImageCaptionConfig(Config):
 
 def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterator[Item]:
     """List one item per image and caption; the second column's captions have keys ending in ``-1``, and so on."""
-    keys, given = files.FileKeys(), config.columns.caption
+    given = config.columns.caption
     captions = (given,) if isinstance(given, str) else given
     form = _FORM.asked(config.columns.image, captions)
     if path.is_file():
@@ -52,26 +51,19 @@ def items(path: Path, config: ImageCaptionConfig, quarantine: Refuse) -> Iterato
     else:
         root, found = path, files.listing(path, quarantine)
         described = folders.find_description(root, found, form, quarantine)
-    named = set(described.tables)
+    keys = folders.DescribedKeys(root, described)
     for where, row_key, row in described.rows:
-        image = row.get("image")
-        if isinstance(image, Cell):
-            first, recording = keys.cell_key(image.key, image.named)
-            named |= {image.named} if image.named else set()
-        else:
-            try:
-                name = files.below(root, jsonl.name_of(row, "image", where))
-            except Refused as refusal:
-                quarantine(where, refusal)
-                continue
-            named.add(root / name)
-            first, recording = keys.row_key(row_key, name)
+        try:
+            first, recording = keys.described(where, row_key, row, _FORM.field)
+        except Refused as refusal:
+            quarantine(where, refusal)
+            continue
         columns = captions or (jsonl.chosen(row, _FORM.texts),)
         for place, (number, column, said) in enumerate(_captions(row, columns)):
             key = keys.free(f"{first}-{number}" if number else first) if place else first
             spoken = {**row, column: said} if said is not row.get(column) else row
             yield Item(key, recording, partial(_sample, root, where, spoken, column, key, recording))
-    unnamed = (file for file in found if file not in named)
+    unnamed = (file for file in found if file not in keys.named)
     files.pass_over(unnamed, path, "captions.jsonl (or another table of captions) and the images in it", quarantine)
 
 
